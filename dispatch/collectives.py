@@ -1,0 +1,86 @@
+"""The collectives everything else is made of. No other file of the package exchanges tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def all_to_all(
+    *tensors: Tensor, send: list[int] | None = None, recv: list[int] | None = None, group: ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """Rows to every rank of a group, rows from every rank; differentiable.
+
+    Each tensor [sum(send), ...] is cut into W blocks, block w going to rank w; what comes back
+    [sum(recv), ...] lies in the order of the source ranks. All tensors share the splits and travel at
+    the same time. Blocks may be empty. With two ranks, ``send`` = [1, 2] on rank 0 and [1, 0] on rank 1::
+
+        rank 0: a | b c   -> to 0: a, to 1: b c          rank 0 has  a d     recv = [1, 1]
+        rank 1: d |       -> to 0: d, to 1: nothing      rank 1 has  b c     recv = [2, 0]
+
+    Args:
+        tensors: same number of rows, any trailing shape and dtype, the same on all ranks.
+        send, recv: rows to and from each rank. They must agree between ranks (`exchange_sizes`): a
+            collective cannot check. Leave both out for equal blocks.
+        group: the ranks; None is the default group. The backward runs on the same group.
+    """
+    return _AllToAll.apply(send, recv, group, *tensors)  # pyright: ignore[reportReturnType]
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, send, recv, group, *tensors):
+        ctx.send, ctx.recv, ctx.group = send, recv, group
+        received = tuple(_start(t, send, recv, group) for t in tensors)
+        for _, work in received:
+            work.wait()
+        out = tuple(t for t, _ in received)
+        ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # The way back: the splits exchanged, and the same group. All gradients travel, zeros too: which
+        # of them are needed may differ between ranks, the collectives may not.
+        return None, None, None, *_AllToAll.apply(ctx.recv, ctx.send, ctx.group, *grads)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _start(tensor: Tensor, send, recv, group):
+    tensor = tensor.contiguous()
+    out = tensor.new_empty(tensor.shape[0] if recv is None else sum(recv), *tensor.shape[1:])
+    work = dist.all_to_all_single(out, tensor, recv, send, group=group, async_op=True)
+    assert work is not None, "this rank is not in the group"
+    return out, work
+
+
+def exchange_sizes(sizes: Tensor, group: ProcessGroup | None) -> Tensor:
+    """First phase: sizes int64 [W, ...] for each rank -> [W, ...] from each rank. Not differentiable."""
+    sizes = sizes.contiguous()  # empty_like keeps strides: a permuted view would be filled in the wrong order
+    came = torch.empty_like(sizes)
+    dist.all_to_all_single(came, sizes, group=group)
+    return came
+
+
+def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks of a group, for objectives that are the *mean over ranks* of equal terms.
+
+    Every rank computes the same objective from the sum, and gradients are averaged over the W ranks
+    afterwards; so the gradient that reaches this rank's part is W times the one that arrives here. Each
+    rank can do that alone: no collective in the backward.
+    """
+    return _AllReduce.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.size = dist.get_world_size(group)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.size, None

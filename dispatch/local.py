@@ -1,0 +1,26 @@
+"""One rank holds all experts: nothing travels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .agreement import check_weight
+from .base import Batch, Dispatcher
+from .ops import decode, encode, encode_weight
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class LocalDispatcher(Dispatcher):
+    """Encode, experts, decode. No collective and no host sync."""
+
+    def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
+        """Rows [R, D] with R = T*k, or E*capacity when padded; NaN weights raise ValueError on a CPU."""
+        check_weight(weight)
+        return Batch(encode(x, plan), encode_weight(weight, plan), plan.counts, plan)
+
+    def combine(self, rows: Tensor, receipt: Plan) -> Tensor:
+        """Sum each token's rows [R, D] -> [T, D]."""
+        return decode(rows, receipt)

@@ -1,0 +1,44 @@
+"""The axes of a DeviceMesh, told by name.
+
+"ep": the ranks that share the experts; it may be given as "node" and "local". "edp": the ranks that repeat
+them. Along all of these, ranks have parts of the batch of their own.
+"""
+
+from __future__ import annotations
+
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+EP, EDP, NODE, LOCAL = "ep", "edp", "node", "local"
+
+
+def names(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of a mesh's axes."""
+    return mesh.mesh_dim_names or ()
+
+
+def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
+    """The sub-mesh of one axis, None if there is none; "ep" is made of "node" and "local" where it is so given."""
+    if name in names(mesh):
+        return mesh[name]
+    if name == EP and {NODE, LOCAL} <= set(names(mesh)):
+        return mesh[NODE, LOCAL]._flatten(EP)
+    return None
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes along which ranks have parts of the batch."""
+    axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL))
+    if not axes:
+        raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
+    if "etp" in names(mesh):
+        raise ValueError("experts cannot be split inside yet: leave the axis etp out")
+    return mesh[axes]
+
+
+def data_group(mesh: DeviceMesh) -> ProcessGroup | None:
+    """All ranks that have a part of the batch; None if that is this one alone."""
+    data = data_mesh(mesh)
+    if data.size() == 1:
+        return None
+    return data.get_group() if data.ndim == 1 else data._flatten("_".join(names(data))).get_group()

@@ -1,0 +1,84 @@
+"""A routing turned into rows: which token fills which row, sorted by expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def load(expert: Tensor, num_experts: int) -> Tensor:
+    """Assignments each expert receives: int64 [..., k] expert ids, -1 = none -> int64 [E].
+
+    A scatter, not `bincount`: no host sync, and the shape does not depend on the data.
+
+    >>> load(torch.tensor([[0, 2], [2, -1], [2, 0]]), num_experts=4).tolist()
+    [2, 0, 3, 0]
+    """
+    ids = expert.flatten()
+    bins = torch.where(ids < 0, num_experts, ids)  # the dropped go to a bin of their own
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every assignment of a token to an expert lies among the rows.
+
+    Rows are sorted by expert, then by token, stably, so that a routing has one plan and gives the
+    same bytes on every transport. All shapes depend on T, k, E and `capacity` alone: building a plan
+    never waits for the device.
+
+    Ragged (`capacity` None): R = T*k rows, the kept ones first, experts back to back.
+    Padded: R = E*capacity rows, `capacity` for every expert, those not needed being empty.
+
+    >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
+    >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
+    ([0, 0, 1, -1], [[1, 0], [2, -1]], [1, 2])
+    """
+
+    expert: Tensor  # int64 [T, k]  the expert of each assignment, -1 = dropped or unused
+    token: Tensor  # int64 [R]      row -> the token in it, -1 = an empty row
+    slot: Tensor  # int64 [T, k]    assignment -> its row, -1 = none: the inverse of `token`
+    counts: Tensor  # int64 [E]     rows per expert (padded: `capacity` each)
+    capacity: int | None = None
+
+    @classmethod
+    def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None) -> Plan:
+        """Plan for int64 `expert` [T, k], padded to `capacity` rows an expert if that is given.
+
+        No expert may hold more than `capacity` assignments then (see `moe.capacity`).
+        """
+        if expert.ndim != 2 or expert.dtype != torch.int64:
+            raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
+        flat = expert.flatten()
+        order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # the dropped behind the kept
+        counts = load(expert, num_experts)
+        row = torch.arange(flat.numel(), device=flat.device)
+        filled = row < counts.sum()
+        token = torch.where(filled, order // max(expert.shape[1], 1), -1)
+        slot = torch.empty_like(flat).scatter_(0, order, torch.where(filled, row, -1)).view_as(expert)
+        plan = cls(expert, token, slot, counts)
+        return plan if capacity is None else plan.padded(capacity)
+
+    def padded(self, capacity: int) -> Plan:
+        """The same assignments with `capacity` rows for every expert, at least as many as now.
+
+        >>> Plan.of(torch.tensor([[1], [1]]), num_experts=2).padded(3).token.tolist()
+        [-1, -1, -1, 0, 1, -1]
+        """
+        if capacity == self.capacity:
+            return self
+        kept = self.slot >= 0
+        start = (self.counts.cumsum(0) - self.counts)[self.expert.clamp(min=0)]
+        slot = torch.where(kept, self.expert * capacity + self.slot - start, -1)
+        rows = self.counts.numel() * capacity
+        source = torch.arange(slot.shape[0], device=slot.device).unsqueeze(1).expand_as(slot)
+        token = torch.full((rows + 1,), -1, device=slot.device)  # one more: the dropped land there
+        token = token.scatter_(0, torch.where(kept, slot, rows).flatten(), source.flatten())[:rows]
+        return replace(self, token=token, slot=slot, counts=torch.full_like(self.counts, capacity), capacity=capacity)
+
+    def trimmed(self, rows: int) -> Plan:
+        """The same plan without its empty rows at the end; `rows` = counts.sum(), as the host knows it."""
+        return replace(self, token=self.token[:rows])

@@ -1,0 +1,60 @@
+"""The capacity rule: how many rows an expert takes from one rank, and whom it turns away."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..dispatch.plan import load
+from .routing import Routing
+
+POLICIES = ("score", "position")
+
+
+def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
+    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least 1 unless T is 0.
+
+    T is this rank's: capacity is a rule per (source rank, expert). Exact arithmetic on the factor as it
+    is written, where floats would be one off (1.1 * 100 / 10 = 11.000000000000002).
+
+    >>> capacity_limit(1.1, top_k=1, tokens=100, num_experts=10)
+    11
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"capacity_factor must be a positive number, or None for dropless; got {factor}")
+    limit = math.ceil(Fraction(str(factor)) * top_k * tokens / num_experts)
+    return max(limit, 1) if tokens else 0
+
+
+def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
+    """Keep at most `limit` assignments per expert; the rest become -1 with weight 0.
+
+    Policies, the order in which an expert accepts:
+        ``"position"``: token order, all first choices before any second one (GShard, arXiv:2006.16668).
+        ``"score"``: highest weight first (batch-prioritised routing, Riquelme et al. 2021,
+        arXiv:2106.05974); equal weights in the order of "position".
+
+    The weights of what is kept do not change. No host sync.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+    choice_major = routing.expert.T.flatten()  # every token's first choice before any second
+    order = torch.arange(choice_major.numel(), device=choice_major.device)
+    if policy == "score":
+        order = routing.weight.detach().T.flatten().argsort(stable=True, descending=True)
+    place = torch.empty_like(choice_major).scatter_(0, order, _place(choice_major[order], routing.num_experts))
+    kept = (place < limit).view_as(routing.expert.T).T & (routing.expert >= 0)
+    return routing.keep(kept)
+
+
+def _place(expert: Tensor, num_experts: int) -> Tensor:
+    """How many before me chose my expert: int64 [N] ids in order of acceptance, -1 = none -> int64 [N]."""
+    ids = torch.where(expert < 0, num_experts, expert)
+    order = ids.argsort(stable=True)
+    counts = load(expert, num_experts + 1)  # the last one, of those who chose none, stays 0: it ends the list
+    start = (counts.cumsum(0) - counts)[ids[order]]
+    index = torch.arange(ids.numel(), device=ids.device)
+    return torch.empty_like(ids).scatter_(0, order, index - start)

@@ -1,0 +1,204 @@
+"""The experts: E networks of one shape, their tensors stacked, over rows sorted by expert."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .grouped_mm import grouped_mm
+from .stacked import held_slice, local
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
+
+
+class Experts(nn.Module, ABC):
+    """E experts, of which this rank holds L: all of them, until `parallelize` spreads them.
+
+    Every parameter and buffer is stacked over the experts on axis 0: a plain tensor [E, ...], or a
+    DTensor of that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised
+    from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
+    """
+
+    def __init__(self, num_experts: int, seed: int) -> None:
+        super().__init__()
+        self.num_experts, self.seed = num_experts, seed
+
+    @abstractmethod
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """rows [R, D] sorted by local expert, weight [R], counts int64 [L] -> weighted rows [R, D].
+
+        Rows past counts.sum() belong to nobody and come back undefined.
+        """
+
+    @abstractmethod
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw one expert: the value of each stacked tensor, by name, without the axis of the experts."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the experts held here; call it after `to_empty` from the meta device."""
+        stacked = dict(self.named_parameters()) | dict(self.named_buffers())
+        if any(t.is_meta for t in stacked.values()):
+            return
+        for place, expert in enumerate(self.owned):
+            seed = hashlib.blake2b(f"{self.seed}/{expert}".encode(), digest_size=7).digest()
+            initial = self._initial(torch.Generator("cpu").manual_seed(int.from_bytes(seed)))
+            for name, tensor in stacked.items():
+                local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
+
+    @property
+    def owned(self) -> range:
+        """Global ids of the experts whose tensors lie on this rank."""
+        held = held_slice(next(self.parameters()))[0]
+        return range(held.start, held.stop)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, expert: int) -> Callable[[Tensor], Tensor]:
+        """Expert `expert`, by global id: a function [n, D] -> [n, D] that shares its weights, unweighted."""
+        if not -self.num_experts <= expert < self.num_experts:
+            raise IndexError(f"there is no expert {expert} among {self.num_experts}")
+        expert, owned = expert % self.num_experts, self.owned
+        if expert not in owned:
+            raise IndexError(
+                f"expert {expert} lies on rank {expert // len(owned)} of the expert group; this rank holds "
+                f"{owned.start} to {owned.stop - 1}"
+            )
+        return lambda x: self._one(expert - owned.start, x)
+
+    def _one(self, place: int, x: Tensor) -> Tensor:
+        counts = torch.zeros(len(self.owned), dtype=torch.int64, device=x.device)
+        counts[place] = len(x)
+        return self(x, torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device), counts)
+
+
+class FeedForwardExperts(Experts):
+    """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (silu(W_gate x) * W_up x).
+
+    `w_up` and `w_gate` are [E, D, H], `w_down` [E, H, D]; with `bias`, `b_up` and `b_gate` [E, H],
+    `b_down` [E, D]. The gate's weight multiplies the hidden row, which is the same as multiplying the
+    output (W_down (w a) = w W_down a), so that nothing weighted need be stored or summed afterwards.
+
+    Args:
+        activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, num_experts: int, activation: str = "swiglu", bias: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(num_experts, seed)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"experts must be one of {', '.join(ACTIVATIONS)} or a factory; got {activation!r}")
+        self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
+        self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
+        if activation == "swiglu":
+            self.sizes["gate"] = (dim, hidden)
+        for name, (fan_in, fan_out) in self.sizes.items():
+            self.register_parameter(f"w_{name}", nn.Parameter(torch.empty(num_experts, fan_in, fan_out)))
+            b = nn.Parameter(torch.empty(num_experts, fan_out)) if bias else None
+            self.register_parameter(f"b_{name}", b)
+        self.reset_parameters()
+
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = self._linear("up", rows, ends)
+        act = ACTIVATIONS[self.activation]
+        hidden = act(self._linear("gate", rows, ends)) * hidden if self.activation == "swiglu" else act(hidden)
+        hidden = (hidden * weight.unsqueeze(1)).to(rows.dtype)
+        return self._linear("down", hidden, ends, weight)
+
+    def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The layer `name`; rows that are weighted already want their bias weighted as well."""
+        y = grouped_mm(rows, self._tensor(f"w_{name}", rows), ends)
+        if not self.bias:
+            return y
+        expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
+        bias = self._tensor(f"b_{name}", rows)[expert.clamp(max=len(ends) - 1)]
+        bias = torch.where((expert < len(ends)).unsqueeze(1), bias, 0)  # by branch: past the end stands anything
+        return (y + (bias if weight is None else bias * weight.unsqueeze(1))).to(rows.dtype)
+
+    def _tensor(self, name: str, rows: Tensor) -> Tensor:
+        tensor = local(getattr(self, name))
+        if tensor.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
+            return tensor.to(rows.dtype)
+        raise TypeError(
+            f"tokens are {rows.dtype} and expert weights {tensor.dtype}: convert one, or use torch.autocast"
+        )
+
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        initial = {}
+        for name, (fan_in, fan_out) in self.sizes.items():  # uniform within 1 / sqrt(fan_in), as nn.Linear
+            bound = 1 / math.sqrt(fan_in)
+            for kind, shape in {"w": (fan_in, fan_out), "b": (fan_out,)}.items():
+                drawn = torch.empty(shape, device="cpu", dtype=torch.float32)
+                initial[f"{kind}_{name}"] = drawn.uniform_(-bound, bound, generator=generator)
+        return initial
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+
+
+class ModuleExperts(Experts):
+    """Experts of any kind: what ``factory()`` returns, [n, D] -> [n, D], run once per expert that has rows.
+
+    The factory is called once for each expert; its modules must have parameters of the same shapes,
+    which are stacked into `module`, a module of the factory's own class. The number of rows of each
+    expert is read by the host.
+    """
+
+    def __init__(self, factory: Callable[[], nn.Module], num_experts: int, seed: int = 0) -> None:
+        super().__init__(num_experts, seed)
+        self.factory = factory
+        self.module = self._build(seed)
+        for module in self.module.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                empty = p.new_empty(num_experts, *p.shape)
+                setattr(module, name, nn.Parameter(empty, requires_grad=p.requires_grad))
+            for name, b in list(module.named_buffers(recurse=False)):
+                setattr(module, name, b.new_empty(num_experts, *b.shape))
+        if next(self.module.parameters(), None) is None:
+            raise ValueError(f"an expert needs parameters, and {type(self.module).__name__} has none")
+        self.reset_parameters()
+
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+        sizes = counts.tolist()
+        stacked = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        each = {name: local(t).unbind(0) for name, t in stacked.items()}  # t[e] would make full-size gradients
+        blocks = rows[: sum(sizes)].split(sizes)
+        out = [self._run(each, e, block) for e, block in enumerate(blocks) if len(block)]
+        out.append(rows[sum(sizes) :])  # rows of nobody
+        y = (torch.cat(out) * weight.unsqueeze(1)).to(rows.dtype)
+        if any(sizes):
+            return y
+        # Nothing ran: the parameters take part all the same, with gradients of zero.
+        return y + sum((local(p).flatten()[:0].sum() for p in self.module.parameters()), y.new_zeros(()))
+
+    def _run(self, each: dict[str, tuple[Tensor, ...]], place: int, block: Tensor) -> Tensor:
+        y = functional_call(self.module, {name: tensors[place] for name, tensors in each.items()}, (block,))
+        if y.shape != block.shape:
+            raise ValueError(
+                f"an expert must return the shape it is given: {tuple(block.shape)} became {tuple(y.shape)}"
+            )
+        return y
+
+    def _build(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            torch.manual_seed(seed)
+            return self.factory()
+
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        module = self._build(generator.initial_seed())
+        return {f"module.{name}": t for name, t in module.state_dict(keep_vars=True).items()} | {
+            f"module.{name}": t for name, t in module.named_buffers()
+        }

@@ -1,0 +1,33 @@
+"""Two experts per token, the second one kept at random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .base import Gate, normalised
+
+
+class GShardGate(Gate):
+    """Top-2 with a random second expert (GShard, arXiv:2006.16668, algorithm 1).
+
+    The two weights are normalised to sum to 1; in training the second expert is kept with probability
+    min(1, 2 * its weight), otherwise the token goes to the first alone. In eval it is always kept.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2) -> None:
+        if top_k != 2:
+            raise ValueError(f"the gshard gate picks two experts a token; got top_k={top_k}, for others use 'topk'")
+        super().__init__(dim, num_experts, top_k=2)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens x [T, D]."""
+        logits = self.logits(x)
+        scores = logits.softmax(-1)
+        weight, expert = scores.topk(2)
+        weight = normalised(weight)
+        routing = Routing(expert, weight, scores, logits)
+        if not self.training:
+            return routing
+        return routing.keep(~(torch.rand_like(weight) >= 2 * weight))  # the first weighs half at least: always kept

@@ -1,0 +1,129 @@
+"""After backward: gradients synchronised, clipped, and handed to an optimizer.
+
+A parameter says by its own type and mesh with whom it is shared: an expert's is a DTensor on the axis
+"ep", a dense one is a plain tensor, or a DTensor of the wrapper (FSDP2) that reduces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..dispatch import mesh as axes
+
+
+def sync_gradients(model: nn.Module, mesh: DeviceMesh, dense: bool = True) -> None:
+    """After backward, without FSDP: make gradients those of the mean over ranks of every rank's loss.
+
+    Expert gradients are summed over "edp" (over "ep" they were summed on the way back), dense ones over
+    all ranks of the mesh; both are divided by the number of ranks. Absent gradients count as zeros. What a
+    wrapper reduces by itself (FSDP2's DTensors) is left alone.
+
+    Args:
+        model, mesh: as given to `parallelize`.
+        dense: False where something else reduces the dense gradients, such as DDP.
+    """
+    edp = axes.axis(mesh, axes.EDP)
+    experts, others = [], []
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        held_by = axes.names(p.device_mesh) if isinstance(p, DTensor) else None
+        if held_by is None and dense:
+            others.append(p)
+        elif held_by is not None and axes.EP in held_by and axes.EDP not in held_by:
+            experts.append(p)
+    ranks = axes.data_mesh(mesh).size()
+    _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)
+    _reduce(others, axes.data_group(mesh), ranks)
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before, a scalar.
+
+    Exact for any mix of plain and DTensor parameters: every distinct shard counts once. Absent gradients
+    count as zeros. All ranks must call it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    squares: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for p in parameters:
+        square = _zero(p) if p.grad is None else _held(p.grad).norm(dtype=_zero(p).dtype).square()
+        squares.setdefault(_split_over(p), []).append(square)
+    total = torch.zeros((), device=parameters[0].device if parameters else None)
+    for groups, parts in squares.items():
+        square = torch.stack([part.to(total.device) for part in parts]).sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total + square
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        if p.grad is not None:
+            _held(p.grad).mul_(scale.to(p.grad.device))
+    return norm
+
+
+def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
+    """Optimizer groups that do not mix plain and DTensor parameters: foreach and fused steps refuse both at once.
+
+    `options` (lr, weight_decay, ...) go into each group: ``AdamW(param_groups(model), fused=True)``.
+    """
+    params = list(params.parameters() if isinstance(params, nn.Module) else params)
+    kinds = [p for p in params if isinstance(p, DTensor)], [p for p in params if not isinstance(p, DTensor)]
+    return [{"params": kind, **options} for kind in kinds if kind]
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _zero(p: Tensor) -> Tensor:
+    return torch.zeros((), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
+
+
+def _split_over(p: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups whose ranks hold different parts of p."""
+    if not isinstance(p, DTensor):
+        return ()
+    mesh = p.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(p.placements) if not placed.is_replicate())
+
+
+@torch.no_grad()
+def _reduce(parameters: list[nn.Parameter], group: ProcessGroup | None, divisor: int) -> None:
+    """Sum gradients over a group and divide them."""
+    grads = []
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads.append(_held(p.grad))
+    if group is not None:
+        for bucket in _buckets(grads):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat, group=group)
+            for g, reduced in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(reduced.view_as(g))
+    for g in grads:
+        g.div_(divisor)
+
+
+def _buckets(grads: list[Tensor], limit: int = 1 << 25) -> list[list[Tensor]]:
+    """Gradients in lists of one dtype and device, each of `limit` bytes or of one tensor."""
+    buckets: list[list[Tensor]] = []
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
+    place: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for g in grads:
+        kind = g.dtype, g.device
+        if room.get(kind, 0) < g.nbytes:
+            buckets.append([])
+            place[kind], room[kind] = buckets[-1], limit
+        place[kind].append(g)
+        room[kind] -= g.nbytes
+    return buckets

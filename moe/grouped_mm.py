@@ -1,0 +1,95 @@
+"""One matrix product per expert, over rows that lie sorted by expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [R, D] x weight [L, D, H] -> [R, H]: rows ends[e-1]..ends[e] are multiplied by weight[e].
+
+    Rows past ends[-1] belong to nobody: what stands there afterwards, here and in the gradient of
+    `rows`, is undefined. An expert without rows gets a gradient of zeros.
+
+    Args:
+        rows, weight: of one floating dtype.
+        ends: int32 [L], where each expert's rows end.
+    """
+    if _fits_torch(rows, weight):
+        return _ContiguousGradient.apply(F.grouped_mm(rows, weight, offs=ends))  # pyright: ignore[reportReturnType]
+    return _grouped_mm(rows, weight, ends)
+
+
+def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
+    """torch.nn.functional.grouped_mm takes no float64, 16-byte strides only, and compiles in bfloat16 only."""
+    if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
+        return False
+    strides = (weight.shape[1], weight.shape[2], *weight.stride())  # those of rows, of the result, and its own
+    return all(s == 1 or s * rows.element_size() % 16 == 0 for s in strides)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.contiguous()
+
+
+@torch.library.custom_op("turnout::grouped_mm", mutates_args=())
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    y = rows.new_zeros(rows.shape[0], weight.shape[2])
+    for e, (first, end) in enumerate(_spans(ends)):
+        torch.mm(rows[first:end], weight[e], out=y[first:end])
+    return y
+
+
+@torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
+def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """The weight's gradient: rows [R, D], grad [R, H] -> [L, D, H]."""
+    y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
+    for e, (first, end) in enumerate(_spans(ends)):
+        torch.mm(rows[first:end].T, grad[first:end], out=y[e])
+    return y
+
+
+def _spans(ends: Tensor):
+    stops = ends.tolist()
+    return zip([0, *stops], stops, strict=False)
+
+
+@_grouped_mm.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@_grouped_mm_weight.register_fake
+def _(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):
+    rows, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_rows = _grouped_mm(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None
+    to_weight = _grouped_mm_weight(rows, grad, ends) if ctx.needs_input_grad[1] else None
+    return to_rows, to_weight, None
+
+
+def _weight_backward(ctx, grad: Tensor):
+    rows, rows_grad, ends = ctx.saved_tensors
+    return _grouped_mm(rows_grad, grad.mT, ends), _grouped_mm(rows, grad, ends), None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_save_inputs)
+_grouped_mm_weight.register_autograd(_weight_backward, setup_context=_save_inputs)

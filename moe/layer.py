@@ -1,0 +1,258 @@
+"""The layer. `MoE.forward` is a token's trip, from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ..dispatch.base import Dispatcher
+from ..dispatch.local import LocalDispatcher
+from ..dispatch.plan import Plan
+from .capacity import POLICIES, capacity, capacity_limit
+from .experts import Experts, FeedForwardExperts, ModuleExperts
+from .gates import GATES, Gate
+from .losses import BALANCE, balance_loss, z_loss
+from .routing import Routing
+from .shared import FeedForward, Sum
+from .stats import Stats
+
+
+class MoE(nn.Module):
+    """Mixture of experts: each token goes to k of E networks and comes back as their weighted sum.
+
+    Drop it in where a feed-forward block was: x (..., D) -> y (..., D) in the same dtype, nothing else.
+    The balance loss is collected by `aux_loss(model)`. One process holds all experts until
+    `parallelize(model, mesh)` spreads them; nothing else changes then.
+
+    Args:
+        dim: model width D.
+        hidden: hidden width H of each expert.
+        num_experts: experts on all ranks together, E.
+        top_k: experts a token picks, k; None: what the gate picks by itself (topk and gshard 2, switch 1).
+        gate: ``"topk"``, ``"switch"``, ``"gshard"``, or a `Gate` of your own.
+        experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
+            called once per expert.
+        capacity_factor: None: no token is dropped. A number: an expert takes at most
+            ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
+        eval_capacity_factor: the same in eval mode; None: as in training.
+        drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
+        pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
+        shared_experts: experts that every token visits as well.
+        bias: biases in the named experts.
+        balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
+            (`balance_loss`). For "sequence", x is [..., S, D].
+        aux_loss_weight, z_loss_weight: weights of the balance loss and of the router's z-loss; a gate's
+            own losses have the weight of the balance loss.
+        seed: of the experts' initial values; None draws one from torch's default generator. It must be
+            the same on all ranks.
+
+    Raises:
+        ValueError, TypeError: arguments or inputs that do not fit, saying which.
+        DispatchError: ranks that disagree, or NaN among the gate's weights; on every rank.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int | None = None,
+        gate: str | Gate = "topk",
+        experts: str | Callable[[], nn.Module] = "swiglu",
+        capacity_factor: float | None = None,
+        drop_policy: str = "score",
+        pad: bool = False,
+        shared_experts: int = 0,
+        bias: bool = False,
+        balance: str = "local",
+        eval_capacity_factor: float | None = None,
+        seed: int | None = None,
+        aux_loss_weight: float = 1e-2,
+        z_loss_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        if drop_policy not in POLICIES:
+            raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
+        if balance not in BALANCE:
+            raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {balance!r}")
+        if pad and capacity_factor is None:
+            raise ValueError("pad=True gives every expert its full capacity: set capacity_factor as well")
+        for factor in (capacity_factor, eval_capacity_factor):
+            if factor is not None:
+                capacity_limit(factor, 1, 1, 1)  # a bad one is named here, not in the first step
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+
+        self.dim, self.num_experts = dim, num_experts
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.drop_policy, self.pad, self.balance = drop_policy, pad, balance
+        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
+        self.gate = _gate(gate, dim, num_experts, top_k)
+        self.experts = _experts(experts, dim, hidden, num_experts, bias, seed)
+        self.shared = _shared(experts, dim, hidden, shared_experts, bias)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets both
+        self._forget()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (..., D) -> y (..., D), same dtype. `mask`: bool (...), False = padding, which goes to no expert."""
+        try:
+            self._check(x, mask)
+            tokens = rearrange(x, "... d -> (...) d")
+            routing = self.gate(tokens).masked(None if mask is None else mask.flatten())  # who goes where
+            limit = self._limit(routing)
+            kept = routing if limit is None else capacity(routing, limit, self.drop_policy)  # whom experts turn away
+            plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None)  # which token fills which row
+        except Exception:
+            self.dispatcher.refuse(self.num_experts, x.device)  # the other ranks wait for this one
+            raise
+        tokens = _autocast(tokens)
+        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # there, through the experts, and back
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        y = y.to(x.dtype).reshape(x.shape)
+        self._record(y, routing, kept, sequences=x.shape[:-2].numel())
+        return y
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token picks, k; may be set between steps."""
+        return self.gate.top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        if not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.num_experts}")
+        self.gate.top_k = top_k
+
+    @property
+    def stats(self) -> Stats:
+        """Load statistics of the last forward on this rank, as tensors on its device."""
+        if self._last is None:
+            raise RuntimeError("no statistics yet: they are of the last forward, and there was none")
+        return Stats.of(*self._last, self.num_experts)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {tuple(x.shape)}")
+        if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
+        if self.balance == "sequence" and x.ndim < 2:
+            raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
+
+    def _limit(self, routing: Routing) -> int | None:
+        """Rows an expert takes from this rank, None if any number."""
+        if routing.num_experts != self.num_experts:
+            raise ValueError(f"the gate scores {routing.num_experts} experts, the layer has {self.num_experts}")
+        factor = self.capacity_factor
+        if not self.training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        tokens, top_k = routing.expert.shape
+        return None if factor is None else capacity_limit(factor, top_k, tokens, self.num_experts)
+
+    def _record(self, y: Tensor, routing: Routing, kept: Routing, sequences: int) -> None:
+        """Keep what `stats` and `aux_loss` will be asked for."""
+        loss = self._loss(routing, sequences)
+        self._last = (routing.expert, kept.expert, routing.weight.detach())
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation recomputation, inside backward: this forward has been counted
+        if self._losses_done or not (self.training and y.requires_grad):
+            self._losses, self._losses_done = [], False
+        if loss is not None:
+            self._losses.append(loss)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(self._after_backward)
+
+    def _after_backward(self, grad: Tensor) -> None:
+        self._losses_done = True  # the next forward is of another step
+
+    def _loss(self, routing: Routing, sequences: int) -> Tensor | None:
+        """The weighted losses of one forward."""
+        group = self.balance_group if self.training and self.balance != "local" else None
+        weighted = []
+        if self.aux_loss_weight:
+            terms = [balance_loss(routing, self.balance, sequences, group), *routing.losses.values()]
+            weighted += [self.aux_loss_weight * term for term in terms]
+        if self.z_loss_weight:
+            weighted.append(self.z_loss_weight * z_loss(routing, group))
+        return torch.stack(weighted).sum() if weighted else None
+
+    def _forget(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
+        self._losses_done = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For deepcopy and pickle: neither can copy a loss with its graph.
+        return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": False}
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
+
+    It covers the last forward of each layer; of a layer that ran several times since the last backward
+    (or the last `aux_loss`), every run. A model without MoE layers gives 0.
+
+    Raises:
+        RuntimeError: a layer in training whose loss has lost its graph, as under re-entrant activation
+            checkpointing: the gate would silently get no gradient.
+    """
+    losses = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        wants_grad = (
+            layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in layer.gate.parameters())
+        )
+        if wants_grad and not all(loss.requires_grad for loss in layer._losses):
+            raise RuntimeError(
+                f"the balance loss of {name or 'the layer'} has no graph: its forward ran without gradients "
+                "(re-entrant checkpointing?); use torch.utils.checkpoint with use_reentrant=False"
+            )
+        losses += layer._losses
+        layer._losses_done = True
+    if losses:
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+def _gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
+    if not isinstance(gate, str):
+        own = getattr(gate, "top_k", top_k)
+        if top_k not in (None, own):
+            raise ValueError(f"top_k={top_k}, but the gate's is {own}: leave top_k out")
+        return gate
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)} or a Gate; got {gate!r}")
+    return GATES[gate](dim, num_experts) if top_k is None else GATES[gate](dim, num_experts, top_k)
+
+
+def _experts(
+    experts: str | Callable[[], nn.Module], dim: int, hidden: int, num_experts: int, bias: bool, seed: int
+) -> Experts:
+    if isinstance(experts, str):
+        return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
+    return ModuleExperts(experts, num_experts, seed)
+
+
+def _shared(experts: str | Callable[[], nn.Module], dim: int, hidden: int, number: int, bias: bool) -> nn.Module | None:
+    if not number:
+        return None
+    return FeedForward(dim, number * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, number)
+
+
+def _autocast(tokens: Tensor) -> Tensor:
+    """In autocast's dtype where it is on, so that fewer bytes travel and experts compute in it."""
+    if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype != torch.float64:
+        return tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    return tokens

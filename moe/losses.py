@@ -1,0 +1,106 @@
+"""Losses that keep the experts evenly used, as functions of a routing.
+
+All of them are made from the routing before capacity drops anything, leave padding out, and use the
+number of experts on all ranks. A loss over several ranks is written for an objective that is the mean
+over ranks (what DDP, FSDP and `sync_gradients` compute): add it on every rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..dispatch.collectives import all_reduce
+from ..dispatch.plan import load
+from .routing import Routing
+
+BALANCE = ("local", "global", "sequence")
+
+
+def balance_loss(
+    routing: Routing, over: str = "local", sequences: int = 1, group: ProcessGroup | None = None
+) -> Tensor:
+    """E * sum_e f_e P_e: 1 when tokens are spread evenly, E when all go to one expert.
+
+    f_e is the share of assignments expert e received, P_e the mean of its scores, each token's scores
+    summing to 1 (Switch Transformer, arXiv:2101.03961, eq. 4-6; GShard, arXiv:2006.16668). The gradient
+    flows through P. f * P is not linear, so it matters over which tokens both are taken:
+
+    Args:
+        routing: of this rank's tokens.
+        over: ``"local"``: this rank's tokens; changes with the number of ranks. ``"global"``: all tokens
+            of all ranks of `group` (arXiv:2501.11873). ``"sequence"``: one term per sequence, averaged
+            over the sequences of all ranks (DeepSeek-V3, arXiv:2412.19437, eq. 17-20). The last two do not
+            depend on how tokens are spread over ranks.
+        sequences: sequences on this rank; T is a multiple, tokens of one lying together.
+        group: the ranks that share the batch; None is this rank alone.
+
+    Returns:
+        A scalar, equal on all ranks for "global"; on a rank without tokens 0 for "local".
+    """
+    if over not in BALANCE:
+        raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {over!r}")
+    if over != "sequence":
+        sequences = 1
+    E = routing.num_experts
+    scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
+    if routing.mask is not None:
+        scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
+    # without tokens: zeros that keep their graph, for this rank takes part as well
+    mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
+    chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
+    tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
+    if over == "global":
+        total = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), group)
+        mass, chosen, tokens = total[:, :E], total[:, E:-1], total[:, -1]
+    share = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).detach()
+    terms = E * (share * mass).sum(1) / tokens.clamp(min=1)
+    if over != "sequence":
+        return terms.sum()
+    return _mean_over_ranks(terms, tokens > 0, group)
+
+
+def z_loss(routing: Routing, group: ProcessGroup | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2: keeps router logits small (ST-MoE, arXiv:2202.08906, eq. 5).
+
+    With a `group`, over the tokens of all its ranks.
+    """
+    if routing.logits is None:
+        raise ValueError("z_loss needs the router's logits, and this gate returns none: set z_loss_weight=0")
+    terms = routing.logits.logsumexp(-1).square()
+    counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
+    return _mean_over_ranks(terms, counted, group)
+
+
+def _mean_over_ranks(terms: Tensor, counted: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part of the mean of `terms` [n] where `counted`: the mean over ranks of the parts is that mean."""
+    number = counted.sum().to(terms.dtype)
+    size = 1
+    if group is not None:
+        number, size = _sum(number, group), dist.get_world_size(group)
+    return torch.where(counted, terms, 0).sum() * size / number.clamp(min=1)
+
+
+def _sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    return x if group is None else all_reduce(x, group)
+
+
+def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
+    """Assignments per sequence and expert, int64 [sequences, E]."""
+    E = routing.num_experts
+    if sequences == 1:
+        return load(routing.expert, E).unsqueeze(0)
+    sequence = torch.arange(sequences, device=routing.expert.device).repeat_interleave(
+        len(routing.expert) // sequences, output_size=len(routing.expert)
+    )
+    ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
+    return load(ids, sequences * E).reshape(sequences, E)
+
+
+def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
+    """Tokens of each sequence that are not padding, [sequences]."""
+    if routing.mask is not None:
+        return routing.mask.reshape(sequences, -1).sum(1) if len(routing.mask) else routing.mask.new_zeros(sequences)
+    return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)

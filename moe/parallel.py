@@ -1,0 +1,136 @@
+"""Placement: the experts of a model over the ranks of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from ..dispatch import mesh as axes
+from ..dispatch.base import Dispatcher
+from ..dispatch.flat import FlatDispatcher
+from ..dispatch.local import LocalDispatcher
+from .layer import MoE
+
+DISPATCHERS = ("auto", "flat")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "auto") -> Model:
+    """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
+
+    Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
+    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`).
+
+    Args:
+        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
+        mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
+            experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
+            the batch. Without an "ep" axis all experts stay where they are.
+        dispatcher: ``"flat"``, ``"auto"`` (today the same), or a `Dispatcher`.
+
+    Raises:
+        ValueError: axes missing, experts that do not split, models that differ between ranks.
+    """
+    if isinstance(dispatcher, str) and dispatcher not in DISPATCHERS:
+        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {dispatcher!r}")
+    ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
+    _check_alike(model, everyone)
+    for name, layer in _moe_layers(model):
+        layer.balance_group = everyone
+        if ep is None:
+            continue
+        if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
+            raise ValueError(f"the experts of {name} are spread already: call parallelize once, before any FSDP")
+        if layer.num_experts % ep.size():
+            raise ValueError(
+                f"num_experts={layer.num_experts} of {name} does not split over ep={ep.size()} ranks; use a "
+                f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
+            )
+        _spread(layer.experts, ep)
+        if isinstance(dispatcher, Dispatcher):
+            layer.dispatcher = dispatcher
+        else:
+            layer.dispatcher = FlatDispatcher(ep.get_group()) if ep.size() > 1 else LocalDispatcher()
+    return model
+
+
+def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
+    """FSDP2 for the experts of a parallelized model, over the axis "edp", with the right divisor.
+
+    Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
+    over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
+    batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
+    """
+    edp = axes.axis(mesh, axes.EDP)
+    if edp is None or axes.axis(mesh, axes.EP) is None:
+        raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
+    options.setdefault("shard_placement_fn", lambda p: Shard(min(1, p.ndim - 1)))  # experts lie on axis 0
+    for _, layer in _moe_layers(model):
+        experts = cast(FSDPModule, fully_shard(layer.experts, mesh=edp, **options))
+        experts.set_gradient_divide_factor(float(axes.data_mesh(mesh).size()))
+        # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
+        experts.set_force_sum_reduction_for_comms(edp.size() > 1)
+    return model
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model, by name, that belong to `MoE` experts: what DDP must be told to ignore."""
+    return {
+        f"{name}.experts.{own}" if name else f"experts.{own}": p
+        for name, layer in _moe_layers(model)
+        for own, p in layer.experts.named_parameters()
+    }
+
+
+def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, MoE))
+
+
+def _check_alike(model: nn.Module, group: ProcessGroup | None) -> None:
+    """The layers must be the same on all ranks, seeds too: replicas of an expert start equal."""
+    if group is None:
+        return
+    mine = [
+        (
+            name,
+            layer.num_experts,
+            layer.experts.seed,
+            [(n, tuple(p.shape), p.dtype) for n, p in layer.named_parameters()],
+        )
+        for name, layer in _moe_layers(model)
+    ]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group=group)
+    for rank, theirs in enumerate(everyones):
+        if theirs != everyones[0]:
+            what = next(
+                (f"{a} against {b}" for a, b in zip(theirs, everyones[0], strict=False) if a != b), "their number"
+            )
+            raise ValueError(
+                f"rank {rank} has built other MoE layers than rank 0: {what} (name, experts, seed, parameters); build "
+                "the model with the same arguments and under the same torch.manual_seed on every rank, or pass seed="
+            )
+
+
+@torch.no_grad()
+def _spread(experts: nn.Module, ep: DeviceMesh) -> None:
+    """Keep this rank's slice of every stacked tensor, as a DTensor."""
+
+    def shard(tensor: Tensor) -> DTensor:
+        length = tensor.shape[0] // ep.size()
+        held = tensor.detach()[ep.get_local_rank() * length :][:length].clone()  # a view would keep them all
+        return DTensor.from_local(held, ep, [Shard(0)], run_check=False)
+
+    for module in experts.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(shard(p), requires_grad=p.requires_grad))
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, shard(b))

@@ -1,0 +1,50 @@
+"""A gate's ticket: which experts a token goes to, with what weight, and what the choice was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What every gate returns. T tokens, k choices each, E experts in all (on all ranks).
+
+    No expert appears twice for one token. T = 0 is legal. Losses and load statistics are made from the
+    routing as the gate returned it, before capacity drops anything.
+    """
+
+    expert: Tensor  # int64 [T, k]  chosen experts, -1 = dropped or unused
+    weight: Tensor  # float32 or wider [T, k]  what each expert's output is multiplied by, 0 where expert is -1
+    scores: Tensor  # [T, E]  what the choice was made from, without noise or balancing bias
+    logits: Tensor | None = None  # [T, E]  before softmax or sigmoid; the router z-loss needs them
+    losses: dict[str, Tensor] = field(default_factory=dict)  # scalars only the gate can compute, unweighted
+    mask: Tensor | None = None  # bool [T], False = padding: chosen by nobody, counted nowhere
+
+    def __post_init__(self) -> None:
+        if self.expert.ndim != 2 or self.expert.shape != self.weight.shape:
+            shapes = f"{tuple(self.expert.shape)} and {tuple(self.weight.shape)}"
+            raise ValueError(f"expert and weight must both be [T, k]; got {shapes}")
+        if self.scores.ndim != 2 or self.scores.shape[0] != self.expert.shape[0]:
+            raise ValueError(f"scores must be [T, E], T={self.expert.shape[0]}; got {tuple(self.scores.shape)}")
+        if self.expert.shape[1] > self.scores.shape[1]:
+            raise ValueError(f"k={self.expert.shape[1]} choices among only E={self.scores.shape[1]} experts")
+        if self.expert.dtype != torch.int64:
+            raise TypeError(f"expert must be int64; got {self.expert.dtype}")
+        if self.weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"weight must be float32 or wider, or small weights are lost; got {self.weight.dtype}")
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts on all ranks together."""
+        return self.scores.shape[1]
+
+    def keep(self, kept: Tensor) -> Routing:
+        """Drop the assignments where `kept`, bool [T, k] or [T, 1], is False. The others do not change."""
+        return replace(self, expert=torch.where(kept, self.expert, -1), weight=torch.where(kept, self.weight, 0.0))
+
+    def masked(self, mask: Tensor | None) -> Routing:
+        """Take padding out: tokens where `mask`, bool [T], is False go to no expert."""
+        return self if mask is None else replace(self.keep(mask.unsqueeze(1)), mask=mask)

@@ -1,0 +1,42 @@
+"""Experts that every token visits, beside the routed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .experts import ACTIVATIONS
+
+
+class FeedForward(nn.Module):
+    """A dense perceptron of the experts' kind: W_down act(W_up x), or W_down (silu(W_gate x) * W_up x).
+
+    x [..., D] -> [..., D]. n shared experts of width H are one of width n*H (DeepSeekMoE,
+    arXiv:2401.06066).
+    """
+
+    def __init__(self, dim: int, hidden: int, activation: str = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[activation]
+        self.up = nn.Linear(dim, hidden, bias)
+        self.gate = nn.Linear(dim, hidden, bias) if activation == "swiglu" else None
+        self.down = nn.Linear(hidden, dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        hidden = self.up(x)
+        return self.down(self.act(hidden) if self.gate is None else self.act(self.gate(x)) * hidden)
+
+
+class Sum(nn.Module):
+    """The sum of modules that all see the same input: shared experts built by a factory."""
+
+    def __init__(self, factory: Callable[[], nn.Module], number: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(factory() for _ in range(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return torch.stack([module(x) for module in self.each]).sum(0)
