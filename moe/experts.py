@@ -8,14 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .activation import ACTIVATIONS, weighted_activation
 from .grouped_mm import grouped_mm
 from .stacked import held_slice, local
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
 
 
 class Experts(nn.Module, ABC):
@@ -110,10 +108,9 @@ class FeedForwardExperts(Experts):
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = self._linear("up", rows, ends)
-        act = ACTIVATIONS[self.activation]
-        hidden = act(self._linear("gate", rows, ends)) * hidden if self.activation == "swiglu" else act(hidden)
-        hidden = (hidden * weight.unsqueeze(1)).to(rows.dtype)
+        up = self._linear("up", rows, ends)
+        gate = self._linear("gate", rows, ends) if "gate" in self.sizes else None
+        hidden = weighted_activation(self.activation, up, gate, weight)
         return self._linear("down", hidden, ends, weight)
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:

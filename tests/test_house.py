@@ -1,0 +1,184 @@
+"""The house rules, as tests: who may import whom, how long a file is, where state may come from."""
+
+import ast
+import configparser
+import doctest
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import turnout
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK = {"cuda": 0, "dispatch": 1, "moe": 2, "models": 3}  # a room may import those below it
+MODULES = sorted(path for room in RANK for path in (ROOT / room).rglob("*.py"))
+SOURCES = MODULES + sorted(p for room in ("tests", "examples", "benchmarks") for p in (ROOT / room).rglob("*.py"))
+# What a module of the package may not import by an absolute name. Not `cuda`: that is NVIDIA's, ours is `..cuda`.
+OURS = {"turnout", "dispatch", "moe", "models", "examples", "benchmarks", "tests"}
+MAX_LINES = 320
+MAY_READ_ENVIRONMENT: set[str] = set()  # files, relative to the root; for torchrun's own variables alone
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    assert paths, "nothing to check: has a folder moved?"
+    return pytest.mark.parametrize("path", paths, ids=name)
+
+
+def wrong_imports(path: str, source: str) -> list[str]:
+    """Imports of the module at `path` that do not point down; absolute ones are for other people's packages."""
+    room, *inner = path.split("/")
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        absolute, relative = [], []
+        if isinstance(node, ast.Import):
+            absolute = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute = [node.module or ""]
+        elif isinstance(node, ast.ImportFrom) and node.level > len(inner):  # leaves the room
+            relative = [node.module] if node.module else [alias.name for alias in node.names]
+        for first in (target.split(".")[0] for target in absolute):
+            if first in OURS:
+                wrong.append(f"{path}:{node.lineno}: absolute import of {first}; write it relative, as in ..dispatch")
+        for first in (target.split(".")[0] for target in relative):
+            if RANK.get(first, len(RANK)) >= RANK[room]:
+                wrong.append(f"{path}:{node.lineno}: {room} imports {first}; only models -> moe -> dispatch -> cuda")
+    return wrong
+
+
+def environment_reads(source: str) -> list[int]:
+    """Lines that touch the process environment."""
+    words = {"environ", "environb", "getenv", "getenvb", "putenv"}
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        named = isinstance(node, ast.Attribute) and node.attr in words
+        imported = isinstance(node, ast.ImportFrom) and any(alias.name in words for alias in node.names)
+        if named or imported:
+            lines.append(node.lineno)
+    return lines
+
+
+def undocumented(source: str) -> list[str]:
+    """Public names without a docstring; "module" for the module itself."""
+
+    def visit(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+        for child in node.body:
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            decorators = {
+                d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "") for d in child.decorator_list
+            }
+            if child.name.startswith("_") or decorators & {"setter", "overload", "override"}:
+                continue
+            if not ast.get_docstring(child):
+                yield prefix + child.name
+            if isinstance(child, ast.ClassDef):
+                yield from visit(child, f"{prefix}{child.name}.")
+
+    tree = ast.parse(source)
+    return ([] if ast.get_docstring(tree) else ["module"]) + list(visit(tree, ""))
+
+
+def test_the_package_under_test_is_this_checkout():
+    assert Path(turnout.__file__).resolve() == ROOT / "__init__.py"
+
+
+@each(MODULES)
+def test_imports_point_down(path):
+    assert wrong_imports(name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "finds"),
+    [
+        ("dispatch/flat.py", "from ..moe.routing import Routing", 1),
+        ("dispatch/flat.py", "from .. import models", 1),
+        ("dispatch/flat.py", "from .. import __version__", 1),
+        ("moe/gates/topk.py", "def f():\n    from ...models import gpt", 1),
+        ("moe/gates/topk.py", "import turnout.dispatch", 1),
+        ("moe/layer.py", "from turnout.dispatch import Plan", 1),
+        ("moe/layer.py", "from dispatch.plan import Plan\nimport tests.reference", 2),
+        ("moe/gates/topk.py", "from ..routing import Routing\nfrom ...dispatch import Plan\nfrom .base import Gate", 0),
+        ("dispatch/ops.py", "from ..cuda.kernels import launch\nimport cuda.pathfinder", 0),
+    ],
+)
+def test_the_import_rule_sees(path, source, finds):
+    assert len(wrong_imports(path, source)) == finds
+
+
+@each(SOURCES)
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines, the limit is {MAX_LINES}: is there a second idea inside?"
+
+
+@each(MODULES)
+def test_nothing_reads_the_environment(path):
+    lines = environment_reads(path.read_text())
+    allowed = name(path) in MAY_READ_ENVIRONMENT
+    assert allowed or not lines, f"environment in lines {lines}: take an argument instead"
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("import os\nos.environ['A']", [2]),
+        ("from os import environ as e", [1]),
+        ("import os\nx = os.getenv('A')", [2]),
+        ("import os\nos.path.join('environ')", []),
+    ],
+)
+def test_the_environment_rule_sees(source, lines):
+    assert environment_reads(source) == lines
+
+
+@each([ROOT / "__init__.py", *MODULES])
+def test_public_names_have_docstrings(path):
+    assert undocumented(path.read_text()) == []
+
+
+def test_the_docstring_rule_sees():
+    source = (
+        "class A:\n  '''.'''\n  def f(self): ...\n  def _g(self): ...\n  @f.setter\n  def f(self, x): ...\ndef h(): ..."
+    )
+    assert undocumented(source) == ["module", "A.f", "h"]
+
+
+@each([path for path in MODULES if ">>>" in path.read_text()])
+def test_docstring_examples_run(path):
+    # Not pytest --doctest-modules: with the root as the package it imports a second copy of every module.
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(["turnout", *(part for part in parts if part != "__init__")]))
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0, "the examples are not in docstrings"
+    assert failed == 0
+
+
+def test_only_the_package_itself_lies_at_the_root():
+    # Any other .py there would ship inside the package: conftest lives in tests/.
+    assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
+
+
+def test_cuda_is_not_a_package_by_itself():
+    # With __init__.py, whatever runs at the root would import ours in place of NVIDIA's `cuda`, which CuPy needs.
+    assert not (ROOT / "cuda" / "__init__.py").exists()
+
+
+def test_setup_cfg_lists_every_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    places = {path.parent for path in MODULES} | {ROOT / "cuda"}
+    folders = {".".join(["turnout", *place.relative_to(ROOT).parts]): name(place) for place in places}
+    folders["turnout"] = "."
+    assert set(config["options"]["packages"].split()) == set(folders)
+    lines = config["options"]["package_dir"].strip().splitlines()
+    assert dict(tuple(part.strip() for part in line.split("=")) for line in lines) == folders
+
+
+@each(sorted({path.parent for path in MODULES} - {ROOT / "cuda"}))
+def test_packages_have_an_init(path):
+    assert (path / "__init__.py").exists()

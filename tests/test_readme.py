@@ -1,0 +1,61 @@
+"""What README and docs show is run, and what they link to exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cuda" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+
+
+def blocks(path: Path, kind: str) -> list[str]:
+    """Code blocks of a page whose fence says exactly `kind`, each moved down to its own line number."""
+    text = path.read_text()
+    found = [match for match in FENCE.finditer(text) if match[1].strip() == kind]
+    return ["\n" * text[: match.start(2)].count("\n") + match[2] for match in found]
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def test_readme_has_an_example_of_each_kind():
+    readme = ROOT / "README.md"
+    assert blocks(readme, "python")
+    assert blocks(readme, "python torchrun")
+
+
+@each([path for path in PAGES if blocks(path, "python")])
+def test_python_blocks_run(path):
+    namespace = {"__name__": path.stem}
+    with torch.random.fork_rng():
+        for code in blocks(path, "python"):
+            exec(compile(code, str(path), "exec"), namespace)
+
+
+@pytest.mark.slow
+@each([path for path in PAGES if blocks(path, "python torchrun")])
+def test_torchrun_blocks_run(path, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for code in blocks(path, "python torchrun"):
+        job = tmp_path / "job.py"
+        job.write_text(code)
+        result = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+@each(PAGES)
+def test_links_lead_somewhere(path):
+    links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
