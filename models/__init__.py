@@ -1,1 +1,5 @@
-"""Models built from the layer."""
+"""Models built from the layer. Start at `gpt.py`."""
+
+from .gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig"]

@@ -1,0 +1,245 @@
+"""Train a byte-level GPT with mixture-of-experts blocks, its experts spread over the ranks.
+
+    torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
+    python examples/pretrain.py --dense          # one rank, and the dense twin of equal FLOPs per token
+
+The text is the source of the running Python's standard library, or --data. The batches, and so the losses,
+do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import corpus
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from report import Log, draw
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
+from turnout.models import GPT, GPTConfig, checkpoint
+from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+
+
+@dataclass(frozen=True)
+class Job:
+    steps: int = 400  # optimizer steps in all
+    out: str = "runs/pretrain"  # folder of checkpoints and report.png
+    data: tuple[str, ...] = ()  # text files and folders; none: the standard library's source
+    resume: bool = False  # go on from the newest checkpoint in --out, on any number of ranks
+    dense: bool = False  # no experts: the dense twin
+    seed: int = 0
+    batch: int = 32  # sequences in a step, on all ranks together
+    seq: int = 128  # bytes in a sequence
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    hidden: int = 256  # width of one expert
+    experts: int = 8
+    top_k: int = 2
+    gate: str = "topk"
+    capacity_factor: float = 0.0  # 0: no token is dropped
+    balance: str = "global"
+    aux_weight: float = 1e-2
+    ep: int = 0  # ranks that share the experts; 0: all of them
+    lr: float = 4e-3
+    warmup: int = 40
+    eval_every: int = 100
+    eval_size: int = 128  # held-out sequences read each time
+    save_every: int = 200  # and at the end
+
+    def check(self, ranks: int) -> int:
+        """The ranks that share the experts, or ValueError: before any rank waits for another."""
+        ep = self.ep or math.gcd(ranks, self.experts)
+        for what, whole, part in (
+            ("--batch", self.batch, ranks),
+            ("--eval-size", self.eval_size, ranks),
+            ("the number of ranks", ranks, ep),
+            ("--experts", self.experts, ep),
+        ):
+            if whole % part:
+                raise ValueError(
+                    f"{what} ({whole}) must be a multiple of {part}: {ranks} ranks, {ep} share the experts"
+                )
+        if self.steps < 1:
+            raise ValueError(f"--steps must be positive; got {self.steps}")
+        return ep
+
+    def model(self) -> GPT:
+        """The model, alike on every rank."""
+        torch.manual_seed(self.seed)
+        moe = {
+            "gate": self.gate,
+            "capacity_factor": self.capacity_factor or None,
+            "balance": self.balance,
+            "aux_loss_weight": self.aux_weight,
+        }
+        return GPT(
+            GPTConfig(
+                dim=self.dim,
+                layers=self.layers,
+                heads=self.heads,
+                hidden=self.hidden,
+                seq_len=self.seq,
+                moe_every=0 if self.dense else 2,
+                num_experts=self.experts,
+                top_k=self.top_k,
+                moe=moe,
+            )
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+
+
+def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (ranks // ep, ep), mesh_dim_names=("edp", "ep"))
+    model = job.model().to(device)
+    size = {"parameters": sum(p.numel() for p in model.parameters()), "active_parameters": model.active_parameters()}
+    parallelize(model, mesh)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0), lr=job.lr, betas=(0.9, 0.95)
+    )
+    out, log, first = Path(job.out), Log(), 0
+    if job.resume:
+        path = checkpoint.newest(out)
+        if path is None:
+            raise ValueError(f"--resume: there is no checkpoint in {out}")
+        first, extra = checkpoint.load(path, model, optimizer)
+        log = Log(**extra["log"])
+    elif checkpoint.newest(out):
+        raise ValueError(f"{out} holds checkpoints of another run: --resume goes on with it, or choose another --out")
+
+    mine = {"rank": rank, "ranks": ranks}
+    seconds, bar = 0.0, tqdm(total=job.steps, initial=first, disable=rank != 0, file=sys.stderr)
+    for step in range(first, job.steps):
+        start = time.perf_counter()
+        model.train()
+        tokens = corpus.batch(text[0], job.seed, step, job.batch, job.seq, **mine).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = job.lr_at(step)
+        loss = cross_entropy(model, tokens)
+        (loss + aux_loss(model)).backward()
+        sync_gradients(model, mesh)
+        clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - start
+
+        done = step + 1
+        if done % 10 == 0 or done == job.steps:
+            log.add(done, *gather(model, loss.detach()))
+            rate = (done - first) * job.batch * job.seq / seconds
+            bar.set_postfix_str(f"loss {log.loss[-1]:.3f}, {rate:.0f} tokens/s, {log.summary()}")
+        bar.update()
+        if done % job.eval_every == 0 or done == job.steps:
+            log.val_step.append(done)
+            log.val_bpb.append(evaluate(model, text[1], job, device, mine))
+        if done % job.save_every == 0 or done == job.steps:
+            checkpoint.save(out, model, optimizer, done, {"log": asdict(log), "job": asdict(job)})
+    bar.close()
+    if rank == 0:
+        draw(log, out / "report.png")
+        result = {
+            "steps": job.steps,
+            "loss": log.loss[-1],
+            "val_bpb": log.val_bpb[-1],
+            "tokens_per_s": round((job.steps - first) * job.batch * job.seq / seconds) if seconds else None,
+            "seconds": round(seconds, 1),
+            "dropped": log.dropped[-1],
+            "imbalance": log.imbalance[-1],
+            "ranks": ranks,
+            **size,
+        }
+        print(json.dumps(result), flush=True)
+
+
+def cross_entropy(model: GPT, tokens: Tensor) -> Tensor:
+    """Mean nats per byte of tokens [B, S + 1]."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: GPT, text: Tensor, job: Job, device: torch.device, mine: dict[str, int]) -> float:
+    """Bits per held-out byte; all ranks read their part, in as many batches."""
+    model.eval()
+    tokens = corpus.held_out(text, job.eval_size, job.seq, **mine).to(device)
+    nats = torch.stack([cross_entropy(model, part) * part.shape[0] for part in tokens.split(16)]).sum()
+    dist.all_reduce(nats)
+    return float(nats) / job.eval_size / math.log(2)
+
+
+@torch.no_grad()
+def gather(model: GPT, loss: Tensor) -> tuple[float, list[list[int]], float]:
+    """Over all ranks: mean loss, tokens per expert of each layer, share dropped; in one all-reduce."""
+    stats = [m.stats for m in model.modules() if isinstance(m, MoE)]
+    counts = [s.tokens_per_expert.double() for s in stats]
+    dropped = torch.stack([s.dropped.double() for s in stats]).mean() if stats else torch.zeros_like(loss).double()
+    flat = torch.cat([loss.double().reshape(1), dropped.reshape(1), *counts])
+    dist.all_reduce(flat)
+    mean, drop, *rest = flat.tolist()
+    width = len(counts[0]) if counts else 1
+    table = [[int(n) for n in rest[i : i + width]] for i in range(0, len(rest), width)]
+    return mean / dist.get_world_size(), table, drop / dist.get_world_size()
+
+
+def parse(argv: list[str] | None = None) -> Job:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Job):
+        flag = "--" + f.name.replace("_", "-")
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true")
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, nargs="+", default=())
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default, help=f"default: {f.default}")
+    values = vars(parser.parse_args(argv))
+    return Job(**{**values, "data": tuple(values["data"])})
+
+
+def main() -> int:
+    job = parse()
+    launched = "WORLD_SIZE" in os.environ  # torchrun's variables, read here alone
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        ep = job.check(ranks)
+        text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(seconds=60),
+            **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+        )
+        train(job, ep, text)
+    except (ValueError, RuntimeError, FileExistsError) as error:
+        if not isinstance(error, ValueError | FileExistsError) and "does not load" not in str(error):
+            raise
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The curves of a run, and the picture made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Log:
+    """What a run has shown so far: one entry for every few steps."""
+
+    step: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)  # nats per byte
+    dropped: list[float] = field(default_factory=list)  # share of assignments
+    imbalance: list[float] = field(default_factory=list)  # largest load over the mean, the worst layer's
+    tokens: list[list[list[int]]] = field(default_factory=list)  # [entry][MoE layer][expert]
+    val_step: list[int] = field(default_factory=list)
+    val_bpb: list[float] = field(default_factory=list)  # bits per held-out byte
+
+    def add(self, step: int, loss: float, tokens: list[list[int]], dropped: float) -> None:
+        self.step.append(step)
+        self.loss.append(loss)
+        self.tokens.append(tokens)
+        self.dropped.append(dropped)
+        self.imbalance.append(max((max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens), default=1.0))
+
+    def summary(self) -> str:
+        if not self.tokens[-1]:
+            return "dense"
+        return f"dropped {self.dropped[-1]:.1%}, imbalance {self.imbalance[-1]:.2f}"
+
+
+def draw(log: Log, path: Path) -> None:
+    """Losses over steps and, for each MoE layer, a heat map of the share of tokens each expert got."""
+    import math
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    layers = len(log.tokens[-1])
+    figure, axes = plt.subplots(
+        1 + layers, 1, figsize=(9, 3.4 + 2.0 * layers), height_ratios=[1.7] + [1] * layers, layout="constrained"
+    )
+    curves, *maps = np.atleast_1d(axes)
+    curves.plot(log.step, [nats / math.log(2) for nats in log.loss], color="tab:blue", lw=1.2, label="train")
+    curves.plot(log.val_step, log.val_bpb, "o-", color="tab:orange", lw=1.5, ms=4, label="held out")
+    curves.set(xlabel="step", ylabel="bits per byte", title=f"held out: {log.val_bpb[-1]:.3f} bits per byte")
+    curves.grid(alpha=0.3)
+    curves.legend(frameon=False)
+    for index, axis in enumerate(maps):
+        counts = np.array([entry[index] for entry in log.tokens], dtype=float).T  # [expert, entry]
+        share = counts / counts.sum(0) * len(counts)
+        picture = axis.imshow(
+            share, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, origin="lower", interpolation="nearest",
+            extent=(0, log.step[-1], -0.5, len(counts) - 0.5),
+        )  # fmt: skip
+        axis.set(ylabel="expert", title=f"load of the experts, MoE layer {index + 1}")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(picture, ax=axis, label="share / even share")
+    if maps:
+        maps[-1].set_xlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

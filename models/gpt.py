@@ -1,0 +1,143 @@
+"""A decoder-only transformer whose feed-forward blocks may be mixtures of experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..moe.layer import MoE
+from ..moe.shared import FeedForward
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes of a `GPT`. The defaults read bytes."""
+
+    vocab: int = 256
+    dim: int = 128  # model width D
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None  # grouped-query attention (arXiv:2305.13245); None: as many as heads
+    hidden: int = 256  # width H of one expert; a dense block is top_k * hidden wide: equal FLOPs per token
+    seq_len: int = 128  # longest sequence
+    moe_every: int = 2  # every n-th block is a mixture of experts; 0: none, the dense twin
+    num_experts: int = 8
+    top_k: int = 2
+    rope_base: float = 10_000.0
+    moe: dict[str, Any] = field(default_factory=dict)  # further arguments of `MoE`
+
+    def __post_init__(self) -> None:
+        kv_heads = self.kv_heads or self.heads
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: RoPE turns pairs")
+        if self.heads % kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={kv_heads}")
+
+
+class GPT(nn.Module):
+    """Pre-norm blocks (RMSNorm, arXiv:1910.07467), rotary positions, fused causal attention, tied embeddings.
+
+    Block i (from 1) is a mixture of experts where i is a multiple of `moe_every`. Built under one
+    `torch.manual_seed`, it is the same model at every world size.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.blocks = nn.ModuleList(Block(config, index + 1) for index in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, S] -> logits [B, S, vocab] of each next token; S is at most `seq_len`."""
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.seq_len:
+            raise ValueError(
+                f"tokens must be [B, S] with S <= seq_len={self.config.seq_len}; got {tuple(tokens.shape)}"
+            )
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return F.linear(self.norm(x), self.embed.weight)
+
+    def active_parameters(self) -> int:
+        """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
+        count = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        for block in self.blocks:
+            if isinstance(block.feed_forward, MoE):
+                layer = block.feed_forward
+                each = sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts
+                count -= each * (layer.num_experts - layer.top_k)
+        return count
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Forward and backward: 6 per active parameter, and attention over `seq_len` positions unmasked."""
+        seq_len = self.config.seq_len if seq_len is None else seq_len
+        return 6 * self.active_parameters() + 12 * self.config.layers * self.config.dim * seq_len
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network, each on the normed residual stream; x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: GPTConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.dim)
+        self.feed_forward: nn.Module
+        if config.moe_every and index % config.moe_every == 0:
+            self.feed_forward = MoE(config.dim, config.hidden, config.num_experts, config.top_k, **config.moe)
+        else:
+            self.feed_forward = FeedForward(config.dim, config.top_k * config.hidden)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos and sin as `rotary` gives them."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        size = config.dim // config.heads
+        self.query = nn.Linear(config.dim, self.heads * size, bias=False)
+        self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
+        self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
+        self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        for linear in (self.query, self.key, self.value):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))  # GPT-2: the residual adds up
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos and sin as `rotary` gives them."""
+        q = rotate(rearrange(self.query(x), "b s (h d) -> b h s d", h=self.heads), cos, sin)
+        k = rotate(rearrange(self.key(x), "b s (h d) -> b h s d", h=self.kv_heads), cos, sin)
+        v = rearrange(self.value(x), "b s (h d) -> b h s d", h=self.kv_heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        return self.out(rearrange(y, "b h s d -> b s (h d)"))
+
+
+def rotary(length: int, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, size / 2] of the angles by which position and pair turn (RoPE, arXiv:2104.09864)."""
+    speed = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), speed)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + size/2]) of x [..., S, size] by its position's angle, in float32 or wider."""
+    cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
