@@ -6,6 +6,7 @@ the same on every rank and saved once.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by positio
 
 
 def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra: dict[str, Any] | None = None) -> Path:
-    """Write model, optimizer and picklable `extra` to folder/step-N; all ranks call it. Returns that path.
+    """Write model, optimizer and `extra` (what JSON can say) to folder/step-N; all ranks call it. Returns that path.
 
     It is written under another name first: what is called step-N is complete.
     """
     final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
     if final.exists():
         raise FileExistsError(f"{final} exists already; resume from it, or choose another folder")
-    _write(_state(model, optimizer) | {"step": step, "extra": extra or {}}, checkpoint_id=aside)
+    _write(_state(model, optimizer) | {"step": step, "extra": json.dumps(extra or {})}, checkpoint_id=aside)
     dist.barrier()
     if dist.get_rank() == 0:
         aside.rename(final)
@@ -55,7 +56,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[
     Raises:
         RuntimeError: on every rank, if it is damaged or of another model.
     """
-    state = _state(model, optimizer) | {"step": 0, "extra": {}}
+    state = _state(model, optimizer) | {"step": 0, "extra": ""}
     try:
         _read(state, checkpoint_id=path)
     except CheckpointException as error:  # not an Exception
@@ -63,7 +64,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[
         raise RuntimeError(f"{path} does not load: is it of a model of other sizes, or damaged? {first}") from None
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_BY_NAME)
-    return state["step"], state["extra"]
+    return state["step"], json.loads(state["extra"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -165,10 +165,12 @@ class MoE(nn.Module):
         self._last = (routing.expert, kept.expert, routing.weight.detach())
         if torch._C._current_graph_task_id() != -1:
             return  # activation recomputation, inside backward: this forward has been counted
-        if self._losses_done or not (self.training and y.requires_grad):
-            self._losses, self._losses_done = [], False
+        adds_up = self.training and y.requires_grad  # an evaluation stands alone
+        if self._losses_done or not adds_up:
+            self._losses = []
         if loss is not None:
             self._losses.append(loss)
+        self._losses_done = not adds_up
         if y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(self._after_backward)
 

@@ -1,0 +1,86 @@
+"""The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--batch 4 --seq 16 --dim 16 --heads 2 --layers 2 --hidden 16 --experts 4 --eval-size 4 --eval-every 3 --warmup 2"
+)
+
+
+def run(out: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launch, "examples/pretrain.py", *TINY.split(), "--out", str(out), *flags]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+
+
+def result(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20 + str(i))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, text) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("one")
+    return result(run(out, "--steps", "6", "--data", text)), out
+
+
+@pytest.mark.slow
+def test_prints_its_figures_and_draws_its_report(one_rank):
+    figures, out = one_rank
+    assert {"steps", "loss", "val_bpb", "tokens_per_s"} <= figures.keys()
+    assert figures["steps"] == 6
+    assert 0 < figures["val_bpb"] < 8.5
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "step-6").is_dir()
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_rank):
+    whole, _ = one_rank
+    two = result(run(tmp_path / "two", "--steps", "6", "--data", text, ranks=2))
+    assert two["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert two["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-4)
+    assert two["ranks"] == 2
+
+    more = tmp_path / "more"
+    result(run(more, "--steps", "6", "--data", text, "--save-every", "3", ranks=2))
+    for path in (more / "step-6").iterdir():  # as if it had been stopped after step 3
+        path.unlink()
+    (more / "step-6").rmdir()
+    resumed = result(run(more, "--steps", "6", "--data", text, "--resume"))
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert resumed["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ep", "3"], "must be a multiple of 3"),
+        (["--data", "no/such/folder"], "there is no such file"),
+        (["--resume"], "there is no checkpoint"),
+        (["--steps", "0"], "--steps must be positive"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path, flags, message):
+    done = run(tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

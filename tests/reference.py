@@ -1,0 +1,176 @@
+"""What the layer computes, written slowly and plainly: loops over tokens and choices, in float64.
+
+Nothing of the package is imported here. Everything is differentiable through autograd. Tests compare
+with `close`, and show for each tolerance that a wrong result would not pass.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+
+
+def close(actual, expected, tol):
+    """Whether the largest difference is at most `tol` of the largest value expected. NaN is never close."""
+    if actual.shape != expected.shape:
+        return False
+    if expected.numel() == 0:
+        return True
+    actual, expected = actual.detach().double(), expected.detach().double()
+    scale = max(float(expected.abs().max()), 1e-3)
+    return float((actual - expected).abs().max()) <= tol * scale
+
+
+def _stack(rows, width, like):
+    return torch.stack(rows) if rows else like.new_zeros(0, width)
+
+
+def route_topk(x, gate_weight, k, normalize=None, order="softmax_first"):
+    """Tokens x [T, D] -> expert int64 [T, k], weight [T, k], scores [T, E], logits [T, E]."""
+    E = len(gate_weight)
+    normalize = k > 1 if normalize is None else normalize
+    experts, weights, scores, logits = [], [], [], []
+    for token in x:
+        logit = torch.stack([(token * router).sum() for router in gate_weight])
+        power = (logit - logit.detach().max()).exp()
+        score = power / power.sum()
+        best = sorted(range(E), key=lambda e: (-float(logit[e]), e))[:k]  # noqa: B023
+        chosen = torch.stack([score[e] for e in best])
+        if order == "choose_first":
+            chosen = torch.stack([power[e] for e in best])
+        if normalize or order == "choose_first":
+            chosen = chosen / chosen.sum()
+        experts.append(best)
+        weights.append(chosen)
+        scores.append(score)
+        logits.append(logit)
+    expert = torch.tensor(experts, dtype=torch.int64).reshape(len(x), k)
+    return expert, _stack(weights, k, x), _stack(scores, E, x), _stack(logits, E, x)
+
+
+def capacity_limit(cf, k, T, E):
+    """ceil(cf * k * T / E), exactly, at least 1 where there are tokens."""
+    if T == 0:
+        return 0
+    return max(1, math.ceil(Fraction(str(cf)) * k * T / E))
+
+
+def drop(expert, weight, limit, policy):
+    """expert [T, k] with -1 for those an expert turns away, and the weights, 0 for those."""
+    T, k = expert.shape
+    order = [(t, j) for j in range(k) for t in range(T)]  # all first choices before any second one
+    if policy == "score":
+        order.sort(key=lambda place: -float(weight[place]))  # stable: ties stay in the order of position
+    kept, taken = torch.zeros(T, k, dtype=torch.bool), {}
+    for t, j in order:
+        e = int(expert[t, j])
+        if e >= 0 and taken.get(e, 0) < limit:
+            taken[e] = taken.get(e, 0) + 1
+            kept[t, j] = True
+    return torch.where(kept, expert, -1), torch.where(kept, weight, 0.0)
+
+
+def expert_ffn(x, tensors, e, activation):
+    """One token x [D] through expert e -> [D]."""
+
+    def linear(name, v):
+        y = (v.unsqueeze(1) * tensors[f"w_{name}"][e]).sum(0)
+        return y + tensors[f"b_{name}"][e] if tensors.get(f"b_{name}") is not None else y
+
+    up = linear("up", x)
+    if activation == "gelu":
+        hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+    elif activation == "relu":
+        hidden = torch.where(up > 0, up, 0.0)
+    else:
+        gate = linear("gate", x)
+        hidden = gate / (1 + (-gate).exp()) * up
+    return linear("down", hidden)
+
+
+def moe(
+    x,
+    gate_weight,
+    tensors,
+    activation,
+    k,
+    capacity_factor=None,
+    policy="score",
+    shards=None,
+    normalize=None,
+    order="softmax_first",
+    mask=None,
+):
+    """x [T, D] -> y [T, D]. Capacity holds for each shard: `shards` are the token counts of the ranks.
+
+    Padding (`mask` False) goes nowhere, and counts as a token where capacity is made from T.
+    """
+    expert, weight, _, _ = route_topk(x, gate_weight, k, normalize, order)
+    if mask is not None:
+        expert = torch.where(mask.unsqueeze(1), expert, -1)
+        weight = torch.where(mask.unsqueeze(1), weight, 0.0)
+    if capacity_factor is not None:
+        parts, first = [], 0
+        for T in [len(x)] if shards is None else shards:
+            limit = capacity_limit(capacity_factor, k, T, len(gate_weight))
+            parts.append(drop(expert[first : first + T], weight[first : first + T], limit, policy))
+            first += T
+        assert first == len(x), "shards must cover the tokens"
+        expert, weight = torch.cat([e for e, _ in parts]), torch.cat([w for _, w in parts])
+    rows = []
+    for t in range(len(x)):
+        y = torch.zeros_like(x[t])
+        for j in range(k):
+            e = int(expert[t, j])
+            if e >= 0:
+                y = y + weight[t, j] * expert_ffn(x[t], tensors, e, activation)
+        rows.append(y)
+    return _stack(rows, x.shape[1], x)
+
+
+def balance_loss(scores, expert, E, mask=None):
+    """E * sum over e of f_e * P_e."""
+    tokens = [t for t in range(len(scores)) if mask is None or bool(mask[t])]
+    chosen = [int(e) for t in tokens for e in expert[t] if int(e) >= 0]
+    total = scores.sum() * 0
+    for e in range(E):
+        f = chosen.count(e) / max(len(chosen), 1)
+        P = sum((scores[t, e] / scores[t].sum() for t in tokens), scores.new_zeros(())) / max(len(tokens), 1)
+        total = total + E * f * P
+    return total
+
+
+def balance_loss_sequence(scores, expert, E, sequences, mask=None):
+    """The mean of `balance_loss` over the sequences that have a token."""
+    S = len(scores) // sequences
+    terms = []
+    for s in range(sequences):
+        part = slice(s * S, (s + 1) * S)
+        if S and (mask is None or bool(mask[part].any())):
+            terms.append(balance_loss(scores[part], expert[part], E, None if mask is None else mask[part]))
+    return sum(terms, scores.sum() * 0) / max(len(terms), 1)
+
+
+def z_loss(logits, mask=None):
+    """Mean over tokens of log(sum of exp(logits)) squared."""
+    tokens = [t for t in range(len(logits)) if mask is None or bool(mask[t])]
+    total = logits.sum() * 0
+    for t in tokens:
+        top = logits[t].detach().max()
+        total = total + (top + (logits[t] - top).exp().sum().log()) ** 2
+    return total / max(len(tokens), 1)
+
+
+def load_stats(chosen, kept, E):
+    """The figures of `Stats`, by name, from lists of expert ids."""
+    before = [int(e) for e in chosen.flatten() if int(e) >= 0]
+    after = [int(e) for e in kept.flatten() if int(e) >= 0]
+    counts = [before.count(e) for e in range(E)]
+    total = max(len(before), 1)
+    shares = [c / total for c in counts]
+    return {
+        "tokens_per_expert": counts,
+        "dropped": (len(before) - len(after)) / total,
+        "entropy": -sum(p * math.log(p) for p in shares if p) / math.log(max(E, 2)),
+        "imbalance": max(shares) * E,
+    }
