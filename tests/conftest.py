@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: it reads this onc
 import hypothesis
 import torch
 import torch._dynamo
-import torch.distributed.tensor  # noqa: F401  # with _dynamo: ranks started by fork must find both imported
+import torch.distributed.tensor  # with _dynamo: ranks started by fork must find both imported
 
 torch.set_num_threads(1)
 

@@ -34,7 +34,7 @@ def route_topk(x, gate_weight, k, normalize=None, order="softmax_first"):
         logit = torch.stack([(token * router).sum() for router in gate_weight])
         power = (logit - logit.detach().max()).exp()
         score = power / power.sum()
-        best = sorted(range(E), key=lambda e: (-float(logit[e]), e))[:k]  # noqa: B023
+        best = sorted(range(E), key=lambda e: (-float(logit[e]), e))[:k]
         chosen = torch.stack([score[e] for e in best])
         if order == "choose_first":
             chosen = torch.stack([power[e] for e in best])

@@ -110,9 +110,7 @@ def test_grouped_mm_is_well_formed(ends):
     rows, weight = random(6, 3).requires_grad_(), random(3, 3, 5).requires_grad_()
     ends = torch.tensor(ends, dtype=torch.int32)
     torch.library.opcheck(torch.ops.turnout.grouped_mm.default, (rows, weight, ends))
-    torch.library.opcheck(
-        torch.ops.turnout.grouped_mm_weight.default, (rows, random(6, 5).requires_grad_(), ends)
-    )
+    torch.library.opcheck(torch.ops.turnout.grouped_mm_weight.default, (rows, random(6, 5).requires_grad_(), ends))
     full = torch.tensor([2, 2, 6], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda rows, weight: grouped_mm(rows, weight, full), (rows, weight))
     assert torch.autograd.gradgradcheck(lambda rows, weight: grouped_mm(rows, weight, full), (rows, weight))

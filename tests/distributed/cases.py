@@ -1,0 +1,53 @@
+"""The models and shards that the tests on many ranks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from turnout.moe import MoE
+
+WIDTH, EXPERTS = 16, 8
+
+
+def perceptron() -> nn.Module:
+    """An expert of a user's own."""
+    return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
+
+
+def build(dtype: torch.dtype = torch.float64, **options) -> nn.Module:
+    """Two MoE layers, one of each kind of experts, between dense ones; the same on every rank."""
+    torch.manual_seed(0)
+    options = {"balance": "global", **options}
+    return nn.Sequential(
+        nn.Linear(WIDTH, WIDTH),
+        MoE(WIDTH, 12, EXPERTS, top_k=3, bias=True, shared_experts=1, z_loss_weight=1e-2, **options),
+        nn.Linear(WIDTH, WIDTH),
+        MoE(WIDTH, 12, EXPERTS, experts=perceptron, **options),
+    ).to(dtype)
+
+
+def tokens(number: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x [number, D], no two tokens alike."""
+    return torch.randn(number, WIDTH, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def crowd(model: nn.Module) -> None:
+    """All tokens choose the same experts."""
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            with torch.no_grad():
+                layer.gate.weight.zero_()  # equal scores: the first k of all
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain copy of a tensor, gathered if it is spread."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone()
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Largest difference at most `tolerance`; the signal must be far above it, or the test could not fail."""
+    assert actual.shape == expected.shape, what
+    if expected.numel():
+        assert not expected.any() or expected.abs().max() > 100 * tolerance, f"{what}: too little signal"
+        assert (actual - expected).abs().max() <= tolerance, f"{what}: {(actual - expected).abs().max():.2e}"
