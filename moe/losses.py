@@ -93,7 +93,7 @@ def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
     if sequences == 1:
         return load(routing.expert, E).unsqueeze(0)
     sequence = torch.arange(sequences, device=routing.expert.device).repeat_interleave(
-        len(routing.expert) // sequences, output_size=len(routing.expert)
+        len(routing.expert) // max(sequences, 1), output_size=len(routing.expert)
     )
     ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
     return load(ids, sequences * E).reshape(sequences, E)

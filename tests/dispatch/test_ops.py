@@ -164,6 +164,16 @@ def test_nan_weights_of_the_dropped_do_not_leak():
     assert decode(random(10, 3), PLANS["ragged"], weight).isfinite().all()
 
 
+def test_nan_rows_give_weights_no_gradient():
+    plan = PLANS["padded"]
+    rows = torch.where((plan.token < 0).unsqueeze(1), NAN, random(len(plan.token), 3)).requires_grad_()
+    weight = random(5, 2, seed=1).requires_grad_()
+    decode(rows, plan, weight).sum().backward()
+    for t, homes in enumerate(plan.slot.tolist()):
+        for j, home in enumerate(homes):
+            assert close(weight.grad[t, j], rows[home].sum() if home >= 0 else torch.tensor(0.0), 1e-12)
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match="T=5"):
         encode(random(4, 3), PLANS["ragged"])
