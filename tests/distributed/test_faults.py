@@ -1,0 +1,113 @@
+"""What one rank does wrong, every rank hears of: an error on each, in words that say what to do, and no hang."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import EXPERTS, WIDTH, build, tokens
+from ranks import errors
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from turnout.moe import MoE, parallelize
+
+
+def layer(**options) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, **options)])
+    return parallelize(model, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))[0]
+
+
+def wrong_width():
+    moe = layer()
+    moe(tokens(3, torch.float32)[:, : WIDTH - (dist.get_rank() == 2)])
+
+
+def not_a_number():
+    x = tokens(3, torch.float32)
+    if dist.get_rank() == 1:
+        x[0, 0] = float("nan")
+    layer()(x)
+
+
+def not_a_number_padded():
+    x = tokens(3, torch.float32)
+    if dist.get_rank() == 1:
+        x[0, 0] = float("nan")
+    layer(capacity_factor=2.0, pad=True)(x)
+
+
+def other_dtype():
+    x = tokens(3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dist.get_rank() == 3):
+        layer()(x)
+
+
+def no_backward():
+    with torch.set_grad_enabled(dist.get_rank() != 0):
+        layer()(tokens(3, torch.float32))
+
+
+def padded_and_ragged():
+    layer(capacity_factor=2.0, pad=dist.get_rank() < 2)(tokens(3, torch.float32))
+
+
+def other_seed():
+    moe = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, seed=dist.get_rank())])
+    parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def other_width():
+    moe = nn.ModuleList([MoE(WIDTH, 12 + 2 * (dist.get_rank() == 3), EXPERTS, seed=0)])
+    parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def odd_experts():
+    moe = nn.ModuleList([MoE(WIDTH, 12, 6, seed=0)])
+    parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def twice():
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+    parallelize(parallelize(build(), mesh), mesh)
+
+
+def unknown_axes():
+    parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)))
+
+
+def unknown_dispatcher():
+    parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dispatcher="teleport")
+
+
+def missing_axis():
+    from turnout.moe import fully_shard_experts
+
+    fully_shard_experts(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (not_a_number, "DispatchError: rank 1 of the expert group: NaN"),
+        (not_a_number_padded, "DispatchError: rank 1 of the expert group: NaN"),
+        (other_dtype, "DispatchError: ranks differ in the dtype"),
+        (no_backward, "DispatchError: ranks differ in whether a backward will follow"),
+        (padded_and_ragged, "DispatchError: some ranks send padded rows"),
+        (other_seed, "ValueError: rank 1 has built other MoE layers"),
+        (other_width, "ValueError: rank 3 has built other MoE layers"),
+        (odd_experts, "ValueError: num_experts=6"),
+        (twice, "ValueError: the experts of 1 are spread already"),
+        (unknown_axes, "ValueError: the mesh needs axes named"),
+        (unknown_dispatcher, "ValueError: dispatcher must be one of"),
+        (missing_axis, "ValueError: fully_shard_experts needs the axes edp"),
+    ],
+)
+def test_every_rank_raises(fault, message):
+    for error in errors(4, fault, timeout=30):
+        assert error.startswith(message), error
+
+
+def test_a_rank_that_raises_alone_takes_the_others_with_it():
+    found = errors(4, wrong_width, timeout=30)
+    assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
+    for rank in (0, 1, 3):
+        assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
