@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from ..dispatch import mesh as axes
@@ -72,8 +72,15 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
+    policy = options.get("mp_policy", MixedPrecisionPolicy())
     options.setdefault("shard_placement_fn", lambda p: Shard(min(1, p.ndim - 1)))  # experts lie on axis 0
     for _, layer in _moe_layers(model):
+        reduced = policy.reduce_dtype or policy.param_dtype or next(layer.experts.parameters()).dtype
+        if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"with edp=1, FSDP2 divides {reduced} gradients twice (torch 2.13); pass "
+                "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+            )
         experts = cast(FSDPModule, fully_shard(layer.experts, mesh=edp, **options))
         experts.set_gradient_divide_factor(float(axes.data_mesh(mesh).size()))
         # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)

@@ -84,6 +84,13 @@ def missing_axis():
     fully_shard_experts(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
 
 
+def divided_twice():
+    from turnout.moe import fully_shard_experts
+
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("edp", "ep"))
+    fully_shard_experts(parallelize(build(torch.float64), mesh), mesh)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -98,6 +105,7 @@ def missing_axis():
         (twice, "ValueError: the experts of 1 are spread already"),
         (unknown_axes, "ValueError: the mesh needs axes named"),
         (unknown_dispatcher, "ValueError: dispatcher must be one of"),
+        (divided_twice, "ValueError: with edp=1, FSDP2 divides torch.float64 gradients twice"),
         (missing_axis, "ValueError: fully_shard_experts needs the axes edp"),
     ],
 )

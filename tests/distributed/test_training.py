@@ -59,21 +59,23 @@ def steps(model, run_it, x, scale, optimizer, sync):
 
 def train(wrap, shape, options):
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
-    x, one = tokens(sum(SHARDS)), build()
+    # FSDP2 cannot scale float64 gradients where edp is 1
+    dtype, tolerance = (torch.float32, 2e-6) if wrap is fsdp and shape[0] == 1 else (torch.float64, 1e-9)
+    x, one = tokens(sum(SHARDS), dtype), build(dtype)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("edp", "ep"))
     optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
     expected = steps(one, one, x, 1 / len(x), optimizer, lambda: None)
     assert expected[0] > 0.5  # there is something to clip
 
-    model = parallelize(build(), mesh)
+    model = parallelize(build(dtype), mesh)
     run_it, sync = wrap(model, mesh)
     groups = model.parameters() if wrap is fsdp else param_groups(model)
     mine = x.split(SHARDS)[dist.get_rank()]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, **options)
     norms = steps(model, run_it, mine, dist.get_world_size() / len(x), optimizer, sync)
-    assert norms == pytest.approx(expected, rel=1e-9)
+    assert norms == pytest.approx(expected, rel=tolerance)
     for (name, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
-        close(whole(p), q.detach(), 1e-9, name)
+        close(whole(p), q.detach(), tolerance, name)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2), (4, 1)], ids=str)
