@@ -39,7 +39,9 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad.contiguous()
+        return (
+            grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
+        )  # of nothing, any strides count as dense
 
 
 @torch.library.custom_op("turnout::grouped_mm", mutates_args=())

@@ -34,7 +34,7 @@ def route_topk(x, gate_weight, k, normalize=None, order="softmax_first"):
         logit = torch.stack([(token * router).sum() for router in gate_weight])
         power = (logit - logit.detach().max()).exp()
         score = power / power.sum()
-        best = sorted(range(E), key=lambda e: (-float(logit[e]), e))[:k]
+        best = sorted(range(E), key=lambda e: (-float(logit.detach()[e]), e))[:k]
         chosen = torch.stack([score[e] for e in best])
         if order == "choose_first":
             chosen = torch.stack([power[e] for e in best])
@@ -60,7 +60,7 @@ def drop(expert, weight, limit, policy):
     T, k = expert.shape
     order = [(t, j) for j in range(k) for t in range(T)]  # all first choices before any second one
     if policy == "score":
-        order.sort(key=lambda place: -float(weight[place]))  # stable: ties stay in the order of position
+        order.sort(key=lambda place: -float(weight.detach()[place]))  # stable: ties stay in the order of position
     kept, taken = torch.zeros(T, k, dtype=torch.bool), {}
     for t, j in order:
         e = int(expert[t, j])

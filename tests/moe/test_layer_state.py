@@ -1,0 +1,240 @@
+"""What a layer keeps between forwards, copies and saves, the losses it collects, and what it refuses."""
+
+import copy
+import io
+
+import pytest
+import torch
+from reference import close
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from turnout.moe import Gate, MoE, Routing, aux_loss, balance_loss, z_loss
+
+D, H, E = 6, 5, 4
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def built(**kwargs):
+    return MoE(D, H, E, seed=1, **kwargs).double()
+
+
+def loss_of(layer, x, sequences=1):
+    routing = layer.gate(x.reshape(-1, D))
+    return 1e-2 * balance_loss(routing, layer.balance, sequences) + layer.z_loss_weight * z_loss(routing)
+
+
+def test_copy_after_forward():
+    layer, x = built(shared_experts=1, capacity_factor=1.0), tokens(9)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(x), y)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert all(p.data_ptr() != q.data_ptr() for p, q in zip(layer.parameters(), other.parameters(), strict=True))
+    assert close(aux_loss(layer), loss_of(layer, x), 1e-12)  # the copy took nothing away
+    with pytest.raises(RuntimeError, match="no statistics yet"):
+        copy.deepcopy(layer).stats.dropped.item()
+
+
+@pytest.mark.parametrize("experts", ["swiglu", lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))])
+def test_state_dict(experts):
+    layer, other, x = MoE(D, H, E, experts=experts, seed=1), MoE(D, H, E, experts=experts, seed=2), tokens(9).float()
+    layer(x)
+    layer.eval()
+    other.eval()
+    y = layer(x)
+    assert not close(other(x), y, 1e-2)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other(x), y)
+
+
+def test_whole_layer_pickles():
+    layer, x = built(), tokens(9)
+    y = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), y)
+
+
+def test_seed_is_drawn_from_torch():
+    torch.manual_seed(0)
+    first, second = MoE(D, H, E), MoE(D, H, E)
+    torch.manual_seed(0)
+    again = MoE(D, H, E)
+    assert torch.equal(first.experts.w_up, again.experts.w_up)
+    assert torch.equal(first.gate.weight, again.gate.weight)
+    assert not torch.equal(first.experts.w_up, second.experts.w_up)
+
+
+@pytest.mark.parametrize("balance", ["local", "global", "sequence"])
+def test_aux_loss_is_the_weighted_losses(balance):
+    layer, x = built(balance=balance, z_loss_weight=0.3), tokens(3, 8)
+    layer(x)
+    assert close(aux_loss(layer), loss_of(layer, x, 3), 1e-12)
+    assert not close(aux_loss(layer), loss_of(layer, x.flip(2), 3), 1e-3)
+    mask = torch.arange(24).reshape(3, 8) % 3 > 0
+    layer(x, mask)
+    routing = layer.gate(x.reshape(-1, D)).masked(mask.flatten())
+    assert close(aux_loss(layer), 1e-2 * balance_loss(routing, balance, 3) + 0.3 * z_loss(routing), 1e-12)
+
+
+def test_aux_loss_without_weights():
+    layer = built(aux_loss_weight=0)
+    layer(tokens(9)).sum().backward()
+    assert aux_loss(layer).item() == 0
+    assert aux_loss(nn.Linear(2, 2)).item() == 0
+    assert aux_loss(nn.Module()).item() == 0
+    assert aux_loss(built()).item() == 0  # no forward yet
+
+
+def test_aux_loss_of_a_gates_own_losses():
+    class Own(Gate):
+        def forward(self, x):
+            logits = self.logits(x)
+            weight, expert = logits.softmax(-1).topk(1)
+            return Routing(expert, weight, logits.softmax(-1), losses={"own": logits.square().sum()})
+
+    layer, x = built(gate=Own(D, E)), tokens(9)
+    layer(x)
+    routing = layer.gate(x)
+    assert close(aux_loss(layer), 1e-2 * (balance_loss(routing) + routing.losses["own"]), 1e-12)
+    layer.z_loss_weight = 1.0
+    with pytest.raises(ValueError, match="this gate returns none: set z_loss_weight=0"):
+        layer(x)
+
+
+def test_aux_loss_sums_runs_and_layers():
+    layer, other, x, z = built(), built(), tokens(9), tokens(7, seed=1)
+    layer(x)
+    layer(z)
+    assert close(aux_loss(layer), loss_of(layer, x) + loss_of(layer, z), 1e-12)
+    assert not close(aux_loss(layer), loss_of(layer, z), 1e-3)
+    layer(x)
+    other(z)
+    assert close(aux_loss(nn.ModuleList([layer, other])), loss_of(layer, x) + loss_of(other, z), 1e-12)
+
+
+def test_aux_loss_starts_again_after_itself_and_after_backward():
+    layer, x, z = built(), tokens(9), tokens(7, seed=1)
+    layer(x)
+    aux_loss(layer)
+    layer(z)
+    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
+    layer(x).sum().backward()
+    layer(z)
+    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
+    layer(x)
+    layer.eval()
+    layer(x)
+    layer.train()
+    layer(z)
+    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)  # an evaluation stands alone
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
+def test_aux_loss_in_evaluation(how):
+    layer, x, z = built().train(how != "eval"), tokens(9), tokens(7, seed=1)
+    with {"eval": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[how]():
+        for given in (x, z):
+            layer(given)
+        assert close(aux_loss(layer), loss_of(layer, z), 1e-12)  # of the last forward alone
+
+
+def test_aux_loss_with_a_frozen_gate():
+    layer = built()
+    layer.gate.requires_grad_(False)
+    layer(tokens(9))
+    assert aux_loss(layer) > 0
+
+
+def gradients(layer, x, run):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x)
+    loss = aux_loss(layer)
+    (y.square().sum() + loss).backward()
+    return [loss.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"capacity_factor": 1.0, "pad": True}])
+def test_checkpoint(settings):
+    layer, x = built(aux_loss_weight=1.0, **settings), tokens(9)
+    plain = gradients(layer, x, layer)
+    for _ in range(2):  # a second step starts afresh: what recomputation ran has not been counted
+        recomputed = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
+        assert all(torch.equal(a, b) for a, b in zip(recomputed, plain, strict=True))
+    assert plain[0] > 0.5
+    layer.aux_loss_weight = 0.0
+    assert not close(gradients(layer, x, layer)[2], plain[2], 1e-3)  # the gate's gradient has the loss in it
+
+
+def test_reentrant_checkpoint_is_refused():
+    model, x = nn.ModuleDict({"moe": built()}), tokens(9).requires_grad_()
+    y = checkpoint(model["moe"], x, use_reentrant=True)
+    for part, name in ((model, "moe"), (model["moe"], "the layer")):
+        with pytest.raises(RuntimeError, match=f"balance loss of {name} has no graph.*use_reentrant=False"):
+            aux_loss(part)
+    y.sum().backward()
+    model["moe"](x)  # without checkpointing it is right again
+    assert close(aux_loss(model), loss_of(model["moe"], x), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 0}, "dim must be a positive integer; got 0"),
+        ({"hidden": -1}, "hidden must be a positive integer; got -1"),
+        ({"num_experts": 2.0}, "num_experts must be a positive integer; got 2.0"),
+        ({"drop_policy": "last"}, "drop_policy must be one of score, position; got 'last'"),
+        ({"balance": "all"}, "balance must be one of local, global, sequence; got 'all'"),
+        ({"pad": True}, "pad=True gives every expert its full capacity: set capacity_factor"),
+        ({"capacity_factor": 0.0}, "capacity_factor must be a positive number"),
+        ({"eval_capacity_factor": float("nan")}, "capacity_factor must be a positive number"),
+        ({"gate": "best"}, "gate must be one of topk, switch, gshard or a Gate; got 'best'"),
+        ({"experts": "tanh"}, "experts must be one of gelu, relu, swiglu or a factory; got 'tanh'"),
+        ({"top_k": 5}, "top_k=5 must lie between 1 and num_experts=4"),
+        ({"top_k": 0}, "top_k=0 must lie between"),
+        ({"gate": "switch", "top_k": 2}, "switch gate picks one expert"),
+        ({"gate": "gshard", "top_k": 1}, "gshard gate picks two experts"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(**{"dim": D, "hidden": H, "num_experts": E, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "error", "message"),
+    [
+        (torch.zeros(3, 5), None, ValueError, r"x must be \(..., 6\).*got \(3, 5\)"),
+        (torch.tensor(1.0), None, ValueError, r"x must be \(..., 6\).*got \(\)"),
+        (torch.zeros(3, D, dtype=torch.int64), None, TypeError, "x must be float32.*got torch.int64"),
+        (torch.zeros(3, D), None, TypeError, "tokens are torch.float32 and expert weights torch.float64"),
+        (tokens(3), torch.ones(2, dtype=torch.bool), ValueError, r"mask must be bool \(3,\); got torch.bool \(2,\)"),
+        (tokens(3), torch.ones(3), ValueError, r"mask must be bool \(3,\); got torch.float32"),
+    ],
+)
+def test_bad_inputs(x, mask, error, message):
+    with pytest.raises(error, match=message):
+        built()(x, mask)
+
+
+def test_sequences_need_an_axis():
+    with pytest.raises(ValueError, match='balance="sequence" needs x'):
+        built(balance="sequence")(tokens())
+
+
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad": True}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused(settings, bad):
+    layer, x = built(**settings), tokens(9)
+    x[4, 2] = bad
+    with pytest.raises(ValueError, match="NaN among the gate's weights"):
+        layer(x)
+    assert layer(x, torch.arange(9) != 4).isfinite().all()  # not where it is padding
