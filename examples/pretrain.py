@@ -33,7 +33,7 @@ from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_group
 
 @dataclass(frozen=True)
 class Job:
-    steps: int = 300  # optimizer steps in all
+    steps: int = 200  # optimizer steps in all
     out: str = "runs/pretrain"  # folder of checkpoints and report.png
     data: tuple[str, ...] = ()  # text files and folders; none: the standard library's source
     resume: bool = False  # go on from the newest checkpoint in --out, on any number of ranks
@@ -53,7 +53,7 @@ class Job:
     aux_weight: float = 1e-2
     ep: int = 0  # ranks that share the experts; 0: all of them
     lr: float = 4e-3
-    warmup: int = 30
+    warmup: int = 20
     eval_every: int = 50
     eval_size: int = 128  # held-out sequences read each time
     save_every: int = 100  # and at the end

@@ -49,6 +49,9 @@ class Experts(nn.Module, ABC):
             seed = hashlib.blake2b(f"{self.seed}/{expert}".encode(), digest_size=7).digest()
             initial = self._initial(torch.Generator("cpu").manual_seed(int.from_bytes(seed)))
             for name, tensor in stacked.items():
+                if initial[name].shape != tensor.shape[1:]:
+                    shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
+                    raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
                 local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
 
     @property
@@ -157,6 +160,8 @@ class ModuleExperts(Experts):
         super().__init__(num_experts, seed)
         self.factory = factory
         self.module = self._build(seed)
+        if len(list(self.module.named_parameters())) < len(list(self.module.named_parameters(remove_duplicate=False))):
+            raise ValueError(f"{type(self.module).__name__} ties parameters to each other; experts cannot")
         for module in self.module.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 empty = p.new_empty(num_experts, *p.shape)

@@ -106,7 +106,7 @@ class MoE(nn.Module):
         try:
             self._check(x, mask)
             tokens = rearrange(x, "... d -> (...) d")
-            routing = self.gate(tokens).masked(None if mask is None else mask.flatten())  # who goes where
+            routing = self._route(tokens, mask)  # who goes where
             limit = self._limit(routing)
             kept = routing if limit is None else capacity(routing, limit, self.drop_policy)  # whom experts turn away
             plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None)  # which token fills which row
@@ -148,6 +148,12 @@ class MoE(nn.Module):
             raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
         if self.balance == "sequence" and x.ndim < 2:
             raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
+
+    def _route(self, tokens: Tensor, mask: Tensor | None) -> Routing:
+        if mask is None:
+            return self.gate(tokens)
+        real = mask.flatten()  # padding may hold anything: zeros keep NaN out of the router's gradient
+        return self.gate(torch.where(real.unsqueeze(1), tokens, 0)).masked(real)
 
     def _limit(self, routing: Routing) -> int | None:
         """Rows an expert takes from this rank, None if any number."""

@@ -272,3 +272,18 @@ def test_initial_values_are_those_of_linear():
 def test_an_expert_does_not_depend_on_how_many_there_are():
     few, many = FeedForwardExperts(8, 16, 2, seed=9), FeedForwardExperts(8, 16, 5, seed=9)
     assert torch.equal(few.w_up, many.w_up[:2])
+
+
+def test_modules_that_cannot_be_stacked_are_refused():
+    widths = iter([3, 3, 5, 5, 5])
+    with pytest.raises(ValueError, match="experts must be of one shape"):
+        ModuleExperts(lambda: nn.Linear(4, next(widths)), 4)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    with pytest.raises(ValueError, match="Tied ties parameters"):
+        ModuleExperts(Tied, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import close
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from turnout.moe import Gate, MoE, Routing, aux_loss, balance_loss, z_loss
 
 D, H, E = 6, 5, 4
@@ -165,13 +165,25 @@ def gradients(layer, x, run):
 @pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"capacity_factor": 1.0, "pad": True}])
 def test_checkpoint(settings):
     layer, x = built(aux_loss_weight=1.0, **settings), tokens(9)
-    plain = gradients(layer, x, layer)
+
+    def block(x):  # what comes after the layer needs its output: recomputation runs all of the layer
+        return layer(x).sin()
+
+    plain = gradients(layer, x, block)
     for _ in range(2):  # a second step starts afresh: what recomputation ran has not been counted
-        recomputed = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
+        recomputed = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=False))
         assert all(torch.equal(a, b) for a, b in zip(recomputed, plain, strict=True))
     assert plain[0] > 0.5
     layer.aux_loss_weight = 0.0
-    assert not close(gradients(layer, x, layer)[2], plain[2], 1e-3)  # the gate's gradient has the loss in it
+    assert not close(gradients(layer, x, block)[2], plain[2], 1e-3)  # the gate's gradient has the loss in it
+
+
+def test_recomputation_is_not_counted():
+    layer, x, z = built(), tokens(9).requires_grad_(), tokens(7, seed=1)
+    with set_checkpoint_early_stop(False):  # or recomputation would end before the layer does
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    layer(z)
+    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
 
 
 def test_reentrant_checkpoint_is_refused():
@@ -238,3 +250,13 @@ def test_nan_is_refused(settings, bad):
     with pytest.raises(ValueError, match="NaN among the gate's weights"):
         layer(x)
     assert layer(x, torch.arange(9) != 4).isfinite().all()  # not where it is padding
+
+
+def test_nan_in_padding_reaches_no_gradient():
+    layer, x = built(), tokens(9)
+    real = torch.arange(9) != 4
+    x[4] = float("nan")
+    y = layer(x, real)
+    (y[real].square().sum() + aux_loss(layer)).backward()
+    for name, p in layer.named_parameters():
+        assert p.grad.isfinite().all(), name
