@@ -10,6 +10,7 @@ do not depend on the number of ranks.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -125,8 +126,10 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
             raise ValueError(f"--resume: there is no checkpoint in {out}")
         first, extra = checkpoint.load(path, model, optimizer)
         log = Log(**extra["log"])
-    elif checkpoint.newest(out):
-        raise ValueError(f"{out} holds checkpoints of another run: --resume goes on with it, or choose another --out")
+    else:
+        if rank == 0 and checkpoint.newest(out):
+            set_aside(out)
+        dist.barrier()
 
     mine = {"rank": rank, "ranks": ranks}
     seconds, bar = 0.0, tqdm(total=job.steps, initial=first, disable=rank != 0, file=sys.stderr)
@@ -170,6 +173,13 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
             **size,
         }
         print(json.dumps(result), flush=True)
+
+
+def set_aside(out: Path) -> None:
+    """Keep what an earlier run left in `out` under another name."""
+    free = next(path for n in itertools.count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
+    out.rename(free)
+    print(f"{out} held another run, now {free}; --resume would have gone on with it", file=sys.stderr, flush=True)
 
 
 def cross_entropy(model: GPT, tokens: Tensor) -> Tensor:
@@ -230,9 +240,7 @@ def main() -> int:
             **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
         )
         train(job, ep, text)
-    except (ValueError, RuntimeError, FileExistsError) as error:
-        if not isinstance(error, ValueError | FileExistsError) and "does not load" not in str(error):
-            raise
+    except (ValueError, checkpoint.CheckpointError) as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -28,6 +28,10 @@ from torch.optim import Optimizer
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by position: groups differ between meshes
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which and why."""
+
+
 def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra: dict[str, Any] | None = None) -> Path:
     """Write model, optimizer and `extra` (what JSON can say) to folder/step-N; all ranks call it. Returns that path.
 
@@ -35,7 +39,7 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra:
     """
     final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
     if final.exists():
-        raise FileExistsError(f"{final} exists already; resume from it, or choose another folder")
+        raise CheckpointError(f"{final} exists already; resume from it, or choose another folder")
     _write(_state(model, optimizer) | {"step": step, "extra": json.dumps(extra or {})}, checkpoint_id=aside)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -54,14 +58,14 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[
     """Read a checkpoint into a model and an optimizer, on any mesh; returns its step and `extra`.
 
     Raises:
-        RuntimeError: on every rank, if it is damaged or of another model.
+        CheckpointError: on every rank, if it is damaged or of another model.
     """
     state = _state(model, optimizer) | {"step": 0, "extra": ""}
     try:
         _read(state, checkpoint_id=path)
     except CheckpointException as error:  # not an Exception
         first = next(iter(error.failures.values()))[0]
-        raise RuntimeError(f"{path} does not load: is it of a model of other sizes, or damaged? {first}") from None
+        raise CheckpointError(f"{path} does not load: is it of a model of other sizes, or damaged? {first}") from None
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_BY_NAME)
     return state["step"], json.loads(state["extra"])

@@ -52,6 +52,18 @@ def test_prints_its_figures_and_draws_its_report(one_rank):
 
 
 @pytest.mark.slow
+def test_a_second_run_keeps_the_first_and_another_size_does_not_resume(tmp_path, text):
+    out = tmp_path / "run"
+    result(run(out, "--steps", "1", "--data", text))
+    result(run(out, "--steps", "2", "--data", text))
+    assert (tmp_path / "run.1" / "step-1").is_dir()
+    assert [path.name for path in out.glob("step-*")] == ["step-2"]
+    other = run(out, "--steps", "3", "--data", text, "--resume", "--hidden", "24")
+    assert other.returncode == 2
+    assert "step-2 does not load: is it of a model of other sizes" in other.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_rank):
     whole, _ = one_rank
     two = result(run(tmp_path / "two", "--steps", "6", "--data", text, ranks=2))
