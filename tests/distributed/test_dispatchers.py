@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run
+from ranks import errors, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, Plan
@@ -216,3 +216,13 @@ def test_what_counts_waits_can_count():
         bool(x.any())
         x[1], x + 1, x.repeat_interleave(x, output_size=3)
     assert waits.seen == ["__getitem__", "item", "repeat_interleave", "__bool__"]
+
+
+def other_width() -> None:
+    dispatcher, _, _, x, plan, weight = load_of("flat")
+    dispatcher.dispatch(x[:, : WIDTH - (dist.get_rank() == 2)], plan, weight)
+
+
+def test_ranks_of_different_width_all_raise():
+    for error in errors(RANKS, other_width):
+        assert error.startswith("DispatchError: ranks differ in the model width: [3, 3, 2, 3]"), error
