@@ -161,6 +161,7 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
     bar.close()
     if rank == 0:
         draw(log, out / "report.png")
+        (out / "log.json").write_text(json.dumps(asdict(log)))
         result = {
             "steps": job.steps,
             "loss": log.loss[-1],
