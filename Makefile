@@ -10,7 +10,7 @@ VENV := .venv
 # One thread per rank: ranks and tests share the cores, and OpenMP reads this once, when torch is imported.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint docs clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -28,12 +28,18 @@ lint: $(VENV)/test.stamp ## ruff and pyright; changes nothing
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Left out: pdoc 16 cannot resolve the annotations of a NamedTuple's constructor (it can those of its fields).
+docs: $(VENV)/docs.stamp ## the reference, from the docstrings: build/docs/index.html
+	$(VENV)/bin/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" \
+	  -m pdoc --docformat google turnout turnout.models.checkpoint '!turnout.moe.capacity' --output-directory build/docs
+
 clean: ## remove what make and pip made here; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/train.stamp: EXTRAS := train
 $(VENV)/test.stamp: EXTRAS := train,test
-$(VENV)/train.stamp $(VENV)/test.stamp: pyproject.toml setup.cfg constraints.txt | $(VENV)/bin/python
+$(VENV)/docs.stamp: EXTRAS := docs
+$(VENV)/train.stamp $(VENV)/test.stamp $(VENV)/docs.stamp: pyproject.toml setup.cfg constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	@touch $@
 

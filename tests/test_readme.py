@@ -16,6 +16,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RANKS = {"python torchrun": 2, "python torchrun 4": 4}  # what a fence says, and the ranks its block runs on
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -36,6 +37,12 @@ def test_readme_has_an_example_of_each_kind():
     assert blocks(readme, "python torchrun")
 
 
+@each(PAGES)
+def test_every_python_block_is_of_a_kind_that_is_run(path):
+    kinds = {match[1].strip() for match in FENCE.finditer(path.read_text())}
+    assert {kind for kind in kinds if kind.startswith("python")} <= {"python", *RANKS}
+
+
 @each([path for path in PAGES if blocks(path, "python")])
 def test_python_blocks_run(path):
     namespace = {"__name__": path.stem}
@@ -45,10 +52,10 @@ def test_python_blocks_run(path):
 
 
 @pytest.mark.slow
-@each([path for path in PAGES if blocks(path, "python torchrun")])
+@each([path for path in PAGES if any(blocks(path, kind) for kind in RANKS)])
 def test_torchrun_blocks_run(path, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for code in blocks(path, "python torchrun"):
+    for ranks, code in [(ranks, code) for kind, ranks in RANKS.items() for code in blocks(path, kind)]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         job = tmp_path / "job.py"
         job.write_text(code)
         result = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=120, check=False)
@@ -57,5 +64,5 @@ def test_torchrun_blocks_run(path, tmp_path):
 
 @each(PAGES)
 def test_links_lead_somewhere(path):
-    links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
+    links = [link for link in LINK.findall(FENCE.sub("", path.read_text())) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
