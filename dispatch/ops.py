@@ -62,28 +62,30 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    empty = token < 0
-    if x.shape[0] == 0:
-        return x.new_zeros(token.shape[0], x.shape[1])
-    rows = x.index_select(0, token.clamp(min=0))
-    if empty.is_cuda or bool(empty.any()):  # where asking costs nothing, spare the pass over the rows
-        rows.masked_fill_(empty.unsqueeze(1), 0)
-    return rows
+    return _gather(x, token)
 
 
 @torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    y = torch.zeros(slot.shape[0], rows.shape[1], dtype=dtype, device=rows.device)
-    if rows.shape[0] == 0:
-        return y.to(rows.dtype)
-    for home in slot.unbind(1):
-        none = home < 0
-        row = rows.index_select(0, home.clamp(min=0))
-        if none.is_cuda or bool(none.any()):
-            row.masked_fill_(none.unsqueeze(1), 0)
-        y += row
-    return y.to(rows.dtype)
+    if slot.shape[1] == 1:
+        return _gather(rows, slot.squeeze(1))
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if rows.is_cuda or not len(rows):
+        return sum((_gather(wide, home) for home in slot.unbind(1)), wide.new_zeros(slot.shape[0], 1)).to(rows.dtype)
+    kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order
+    number = kept.sum(1)
+    return torch.embedding_bag(wide, slot[kept], number.cumsum(0) - number, mode=0)[0].to(rows.dtype)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], zeros where the index is -1."""
+    none = index < 0
+    if not len(x):
+        return x.new_zeros(len(index), x.shape[1])
+    rows = x.index_select(0, index.clamp(min=0))
+    if none.is_cuda or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
+        rows.masked_fill_(none.unsqueeze(1), 0)
+    return rows
 
 
 @_encode.register_fake

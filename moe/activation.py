@@ -16,7 +16,7 @@ ACTIVATIONS = {
     "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
     "swiglu": (F.silu, _aten.silu_backward),
 }
-_CACHE = 1 << 18  # elements of a block: small enough for its temporaries to stay in a core's cache
+_CACHE = 1 << 17  # elements of a block: small enough for its temporaries to stay in a core's cache
 
 
 def weighted_activation(name: str, up: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
@@ -47,9 +47,11 @@ class _WeightedActivation(torch.autograd.Function):
     def forward(ctx, name, up, gate, weight):
         ctx.name = name
         ctx.save_for_backward(up, gate, weight)
+        act, _ = ACTIVATIONS[name]
         out = torch.empty_like(up)
-        for block in _blocks(up):
-            out[block] = _forward(name, up[block], None if gate is None else gate[block], weight[block])
+        for o, u, a, w in _blocks(out, up, gate, weight.unsqueeze(1)):
+            u, a = _wide(u, w), _wide(a, w)
+            torch.mul(act(u) if a is None else act(a).mul_(u), w, out=o)
         return out
 
     @staticmethod
@@ -59,22 +61,26 @@ class _WeightedActivation(torch.autograd.Function):
         act, act_backward = ACTIVATIONS[ctx.name]
         to_up, to_weight = torch.empty_like(up), torch.empty_like(weight)
         to_gate = None if gate is None else torch.empty_like(gate)
-        for block in _blocks(up):
-            g, u, w = grad[block].to(weight.dtype), up[block].to(weight.dtype), weight[block].unsqueeze(1)
-            a = u if gate is None else gate[block].to(weight.dtype)  # what the activation was applied to
-            acted = act(a)
-            gw = g * w
-            if to_gate is None:
-                to_weight[block] = torch.linalg.vecdot(g, acted)
-                to_up[block] = act_backward(gw, a)
+        for to_u, to_a, to_w, g, u, a, w in _blocks(to_up, to_gate, to_weight, grad, up, gate, weight.unsqueeze(1)):
+            g, u, a = _wide(g, w), _wide(u, w), _wide(a, w)
+            if a is None:
+                to_w.copy_(act(u).mul_(g).sum(1))
+                torch.mul(act_backward(g, u), w, out=to_u)
             else:
-                to_weight[block] = torch.linalg.vecdot(g, acted * u)
-                to_up[block] = gw * acted
-                to_gate[block] = act_backward(gw * u, a)
+                to_hidden = act(a).mul_(g)  # the gradient of u, unweighted
+                torch.mul(to_hidden, w, out=to_u)
+                to_w.copy_(to_hidden.mul_(u).sum(1))
+                torch.mul(act_backward(g * u, a), w, out=to_a)
         return None, to_up, to_gate, to_weight
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Blocks of rows [R, H] whose temporaries fit a CPU's cache; elsewhere all rows at once."""
-    step = max(1, _CACHE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
-    return (slice(first, first + step) for first in range(0, len(rows), step))
+def _wide(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple]:
+    """The same rows of every tensor, in blocks whose temporaries fit a CPU's cache; elsewhere all rows at once."""
+    rows = tensors[0]
+    step = max(1, _CACHE // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    for first in range(0, len(rows), step):
+        yield tuple(None if t is None else t[first : first + step] for t in tensors)
