@@ -19,9 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = "--steps 1000 --batch 16 --seq 128 --warmup 50 --eval-every 250 --eval-size 512 --save-every 1000"
-RATES = (2e-3, 4e-3, 8e-3)  # tried for both, with seed 0; the better one is used
+RATES = (1e-3, 2e-3, 4e-3)  # tried for both, with seed 0; the best one is used
 SEEDS = (0, 1, 2)
 MODELS = {"dense": "--dense", "MoE": ""}
+LONGER = "--steps 4000 --eval-every 500"
 VARIANTS = {
     "topk, top-2 of 8, dropless, aux 0.01": "",
     "capacity 1.25": "--capacity-factor 1.25",
@@ -67,7 +68,7 @@ class Runs:
 
 
 def named(flags: str, lr: float, seed: int) -> str:
-    return f"{flags} --lr {lr:g} --seed {seed}".strip()
+    return f"{flags.strip()} --lr {lr:g} --seed {seed}".strip()
 
 
 def row(name: str, results: list[dict]) -> str:
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--variant-seeds", type=int, default=1, help="seeds of each routing variant")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="routing variants, by name")
+    parser.add_argument("--long-seeds", type=int, nargs="*", default=[0], help="seeds of the runs of 4,000 steps")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="routing variants, by name")
     args = parser.parse_args()
     runs = Runs(args.out.resolve(), args.workers)
 
@@ -105,11 +107,19 @@ def main() -> None:
     for name, group in compared.items():
         print(row(f"{name}, learning rate {best[name]:g}", [results[flags] for flags in group]), flush=True)
 
+    longer = {
+        name: [named(f"{f} {LONGER}", best[name], seed) for seed in args.long_seeds] for name, f in MODELS.items()
+    }
+    results = runs([flags for group in longer.values() for flags in group])
+    print("\n" + HEAD.format("model, 4,000 steps"))
+    for name, group in longer.items() if args.long_seeds else ():
+        print(row(f"{name}, learning rate {best[name]:g}", [results[flags] for flags in group]), flush=True)
+
     variants = {
         name: [named(VARIANTS[name], best["MoE"], seed) for seed in SEEDS[: args.variant_seeds]] for name in args.only
     }
     results = runs([flags for group in variants.values() for flags in group])
-    print("\n" + HEAD.format("routing"))
+    print("\n" + HEAD.format("routing") if variants else "")
     for name, group in variants.items():
         print(row(name, [results[flags] for flags in group]))
 
