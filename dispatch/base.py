@@ -13,12 +13,19 @@ from .plan import Plan
 
 
 class Batch(NamedTuple):
-    """What the experts of this rank get."""
+    """What the experts of this rank get.
 
-    rows: Tensor  # [R, D] sorted by (local expert, source rank, source row)
-    weight: Tensor  # [R] the gate's weight of each row
-    counts: Tensor  # int64 [L] rows per local expert; rows past their sum belong to nobody
-    receipt: Any  # the way back: opaque, immutable, good for more than one return
+    Attributes:
+        rows: [R, D], sorted by (local expert, source rank, source row).
+        weight: [R], the gate's weight of each row.
+        counts: int64 [L], rows per local expert; rows past their sum belong to nobody.
+        receipt: the way back: opaque, immutable, good for more than one return.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    counts: Tensor
+    receipt: Any
 
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (rows, weight, counts) -> weighted rows [R, D]

@@ -17,7 +17,7 @@ class LocalDispatcher(Dispatcher):
     """Encode, experts, decode. No collective and no host sync."""
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """Rows [R, D] with R = T*k, or E*capacity when padded; NaN weights raise ValueError on a CPU."""
+        """Rows [R, D] with ``R = T * k``, or ``E * capacity`` when padded; NaN weights raise ValueError on a CPU."""
         check_weight(weight)
         return Batch(encode(x, plan), encode_weight(weight, plan), plan.counts, plan)
 

@@ -30,18 +30,25 @@ class Plan:
     same bytes on every transport. All shapes depend on T, k, E and `capacity` alone: building a plan
     never waits for the device.
 
-    Ragged (`capacity` None): R = T*k rows, the kept ones first, experts back to back.
-    Padded: R = E*capacity rows, `capacity` for every expert, those not needed being empty.
+    Ragged (`capacity` None): ``R = T * k`` rows, the kept ones first, experts back to back.
+    Padded: ``R = E * capacity`` rows, `capacity` for every expert, those not needed being empty.
+
+    Attributes:
+        expert: int64 [T, k], the expert of each assignment, -1 = dropped or unused.
+        token: int64 [R], row -> the token in it, -1 = an empty row.
+        slot: int64 [T, k], assignment -> its row, -1 = none: the inverse of `token`.
+        counts: int64 [E], rows per expert (padded: `capacity` each).
+        capacity: rows of every expert when padded, None when ragged.
 
     >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
     >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
     ([0, 0, 1, -1], [[1, 0], [2, -1]], [1, 2])
     """
 
-    expert: Tensor  # int64 [T, k]  the expert of each assignment, -1 = dropped or unused
-    token: Tensor  # int64 [R]      row -> the token in it, -1 = an empty row
-    slot: Tensor  # int64 [T, k]    assignment -> its row, -1 = none: the inverse of `token`
-    counts: Tensor  # int64 [E]     rows per expert (padded: `capacity` each)
+    expert: Tensor
+    token: Tensor
+    slot: Tensor
+    counts: Tensor
     capacity: int | None = None
 
     @classmethod
@@ -77,7 +84,8 @@ class Plan:
         source = torch.arange(slot.shape[0], device=slot.device).unsqueeze(1).expand_as(slot)
         token = torch.full((rows + 1,), -1, device=slot.device)  # one more: the dropped land there
         token = token.scatter_(0, torch.where(kept, slot, rows).flatten(), source.flatten())[:rows]
-        return replace(self, token=token, slot=slot, counts=torch.full_like(self.counts, capacity), capacity=capacity)
+        counts = self.counts.clamp(min=capacity)  # all equal; torch 2.13 fails to compile cumsum of a full tensor
+        return replace(self, token=token, slot=slot, counts=counts, capacity=capacity)
 
     def trimmed(self, rows: int) -> Plan:
         """The same plan without its empty rows at the end; `rows` = counts.sum(), as the host knows it."""

@@ -14,14 +14,22 @@ class Routing:
 
     No expert appears twice for one token. T = 0 is legal. Losses and load statistics are made from the
     routing as the gate returned it, before capacity drops anything.
+
+    Attributes:
+        expert: int64 [T, k], chosen experts, -1 = dropped or unused.
+        weight: float32 or wider [T, k], what each expert's output is multiplied by, 0 where expert is -1.
+        scores: [T, E], what the choice was made from, without noise or balancing bias.
+        logits: [T, E] before softmax or sigmoid, or None; the router z-loss needs them.
+        losses: scalars only the gate can compute, unweighted.
+        mask: bool [T] or None, False = padding: chosen by nobody, counted nowhere.
     """
 
-    expert: Tensor  # int64 [T, k]  chosen experts, -1 = dropped or unused
-    weight: Tensor  # float32 or wider [T, k]  what each expert's output is multiplied by, 0 where expert is -1
-    scores: Tensor  # [T, E]  what the choice was made from, without noise or balancing bias
-    logits: Tensor | None = None  # [T, E]  before softmax or sigmoid; the router z-loss needs them
-    losses: dict[str, Tensor] = field(default_factory=dict)  # scalars only the gate can compute, unweighted
-    mask: Tensor | None = None  # bool [T], False = padding: chosen by nobody, counted nowhere
+    expert: Tensor
+    weight: Tensor
+    scores: Tensor
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.expert.ndim != 2 or self.expert.shape != self.weight.shape:

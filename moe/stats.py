@@ -16,13 +16,20 @@ class Stats:
     """Load of one forward, on this rank. Tensors on the layer's device: reading one waits for it.
 
     Made from the routing before capacity drops anything, padding left out.
+
+    Attributes:
+        tokens_per_expert: int64 [E], assignments each expert was chosen for.
+        dropped: share of assignments that capacity dropped, 0 to 1.
+        entropy: of the load, over log E: 1 = even, 0 = all on one expert.
+        imbalance: largest load over the mean load: 1 = even, E = all on one expert.
+        nonfinite: bool, NaN or infinity among the gate's weights.
     """
 
-    tokens_per_expert: Tensor  # int64 [E] assignments each expert was chosen for
-    dropped: Tensor  # share of assignments that capacity dropped, 0 to 1
-    entropy: Tensor  # of the load, over log E: 1 = even, 0 = all on one expert
-    imbalance: Tensor  # largest load over the mean load: 1 = even, E = all on one expert
-    nonfinite: Tensor  # bool: NaN or infinity among the gate's weights
+    tokens_per_expert: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    imbalance: Tensor
+    nonfinite: Tensor
 
     @classmethod
     @torch.no_grad()
