@@ -69,12 +69,12 @@ def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if slot.shape[1] == 1:
         return _gather(rows, slot.squeeze(1))
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if rows.is_cuda or not len(rows):
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return sum((_gather(wide, home) for home in slot.unbind(1)), wide.new_zeros(slot.shape[0], 1)).to(rows.dtype)
-    kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order
+    kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
     number = kept.sum(1)
-    return torch.embedding_bag(wide, slot[kept], number.cumsum(0) - number, mode=0)[0].to(rows.dtype)
+    return torch.embedding_bag(rows, slot[kept], number.cumsum(0) - number, mode=0)[0]
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

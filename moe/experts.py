@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .activation import ACTIVATIONS, weighted_activation
+from .activation import ACTIVATIONS, activation, weighted
 from .grouped_mm import grouped_mm
 from .stacked import held_slice, local
 
@@ -85,8 +85,8 @@ class FeedForwardExperts(Experts):
     """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (silu(W_gate x) * W_up x).
 
     `w_up` and `w_gate` are [E, D, H], `w_down` [E, H, D]; with `bias`, `b_up` and `b_gate` [E, H],
-    `b_down` [E, D]. The gate's weight multiplies the hidden row, which is the same as multiplying the
-    output (W_down (w a) = w W_down a), so that nothing weighted need be stored or summed afterwards.
+    `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
+    W_down (w a) = w W_down a.
 
     Args:
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
@@ -113,8 +113,10 @@ class FeedForwardExperts(Experts):
         ends = counts.cumsum(0).to(torch.int32)
         up = self._linear("up", rows, ends)
         gate = self._linear("gate", rows, ends) if "gate" in self.sizes else None
-        hidden = weighted_activation(self.activation, up, gate, weight)
-        return self._linear("down", hidden, ends, weight)
+        hidden = activation(self.activation, up, gate)
+        if self.hidden < self.dim:
+            return self._linear("down", weighted(hidden, weight), ends, weight)
+        return weighted(self._linear("down", hidden, ends), weight)
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
         """The layer `name`; rows that are weighted already want their bias weighted as well."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import close, expert_ffn
 from torch import nn
-from turnout.moe.activation import ACTIVATIONS, weighted_activation
+from turnout.moe.activation import ACTIVATIONS, activation, weighted
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
 
 NAN = float("nan")
@@ -107,33 +107,33 @@ def test_rows_of_nobody_do_not_leak(make, poison):
         assert torch.equal(clean, poisoned)
 
 
-@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 1, 6])
-def test_weighted_activation_gradients(activation, rows):
-    up, gate = random(rows, 5).requires_grad_(), random(rows, 5, seed=1).requires_grad_()
-    weight = random(rows, seed=2).requires_grad_()
-    gate = gate if activation == "swiglu" else None
-    given = (up, weight) if gate is None else (up, gate, weight)
-    assert torch.autograd.gradcheck(
-        lambda up, *rest: weighted_activation(activation, up, *(rest if len(rest) == 2 else (None, *rest))), given
+def test_gradients_of_activation_and_weight(kind, rows):
+    up, gate, weight = (
+        random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(rows, 5), (rows, 5), (rows,)])
     )
+    given = (up, gate) if kind == "swiglu" else (up,)
+    assert torch.autograd.gradcheck(lambda *tensors: activation(kind, *tensors), given)
+    assert torch.autograd.gradcheck(weighted, (up, weight))
 
 
-@pytest.mark.parametrize("activation", KINDS)
 @pytest.mark.parametrize("rows", [6, 700])  # 700 rows of 1000 are several blocks
-def test_weighted_activation_in_bfloat16_rounds_once(activation, rows):
-    up, gate = random(rows, 1000, dtype=torch.bfloat16), random(rows, 1000, seed=1, dtype=torch.bfloat16)
-    gate, weight = gate if activation == "swiglu" else None, random(rows, seed=2, dtype=torch.float32)
-    actual = weighted_activation(activation, up, gate, weight)
-    act = ACTIVATIONS[activation][0]
-    exact = act(up.double()) if gate is None else act(gate.double()) * up.double()
-    exact = exact * weight.double().unsqueeze(1)
-    assert actual.dtype == torch.bfloat16
-    large = exact.abs() > 1e-2  # in gelu's tail float32 itself has few digits
-    error = ((actual.double() - exact) / exact).abs()
-    assert error[large].max() <= 2**-8  # half a unit in the last of 8 places
-    twice = (act(up) if gate is None else act(gate) * up) * weight.bfloat16().unsqueeze(1)
-    assert ((twice.double() - exact) / exact).abs()[large].max() > 2**-8
+def test_gating_and_weighting_in_bfloat16_round_once(rows):
+    up, gate = (random(rows, 1000, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    weight = random(rows, seed=2, dtype=torch.float32)
+    gated, product = activation("swiglu", up, gate), weighted(up, weight)
+    assert gated.dtype == product.dtype == torch.bfloat16
+    exact = ACTIVATIONS["swiglu"][0](gate.double()) * up.double()
+    assert _relative_error(gated, exact) <= 2**-8  # half a unit in the last of 8 places
+    assert _relative_error(ACTIVATIONS["swiglu"][0](gate) * up, exact) > 2**-8  # rounded twice
+    exact = up.double() * weight.double().unsqueeze(1)
+    assert _relative_error(product, exact) <= 2**-8
+    assert _relative_error(up * weight.bfloat16().unsqueeze(1), exact) > 2**-8
+
+
+def _relative_error(actual, exact) -> float:
+    return ((actual.double() - exact) / exact).abs()[exact.abs() > 1e-2].max().item()
 
 
 def perceptron():
