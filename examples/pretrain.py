@@ -12,24 +12,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import corpus
+import launch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from report import Log, draw
+from launch import say
+from report import Log, draw, tensorboard
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.models import GPT, GPTConfig, checkpoint
 from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+
+STOPPED = 143  # what a shell calls ended by SIGTERM
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Job:
     out: str = "runs/pretrain"  # folder of checkpoints and report.png
     data: tuple[str, ...] = ()  # text files and folders; none: the standard library's source
     resume: bool = False  # go on from the newest checkpoint in --out, on any number of ranks
+    tensorboard: bool = False  # scalars and histograms in --out/tensorboard
+    bf16: bool = False  # autocast to bfloat16
     dense: bool = False  # no experts: the dense twin
     seed: int = 0
     batch: int = 32  # sequences in a step, on all ranks together
@@ -58,6 +65,7 @@ class Job:
     eval_every: int = 50
     eval_size: int = 128  # held-out sequences read each time
     save_every: int = 100  # and at the end
+    keep: int = 3  # checkpoints
 
     def check(self, ranks: int) -> int:
         """The ranks that share the experts, or ValueError: before any rank waits for another."""
@@ -107,9 +115,9 @@ class Job:
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
 
 
-def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def train(job: Job, ep: int, text: tuple[Tensor, Tensor], device: torch.device) -> int:
+    """The exit status: 0, or STOPPED after SIGTERM."""
+    ranks, out, stop = dist.get_world_size(), Path(job.out), launch.Stop()
     mesh = init_device_mesh(device.type, (ranks // ep, ep), mesh_dim_names=("edp", "ep"))
     model = job.model().to(device)
     size = {"parameters": sum(p.numel() for p in model.parameters()), "active_parameters": model.active_parameters()}
@@ -119,47 +127,56 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
     optimizer = torch.optim.AdamW(
         param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0), lr=job.lr, betas=(0.9, 0.95)
     )
-    out, log, first = Path(job.out), Log(), 0
-    if job.resume:
-        path = checkpoint.newest(out)
-        if path is None:
-            raise ValueError(f"--resume: there is no checkpoint in {out}")
-        first, extra = checkpoint.load(path, model, optimizer)
-        log = Log(**extra["log"])
-    else:
-        if rank == 0 and checkpoint.newest(out):
-            set_aside(out)
-        dist.barrier()
+    first, log = begin(job, model, optimizer)
+    board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
 
-    mine = {"rank": rank, "ranks": ranks}
-    seconds, bar = 0.0, tqdm(total=job.steps, initial=first, disable=rank != 0, file=sys.stderr)
+    mine = {"rank": launch.RANK, "ranks": ranks}
+    seconds, stopping = 0.0, False
+    bar = tqdm(total=job.steps, initial=first, disable=launch.RANK != 0, file=sys.stderr)
     for step in range(first, job.steps):
         start = time.perf_counter()
+        stop.ask()
         model.train()
         tokens = corpus.batch(text[0], job.seed, step, job.batch, job.seq, **mine).to(device)
         for group in optimizer.param_groups:
             group["lr"] = job.lr_at(step)
-        loss = cross_entropy(model, tokens)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+            loss = cross_entropy(model, tokens)
         (loss + aux_loss(model)).backward()
         sync_gradients(model, mesh)
-        clip_grad_norm_(model, 1.0)
+        norm = clip_grad_norm_(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        stopping = stop.answer()
         seconds += time.perf_counter() - start
 
         done = step + 1
-        if done % 10 == 0 or done == job.steps:
+        last = stopping or done == job.steps
+        if done % 10 == 0 or last:
             log.add(done, *gather(model, loss.detach()))
+            if not math.isfinite(log.loss[-1]):
+                raise ValueError(f"the loss is {log.loss[-1]} at step {done}: try a smaller --lr or a longer --warmup")
             rate = (done - first) * job.batch * job.seq / seconds
             bar.set_postfix_str(f"loss {log.loss[-1]:.3f}, {rate:.0f} tokens/s, {log.summary()}")
+            if board:
+                board.step(log, model, {"lr": job.lr_at(step), "gradient norm": float(norm), "tokens per s": rate})
         bar.update()
         if done % job.eval_every == 0 or done == job.steps:
-            log.val_step.append(done)
-            log.val_bpb.append(evaluate(model, text[1], job, device, mine))
-        if done % job.save_every == 0 or done == job.steps:
-            checkpoint.save(out, model, optimizer, done, {"log": asdict(log), "job": asdict(job)})
+            log.add_held_out(done, evaluate(model, text[1], job, device, mine))
+            if board:
+                board.held_out(log)
+        if done % job.save_every == 0 or last:
+            checkpoint.save(out, model, optimizer, done, {"log": asdict(log), "job": asdict(job)}, random_state(device))
+            checkpoint.prune(out, job.keep)
+        if stopping:
+            say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
+            break
     bar.close()
-    if rank == 0:
+    if board:
+        board.close()
+    if stopping:
+        return STOPPED
+    if launch.RANK == 0:
         draw(log, out / "report.png")
         (out / "log.json").write_text(json.dumps(asdict(log)))
         result = {
@@ -174,13 +191,43 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor]) -> None:
             **size,
         }
         print(json.dumps(result), flush=True)
+    return 0
+
+
+def begin(job: Job, model: GPT, optimizer: Optimizer) -> tuple[int, Log]:
+    """The first step, and the curves so far: of the newest checkpoint where the job goes on with one."""
+    out = Path(job.out)
+    again = launch.restarted()
+    loaded = checkpoint.load_newest(out, model, optimizer) if job.resume or again else None
+    if loaded:
+        if loaded.rank_state:
+            torch.set_rng_state(loaded.rank_state["cpu"])
+            if "cuda" in loaded.rank_state:
+                torch.cuda.set_rng_state(loaded.rank_state["cuda"])
+        else:
+            torch.manual_seed(hash((job.seed, loaded.step, launch.RANK)))
+            say("another number of ranks: the random numbers of gates start anew")
+        say(f"going on after step {loaded.step}")
+        return loaded.step, Log(**loaded.extra["log"])
+    if job.resume and not again:
+        raise ValueError(f"--resume: there is no checkpoint in {out}")
+    if launch.RANK == 0 and checkpoint.newest(out):
+        set_aside(out)
+    dist.barrier()
+    torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
+    return 0, Log()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
 
 
 def set_aside(out: Path) -> None:
     """Keep what an earlier run left in `out` under another name."""
     free = next(path for n in itertools.count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
     out.rename(free)
-    print(f"{out} held another run, now {free}; --resume would have gone on with it", file=sys.stderr, flush=True)
+    say(f"{out} held another run, now {free}; --resume would have gone on with it")
 
 
 def cross_entropy(model: GPT, tokens: Tensor) -> Tensor:
@@ -193,7 +240,8 @@ def evaluate(model: GPT, text: Tensor, job: Job, device: torch.device, mine: dic
     """Bits per held-out byte; all ranks read their part, in as many batches."""
     model.eval()
     tokens = corpus.held_out(text, job.eval_size, job.seq, **mine).to(device)
-    nats = torch.stack([cross_entropy(model, part) * part.shape[0] for part in tokens.split(16)]).sum()
+    with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+        nats = torch.stack([cross_entropy(model, part) * part.shape[0] for part in tokens.split(16)]).sum()
     dist.all_reduce(nats)
     return float(nats) / job.eval_size / math.log(2)
 
@@ -228,26 +276,23 @@ def parse(argv: list[str] | None = None) -> Job:
 
 def main() -> int:
     job = parse()
-    launched = "WORLD_SIZE" in os.environ  # torchrun's variables, read here alone
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    logging.basicConfig(format="%(message)s")
     try:
-        ep = job.check(ranks)
+        ep = job.check(launch.RANKS)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(seconds=60),
-            **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
-        )
-        train(job, ep, text)
+        with launch.process_group() as device:
+            return train(job, ep, text, device)
     except (ValueError, checkpoint.CheckpointError) as error:
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        say(str(error), every_rank=True)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    except RuntimeError:
+        if launch.RANKS > 1:
+            say(
+                "ends here. If a connection was lost or timed out, another rank ended first: see its message. "
+                "--resume goes on from the newest checkpoint; torchrun --max-restarts does so by itself.",
+                True,
+            )
+        raise
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 
 @dataclass
 class Log:
@@ -24,6 +26,10 @@ class Log:
         self.tokens.append(tokens)
         self.dropped.append(dropped)
         self.imbalance.append(max((max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens), default=1.0))
+
+    def add_held_out(self, step: int, bpb: float) -> None:
+        self.val_step.append(step)
+        self.val_bpb.append(bpb)
 
     def summary(self) -> str:
         if not self.tokens[-1]:
@@ -66,3 +72,38 @@ def draw(log: Log, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def tensorboard(out: Path, first: int) -> Board:
+    """A writer for TensorBoard; what an earlier run wrote after step `first` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    return Board(SummaryWriter(str(out / "tensorboard"), purge_step=first + 1))
+
+
+class Board:
+    """Writes what a `Log` was last given."""
+
+    def __init__(self, writer) -> None:
+        self.writer = writer
+
+    def step(self, log: Log, model: nn.Module, further: dict[str, float]) -> None:
+        step = log.step[-1]
+        scalars = {"loss": log.loss[-1], "dropped": log.dropped[-1], "imbalance": log.imbalance[-1], **further}
+        for name, value in scalars.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        for index, counts in enumerate(log.tokens[-1]):  # one bucket an expert
+            self.writer.add_histogram_raw(
+                f"tokens per expert/MoE layer {index + 1}", min=0, max=len(counts) - 1, num=sum(counts),
+                sum=sum(e * n for e, n in enumerate(counts)), sum_squares=sum(e * e * n for e, n in enumerate(counts)),
+                bucket_limits=[e + 0.5 for e in range(len(counts))], bucket_counts=counts, global_step=step,
+            )  # fmt: skip
+        for name, weight in model.named_parameters():
+            if ".gate." in name:
+                self.writer.add_histogram(f"router/{name}", weight.detach(), step)
+
+    def held_out(self, log: Log) -> None:
+        self.writer.add_scalar("held out/bits per byte", log.val_bpb[-1], log.val_step[-1])
+
+    def close(self) -> None:
+        self.writer.close()

@@ -1,78 +1,281 @@
-"""Checkpoints that any number of ranks can read: torch.distributed.checkpoint, written aside and renamed.
+"""Checkpoints that any number of ranks can read, and that are read whole or not at all.
 
-Expert weights are DTensors in global expert order, so that a checkpoint of 4 ranks loads on 2. The rest is
-the same on every rank and saved once.
+torch.distributed.checkpoint keeps the contents. Expert weights are DTensors in global expert order, so that a
+checkpoint of 4 ranks loads on 2; the rest is the same on every rank and saved once. A checkpoint is written under
+another name, with the checksum of each file, and renamed when all of it has reached the disk. What fails on one
+rank is raised on all of them; so all ranks call each function here, `newest` excepted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
+import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as _read
 from torch.distributed.checkpoint.state_dict_saver import save as _write
 from torch.optim import Optimizer
 
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by position: groups differ between meshes
+_Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message says which and why."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra: dict[str, Any] | None = None) -> Path:
-    """Write model, optimizer and `extra` (what JSON can say) to folder/step-N; all ranks call it. Returns that path.
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written; the message names a file that is torn, altered or cannot be read."""
 
-    It is written under another name first: what is called step-N is complete.
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds besides the state of model and optimizer."""
+
+    step: int
+    extra: dict[str, Any]
+    rank_state: Any  # this rank's; None if the number of ranks is another
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
+) -> Path:
+    """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
+
+    `rank_state` is this rank's own, such as its random states: tensors and plain Python values. Until all is on the
+    disk the name is step-N.incomplete; what a crash left under such names is removed. A damaged step-N that is in
+    the way becomes step-N.damaged.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot write or step-N exists already; other checkpoints are left alone.
     """
     final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
-    if final.exists():
+    rank = dist.get_rank()
+    if _on_first(final.exists) and _intact(final):
         raise CheckpointError(f"{final} exists already; resume from it, or choose another folder")
-    _write(_state(model, optimizer) | {"step": step, "extra": json.dumps(extra or {})}, checkpoint_id=aside)
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def begin() -> str:
+        for left in folder.glob("step-*.incomplete"):
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+        return json.dumps(extra or {})
+
+    def write_own() -> _Files:
+        buffer = io.BytesIO()
+        torch.save(rank_state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # what cannot be read back is refused today
+        own = _put(aside / f"rank-{rank}.pt", buffer.getvalue())
+        files = [own, *aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
+        return {file.name: _describe(file) for file in files}
+
+    def finish() -> None:
+        if strange := {file.name for file in aside.iterdir()} - files.keys():
+            raise CheckpointError(f"{aside} holds {sorted(strange)}: does another run write there?")
+        _put(aside / "checksums.json", _manifest(files))
+        _sync(aside)
+        if final.exists():
+            shutil.rmtree(damaged := folder / f"{final.name}.damaged", ignore_errors=True)
+            final.rename(damaged)
         aside.rename(final)
-    dist.barrier()
+        _sync(folder)
+
+    contents = {"step": step, "extra": _on_first(begin)}
+    try:
+        _write(contents | _state(model, optimizer), checkpoint_id=aside)
+    except CheckpointException as error:  # not an Exception
+        raise CheckpointError(f"{aside} cannot be written: {_cause(error)}") from None
+    files = {name: entry for share in _together(write_own) for name, entry in share.items()}
+    _on_first(finish)
     return final
 
 
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of most steps in a folder, None if there is none."""
-    steps = {int(m[1]): path for path in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))}
-    return steps[max(steps)] if steps else None
+    """The complete checkpoint of most steps in a folder, damaged or not, as this rank sees it; None without any."""
+    return next(iter(_complete(folder)), None)
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
-    """Read a checkpoint into a model and an optimizer, on any mesh; returns its step and `extra`.
+def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Loaded:
+    """Read a checkpoint into a model and an optimizer, on any mesh; the model's gradients are dropped.
 
     Raises:
-        CheckpointError: on every rank, if it is damaged or of another model.
+        DamagedError: on every rank, if a file is not what was written; model and optimizer are as they were.
+        CheckpointError: on every rank, if it is of another model; model and optimizer are as they were.
     """
-    state = _state(model, optimizer) | {"step": 0, "extra": ""}
+    files, own = _verify(path), []
+    if dist.get_world_size() == sum(name.startswith("rank-") for name in files):
+        file = path / f"rank-{dist.get_rank()}.pt"
+        _together(lambda: own.append(torch.load(file, map_location="cpu", weights_only=True)))
+    optimizer.zero_grad()  # gradients would keep an optimizer that never stepped from getting its state
+    fresh, state = not optimizer.state, _state(model, optimizer) | {"step": 0, "extra": ""}
     try:
-        _read(state, checkpoint_id=path)
-    except CheckpointException as error:  # not an Exception
-        first = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{path} does not load: is it of a model of other sizes, or damaged? {first}") from None
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_BY_NAME)
-    return state["step"], json.loads(state["extra"])
+        _read(state, checkpoint_id=path, planner=_WholeModel())
+    except CheckpointException as error:
+        if fresh:
+            optimizer.state.clear()
+        raise CheckpointError(f"{path} does not load: is it of a model of other sizes? {_cause(error)}") from None
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **parts, options=_BY_NAME)
+    return Loaded(state["step"], json.loads(state["extra"]), own[0] if own else None)
+
+
+def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer) -> Loaded | None:
+    """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
+
+    Rank 0 logs a warning for each damaged one passed over; they stay where they are.
+
+    Raises:
+        CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
+    """
+    damaged = []
+    for path in _on_first(lambda: _complete(folder)):
+        try:
+            return load(path, model, optimizer)
+        except DamagedError as error:
+            damaged.append(str(error))
+            if dist.get_rank() == 0:
+                _log.warning("%s; trying the one before", error)
+    if damaged:
+        raise CheckpointError(f"no checkpoint in {folder} is intact: " + "; ".join(damaged))
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` checkpoints of most steps and the newest intact one.
+
+    The ranks share the work of telling which is intact; rank 0 deletes, and the others do not wait for it. What it
+    cannot delete it logs.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be positive; got {keep}")
+    paths = _on_first(lambda: _complete(folder))
+    intact = next((path for path in paths if _intact(path)), None) if len(paths) > keep else None
+    for path in paths[keep:] if intact and dist.get_rank() == 0 else []:
+        try:
+            if path != intact:
+                shutil.rmtree(path.rename(path.with_name(f"{path.name}.incomplete")))
+        except OSError as error:
+            _log.warning("%s is not deleted: %s", path, error)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Most steps first."""
+    steps = {int(m[1]): path for path in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _verify(path: Path) -> _Files:
+    """Its files, found to be what was written; each rank reads a share of them."""
+    files = _on_first(lambda: _read_manifest(path / "checksums.json"))
+    share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    _together(lambda: [_check(path / name, files[name]) for name in share])
+    return files
+
+
+def _intact(path: Path) -> bool:
+    try:
+        _verify(path)
+    except DamagedError:
+        return False
+    return True
+
+
+def _check(file: Path, entry: dict[str, Any]) -> None:
+    try:
+        if (size := file.stat().st_size) != entry["size"]:
+            raise DamagedError(f"{file} is torn: {size} of {entry['size']} bytes")
+        if _describe(file) != entry:
+            raise DamagedError(f"{file} has flipped bits: checksum differs")
+    except OSError as error:
+        raise DamagedError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _read_manifest(file: Path) -> _Files:
+    try:
+        files = json.loads(text := file.read_bytes())["files"]
+    except OSError as error:
+        raise DamagedError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{file} is torn or has flipped bits: {error}") from None
+    if _manifest(files) != text:
+        raise DamagedError(f"{file} has flipped bits: its own checksum differs")
+    return files
+
+
+def _manifest(files: _Files) -> bytes:
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"size": stream.tell(), "sha256": digest}
+
+
+def _put(file: Path, data: bytes) -> Path:
+    file.write_bytes(data)
+    _sync(file)
+    return file
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),
-    }
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=_BY_NAME), strict=True))
+
+
+class _WholeModel(DefaultLoadPlanner):
+    """Refuses a checkpoint of more than the model has; by default a small model would read its part of it."""
+
+    def create_local_plan(self) -> LoadPlan:
+        saved = self.metadata.state_dict_metadata if self.metadata else {}
+        if left := [name for name in saved if name.startswith("model.") and name not in self.state_dict]:
+            raise ValueError(f"the model has no {left[0].removeprefix('model.')}")
+        return super().create_local_plan()
+
+
+def _cause(error: CheckpointException) -> str:
+    rank = min(error.failures)
+    return f"rank {rank}: {error.failures[rank][0]}"
+
+
+def _on_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0: others may still see the folder as it was."""
+    return _together(lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank. If it raises on any, all raise the same CheckpointError."""
+    value = raised = None
+    try:
+        value = work()
+    except Exception as error:  # of any kind: the others wait
+        text = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        raised = error if isinstance(error, CheckpointError) else CheckpointError(text)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (value, raised))
+    for _, error in outcomes:
+        if error:
+            raise error
+    return [value for value, _ in outcomes]

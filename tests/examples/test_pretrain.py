@@ -1,38 +1,9 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-TINY = (
-    "--batch 4 --seq 16 --dim 16 --heads 2 --layers 2 --hidden 16 --experts 4 --eval-size 4 --eval-every 3 --warmup 2"
-)
-
-
-def run(out: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launch, "examples/pretrain.py", *TINY.split(), "--out", str(out), *flags]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-
-
-def result(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20 + str(i))
-    return str(folder)
+from main_job import result, run
 
 
 @pytest.fixture(scope="module")

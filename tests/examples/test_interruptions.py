@@ -1,0 +1,91 @@
+"""The main job told to stop, killed, and left with a damaged checkpoint: it goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from main_job import LAUNCH, ROOT, TINY, result, run
+
+pytestmark = pytest.mark.slow
+# noise in the gate, so that random states matter
+LONG = ("--steps", "150", "--save-every", "10", "--gate", "gshard")
+
+
+def start(out: Path, *flags: str, ranks: int, launch: tuple[str, ...] = ()) -> subprocess.Popen:
+    launcher = [*LAUNCH, str(ranks), *launch] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "examples/pretrain.py", *TINY.split(), *LONG, "--out", str(out), *flags],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def saved(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in out.glob("step-*") if path.name[5:].isdigit())
+
+
+def wait_for_a_checkpoint(out: Path, process: subprocess.Popen) -> None:
+    for _ in range(12_000):
+        if saved(out):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_resume_goes_on_to_the_bit(tmp_path, text, ranks):
+    whole = result(run(tmp_path / "whole", *LONG, "--data", text, ranks=ranks))
+    out = tmp_path / "stopped"
+    job = start(out, "--data", text, ranks=ranks)
+    wait_for_a_checkpoint(out, job)
+    job.send_signal(signal.SIGTERM)  # under torchrun to the launcher, which passes it on
+    _, log = job.communicate(timeout=60)
+    assert job.returncode == 143 if ranks == 1 else job.returncode
+    stopped = saved(out)[-1]
+    assert f"stopped by SIGTERM after step {stopped}" in log
+    assert stopped < 150
+    resumed = result(run(out, *LONG, "--data", text, "--resume", ranks=ranks))
+    same = ("loss", "val_bpb", "imbalance", "dropped")
+    assert [resumed[key] for key in same] == [whole[key] for key in same]
+
+
+def test_a_killed_rank_is_started_again_and_loses_only_what_was_not_saved(tmp_path, text):
+    job = start(tmp_path, "--data", text, ranks=2, launch=("--max-restarts", "1"))
+    wait_for_a_checkpoint(tmp_path, job)
+    began = time.monotonic()
+    os.kill(children(job)[-1], signal.SIGKILL)
+    _, log = job.communicate(timeout=100)
+    assert job.returncode == 0, log
+    assert "going on after step" in log
+    assert time.monotonic() - began < 60
+    assert saved(tmp_path)[-1] == 150
+
+
+def test_without_restarts_a_killed_rank_ends_the_job_with_a_clear_message(tmp_path, text):
+    job = start(tmp_path, "--data", text, ranks=2)
+    wait_for_a_checkpoint(tmp_path, job)
+    began = time.monotonic()
+    os.kill(children(job)[0], signal.SIGKILL)
+    _, log = job.communicate(timeout=100)
+    assert job.returncode == 1
+    assert time.monotonic() - began < 60
+    assert "--resume goes on from the newest checkpoint" in log
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path, text):
+    out = tmp_path / "run"
+    result(run(out, *LONG, "--data", text, "--steps", "20"))
+    torn = out / "step-20" / "__0_0.distcp"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    done = run(out, *LONG, "--data", text, "--steps", "20", "--resume")
+    assert result(done)["steps"] == 20
+    assert "is torn" in done.stderr
+    assert "going on after step 10" in done.stderr
