@@ -66,7 +66,7 @@ class GPT(nn.Module):
             )
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, self.cos, self.sin, tokens)
         return F.linear(self.norm(x), self.embed.weight)
 
     def active_parameters(self) -> int:
@@ -99,10 +99,11 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(config.dim, config.top_k * config.hidden)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, S, D]; cos and sin as `rotary` gives them."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x [B, S, D]; cos and sin as `rotary` gives them; tokens int64 [B, S], for gates that route by them."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        ids = {"ids": tokens} if isinstance(self.feed_forward, MoE) else {}
+        return x + self.feed_forward(self.feed_forward_norm(x), **ids)
 
 
 class Attention(nn.Module):

@@ -25,8 +25,15 @@ def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int) -> 
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"capacity_factor must be a positive number, or None for dropless; got {factor}")
-    limit = math.ceil(Fraction(str(factor)) * top_k * tokens / num_experts)
+    above, below = _as_written(factor)
+    limit = -(-above * top_k * tokens // (below * num_experts))
     return max(limit, 1) if tokens else 0
+
+
+@torch.compiler.assume_constant_result
+def _as_written(factor: float) -> tuple[int, int]:
+    """1.1 -> (11, 10)."""
+    return Fraction(str(factor)).as_integer_ratio()
 
 
 def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:

@@ -33,8 +33,9 @@ class MoE(nn.Module):
         dim: model width D.
         hidden: hidden width H of each expert.
         num_experts: experts on all ranks together, E.
-        top_k: experts a token picks, k; None: what the gate picks by itself (topk and gshard 2, switch 1).
-        gate: ``"topk"``, ``"switch"``, ``"gshard"``, or a `Gate` of your own.
+        top_k: experts a token picks, k; None: what the gate picks by itself (switch, random and hash 1, others 2).
+        gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"random"``,
+            ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
             called once per expert.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
@@ -45,7 +46,8 @@ class MoE(nn.Module):
         shared_experts: experts that every token visits as well.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
-            (`balance_loss`). For "sequence", x is [..., S, D].
+            (`balance_loss`). For "sequence", x is [..., S, D]. Gates with losses of their own instead
+            (noisy_topk) take this rank's tokens.
         aux_loss_weight, z_loss_weight: weights of the balance loss and of the router's z-loss; a gate's
             own losses have the weight of the balance loss.
         seed: of the experts' initial values; None draws one from torch's default generator. It must be
@@ -101,12 +103,16 @@ class MoE(nn.Module):
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets both
         self._forget()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (..., D) -> y (..., D), same dtype. `mask`: bool (...), False = padding, which goes to no expert."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """x (..., D) -> y (..., D), same dtype.
+
+        `mask`: bool (...), False = padding, which goes to no expert. `ids`: int64 (...), for gates that
+        route by token id; others ignore them.
+        """
         try:
-            self._check(x, mask)
+            self._check(x, mask, ids)
             tokens = rearrange(x, "... d -> (...) d")
-            routing = self._route(tokens, mask)  # who goes where
+            routing = self._route(tokens, mask, ids)  # who goes where
             limit = self._limit(routing)
             kept = routing if limit is None else capacity(routing, limit, self.drop_policy)  # whom experts turn away
             plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None)  # which token fills which row
@@ -139,21 +145,26 @@ class MoE(nn.Module):
             raise RuntimeError("no statistics yet: they are of the last forward, and there was none")
         return Stats.of(*self._last, self.num_experts)
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {tuple(x.shape)}")
         if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
+        if ids is not None and (ids.shape != x.shape[:-1] or ids.dtype != torch.int64):
+            raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {ids.dtype} {tuple(ids.shape)}")
         if self.balance == "sequence" and x.ndim < 2:
             raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
 
-    def _route(self, tokens: Tensor, mask: Tensor | None) -> Routing:
-        if mask is None:
-            return self.gate(tokens)
-        real = mask.flatten()  # padding may hold anything: zeros keep NaN out of the router's gradient
-        return self.gate(torch.where(real.unsqueeze(1), tokens, 0)).masked(real)
+    def _route(self, tokens: Tensor, mask: Tensor | None, ids: Tensor | None) -> Routing:
+        real = None if mask is None else mask.flatten()
+        if real is not None:  # padding may hold anything: zeros keep NaN out of the router's gradient
+            tokens = torch.where(real.unsqueeze(1), tokens, 0)
+        more = {"mask": real} if self.gate.takes_mask else {}
+        if self.gate.takes_ids:
+            more["ids"] = None if ids is None else ids.flatten()
+        return self.gate(tokens, **more).masked(real)
 
     def _limit(self, routing: Routing) -> int | None:
         """Rows an expert takes from this rank, None if any number."""
@@ -169,7 +180,8 @@ class MoE(nn.Module):
         """Keep what `stats` and `aux_loss` will be asked for."""
         loss = self._loss(routing, sequences)
         self._last = (routing.expert, kept.expert, routing.weight.detach())
-        if torch._C._current_graph_task_id() != -1:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
             return  # activation recomputation, inside backward: this forward has been counted
         adds_up = self.training and y.requires_grad  # an evaluation stands alone
         if self._losses_done or not adds_up:
@@ -177,7 +189,7 @@ class MoE(nn.Module):
         if loss is not None:
             self._losses.append(loss)
         self._losses_done = not adds_up
-        if y.requires_grad and not torch.compiler.is_compiling():
+        if y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
             y.register_hook(self._after_backward)
 
     def _after_backward(self, grad: Tensor) -> None:
@@ -188,8 +200,8 @@ class MoE(nn.Module):
         group = self.balance_group if self.training and self.balance != "local" else None
         weighted = []
         if self.aux_loss_weight:
-            terms = [balance_loss(routing, self.balance, sequences, group), *routing.losses.values()]
-            weighted += [self.aux_loss_weight * term for term in terms]
+            terms = [] if self.gate.balances_itself else [balance_loss(routing, self.balance, sequences, group)]
+            weighted += [self.aux_loss_weight * term for term in (*terms, *routing.losses.values())]
         if self.z_loss_weight:
             weighted.append(self.z_loss_weight * z_loss(routing, group))
         return torch.stack(weighted).sum() if weighted else None
@@ -197,11 +209,11 @@ class MoE(nn.Module):
     def _forget(self) -> None:
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
-        self._losses_done = False
+        self._losses_done = True
 
     def __getstate__(self) -> dict[str, Any]:
         # For deepcopy and pickle: neither can copy a loss with its graph.
-        return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": False}
+        return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": True}
 
 
 def aux_loss(model: nn.Module) -> Tensor:

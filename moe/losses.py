@@ -45,7 +45,8 @@ def balance_loss(
     if over != "sequence":
         sequences = 1
     E = routing.num_experts
-    scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
+    total = routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
+    scores = routing.scores * total.reciprocal()  # the backward of a division takes three more matrices [T, E]
     if routing.mask is not None:
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
     # without tokens: zeros that keep their graph, for this rank takes part as well
@@ -53,8 +54,8 @@ def balance_loss(
     chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
     tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
     if over == "global":
-        total = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), group)
-        mass, chosen, tokens = total[:, :E], total[:, E:-1], total[:, -1]
+        sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), group)
+        mass, chosen, tokens = sums[:, :E], sums[:, E:-1], sums[:, -1]
     share = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).detach()
     terms = E * (share * mass).sum(1) / tokens.clamp(min=1)
     if over != "sequence":
@@ -72,6 +73,16 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None) -> Tensor:
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
     return _mean_over_ranks(terms, counted, group)
+
+
+def cv_squared(amount: Tensor) -> Tensor:
+    """Squared coefficient of variation of amounts [E], variance / mean^2: 0 when even, E - 1 when one has all.
+
+    Of importance or load (Shazeer et al. 2017, arXiv:1701.06538, eq. 7 and 11); over this rank's tokens,
+    so it changes with the number of ranks. Nothing at all is even.
+    """
+    mean = amount.mean()
+    return ((amount - mean) / mean.clamp(min=torch.finfo(amount.dtype).tiny)).square().mean()
 
 
 def _mean_over_ranks(terms: Tensor, counted: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -48,6 +48,74 @@ def route_topk(x, gate_weight, k, normalize=None, order="softmax_first"):
     return expert, _stack(weights, k, x), _stack(scores, E, x), _stack(logits, E, x)
 
 
+def _best(logit, k):
+    """The k largest, and softmax over those (over all if k is 1)."""
+    places = sorted(range(len(logit)), key=lambda e: (-float(logit.detach()[e]), e))[:k]
+    power = (logit - logit.detach().max()).exp()
+    total = power.sum() if k == 1 else sum(power[e] for e in places)
+    return places, [power[e] / total for e in places]
+
+
+def route_noisy(x, gate_weight, noise_weight, noise, k, floor=1e-2, mask=None):
+    """With given noise [T, E] (None: eval) -> expert, weight, scores, importance loss, load loss."""
+    E = len(gate_weight)
+    experts, weights, scores = [], [], []
+    importance, load = [x.new_zeros(()) for _ in range(E)], [x.new_zeros(()) for _ in range(E)]
+    for t, token in enumerate(x):
+        clean = torch.stack([(token * router).sum() for router in gate_weight])
+        scale = torch.stack([(1 + (token * router).sum().exp()).log() + floor for router in noise_weight])
+        noisy = clean if noise is None else clean + noise[t] * scale
+        places, chosen = _best(noisy, k)
+        experts.append(places)
+        weights.append(torch.stack(chosen))
+        scores.append((clean - clean.detach().max()).exp() / (clean - clean.detach().max()).exp().sum())
+        if mask is not None and not bool(mask[t]):
+            continue
+        for e, weight in zip(places, chosen, strict=True):
+            importance[e] = importance[e] + weight
+        for e in range(E):
+            if noise is None or k == E:
+                load[e] = load[e] + (1 if e in places else 0)
+            else:
+                others = sorted((i for i in range(E) if i != e), key=lambda i: -float(noisy.detach()[i]))
+                rival = noisy[others[k - 1]]
+                load[e] = load[e] + (1 + torch.erf((clean[e] - rival) / scale[e] / math.sqrt(2))) / 2
+    expert = torch.tensor(experts, dtype=torch.int64).reshape(len(x), k)
+    return expert, _stack(weights, k, x), _stack(scores, E, x), cv_squared(importance), cv_squared(load)
+
+
+def cv_squared(amounts):
+    """Variance over mean^2, 0 where all are 0."""
+    mean = sum(amounts) / len(amounts)
+    variance = sum((a - mean) ** 2 for a in amounts) / len(amounts)
+    return variance / mean**2 if float(mean.detach()) else variance
+
+
+def route_hierarchical(x, group_weight, gate_weight, top_groups, each):
+    """-> expert [T, top_groups * each], heaviest first, weight, scores [T, E]."""
+    groups, E = len(group_weight), len(gate_weight)
+    size = E // groups
+    experts, weights, scores = [], [], []
+    for token in x:
+        outer = torch.stack([(token * router).sum() for router in group_weight])
+        pairs, score = [], []
+        inner = [torch.stack([(token * gate_weight[g * size + i]).sum() for i in range(size)]) for g in range(groups)]
+        for g, share in zip(*_best(outer, top_groups), strict=True):
+            for i, weight in zip(*_best(inner[g], each), strict=True):
+                pairs.append((g * size + i, share * weight))
+        for g in range(groups):
+            score += [
+                outer.exp()[g] / outer.exp().sum() * inner[g].exp()[i] / inner[g].exp().sum() for i in range(size)
+            ]
+        pairs.sort(key=lambda pair: -float(pair[1].detach()))
+        experts.append([e for e, _ in pairs])
+        weights.append(torch.stack([w for _, w in pairs]))
+        scores.append(torch.stack(score))
+    k = top_groups * each
+    expert = torch.tensor(experts, dtype=torch.int64).reshape(len(x), k)
+    return expert, _stack(weights, k, x), _stack(scores, E, x)
+
+
 def capacity_limit(cf, k, T, E):
     """ceil(cf * k * T / E), exactly, at least 1 where there are tokens."""
     if T == 0:

@@ -16,7 +16,12 @@ class Gate(nn.Module, ABC):
     """Scores tokens and picks their experts. Knows nothing of ranks.
 
     A new gate is one file: subclass, write `forward`, pass an instance to ``MoE(gate=...)``. Randomness
-    belongs under ``if self.training``.
+    belongs under ``if self.training``. What else it may say of itself:
+
+    - `learned` False: it has no router `weight`, as nothing in it is trained.
+    - `balances_itself`: the layer adds no balance loss to the losses the gate returns.
+    - `takes_mask`, `takes_ids`: the layer calls ``forward(x, mask=..., ids=...)`` with the mask, bool [T],
+      None if there is no padding, and the token ids, int64 [T], None if the model passes none.
 
     Args:
         dim: model width D.
@@ -24,24 +29,28 @@ class Gate(nn.Module, ABC):
         top_k: experts a token picks, k. May be changed between steps.
     """
 
+    learned = True
+    balances_itself = False
+    takes_mask = False
+    takes_ids = False
+
     def __init__(self, dim: int, num_experts: int, top_k: int = 1) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        if self.learned:
+            self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the router as `nn.Linear` does: uniform within 1 / sqrt(D)."""
-        bound = 1 / math.sqrt(self.dim)
-        nn.init.uniform_(self.weight, -bound, bound)
+        if self.learned:
+            uniform(self.weight)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E], float32 or wider, whatever the model's dtype and autocast say."""
-        dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(): float64 stays float64
-        with torch.autocast(x.device.type, enabled=False):  # inside, F.linear of float32 gives bfloat16
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        return projected(x, self.weight)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Routing:
@@ -50,6 +59,55 @@ class Gate(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def uniform(weight: Tensor) -> None:
+    """Fill weight [n, D] evenly within 1 / sqrt(D)."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def projected(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D], weight [n, D] -> x weight^T [T, n], float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(): float64 stays float64
+    with torch.autocast(x.device.type, enabled=False):  # inside, F.linear of float32 gives bfloat16
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of logits [..., n]: their softmax and their places, [..., k] both.
+
+    For k = 1 the softmax is over all n: over one it would be the constant 1, without gradient.
+    """
+    if k == 1:
+        weight, place = logits.softmax(-1).max(-1, keepdim=True)
+        return weight, place
+    chosen, place = logits.topk(k)
+    return chosen.softmax(-1), place
+
+
+def distinct(draw: Tensor, num_experts: int) -> Tensor:
+    """Numbers int64 [T, k], the j-th in [0, E - j), -> experts [T, k], no one twice; even draws, even choices.
+
+    Draw j is the number of an expert among those not yet chosen, in order.
+
+    >>> distinct(torch.tensor([[1, 1, 1], [3, 0, 0]]), num_experts=4).tolist()
+    [[1, 2, 3], [3, 0, 1]]
+    """
+    chosen = draw[:, :1]
+    for j in range(1, draw.shape[1]):
+        free_below = chosen.sort().values - torch.arange(j, device=draw.device)  # not yet chosen, per chosen one
+        place = draw[:, j : j + 1]
+        chosen = torch.cat([chosen, place + (free_below <= place).sum(1, keepdim=True)], 1)
+    return chosen
+
+
+def even(x: Tensor, expert: Tensor, num_experts: int) -> Routing:
+    """Of tokens x [T, D] to experts [T, k] that no score chose: weights 1/k, scores 1/E."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = torch.full(expert.shape, 1 / expert.shape[1], dtype=dtype, device=x.device)
+    scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
+    return Routing(expert, weight, scores)
 
 
 def normalised(weight: Tensor) -> Tensor:

@@ -65,6 +65,24 @@ def test_every_parameter_learns(tokens):
         assert p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("gate", ["noisy_topk", "hierarchical", "random", "hash"])
+def test_every_gate(tokens, gate):
+    model = build(replace(SMALL, moe={"gate": gate}))
+    (model(tokens).square().mean() + aux_loss(model)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_hash_gate_gets_the_tokens(tokens):
+    layer = build(replace(SMALL, moe={"gate": "hash"})).blocks[1].feed_forward
+    assert isinstance(layer, MoE)
+    model = build(replace(SMALL, moe={"gate": "hash"}))
+    model(tokens[:1, :4])
+    layer(torch.randn(4, SMALL.dim), ids=tokens[0, :4])
+    seen = model.blocks[1].feed_forward.stats.tokens_per_expert
+    assert torch.equal(seen, layer.stats.tokens_per_expert)
+    assert seen.count_nonzero() > 1
+
+
 def test_moe_blocks_are_every_nth():
     kinds = [isinstance(b.feed_forward, MoE) for b in build(replace(SMALL, layers=4)).blocks]
     assert kinds == [False, True, False, True]

@@ -1,0 +1,80 @@
+"""torch.compile: one graph, few compilations, the results of the layer as it is."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from turnout.moe import MoE, aux_loss
+
+LAYERS = {
+    "ragged": {},
+    "ragged, capped": {"capacity_factor": 1.1},
+    "padded": {"capacity_factor": 1.25, "pad": True},
+    "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
+    "shared": {"shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
+    "sequence": {"balance": "sequence"},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(**options) -> MoE:
+    torch.manual_seed(0)
+    return MoE(16, 32, 8, 2, **options)
+
+
+def step(layer, forward, x):
+    """Output, loss of balance, gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = forward(x)
+    balance = aux_loss(layer)
+    (y.square().mean() + balance).backward()
+    return [y.detach(), balance.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+def tokens(T: int) -> torch.Tensor:
+    return torch.randn(2, T, 16, generator=torch.Generator().manual_seed(T))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
+    layer, counter = build(**options), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for T in (32, 32, 48, 20, 64, 32, 33):  # the second size makes the length dynamic, no later one compiles again
+        for ours, same in zip(step(layer, compiled, tokens(T)), step(layer, layer, tokens(T)), strict=True):
+            torch.testing.assert_close(ours, same)
+    assert counter.frame_count <= 2
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(tokens(32)), layer.eval()(tokens(32)))
+
+
+def test_loads_change_from_step_to_step_without_compiling_again():
+    layer, counter = build(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    loads = []
+    for seed in range(6):
+        with torch.no_grad():
+            layer.gate.weight.normal_(generator=torch.Generator().manual_seed(seed))
+        step(layer, compiled, tokens(32))
+        loads.append(tuple(layer.stats.tokens_per_expert.tolist()))
+    assert len(set(loads)) == 6
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on its first use of inductor
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("options", [LAYERS["ragged"], LAYERS["padded"]], ids=["ragged", "padded"])
+def test_inductor_gives_the_same(options):
+    layer = build(**options)
+    compiled = torch.compile(layer, fullgraph=True)
+    for ours, same in zip(step(layer, compiled, tokens(32)), step(layer, layer, tokens(32)), strict=True):
+        torch.testing.assert_close(ours, same)
