@@ -2,7 +2,7 @@
 
 from .capacity import capacity, capacity_limit
 from .experts import Experts
-from .gates import Gate, GShardGate, SwitchGate, TopKGate
+from .gates import Gate, GShardGate, HashGate, HierarchicalGate, NoisyTopKGate, RandomGate, SwitchGate, TopKGate
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE, aux_loss
 from .losses import balance_loss, z_loss
@@ -14,7 +14,11 @@ __all__ = [
     "Experts",
     "GShardGate",
     "Gate",
+    "HashGate",
+    "HierarchicalGate",
     "MoE",
+    "NoisyTopKGate",
+    "RandomGate",
     "Routing",
     "Stats",
     "SwitchGate",
