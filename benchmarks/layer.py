@@ -1,6 +1,10 @@
 """What does the layer cost beside its matrix products? Forward and backward on one rank, one thread or more.
 
     OMP_NUM_THREADS=1 python benchmarks/layer.py
+    MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0 OMP_NUM_THREADS=1 python benchmarks/layer.py
+
+The second keeps glibc from handing memory back between steps, whose pages the kernel must fill with zeros again
+(other allocators do so by themselves): what is left is the layer's own time.
 
 Floors: `dense`, a perceptron of equal active FLOPs, and `bare`, the grouped matrix products and the
 activation alone, on rows already sorted. Alternatives that route as well: `index`, grouped_mm with plain
@@ -14,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +68,15 @@ def bmm(layer: MoE, x: Tensor) -> Tensor:
     return home(y[expert, place], weight, token, x)
 
 
+def timed(forward: Callable[[], Tensor], grad: Tensor, tensors: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for tensor in tensors:
+            tensor.grad = None
+        forward().backward(grad)
+
+    return run
+
+
 def contenders(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     torch.manual_seed(0)
     layer = MoE(D, H, E, k, experts="gelu").to(dtype)
@@ -72,23 +86,28 @@ def contenders(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> di
     down = torch.randn(k * H, D, dtype=dtype, requires_grad=True)
     layer(x)
     counts = layer.stats.tokens_per_expert
-
-    def timed(forward: Callable[[], Tensor], grad: Tensor) -> Callable[[], None]:
-        def run() -> None:
-            for tensor in (x, rows, up, down, *layer.parameters()):
-                tensor.grad = None
-            forward().backward(grad)
-
-        return run
-
+    tensors = [x, rows, up, down, *layer.parameters()]
+    routed = {"layer": layer, "index": partial(index, layer), "loop": partial(loop, layer), "bmm": partial(bmm, layer)}
     return {
-        "dense": timed(lambda: F.gelu(x @ up) @ down, grad),
-        "bare": timed(lambda: grouped(layer, rows, counts), rows_grad),
-        "layer": timed(lambda: layer(x), grad),
-        "index": timed(lambda: index(layer, x), grad),
-        "loop": timed(lambda: loop(layer, x), grad),
-        "bmm": timed(lambda: bmm(layer, x), grad),
+        "dense": timed(lambda: F.gelu(x @ up) @ down, grad, tensors),
+        "bare": timed(lambda: grouped(layer, rows, counts), rows_grad, tensors),
+        **{name: timed(partial(run, x), grad, tensors) for name, run in routed.items()},
     }
+
+
+def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """The layer, dropless and padded, as it is and under torch.compile."""
+    torch._dynamo.reset()
+    x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
+    runs = {}
+    for name, options in {"layer": {}, "padded": {"capacity_factor": 1.25, "pad": True}}.items():
+        torch.manual_seed(0)
+        layer = MoE(D, H, E, k, experts="gelu", **options).to(dtype)
+        layer.aux_loss_weight = 0  # without `aux_loss` in the step
+        tensors = [x, *layer.parameters()]
+        runs[name] = timed(partial(layer, x), grad, tensors)
+        runs[f"{name}, compiled"] = timed(partial(torch.compile(layer, fullgraph=True), x), grad, tensors)
+    return runs
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -106,20 +125,25 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds\n")
-    print("| T, D, H, E, k | dtype | dense ms | bare | layer | index | loop | bmm | layer / bare |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    parser.add_argument("--compile", action="store_true", help="the layer under torch.compile instead, to `layer`")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
     for size in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
-            times = measure(contenders(*size, dtype), rounds)
-            ratios = " | ".join(f"{times[name] / times['dense']:.2f}" for name in list(times)[1:])
-            name = str(dtype).removeprefix("torch.")
-            print(
-                f"| {', '.join(map(str, size))} | {name} | {times['dense'] * 1e3:.1f} | {ratios} "
-                f"| {times['layer'] / times['bare']:.2f} |",
-                flush=True,
-            )
+            times = measure((compiled if args.compile else contenders)(*size, dtype), args.rounds)
+            base, *others = times
+            cells = {
+                "T, D, H, E, k": ", ".join(map(str, size)),
+                "dtype": str(dtype).removeprefix("torch."),
+                f"{base} ms": f"{times[base] * 1e3:.1f}",
+                **{name: f"{times[name] / times[base]:.2f}" for name in others},
+            }
+            if not args.compile:
+                cells["layer / bare"] = f"{times['layer'] / times['bare']:.2f}"
+                cells["layer / best other"] = f"{times['layer'] / min(times[n] for n in ('index', 'loop', 'bmm')):.2f}"
+            if (size, dtype) == (SIZES[0], torch.float32):
+                print("| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
+            print("| " + " | ".join(cells.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":
