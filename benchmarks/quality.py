@@ -53,7 +53,7 @@ class Runs:
         return dict(zip(wanted, self.pool.map(self._run, wanted), strict=True))
 
     def _run(self, flags: str) -> dict:
-        folder = self.out / flags.replace("--", "").replace(" ", "_")
+        folder = folder_of(self.out, flags)
         result = folder / "result.json"
         if not result.exists():
             command = [sys.executable, "examples/pretrain.py", *BUDGET.split(), *flags.split(), "--out", str(folder)]
@@ -65,6 +65,10 @@ class Runs:
                 raise RuntimeError(f"{flags}: {done.stderr[-2000:]}")
             result.write_text(done.stdout.splitlines()[-1])
         return json.loads(result.read_text())
+
+
+def folder_of(out: Path, flags: str) -> Path:
+    return out / flags.replace("--", "").replace(" ", "_")
 
 
 def named(flags: str, lr: float, seed: int) -> str:

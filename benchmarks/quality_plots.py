@@ -1,0 +1,79 @@
+"""Draws the curves of docs/quality.md and docs/choosing.md from the runs that benchmarks/quality.py made.
+
+python benchmarks/quality_plots.py            # runs/quality -> docs/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from quality import LONGER, MODELS, ROOT, VARIANTS, folder_of, named
+
+BALANCE = ("no balance loss", "aux 0.001", "topk, top-2 of 8, dropless, aux 0.01", "aux 0.1")
+CAPACITY = ("capacity 1.0", "capacity 1.25", "gshard, capacity 1.25", "switch, capacity 1.25")
+
+
+def log(runs: Path, flags: str) -> dict | None:
+    path = folder_of(runs, flags) / "log.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def smooth(values: list[float], width: int = 5) -> np.ndarray:
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def longer(runs: Path, lr: float, axis: plt.Axes) -> None:
+    for (name, flags), color in zip(MODELS.items(), ("tab:gray", "tab:blue"), strict=True):
+        for seed in range(3):
+            if found := log(runs, named(f"{flags} {LONGER}", lr, seed)):
+                axis.plot(
+                    found["val_step"], found["val_bpb"], "o-", ms=3, color=color, label=name if seed == 0 else None
+                )
+    axis.set(xlabel="step", ylabel="bits per held-out byte", yscale="log", title="dense and MoE, equal active FLOPs")
+
+
+def each(runs: Path, lr: float, names: tuple[str, ...], key: str, axis: plt.Axes) -> None:
+    for name in names:
+        if found := log(runs, named(VARIANTS[name], lr, 0)):
+            values = smooth(found[key])
+            axis.plot(found["step"][: len(values)], values, lw=1.2, label=name)
+    axis.set_xlabel("step")
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    longer(args.runs, args.lr, axis)
+    save(figure, args.out / "quality.png")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    each(args.runs, args.lr, BALANCE, "imbalance", left)
+    left.set(ylabel="largest load / mean load", title="weight of the balance loss")
+    each(args.runs, args.lr, CAPACITY, "dropped", right)
+    right.set(ylabel="share of assignments dropped", title="capacity")
+    save(figure, args.out / "balance.png")
+
+
+if __name__ == "__main__":
+    main()
