@@ -26,6 +26,15 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     return None
 
 
+def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
+    """The groups of the axes "node" and "local", which stand in place of "ep"."""
+    if not {NODE, LOCAL} <= set(names(mesh)) or EP in names(mesh):
+        raise ValueError(
+            f'a hierarchical exchange needs a mesh with axes "node" and "local" in place of "ep"; got {names(mesh)}'
+        )
+    return mesh.get_group(NODE), mesh.get_group(LOCAL)
+
+
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes along which ranks have parts of the batch."""
     axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL))
