@@ -41,7 +41,14 @@ def all_to_all_2d(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Equal blocks to every rank of a mesh with axes "node" and "local", by way of 2DH; differentiable.
 
     x [W * r, ...], of which block w goes to rank w = node * locals + local, comes back as the blocks of
-    all ranks in their order: bit for bit what `all_to_all` over the W ranks gives.
+    all ranks in their order: bit for bit what `all_to_all` over the W ranks gives. On 2 x 2 ranks, r = 1::
+
+        rank 0: a b c d   -> inside: a c to 0, b d to 1   rank 0 has  a e c g   -> between: a e to 0, c g to 2
+        rank 1: e f g h   -> inside: e g to 0, f h to 1   rank 1 has  b f d h   -> between: b f to 1, d h to 3
+
+    Args:
+        x: on every rank the same shape and dtype.
+        mesh: its ranks ascend along the two axes, node before local.
     """
     node, local = node_and_local(mesh)
     nodes, places = dist.get_world_size(node), dist.get_world_size(local)
@@ -52,8 +59,8 @@ def all_to_all_2d(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return x
 
 
-Splits = tuple[list[int] | None, list[int] | None]  # rows to and from each rank of a group; None: equal blocks
-Order = tuple[Tensor, Tensor]  # an order and its inverse, as `permute` takes them
+_Splits = tuple[list[int] | None, list[int] | None]  # rows to and from each rank of a group; None: equal blocks
+_Order = tuple[Tensor, Tensor]  # an order and its inverse, as `permute` takes them
 
 
 class _Sizes(NamedTuple):
@@ -63,8 +70,8 @@ class _Sizes(NamedTuple):
     passing: Tensor  # [l, n, e] by source (a rank of this node) and node of the destination
     arriving: Tensor  # [n, l, e] by source
     rows: tuple[int, int, int]  # the sums of these three, which the host knows
-    inside: Splits
-    between: Splits
+    inside: _Splits
+    between: _Splits
 
     @classmethod
     def even(cls, leaving: Tensor, rows: int) -> _Sizes:
@@ -75,10 +82,10 @@ class _Sizes(NamedTuple):
 
 class _Receipt(NamedTuple):
     plan: Plan  # its rows in the order in which they left
-    inside: Splits
-    between: Splits
-    middle: Order  # arrived by (source, node of the destination, expert) -> sent on by (node, source, expert)
-    last: Order  # arrived by (source, expert) -> handed out by (expert, source)
+    inside: _Splits
+    between: _Splits
+    middle: _Order  # arrived by (source, node of the destination, expert) -> sent on by (node, source, expert)
+    last: _Order  # arrived by (source, expert) -> handed out by (expert, source)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cases import build, tokens, whole
 from ranks import run
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, Plan, all_to_all, all_to_all_2d
 from turnout.dispatch.plan import load
 from turnout.moe import aux_loss, parallelize, sync_gradients
@@ -115,6 +115,7 @@ def model_bits(shape, names, options):
         ((1, 4), ("node", "local")),
         ((4, 1), ("node", "local")),
         ((2, 1, 2), ("edp", "node", "local")),
+        ((2, 2, 1), ("node", "edp", "local")),
     ],
     ids=str,
 )
@@ -193,18 +194,25 @@ def test_all_to_all_2d_is_the_flat_all_to_all(shape):
     run(shape[0] * shape[1], plain, shape)
 
 
-def no_nodes():
-    mesh = mesh_of((4,), ("ep",))
-    with pytest.raises(ValueError, match='axes "node" and "local" in place of "ep"'):
-        all_to_all_2d(torch.zeros(4), mesh)
-    model = build()
-    for given in (mesh, mesh_of((4,), ("edp",))):
-        with pytest.raises(ValueError, match='axes "node" and "local" in place of "ep"'):
-            parallelize(model, given, dispatcher="2dh")
-    parallelize(model, mesh)  # it was left as it was
+def unfit_meshes():
+    model, needs = build(), 'axes "node" and "local" in place of "ep"'
+    for mesh in (
+        mesh_of((4,), ("ep",)),
+        mesh_of((4,), ("edp",)),
+        mesh_of((2, 2), ("local", "node")),
+        mesh_of((2, 1, 2), ("ep", "node", "local")),
+    ):
+        with pytest.raises(ValueError, match=needs):
+            all_to_all_2d(torch.zeros(4), mesh)
+        with pytest.raises(ValueError, match=needs):
+            parallelize(model, mesh, dispatcher="2dh")
+    for ranks, names in (([[3, 1], [0, 2]], ("node", "local")), ([[[0, 1]], [[3, 2]]], ("edp", "node", "local"))):
+        with pytest.raises(ValueError, match="ranks must ascend along node and local"):
+            parallelize(model, DeviceMesh("cpu", ranks, mesh_dim_names=names), dispatcher="2dh")
+    parallelize(model, mesh_of((4,), ("ep",)))  # it was left as it was
     alone = parallelize(build(), mesh_of((4, 1, 1), ("edp", "node", "local")), dispatcher="2dh")
     return type(alone[1].dispatcher).__name__
 
 
-def test_2dh_wants_nodes():
-    assert run(4, no_nodes) == ["LocalDispatcher"] * 4
+def test_2dh_wants_nodes_and_their_ranks_in_order():
+    assert run(4, unfit_meshes) == ["LocalDispatcher"] * 4
