@@ -2,8 +2,9 @@
 
 from .agreement import DispatchError
 from .base import Batch, Dispatcher
-from .collectives import all_to_all, exchange_sizes
+from .collectives import all_to_all, all_to_all_two_phase, exchange_sizes, gather, scatter
 from .flat import FlatDispatcher
+from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
 from .ops import decode, encode
 from .plan import Plan
@@ -13,10 +14,15 @@ __all__ = [
     "DispatchError",
     "Dispatcher",
     "FlatDispatcher",
+    "HierarchicalDispatcher",
     "LocalDispatcher",
     "Plan",
     "all_to_all",
+    "all_to_all_2d",
+    "all_to_all_two_phase",
     "decode",
     "encode",
     "exchange_sizes",
+    "gather",
+    "scatter",
 ]

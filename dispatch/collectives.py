@@ -56,11 +56,91 @@ def _start(tensor: Tensor, send, recv, group):
 
 
 def exchange_sizes(sizes: Tensor, group: ProcessGroup | None) -> Tensor:
-    """First phase: sizes int64 [W, ...] for each rank -> [W, ...] from each rank. Not differentiable."""
+    """First phase: sizes int64 [W, ...] for each rank -> [W, ...] from each rank. Not differentiable.
+
+    ::
+
+        rank 0: [1, 2]   -> to 0: 1, to 1: 2             rank 0 has  [1, 1]
+        rank 1: [1, 0]   -> to 0: 1, to 1: 0             rank 1 has  [2, 0]
+    """
     sizes = sizes.contiguous()  # empty_like keeps strides: a permuted view would be filled in the wrong order
     came = torch.empty_like(sizes)
     dist.all_to_all_single(came, sizes, group=group)
     return came
+
+
+def all_to_all_two_phase(
+    *tensors: Tensor, send: list[int], group: ProcessGroup | None
+) -> tuple[tuple[Tensor, ...], list[int]]:
+    """`all_to_all` where a rank knows only what it sends: sizes first, then the rows. One host sync.
+
+    Args:
+        tensors, send, group: as in `all_to_all`.
+
+    Returns:
+        The tensors that came, and ``recv``, the rows from each rank: the ``send`` of the way back::
+
+            rank 0: a | b c   1. sizes    to 0: 1, to 1: 2      rank 0 has  [1, 1]
+            rank 1: d |                   to 0: 1, to 1: 0      rank 1 has  [2, 0]
+                              2. payload  to 0: a, to 1: b c    rank 0 has  a d
+                                          to 0: d               rank 1 has  b c
+    """
+    recv = exchange_sizes(torch.tensor(send, device=tensors[0].device), group).tolist()
+    return all_to_all(*tensors, send=send, recv=recv, group=group), recv
+
+
+def scatter(x: Tensor, sizes: list[int], root: int, group: ProcessGroup | None) -> Tensor:
+    """One rank's rows, cut into a piece for each: x [sum(sizes), ...] on the root -> [sizes[w], ...] on rank w.
+
+    The all-to-all in which only the root has rows. With root 0 and ``sizes`` = [1, 2]::
+
+        rank 0: a | b c   -> to 0: a, to 1: b c          rank 0 has  a
+        rank 1:           -> nothing                     rank 1 has  b c
+
+    Its backward is `gather`. That is a collective, too: either x requires a gradient on all ranks or on none.
+
+    Args:
+        x: on ranks other than the root [0, ...], of the same trailing shape and dtype.
+        sizes: rows for each rank, the same on all ranks; pieces may be empty.
+        root: its rank in the group.
+        group: the ranks; None is the default group.
+    """
+    send, recv = _one_sided(sizes, root, group)
+    _check_rows(x, sum(send), "scatter")
+    return all_to_all(x, send=send, recv=recv, group=group)[0]
+
+
+def gather(x: Tensor, sizes: list[int], root: int, group: ProcessGroup | None) -> Tensor:
+    """Everybody's rows to one rank: x [sizes[w], ...] on rank w -> [sum(sizes), ...] on the root, [0, ...] elsewhere.
+
+    The all-to-all in which only the root gets rows. With root 0 and ``sizes`` = [1, 2]::
+
+        rank 0: a         -> to 0: a                     rank 0 has  a b c
+        rank 1: b c       -> to 0: b c                   rank 1 has  nothing
+
+    Its backward is `scatter`: ranks other than the root call backward through their empty result.
+
+    Args:
+        x, root, group: as in `scatter`.
+        sizes: rows of each rank, the same on all ranks; pieces may be empty.
+    """
+    recv, send = _one_sided(sizes, root, group)
+    _check_rows(x, sum(send), "gather")
+    return all_to_all(x, send=send, recv=recv, group=group)[0]
+
+
+def _one_sided(sizes: list[int], root: int, group: ProcessGroup | None) -> tuple[list[int], list[int]]:
+    """Rows to each rank and from each rank in a scatter; in a gather they are from and to."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if len(sizes) != ranks or not 0 <= root < ranks:
+        raise ValueError(f"sizes must have a number for each of {ranks} ranks, root be one; got {sizes}, root={root}")
+    ours = [sizes[rank] if w == root else 0 for w in range(ranks)]
+    return (sizes if rank == root else [0] * ranks), ours
+
+
+def _check_rows(x: Tensor, rows: int, what: str) -> None:
+    if x.ndim == 0 or x.shape[0] != rows:
+        raise ValueError(f"{what}: x must be [{rows}, ...] on this rank, as sizes says; got {tuple(x.shape)}")
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:

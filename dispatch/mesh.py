@@ -26,6 +26,25 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     return None
 
 
+def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
+    """The groups of the axes "node" and "local", which stand in place of "ep".
+
+    Ranks of a group are sorted, whatever their order in a mesh (torch 2.13). So a mesh must list them in
+    ascending order, or a rank's place on the two axes would not tell its place on both together.
+    """
+    given = tuple(name for name in names(mesh) if name in (NODE, LOCAL, EP))
+    if given != (NODE, LOCAL):
+        raise ValueError(
+            f'a hierarchical exchange needs a mesh with axes "node" and "local" in place of "ep"; got {names(mesh)}'
+        )
+    ranks = mesh.mesh.movedim([names(mesh).index(NODE), names(mesh).index(LOCAL)], [-2, -1]).flatten(-2)
+    if bool((ranks.diff() < 0).any()):
+        raise ValueError(
+            f"ranks must ascend along node and local; got {mesh.mesh.tolist()}; init_device_mesh makes it so"
+        )
+    return mesh.get_group(NODE), mesh.get_group(LOCAL)
+
+
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes along which ranks have parts of the batch."""
     axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL))

@@ -90,3 +90,17 @@ class Plan:
     def trimmed(self, rows: int) -> Plan:
         """The same plan without its empty rows at the end; `rows` = counts.sum(), as the host knows it."""
         return replace(self, token=self.token[:rows])
+
+    def reordered(self, order: Tensor) -> Plan:
+        """The same assignments with rows in another order, new row r being row order[r] of now.
+
+        `order`, int64, has every row that is not empty. Rows are no longer sorted by expert: this is for
+        dispatchers whose send buffer lies otherwise.
+
+        >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2).reordered(torch.tensor([1, 2, 0]))
+        >>> plan.token.tolist(), plan.slot.tolist()
+        ([0, 1, 0], [[0, 2], [1, -1]])
+        """
+        place = torch.full((self.token.shape[0] + 1,), -1, device=order.device)  # its last is for slots of -1
+        place = place.scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return replace(self, token=self.token[order], slot=place[self.slot])

@@ -1,10 +1,12 @@
 """The exchange against a simulation on one process, and on proper subgroups, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
-from turnout.dispatch import all_to_all, exchange_sizes
+from turnout.dispatch import all_to_all, all_to_all_two_phase, exchange_sizes, gather, scatter
 from turnout.dispatch.collectives import all_reduce
 
 SIZES = {  # [source][destination]
@@ -91,3 +93,117 @@ def summed():
 
 def test_all_reduce_is_for_the_mean_over_ranks():
     run(4, summed)
+
+
+# The rest against what they do to the inputs of all ranks, written down on one process: lists of rows, by rank.
+def simulated_all_to_all(inputs, sizes):
+    pieces = [x.split(row) for x, row in zip(inputs, sizes, strict=True)]
+    return [torch.cat([pieces[source][rank] for source in range(len(inputs))]) for rank in range(len(inputs))]
+
+
+def simulated_scatter(inputs, sizes, root):
+    return list(inputs[root].split(sizes))
+
+
+def simulated_gather(inputs, sizes, root):
+    return [torch.cat(inputs) if rank == root else inputs[rank][:0] for rank in range(len(inputs))]
+
+
+def against(simulated, function, rows, *arguments, trailing=(3,), dtype=torch.float64):
+    """`function(x)` on each rank, `rows` being those of all inputs, forward and backward, against `simulated`."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    inputs = [sent(r, rows[r], *trailing, dtype=dtype).requires_grad_() for r in range(ranks)]
+    outputs = simulated(inputs, *arguments)
+    x = inputs[rank].detach().clone().requires_grad_()
+    out = function(x)
+    assert (out.dtype, out.shape) == (dtype, outputs[rank].shape)
+    assert torch.equal(out, outputs[rank])
+    toward = [sent(r, len(o), *trailing, dtype=dtype) for r, o in enumerate(outputs)]  # each rank has its own
+    torch.autograd.backward(outputs, toward)
+    out.backward(toward[rank])
+    expected_grad = inputs[rank].grad
+    assert torch.equal(x.grad, torch.zeros_like(x) if expected_grad is None else expected_grad)
+
+
+def two_phases(sizes):
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sizes = [row[:ranks] for row in sizes[:ranks]]
+
+    def function(x):
+        (out,), recv = all_to_all_two_phase(x, send=sizes[rank], group=None)
+        assert recv == [row[rank] for row in sizes]
+        return out
+
+    against(simulated_all_to_all, function, [sum(row) for row in sizes], sizes)
+    a, b = sent(rank, sum(sizes[rank]), 2), torch.arange(sum(sizes[rank]))
+    came, _ = all_to_all_two_phase(a, b, send=sizes[rank], group=None)
+    assert [t.shape[1:] for t in came] == [(2,), ()]
+    assert came[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", SIZES)
+def test_two_phases_are_the_simulation(case, ranks):
+    run(ranks, two_phases, SIZES[case])
+
+
+def equal(ranks):
+    for rows in (0, 1, 3):
+        sizes = [[rows] * ranks] * ranks
+        against(simulated_all_to_all, lambda x: all_to_all(x, group=None)[0], [rows * ranks] * ranks, sizes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_equal_blocks_are_the_simulation(ranks):
+    run(ranks, equal, ranks)
+
+
+def one_sided(ranks):
+    for sizes in ([2, 0, 3, 1], [0, 0, 0, 4], [1, 1, 1, 1], [0, 0, 0, 0]):
+        mine = sizes[-ranks:]
+        for root in range(ranks):
+            how = {"sizes": mine, "root": root, "group": None}
+            whole = [sum(mine) if rank == root else 0 for rank in range(ranks)]
+            for trailing, dtype in (((3,), torch.float64), ((), torch.float32), ((2, 2), torch.bfloat16)):
+                options = {"trailing": trailing, "dtype": dtype}
+                against(simulated_scatter, partial(scatter, **how), whole, mine, root, **options)
+                against(simulated_gather, partial(gather, **how), mine, mine, root, **options)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_scatter_and_gather_are_the_simulation(ranks):
+    run(ranks, one_sided, ranks)
+
+
+def there_and_back():
+    """The backward of one is the other, in a proper subgroup as well."""
+    rank = dist.get_rank()
+    groups = [dist.new_group(members) for members in ([0, 2], [1, 3])]
+    members, sizes = ([0, 2], [3, 1]) if rank % 2 == 0 else ([1, 3], [0, 2])
+    group, me = groups[rank % 2], members.index(rank)
+    x = sent(rank, sizes[me], 2).requires_grad_()
+    whole = gather(x, sizes, 1, group)
+    back = scatter(whole, sizes, 1, group)
+    assert torch.equal(back, x)
+    toward = sent(rank + 10, sizes[me], 2)
+    back.backward(toward)
+    assert torch.equal(x.grad, toward)
+
+
+def test_there_and_back_in_a_subgroup():
+    run(4, there_and_back)
+
+
+def misfits():
+    x = torch.zeros(2, 3)
+    for wrong in (partial(scatter, sizes=[1, 2, 3], root=0), partial(gather, sizes=[2, 2], root=2)):
+        with pytest.raises(ValueError, match="sizes must have a number for each of 2 ranks"):
+            wrong(x, group=None)
+    with pytest.raises(ValueError, match=r"scatter: x must be \[[40], ...\] on this rank, .* got \(2, 3\)"):
+        scatter(x, [1, 3], 0, None)
+    with pytest.raises(ValueError, match=r"gather: x must be \[1, ...\] on this rank"):
+        gather(x, [1, 1], 0, None)
+
+
+def test_pieces_that_do_not_fit_are_named():
+    run(2, misfits)

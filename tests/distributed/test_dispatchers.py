@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from types import MappingProxyType
 
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from ranks import errors, run
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
-from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, Plan
+from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, LocalDispatcher, Plan
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]
@@ -25,6 +27,14 @@ def promised() -> tuple[Dispatcher, range]:
     return FlatDispatcher(dist.group.WORLD, equal_tokens=True), range(EXPERTS // RANKS)
 
 
+def nodes(*shape: int, **options) -> Callable[[], tuple[Dispatcher, range]]:
+    def make() -> tuple[Dispatcher, range]:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("node", "local"))
+        return HierarchicalDispatcher.of(mesh, **options), range(EXPERTS // RANKS)
+
+    return make
+
+
 def alone() -> tuple[Dispatcher, range]:
     return LocalDispatcher(), range(EXPERTS)
 
@@ -35,6 +45,11 @@ DISPATCHERS = MappingProxyType(
         "flat": (all_ranks, UNEVEN, None, ["tolist"]),
         "flat, padded": (all_ranks, UNEVEN, 9, ["tolist"]),
         "flat, equal tokens": (promised, EVEN, 4, []),
+        "2dh, 2 x 2": (nodes(2, 2), UNEVEN, None, ["tolist"]),
+        "2dh, 1 x 4": (nodes(1, 4), UNEVEN, None, ["tolist"]),
+        "2dh, 4 x 1": (nodes(4, 1), UNEVEN, None, ["tolist"]),
+        "2dh, padded": (nodes(2, 2), UNEVEN, 9, ["tolist"]),
+        "2dh, equal tokens": (nodes(2, 2, equal_tokens=True), EVEN, 4, []),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }
@@ -218,11 +233,12 @@ def test_what_counts_waits_can_count():
     assert waits.seen == ["__getitem__", "item", "repeat_interleave", "__bool__"]
 
 
-def other_width() -> None:
-    dispatcher, _, _, x, plan, weight = load_of("flat")
+def other_width(name: str) -> None:
+    dispatcher, _, _, x, plan, weight = load_of(name)
     dispatcher.dispatch(x[:, : WIDTH - (dist.get_rank() == 2)], plan, weight)
 
 
-def test_ranks_of_different_width_all_raise():
-    for error in errors(RANKS, other_width):
+@pytest.mark.parametrize("name", ["flat", "2dh, 2 x 2", "2dh, 1 x 4", "2dh, 4 x 1"])
+def test_ranks_of_different_width_all_raise(name):
+    for error in errors(RANKS, other_width, name):
         assert error.startswith("DispatchError: ranks differ in the model width: [3, 3, 2, 3]"), error

@@ -10,44 +10,44 @@ from torch.distributed.device_mesh import init_device_mesh
 from turnout.moe import MoE, parallelize
 
 
-def layer(**options) -> nn.Module:
+def layer(dispatcher: str, **options) -> nn.Module:
     torch.manual_seed(0)
     model = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, **options)])
-    return parallelize(model, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))[0]
+    return parallelize(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local")), dispatcher)[0]
 
 
-def wrong_width():
-    moe = layer()
+def wrong_width(dispatcher):
+    moe = layer(dispatcher)
     moe(tokens(3, torch.float32)[:, : WIDTH - (dist.get_rank() == 2)])
 
 
-def not_a_number():
+def not_a_number(dispatcher):
     x = tokens(3, torch.float32)
     if dist.get_rank() == 1:
         x[0, 0] = float("nan")
-    layer()(x)
+    layer(dispatcher)(x)
 
 
-def not_a_number_padded():
+def not_a_number_padded(dispatcher):
     x = tokens(3, torch.float32)
     if dist.get_rank() == 1:
         x[0, 0] = float("nan")
-    layer(capacity_factor=2.0, pad=True)(x)
+    layer(dispatcher, capacity_factor=2.0, pad=True)(x)
 
 
-def other_dtype():
+def other_dtype(dispatcher):
     x = tokens(3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dist.get_rank() == 3):
-        layer()(x)
+        layer(dispatcher)(x)
 
 
-def no_backward():
+def no_backward(dispatcher):
     with torch.set_grad_enabled(dist.get_rank() != 0):
-        layer()(tokens(3, torch.float32))
+        layer(dispatcher)(tokens(3, torch.float32))
 
 
-def padded_and_ragged():
-    layer(capacity_factor=2.0, pad=dist.get_rank() < 2)(tokens(3, torch.float32))
+def padded_and_ragged(dispatcher):
+    layer(dispatcher, capacity_factor=2.0, pad=dist.get_rank() < 2)(tokens(3, torch.float32))
 
 
 def other_seed():
@@ -91,31 +91,47 @@ def divided_twice():
     fully_shard_experts(parallelize(build(torch.float64), mesh), mesh)
 
 
+TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh"])
+
+
+@TRANSPORTS
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (not_a_number, "DispatchError: rank 1 of the expert group: NaN"),
-        (not_a_number_padded, "DispatchError: rank 1 of the expert group: NaN"),
-        (other_dtype, "DispatchError: ranks differ in the dtype"),
-        (no_backward, "DispatchError: ranks differ in whether a backward will follow"),
-        (padded_and_ragged, "DispatchError: some ranks send padded rows"),
-        (other_seed, "ValueError: rank 1 has built other MoE layers"),
-        (other_width, "ValueError: rank 3 has built other MoE layers"),
-        (odd_experts, "ValueError: num_experts=6"),
-        (twice, "ValueError: the experts of 1 are spread already"),
-        (unknown_axes, "ValueError: the mesh needs axes named"),
-        (unknown_dispatcher, "ValueError: dispatcher must be one of"),
-        (divided_twice, "ValueError: with edp=1, FSDP2 divides torch.float64 gradients twice"),
-        (missing_axis, "ValueError: fully_shard_experts needs the axes edp"),
+        (not_a_number, "rank 1 of the expert group: NaN"),
+        (not_a_number_padded, "rank 1 of the expert group: NaN"),
+        (other_dtype, "ranks differ in the dtype"),
+        (no_backward, "ranks differ in whether a backward will follow: [0, 1, 1, 1]"),
+        (padded_and_ragged, "some ranks send padded rows and some ragged ones: capacities [2, 2, -1, -1]"),
+    ],
+)
+def test_every_rank_hears_of_it(fault, message, dispatcher):
+    found = errors(4, fault, dispatcher, timeout=30)
+    assert len(set(found)) == 1
+    assert found[0].startswith(f"DispatchError: {message}"), found[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (other_seed, "rank 1 has built other MoE layers"),
+        (other_width, "rank 3 has built other MoE layers"),
+        (odd_experts, "num_experts=6"),
+        (twice, "the experts of 1 are spread already"),
+        (unknown_axes, "the mesh needs axes named"),
+        (unknown_dispatcher, "dispatcher must be one of"),
+        (divided_twice, "with edp=1, FSDP2 divides torch.float64 gradients twice"),
+        (missing_axis, "fully_shard_experts needs the axes edp"),
     ],
 )
 def test_every_rank_raises(fault, message):
     for error in errors(4, fault, timeout=30):
-        assert error.startswith(message), error
+        assert error.startswith(f"ValueError: {message}"), error
 
 
-def test_a_rank_that_raises_alone_takes_the_others_with_it():
-    found = errors(4, wrong_width, timeout=30)
+@TRANSPORTS
+def test_a_rank_that_raises_alone_takes_the_others_with_it(dispatcher):
+    found = errors(4, wrong_width, dispatcher, timeout=30)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
         assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
