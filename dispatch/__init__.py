@@ -5,6 +5,7 @@ from .base import Batch, Dispatcher
 from .collectives import all_to_all, exchange_sizes
 from .flat import FlatDispatcher
 from .local import LocalDispatcher
+from .node import NodeDispatcher
 from .ops import decode, encode
 from .plan import Plan
 
@@ -14,6 +15,7 @@ __all__ = [
     "Dispatcher",
     "FlatDispatcher",
     "LocalDispatcher",
+    "NodeDispatcher",
     "Plan",
     "all_to_all",
     "decode",

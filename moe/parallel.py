@@ -17,9 +17,10 @@ from ..dispatch import mesh as axes
 from ..dispatch.base import Dispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.local import LocalDispatcher
+from ..dispatch.node import NodeDispatcher
 from .layer import MoE
 
-DISPATCHERS = ("auto", "flat")
+DISPATCHERS = ("auto", "flat", "node")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -34,14 +35,15 @@ def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
             the batch. Without an "ep" axis all experts stay where they are.
-        dispatcher: ``"flat"``, ``"auto"`` (today the same), or a `Dispatcher`.
+        dispatcher: ``"flat"``, ``"auto"`` (today the same), ``"node"`` (`NodeDispatcher`, for a mesh with "node"
+            and "local"), or a `Dispatcher`.
 
     Raises:
         ValueError: axes missing, experts that do not split, models that differ between ranks.
     """
-    if isinstance(dispatcher, str) and dispatcher not in DISPATCHERS:
-        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {dispatcher!r}")
     ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
+    if isinstance(dispatcher, str):
+        dispatcher = _named(dispatcher, mesh, ep)
     _check_alike(model, everyone)
     for name, layer in _moe_layers(model):
         layer.balance_group = everyone
@@ -55,10 +57,7 @@ def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "
                 f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
             )
         _spread(layer.experts, ep)
-        if isinstance(dispatcher, Dispatcher):
-            layer.dispatcher = dispatcher
-        else:
-            layer.dispatcher = FlatDispatcher(ep.get_group()) if ep.size() > 1 else LocalDispatcher()
+        layer.dispatcher = dispatcher
     return model
 
 
@@ -95,6 +94,14 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in _moe_layers(model)
         for own, p in layer.experts.named_parameters()
     }
+
+
+def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None) -> Dispatcher:
+    if name not in DISPATCHERS:
+        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
+    if ep is None or ep.size() == 1:
+        return LocalDispatcher()
+    return NodeDispatcher.of(mesh) if name == "node" else FlatDispatcher(ep.get_group())
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

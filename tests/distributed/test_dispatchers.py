@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from ranks import errors, run
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
-from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, Plan
+from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, NodeDispatcher, Plan
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]
@@ -25,6 +26,11 @@ def promised() -> tuple[Dispatcher, range]:
     return FlatDispatcher(dist.group.WORLD, equal_tokens=True), range(EXPERTS // RANKS)
 
 
+def by_node() -> tuple[Dispatcher, range]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    return NodeDispatcher.of(mesh), range(EXPERTS // RANKS)
+
+
 def alone() -> tuple[Dispatcher, range]:
     return LocalDispatcher(), range(EXPERTS)
 
@@ -35,6 +41,8 @@ DISPATCHERS = MappingProxyType(
         "flat": (all_ranks, UNEVEN, None, ["tolist"]),
         "flat, padded": (all_ranks, UNEVEN, 9, ["tolist"]),
         "flat, equal tokens": (promised, EVEN, 4, []),
+        "node": (by_node, UNEVEN, None, ["tolist"]),
+        "node, padded": (by_node, UNEVEN, 9, ["tolist"]),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }

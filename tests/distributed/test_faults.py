@@ -78,6 +78,10 @@ def unknown_dispatcher():
     parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dispatcher="teleport")
 
 
+def no_nodes():
+    parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dispatcher="node")
+
+
 def missing_axis():
     from turnout.moe import fully_shard_experts
 
@@ -105,6 +109,7 @@ def divided_twice():
         (twice, "ValueError: the experts of 1 are spread already"),
         (unknown_axes, "ValueError: the mesh needs axes named"),
         (unknown_dispatcher, "ValueError: dispatcher must be one of"),
+        (no_nodes, 'ValueError: dispatcher "node" needs a mesh with the axes node and local'),
         (divided_twice, "ValueError: with edp=1, FSDP2 divides torch.float64 gradients twice"),
         (missing_axis, "ValueError: fully_shard_experts needs the axes edp"),
     ],
