@@ -131,10 +131,10 @@ class NodeDispatcher(Dispatcher):
         fan = _Leg(inside.trimmed(sum(sizes.fan[0])), self.local, *sizes.fan)
         rows, weight = fan.out(encode(rows, fan.plan), encode_weight(weight, fan.plan))
 
-        block = torch.arange(nodes * held, device=x.device)  # as many as held / peers experts have sources
-        block = rearrange(block, "(e n l) -> (l e n)", n=nodes, l=peers)
+        blocks = nodes * held  # one for each expert of this rank and each rank that sends to it
+        block = rearrange(torch.arange(blocks, device=x.device), "(e n l) -> (l e n)", n=nodes, l=peers)
         block = torch.repeat_interleave(block, sizes.blocks.flatten(), output_size=len(rows))
-        arrived = Plan.of(block.unsqueeze(1), nodes * held, sizes.capacity)
+        arrived = Plan.of(block.unsqueeze(1), blocks, sizes.capacity)
         counts = reduce(arrived.counts, "(e w) -> e", "sum", w=nodes * peers)
         weight = encode_weight(weight.unsqueeze(1), arrived)
         return Batch(encode(rows, arrived), weight, counts, _Receipt(cross, fan, arrived))
@@ -149,22 +149,22 @@ class NodeDispatcher(Dispatcher):
         with suppress(DispatchError):
             self._exchange_sizes(nothing[num_experts:], nothing[:num_experts], Note.refusal(device), 0)
 
-    def _exchange_sizes(self, rows: Tensor, load: Tensor, note: Tensor, k: int) -> _Sizes:
-        """rows int64 [N] to each node, load int64 [E] to each expert, and this rank's note.
+    def _exchange_sizes(self, rows: Tensor, loads: Tensor, note: Tensor, k: int) -> _Sizes:
+        """rows int64 [N] to each node, loads int64 [E] to each expert, and this rank's note.
 
         They go the way the rows will go, so that every rank knows its part of both steps and has read the
         notes of all ranks after one look at the device.
         """
         nodes, peers = self.shape
-        load = rearrange(load, "(n l e) -> n (l e)", n=nodes, l=peers)
-        notes = repeat(torch.cat([note, note.new_tensor([k])]), "a -> n a", n=nodes)
-        came = exchange_sizes(torch.cat([notes, rows.unsqueeze(1), load], 1), self.node)
-        notes, arriving, load = came.split([NOTE + 1, 1, load.shape[1]], 1)
-        load = rearrange(load, "n (l e) -> l n e", l=peers)
-        came = exchange_sizes(torch.cat([repeat(notes, "n a -> l n a", l=peers), load], 2), self.local)
+        loads = rearrange(loads, "(n l e) -> n (l e)", n=nodes, l=peers)
+        notes = repeat(torch.cat([note, note.new_full((1,), k)]), "a -> n a", n=nodes)
+        came = exchange_sizes(torch.cat([notes, rows.unsqueeze(1), loads], 1), self.node)
+        notes, arriving, loads = came.split([NOTE + 1, 1, loads.shape[1]], 1)
+        loads = rearrange(loads, "n (l e) -> l n e", l=peers)
+        came = exchange_sizes(torch.cat([repeat(notes, "n a -> l n a", l=peers), loads], 2), self.local)
         notes, blocks = rearrange(came[..., : NOTE + 1], "l n a -> (n l a)"), came[..., NOTE + 1 :]
 
-        splits = rows, arriving.flatten(), load.sum((1, 2)), blocks.sum((1, 2))
+        splits = rows, arriving.flatten(), loads.sum((1, 2)), blocks.sum((1, 2))
         host = iter(torch.cat([*splits, notes]).tolist())  # the one host sync
         send, recv, send_inside, recv_inside = ([*islice(host, len(s))] for s in splits)
         every = [[*islice(host, NOTE + 1)] for _ in range(nodes * peers)]
