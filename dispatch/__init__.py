@@ -6,6 +6,7 @@ from .collectives import all_to_all, all_to_all_two_phase, exchange_sizes, gathe
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
+from .node import NodeDispatcher
 from .ops import decode, encode
 from .plan import Plan
 
@@ -16,6 +17,7 @@ __all__ = [
     "FlatDispatcher",
     "HierarchicalDispatcher",
     "LocalDispatcher",
+    "NodeDispatcher",
     "Plan",
     "all_to_all",
     "all_to_all_2d",

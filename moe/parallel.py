@@ -18,9 +18,12 @@ from ..dispatch.base import Dispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
+from ..dispatch.node import NodeDispatcher
 from .layer import MoE
 
-DISPATCHERS = ("auto", "flat", "2dh")
+BY_NODE: dict[str, type[HierarchicalDispatcher | NodeDispatcher]]
+BY_NODE = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
+DISPATCHERS = ("auto", "flat", *BY_NODE)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -35,17 +38,17 @@ def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
             the batch. Without an "ep" axis all experts stay where they are.
-        dispatcher: ``"flat"``, ``"auto"`` (today the same), ``"2dh"`` on a mesh with "node" and "local", which
-            gives the same bits in fewer and larger messages between nodes, or a `Dispatcher`.
+        dispatcher: ``"flat"``, ``"auto"`` (today the same), or a `Dispatcher`. On a mesh with "node" and "local" also
+            ``"2dh"`` (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`).
 
     Raises:
         ValueError: axes missing, experts that do not split, models that differ between ranks.
     """
-    if isinstance(dispatcher, str) and dispatcher not in DISPATCHERS:
-        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {dispatcher!r}")
-    if dispatcher == "2dh":
-        axes.node_and_local(mesh)  # raises before anything is spread
+    if isinstance(dispatcher, str) and dispatcher in BY_NODE:
+        axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
+    if isinstance(dispatcher, str):
+        dispatcher = _named(dispatcher, mesh, ep)
     _check_alike(model, everyone)
     for name, layer in _moe_layers(model):
         layer.balance_group = everyone
@@ -59,10 +62,7 @@ def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "
                 f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
             )
         _spread(layer.experts, ep)
-        if isinstance(dispatcher, Dispatcher):
-            layer.dispatcher = dispatcher
-        else:
-            layer.dispatcher = _dispatcher(dispatcher, mesh, ep)
+        layer.dispatcher = dispatcher
     return model
 
 
@@ -101,10 +101,12 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _dispatcher(name: str, mesh: DeviceMesh, ep: DeviceMesh) -> Dispatcher:
-    if ep.size() == 1:
+def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None) -> Dispatcher:
+    if name not in DISPATCHERS:
+        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
+    if ep is None or ep.size() == 1:
         return LocalDispatcher()
-    return HierarchicalDispatcher.of(mesh) if name == "2dh" else FlatDispatcher(ep.get_group())
+    return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -13,7 +13,14 @@ from ranks import errors, run
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
-from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, LocalDispatcher, Plan
+from turnout.dispatch import (
+    Dispatcher,
+    FlatDispatcher,
+    HierarchicalDispatcher,
+    LocalDispatcher,
+    NodeDispatcher,
+    Plan,
+)
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]
@@ -27,10 +34,12 @@ def promised() -> tuple[Dispatcher, range]:
     return FlatDispatcher(dist.group.WORLD, equal_tokens=True), range(EXPERTS // RANKS)
 
 
-def nodes(*shape: int, **options) -> Callable[[], tuple[Dispatcher, range]]:
+def nodes(
+    *shape: int, kind: type[HierarchicalDispatcher | NodeDispatcher] = HierarchicalDispatcher, **options
+) -> Callable[[], tuple[Dispatcher, range]]:
     def make() -> tuple[Dispatcher, range]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("node", "local"))
-        return HierarchicalDispatcher.of(mesh, **options), range(EXPERTS // RANKS)
+        return kind.of(mesh, **options), range(EXPERTS // RANKS)
 
     return make
 
@@ -50,6 +59,8 @@ DISPATCHERS = MappingProxyType(
         "2dh, 4 x 1": (nodes(4, 1), UNEVEN, None, ["tolist"]),
         "2dh, padded": (nodes(2, 2), UNEVEN, 9, ["tolist"]),
         "2dh, equal tokens": (nodes(2, 2, equal_tokens=True), EVEN, 4, []),
+        "node": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, None, ["tolist"]),
+        "node, padded": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, 9, ["tolist"]),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }

@@ -78,6 +78,10 @@ def unknown_dispatcher():
     parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dispatcher="teleport")
 
 
+def no_nodes():
+    parallelize(build(), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dispatcher="node")
+
+
 def missing_axis():
     from turnout.moe import fully_shard_experts
 
@@ -91,7 +95,7 @@ def divided_twice():
     fully_shard_experts(parallelize(build(torch.float64), mesh), mesh)
 
 
-TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh"])
+TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node"])
 
 
 @TRANSPORTS
@@ -120,6 +124,7 @@ def test_every_rank_hears_of_it(fault, message, dispatcher):
         (twice, "the experts of 1 are spread already"),
         (unknown_axes, "the mesh needs axes named"),
         (unknown_dispatcher, "dispatcher must be one of"),
+        (no_nodes, 'a hierarchical exchange needs a mesh with axes "node" and "local"'),
         (divided_twice, "with edp=1, FSDP2 divides torch.float64 gradients twice"),
         (missing_axis, "fully_shard_experts needs the axes edp"),
     ],

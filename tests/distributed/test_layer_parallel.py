@@ -1,5 +1,7 @@
 """Any number of ranks computes what one computes: outputs, input gradients, every parameter's gradient."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,23 +54,31 @@ def compare(model, mesh, x, sizes, expected, masked=None):
         close(whole(p.grad), grads1[name], 1e-12, name)
 
 
-def every_case(shape):
-    mesh = mesh_of(shape)
-    for sizes in SHARDS[shape[0] * shape[1]]:
+def every_case(shape, names=("edp", "ep"), dispatcher="auto"):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for sizes in SHARDS[math.prod(shape)]:
         x = tokens(sum(sizes))
         masked = torch.arange(len(x)) % 4 > 0
         for options in ({}, {"capacity_factor": float(EXPERTS), "pad": True}, {"capacity_factor": float(EXPERTS)}):
-            compare(parallelize(build(**options), mesh), mesh, x, sizes, one_rank(x, build(**options)))
-        compare(parallelize(build(), mesh), mesh, x, sizes, one_rank(x, build(), masked), masked)
+            compare(parallelize(build(**options), mesh, dispatcher), mesh, x, sizes, one_rank(x, build(**options)))
+        compare(parallelize(build(), mesh, dispatcher), mesh, x, sizes, one_rank(x, build(), masked), masked)
         one, many = build(), build()
         crowd(one)
         crowd(many)
-        compare(parallelize(many, mesh), mesh, x, sizes, one_rank(x, one))
+        compare(parallelize(many, mesh, dispatcher), mesh, x, sizes, one_rank(x, one))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_many_ranks_equal_one(shape):
     run(shape[0] * shape[1], every_case, shape)
+
+
+NODES = [((2, 2), ("node", "local")), ((1, 4), ("node", "local")), ((4, 1), ("node", "local"))]
+
+
+@pytest.mark.parametrize(("shape", "names"), [*NODES, ((2, 2, 1), ("edp", "node", "local"))], ids=str)
+def test_many_ranks_by_node_equal_one(shape, names):
+    run(4, every_case, shape, names, "node")
 
 
 def swapped_experts():
