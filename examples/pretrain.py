@@ -147,7 +147,7 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor], device: torch.device) 
         norm = clip_grad_norm_(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        stopping = stop.answer()
+        stopping = stop.answer() and step + 1 < job.steps
         seconds += time.perf_counter() - start
 
         done = step + 1
@@ -169,12 +169,12 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor], device: torch.device) 
             checkpoint.save(out, model, optimizer, done, {"log": asdict(log), "job": asdict(job)}, random_state(device))
             checkpoint.prune(out, job.keep)
         if stopping:
-            say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
             break
     bar.close()
     if board:
         board.close()
     if stopping:
+        say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
         return STOPPED
     if launch.RANK == 0:
         draw(log, out / "report.png")
