@@ -23,6 +23,7 @@ RATES = (1e-3, 2e-3, 4e-3)  # tried for both, with seed 0; the best one is used
 SEEDS = (0, 1, 2)
 MODELS = {"dense": "--dense", "MoE": ""}
 LONGER = "--steps 4000 --eval-every 500"
+LONG_MODELS = MODELS | {"MoE, aux 0.1": "--aux-weight 0.1"}  # the balance loss that did better in 1,000 steps
 VARIANTS = {
     "topk, top-2 of 8, dropless, aux 0.01": "",
     "capacity 1.25": "--capacity-factor 1.25",
@@ -112,12 +113,13 @@ def main() -> None:
         print(row(f"{name}, learning rate {best[name]:g}", [results[flags] for flags in group]), flush=True)
 
     longer = {
-        name: [named(f"{f} {LONGER}", best[name], seed) for seed in args.long_seeds] for name, f in MODELS.items()
+        name: [named(f"{f} {LONGER}", best[name.split(",")[0]], seed) for seed in args.long_seeds]
+        for name, f in LONG_MODELS.items()
     }
     results = runs([flags for group in longer.values() for flags in group])
     print("\n" + HEAD.format("model, 4,000 steps"))
     for name, group in longer.items() if args.long_seeds else ():
-        print(row(f"{name}, learning rate {best[name]:g}", [results[flags] for flags in group]), flush=True)
+        print(row(name, [results[flags] for flags in group]), flush=True)
 
     variants = {
         name: [named(VARIANTS[name], best["MoE"], seed) for seed in SEEDS[: args.variant_seeds]] for name in args.only

@@ -14,7 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from quality import LONGER, MODELS, ROOT, VARIANTS, folder_of, named
+from quality import LONG_MODELS, LONGER, ROOT, VARIANTS, folder_of, named
 
 BALANCE = ("no balance loss", "aux 0.001", "topk, top-2 of 8, dropless, aux 0.01", "aux 0.1")
 CAPACITY = ("capacity 1.0", "capacity 1.25", "gshard, capacity 1.25", "switch, capacity 1.25")
@@ -30,7 +30,7 @@ def smooth(values: list[float], width: int = 5) -> np.ndarray:
 
 
 def longer(runs: Path, lr: float, axis: plt.Axes) -> None:
-    for (name, flags), color in zip(MODELS.items(), ("tab:gray", "tab:blue"), strict=True):
+    for (name, flags), color in zip(LONG_MODELS.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
         for seed in range(3):
             if found := log(runs, named(f"{flags} {LONGER}", lr, seed)):
                 axis.plot(
