@@ -3,6 +3,7 @@
 from .agreement import DispatchError
 from .base import Batch, Dispatcher, SteppedDispatcher
 from .collectives import Travel, all_to_all, all_to_all_start, all_to_all_two_phase, exchange_sizes, gather, scatter
+from .compressed import CompressedDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
@@ -13,6 +14,7 @@ from .plan import Plan
 
 __all__ = [
     "Batch",
+    "CompressedDispatcher",
     "DispatchError",
     "Dispatcher",
     "FlatDispatcher",

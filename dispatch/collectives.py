@@ -10,9 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .wire import Wire, pack, unpack
+
 
 def all_to_all(
-    *tensors: Tensor, send: list[int] | None = None, recv: list[int] | None = None, group: ProcessGroup | None
+    *tensors: Tensor,
+    send: list[int] | None = None,
+    recv: list[int] | None = None,
+    group: ProcessGroup | None,
+    wire: Wire | None = None,
 ) -> tuple[Tensor, ...]:
     """Rows to every rank of a group, rows from every rank; differentiable.
 
@@ -28,8 +34,10 @@ def all_to_all(
         send, recv: rows to and from each rank. They must agree between ranks (`exchange_sizes`): a
             collective cannot check. Leave both out for equal blocks.
         group: the ranks; None is the default group. The backward runs on the same group.
+        wire: how the first tensor travels, [R, D] if it is floating; None: as it is. Its gradient then travels
+            in bfloat16 (`wire.pack`).
     """
-    return all_to_all_start(*tensors, send=send, recv=recv, group=group).wait()
+    return all_to_all_start(*tensors, send=send, recv=recv, group=group, wire=wire).wait()
 
 
 class Travel(NamedTuple):
@@ -44,7 +52,11 @@ class Travel(NamedTuple):
 
 
 def all_to_all_start(
-    *tensors: Tensor, send: list[int] | None = None, recv: list[int] | None = None, group: ProcessGroup | None
+    *tensors: Tensor,
+    send: list[int] | None = None,
+    recv: list[int] | None = None,
+    group: ProcessGroup | None,
+    wire: Wire | None = None,
 ) -> Travel:
     """`all_to_all` in two halves, for what can be computed in between; differentiable.
 
@@ -58,9 +70,9 @@ def all_to_all_start(
     queued before the start; `wait` makes the current stream wait for it.
 
     Args:
-        tensors, send, recv, group: as in `all_to_all`.
+        tensors, send, recv, group, wire: as in `all_to_all`.
     """
-    leg = _Leg(send, recv, group)
+    leg = _Leg(send, recv, group, wire if tensors[0].is_floating_point() else None, tensors[0].dtype)
     return Travel(leg, _Start.apply(leg, *tensors))  # pyright: ignore[reportArgumentType]
 
 
@@ -71,6 +83,8 @@ class _Leg:
     send: list[int] | None
     recv: list[int] | None
     group: ProcessGroup | None
+    wire: Wire | None  # of the first tensor
+    dtype: torch.dtype  # the first tensor's
     arriving: list[tuple[Tensor, dist.Work]] = field(default_factory=list)  # from start to wait
     back: _Leg | None = None  # that of the gradients, from wait to start
 
@@ -81,7 +95,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, leg, *tensors):
         ctx.leg = leg
-        leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in tensors]
+        packed = tensors if leg.wire is None else (pack(tensors[0], leg.wire), *tensors[1:])
+        leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in packed]
         return tensors[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
@@ -97,6 +112,8 @@ class _Wait(torch.autograd.Function):
         for _, work in arriving:
             work.wait()
         out = tuple(t for t, _ in arriving)
+        if leg.wire is not None:
+            out = (unpack(out[0], leg.wire, leg.dtype), *out[1:])
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
         return out
 
@@ -105,7 +122,7 @@ class _Wait(torch.autograd.Function):
         # The way back: the splits exchanged, and the same group. All gradients travel, zeros too: which
         # of them are needed may differ between ranks, the collectives may not.
         leg = ctx.leg
-        leg.back = _Leg(leg.recv, leg.send, leg.group)
+        leg.back = _Leg(leg.recv, leg.send, leg.group, leg.wire and "bf16", leg.dtype)
         return None, _Start.apply(leg.back, *grads)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
-from .collectives import all_to_all, all_to_all_start, exchange_sizes
+from .collectives import Travel, all_to_all_start, exchange_sizes
+from .wire import Wire
 
 Result = TypeVar("Result")
 
@@ -55,6 +56,11 @@ class Rows(NamedTuple):
     send: list[int] | None
     recv: list[int] | None
     group: ProcessGroup
+    wire: Wire | None = None  # how the first tensor travels
+
+    def start(self) -> Travel:
+        """Send them on their way."""
+        return all_to_all_start(*self.tensors, send=self.send, recv=self.recv, group=self.group, wire=self.wire)
 
 
 Ask: TypeAlias = Sizes | Read | Rows | None  # None: ready to leave, from here on there are rows alone
@@ -69,10 +75,12 @@ def finish(steps: Steps[Result]) -> Result:
             ask = steps.send(answer)
         except StopIteration as end:
             return end.value
-        if isinstance(ask, Rows):
-            answer = all_to_all(*ask.tensors, send=ask.send, recv=ask.recv, group=ask.group)
+        if ask is None:
+            answer = None
+        elif isinstance(ask, Rows):
+            answer = ask.start().wait()
         else:
-            answer = None if ask is None else ask.answer([ask])[0]  # pyright: ignore[reportArgumentType]
+            (answer,) = ask.answer([ask])  # pyright: ignore[reportArgumentType]
 
 
 def prepare(trips: Sequence[Steps]) -> None:
@@ -111,8 +119,7 @@ def interleave(trips: Sequence[Steps[Result]]) -> list[Result]:
                 done[place] = end.value
                 continue
             assert isinstance(ask, Rows)
-            travel = all_to_all_start(*ask.tensors, send=ask.send, recv=ask.recv, group=ask.group)
-            still.append((place, travel))
+            still.append((place, ask.start()))
         under_way = still[::-1]
     return [done[place] for place in range(len(trips))]
 
