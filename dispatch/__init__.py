@@ -1,26 +1,33 @@
-"""The trip: plan, encode, carry, decode. Start at `plan.py`, then `base.py` and `flat.py`."""
+"""The trip: plan, encode, carry, decode. Start at `plan.py`, then `base.py`, `steps.py` and `flat.py`."""
 
 from .agreement import DispatchError
-from .base import Batch, Dispatcher
-from .collectives import all_to_all, all_to_all_two_phase, exchange_sizes, gather, scatter
+from .base import Batch, Dispatcher, SteppedDispatcher
+from .collectives import Travel, all_to_all, all_to_all_start, all_to_all_two_phase, exchange_sizes, gather, scatter
+from .compressed import CompressedDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
 from .node import NodeDispatcher
 from .ops import decode, encode
+from .overlap import OverlapDispatcher
 from .plan import Plan
 
 __all__ = [
     "Batch",
+    "CompressedDispatcher",
     "DispatchError",
     "Dispatcher",
     "FlatDispatcher",
     "HierarchicalDispatcher",
     "LocalDispatcher",
     "NodeDispatcher",
+    "OverlapDispatcher",
     "Plan",
+    "SteppedDispatcher",
+    "Travel",
     "all_to_all",
     "all_to_all_2d",
+    "all_to_all_start",
     "all_to_all_two_phase",
     "decode",
     "encode",

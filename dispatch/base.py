@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .plan import Plan
+from .steps import Steps, finish, refuse
 
 
 class Batch(NamedTuple):
@@ -36,7 +38,8 @@ class Dispatcher(ABC):
 
     Dispatchers are immutable and cheap: assign another one to `layer.dispatcher` at any time. A trip's
     state is its receipt, so that two batches can be in flight. A new transport is one file with
-    `dispatch` and `combine`; one that interleaves travel and compute overrides `__call__`.
+    `dispatch` and `combine`, or with both in steps (`SteppedDispatcher`), so that others can interleave
+    them with compute.
     """
 
     @abstractmethod
@@ -55,5 +58,61 @@ class Dispatcher(ABC):
     def refuse(self, num_experts: int, device: torch.device) -> None:  # noqa: B027
         """Tell the other ranks that this one has failed before its dispatch, so that none waits for it."""
 
+    def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        """`dispatch` as a trip in steps (`turnout.dispatch.steps`); one that has none is ready at once."""
+        yield
+        return self.dispatch(x, plan, weight)
+
+    def combine_steps(self, rows: Tensor, receipt: Any) -> Steps[Tensor]:
+        """`combine` as steps."""
+        yield from ()
+        return self.combine(rows, receipt)
+
+    def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
+        """`refuse` as steps: those of `dispatch_steps` up to where rows would leave."""
+        yield
+        self.refuse(num_experts, device)
+
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups it exchanges over, which together join all ranks that share the experts."""
+        return ()
+
     def __deepcopy__(self, memo: dict) -> Dispatcher:
         return self  # immutable, and process groups cannot be copied
+
+
+class SteppedDispatcher(Dispatcher):
+    """A dispatcher written as steps: `dispatch_steps`, `combine_steps` and `refuse_steps`.
+
+    Up to its bare ``yield`` a dispatch asks for sizes and numbers alone, after it for rows alone.
+    """
+
+    def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
+        """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
+        return finish(self.dispatch_steps(x, plan, weight))
+
+    def combine(self, rows: Tensor, receipt: Any) -> Tensor:
+        """Rows [R, D] back by the way they came, summed per token -> [T, D]."""
+        return finish(self.combine_steps(rows, receipt))
+
+    def refuse(self, num_experts: int, device: torch.device) -> None:
+        """Send a note of refusal in place of sizes: the other ranks raise DispatchError."""
+        refuse([self.refuse_steps(num_experts, device)])
+
+    @abstractmethod
+    def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        """`dispatch` as steps."""
+
+    @abstractmethod
+    def combine_steps(self, rows: Tensor, receipt: Any) -> Steps[Tensor]:
+        """`combine` as steps."""
+
+    @abstractmethod
+    def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
+        """`refuse` as steps."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups it exchanges over."""

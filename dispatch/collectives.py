@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .wire import Wire, pack, unpack
+
 
 def all_to_all(
-    *tensors: Tensor, send: list[int] | None = None, recv: list[int] | None = None, group: ProcessGroup | None
+    *tensors: Tensor,
+    send: list[int] | None = None,
+    recv: list[int] | None = None,
+    group: ProcessGroup | None,
+    wire: Wire | None = None,
 ) -> tuple[Tensor, ...]:
     """Rows to every rank of a group, rows from every rank; differentiable.
 
@@ -25,18 +34,86 @@ def all_to_all(
         send, recv: rows to and from each rank. They must agree between ranks (`exchange_sizes`): a
             collective cannot check. Leave both out for equal blocks.
         group: the ranks; None is the default group. The backward runs on the same group.
+        wire: how the first tensor travels, [R, D] if it is floating; None: as it is. Its gradient then travels
+            in bfloat16 (`wire.pack`).
     """
-    return _AllToAll.apply(send, recv, group, *tensors)  # pyright: ignore[reportReturnType]
+    return all_to_all_start(*tensors, send=send, recv=recv, group=group, wire=wire).wait()
 
 
-class _AllToAll(torch.autograd.Function):
+class Travel(NamedTuple):
+    """An exchange under way: see `all_to_all_start`."""
+
+    leg: _Leg
+    ticket: Tensor
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What came; call it once, and on every rank that needs a gradient."""
+        return _Wait.apply(self.leg, self.ticket)  # pyright: ignore[reportReturnType]
+
+
+def all_to_all_start(
+    *tensors: Tensor,
+    send: list[int] | None = None,
+    recv: list[int] | None = None,
+    group: ProcessGroup | None,
+    wire: Wire | None = None,
+) -> Travel:
+    """`all_to_all` in two halves, for what can be computed in between; differentiable.
+
+    In the backward the halves change roles: the gradients start where the forward waited and are waited for
+    where it started. So what ran between the two forward runs its own backward between them, too::
+
+        forward     start ..... compute ..... wait
+        backward     wait ..... compute ..... start
+
+    On a GPU nothing blocks the host: the exchange has a stream of its own (NCCL's), which waits for what was
+    queued before the start; `wait` makes the current stream wait for it.
+
+    Args:
+        tensors, send, recv, group, wire: as in `all_to_all`.
+    """
+    leg = _Leg(send, recv, group, wire if tensors[0].is_floating_point() else None, tensors[0].dtype)
+    return Travel(leg, _Start.apply(leg, *tensors))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class _Leg:
+    """What the two halves of one exchange share. It never holds the ticket: the graph would hold itself."""
+
+    send: list[int] | None
+    recv: list[int] | None
+    group: ProcessGroup | None
+    wire: Wire | None  # of the first tensor
+    dtype: torch.dtype  # the first tensor's
+    arriving: list[tuple[Tensor, dist.Work]] = field(default_factory=list)  # from start to wait
+    back: _Leg | None = None  # that of the gradients, from wait to start
+
+
+class _Start(torch.autograd.Function):
+    """Tensors -> a ticket: a tensor without elements, by which autograd knows that `_Wait` comes after."""
+
     @staticmethod
-    def forward(ctx, send, recv, group, *tensors):
-        ctx.send, ctx.recv, ctx.group = send, recv, group
-        received = tuple(_start(t, send, recv, group) for t in tensors)
-        for _, work in received:
+    def forward(ctx, leg, *tensors):
+        ctx.leg = leg
+        packed = tensors if leg.wire is None else (pack(tensors[0], leg.wire), *tensors[1:])
+        leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in packed]
+        return tensors[0].new_empty(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, *_Wait.apply(ctx.leg.back, grad)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leg, ticket):
+        ctx.leg, arriving, leg.arriving = leg, leg.arriving, []
+        assert arriving, "waited for twice"
+        for _, work in arriving:
             work.wait()
-        out = tuple(t for t, _ in received)
+        out = tuple(t for t, _ in arriving)
+        if leg.wire is not None:
+            out = (unpack(out[0], leg.wire, leg.dtype), *out[1:])
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
         return out
 
@@ -44,7 +121,9 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx, *grads):
         # The way back: the splits exchanged, and the same group. All gradients travel, zeros too: which
         # of them are needed may differ between ranks, the collectives may not.
-        return None, None, None, *_AllToAll.apply(ctx.recv, ctx.send, ctx.group, *grads)  # pyright: ignore[reportGeneralTypeIssues]
+        leg = ctx.leg
+        leg.back = _Leg(leg.recv, leg.send, leg.group, leg.wire and "bf16", leg.dtype)
+        return None, _Start.apply(leg.back, *grads)
 
 
 def _start(tensor: Tensor, send, recv, group):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,12 +11,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .agreement import NOTE, DispatchError, Note, agree
-from .base import Batch, Dispatcher
+from .agreement import NOTE, Note, agree
+from .base import Batch, SteppedDispatcher
 from .blocks import invert, reorder
-from .collectives import all_to_all, exchange_sizes
 from .ops import decode, encode, encode_weight, permute
 from .plan import Plan
+from .steps import Read, Rows, Sizes, Steps
 
 
 class _Receipt(NamedTuple):
@@ -29,7 +28,7 @@ class _Receipt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FlatDispatcher(Dispatcher):
+class FlatDispatcher(SteppedDispatcher):
     """Every rank sends straight to every other one.
 
     Rows leave sorted by expert, and rank w owns experts [w*L, (w+1)*L): what `encode` writes is the
@@ -49,21 +48,28 @@ class FlatDispatcher(Dispatcher):
         """W, the ranks that share the experts."""
         return dist.get_world_size(self.group)
 
-    def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The one group."""
+        return (self.group,)
+
+    def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        """Sizes, unless all are equal; rows; and the order in which the experts want them."""
         if plan.capacity is not None and self.equal_tokens:
-            return self._dispatch_padded(x, plan, weight)
+            yield
+            return (yield from self._dispatch_padded(x, plan, weight))
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
-        came, send, recv, capacity = self._exchange_sizes(to, Note.tensor(x, weight, plan.capacity))
+        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan.capacity))
+        yield
         if capacity is not None:
-            return self._dispatch_padded(x, plan.padded(capacity), weight)
+            return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
-        rows, weights = all_to_all(encode(x, plan), encode_weight(weight, plan), send=send, recv=recv, group=self.group)
+        rows, weights = yield Rows((encode(x, plan), encode_weight(weight, plan)), send, recv, self.group)
         order, counts = reorder(came, "w l -> l w", rows=sum(recv))
         return self._hand_out(rows, weights, counts.sum(1), _Receipt(plan, send, recv, order, invert(order)))
 
-    def _dispatch_padded(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        rows, weights = all_to_all(encode(x, plan), encode_weight(weight, plan), group=self.group)
+    def _dispatch_padded(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        rows, weights = yield Rows((encode(x, plan), encode_weight(weight, plan)), None, None, self.group)
         index = torch.arange(rows.shape[0], device=rows.device)
         local = plan.counts.numel() // self.size
         order = rearrange(index, "(w l c) -> (l w c)", w=self.size, l=local)
@@ -75,25 +81,25 @@ class FlatDispatcher(Dispatcher):
         order, inverse = receipt.order, receipt.inverse
         return Batch(permute(rows, order, inverse), permute(weight, order, inverse), counts, receipt)
 
-    def combine(self, rows: Tensor, receipt: _Receipt) -> Tensor:
+    def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
         """Rows [R, D] back to where they came from, summed per token -> [T, D]."""
         plan, send, recv, order, inverse = receipt
-        (rows,) = all_to_all(permute(rows, inverse, order), send=recv, recv=send, group=self.group)
+        (rows,) = yield Rows((permute(rows, inverse, order),), recv, send, self.group)
         return decode(rows, plan)
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
-        """Send a note of refusal in place of sizes: the other ranks raise DispatchError."""
-        if self.equal_tokens:
-            return  # no sizes are exchanged, so there is nothing to write the note on
-        nothing = torch.zeros(self.size, num_experts // self.size, dtype=torch.int64, device=device)
-        with suppress(DispatchError):
-            self._exchange_sizes(nothing, Note.refusal(device))
+    def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
+        """A note of refusal in place of sizes."""
+        if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
+            nothing = torch.zeros(self.size, num_experts // self.size, dtype=torch.int64, device=device)
+            yield from self._exchange_sizes(nothing, Note.refusal(device))
+        yield
 
-    def _exchange_sizes(self, to: Tensor, note: Tensor) -> tuple[Tensor, list[int], list[int], int | None]:
+    def _exchange_sizes(self, to: Tensor, note: Tensor) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
         """to int64 [W, L], note [5] -> sizes that came [W, L], send and recv splits, agreed capacity."""
         notes = repeat(note, "n -> w n", w=self.size)
-        came = exchange_sizes(torch.cat([notes, to], 1), self.group)
+        came = yield Sizes(torch.cat([notes, to], 1), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
-        host = torch.cat([to.sum(1, keepdim=True), came.sum(1, keepdim=True), notes], 1).tolist()  # the one host sync
-        capacity = agree([line[2:] for line in host])
-        return came, [line[0] for line in host], [line[1] for line in host], capacity
+        host = yield Read(torch.cat([to.sum(1), came.sum(1), notes.flatten()]))  # the one host sync
+        send, recv, notes = host[: self.size], host[self.size : 2 * self.size], host[2 * self.size :]
+        capacity = agree([notes[i : i + NOTE] for i in range(0, len(notes), NOTE)])
+        return came, send, recv, capacity

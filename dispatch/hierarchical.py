@@ -16,7 +16,6 @@ The layouts in between are those of 2DH in Tutel (arXiv:2206.03382).
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -28,13 +27,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from .agreement import NOTE, DispatchError, Note, agree
-from .base import Batch, Dispatcher
+from .agreement import NOTE, Note, agree
+from .base import Batch, SteppedDispatcher
 from .blocks import invert, reorder
-from .collectives import all_to_all, exchange_sizes
+from .collectives import all_to_all
 from .mesh import node_and_local
 from .ops import decode, encode, encode_weight, permute
 from .plan import Plan
+from .steps import Read, Rows, Sizes, Steps
 
 
 def all_to_all_2d(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -89,7 +89,7 @@ class _Receipt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HierarchicalDispatcher(Dispatcher):
+class HierarchicalDispatcher(SteppedDispatcher):
     """Rows travel inside their node first, then between nodes, in few large messages (see this module).
 
     Rank node * locals + local owns the experts it would own with `FlatDispatcher`, and gets the same rows
@@ -116,58 +116,66 @@ class HierarchicalDispatcher(Dispatcher):
         """(nodes, ranks in each)."""
         return dist.get_world_size(self.node), dist.get_world_size(self.local)
 
-    def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
-        if plan.capacity is None or not self.equal_tokens:
-            sizes, capacity = self._exchange_sizes(self._by_rank(plan.counts), Note.tensor(x, weight, plan.capacity))
-            if capacity is None:
-                return self._carry(x, plan, weight, sizes)
-            plan = plan.padded(capacity)
-        return self._carry(x, plan, weight, _Sizes.even(self._by_rank(plan.counts), rows=plan.token.shape[0]))
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """Between nodes, and inside this one."""
+        return self.node, self.local
 
-    def combine(self, rows: Tensor, receipt: _Receipt) -> Tensor:
+    def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        """Sizes of both exchanges, unless all are equal; then the rows through both."""
+        if plan.capacity is None or not self.equal_tokens:
+            note = Note.tensor(x, weight, plan.capacity)
+            sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note)
+            if capacity is None:
+                yield
+                return (yield from self._carry(x, plan, weight, sizes))
+            plan = plan.padded(capacity)
+        yield
+        sizes = _Sizes.even(self._by_rank(plan.counts), rows=plan.token.shape[0])
+        return (yield from self._carry(x, plan, weight, sizes))
+
+    def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
         """Rows [R, D] back by the way they came, summed per token -> [T, D]."""
         (send_inside, recv_inside), (send, recv) = receipt.inside, receipt.between
-        (rows,) = all_to_all(permute(rows, *receipt.last[::-1]), send=recv, recv=send, group=self.node)
-        (rows,) = all_to_all(permute(rows, *receipt.middle[::-1]), send=recv_inside, recv=send_inside, group=self.local)
+        (rows,) = yield Rows((permute(rows, *receipt.last[::-1]),), recv, send, self.node)
+        (rows,) = yield Rows((permute(rows, *receipt.middle[::-1]),), recv_inside, send_inside, self.local)
         return decode(rows, receipt.plan)
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
-        """Send a note of refusal in place of sizes: the other ranks raise DispatchError."""
-        if self.equal_tokens:
-            return  # no sizes are exchanged, so there is nothing to write the note on
-        nothing = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        with suppress(DispatchError):
-            self._exchange_sizes(self._by_rank(nothing), Note.refusal(device))
+    def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
+        """A note of refusal in place of sizes."""
+        if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
+            nothing = torch.zeros(num_experts, dtype=torch.int64, device=device)
+            yield from self._exchange_sizes(self._by_rank(nothing), Note.refusal(device))
+        yield
 
     def _by_rank(self, counts: Tensor) -> Tensor:
         nodes, places = self.shape
         return rearrange(counts, "(n l e) -> n l e", n=nodes, l=places)
 
-    def _exchange_sizes(self, leaving: Tensor, note: Tensor) -> tuple[_Sizes, int | None]:
+    def _exchange_sizes(self, leaving: Tensor, note: Tensor) -> Steps[tuple[_Sizes, int | None]]:
         """leaving [n, l, e], note [5] -> the sizes of the whole trip, and the capacity all agree on."""
         nodes, places = self.shape
         notes = repeat(note, "i -> l n i", l=places, n=nodes)
-        passing = exchange_sizes(torch.cat([notes, rearrange(leaving, "n l e -> l n e")], 2), self.local)
-        arriving = exchange_sizes(rearrange(passing, "l n e -> n l e"), self.node)
+        passing = yield Sizes(torch.cat([notes, rearrange(leaving, "n l e -> l n e")], 2), self.local)
+        arriving = yield Sizes(rearrange(passing, "l n e -> n l e"), self.node)
         notes, passing, arriving = arriving[..., :NOTE], passing[..., NOTE:], arriving[..., NOTE:]
         sums = leaving.sum((0, 2)), passing.sum((1, 2)), passing.sum((0, 2)), arriving.sum((1, 2))
-        host = iter(torch.cat([*sums, notes.flatten()]).tolist())  # the one host sync
+        host = iter((yield Read(torch.cat([*sums, notes.flatten()]))))  # the one host sync
         to_local, from_local, to_node, from_node = (list(islice(host, len(s))) for s in sums)
         capacity = agree([list(islice(host, NOTE)) for _ in range(nodes * places)])
         rows = sum(to_local), sum(from_local), sum(from_node)
         return _Sizes(leaving, passing, arriving, rows, (to_local, from_local), (to_node, from_node)), capacity
 
-    def _carry(self, x: Tensor, plan: Plan, weight: Tensor, sizes: _Sizes) -> Batch:
+    def _carry(self, x: Tensor, plan: Plan, weight: Tensor, sizes: _Sizes) -> Steps[Batch]:
         leave, passed, arrived = sizes.rows
         first, _ = reorder(sizes.leaving, "n l e -> l n e", leave)
         plan = plan.reordered(first)  # encode and decode read rows where they lie: no pass of their own for this
         both = encode(x, plan), encode_weight(weight, plan)
-        both = all_to_all(*both, send=sizes.inside[0], recv=sizes.inside[1], group=self.local)
+        both = yield Rows(both, *sizes.inside, self.local)
         order, _ = reorder(sizes.passing, "l n e -> n l e", passed)
         middle = order, invert(order)
-        both = (permute(t, *middle) for t in both)
-        both = all_to_all(*both, send=sizes.between[0], recv=sizes.between[1], group=self.node)
+        both = tuple(permute(t, *middle) for t in both)
+        both = yield Rows(both, *sizes.between, self.node)
         order, counts = reorder(sizes.arriving, "n l e -> e n l", arrived)
         last = order, invert(order)
         rows, weights = (permute(t, *last) for t in both)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -15,12 +14,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
-from .agreement import NOTE, DispatchError, Note, agree
-from .base import Batch, Dispatcher
-from .collectives import all_to_all, exchange_sizes
+from .agreement import NOTE, Note, agree
+from .base import Batch, SteppedDispatcher
 from .mesh import node_and_local
 from .ops import decode, encode, encode_weight
 from .plan import Plan, load
+from .steps import Read, Rows, Sizes, Steps
 
 
 def visits(expert: Tensor, nodes: int, held: int) -> Tensor:
@@ -53,11 +52,11 @@ class _Leg(NamedTuple):
     send: list[int]  # rows to each rank of the group
     recv: list[int]
 
-    def out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return all_to_all(*tensors, send=self.send, recv=self.recv, group=self.group)
+    def out(self, *tensors: Tensor) -> Rows:
+        return Rows(tensors, self.send, self.recv, self.group)
 
-    def home(self, rows: Tensor) -> Tensor:
-        (rows,) = all_to_all(rows, send=self.recv, recv=self.send, group=self.group)
+    def home(self, rows: Tensor) -> Steps[Tensor]:
+        (rows,) = yield Rows((rows,), self.recv, self.send, self.group)
         return decode(rows, self.plan)
 
 
@@ -76,7 +75,7 @@ class _Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NodeDispatcher(Dispatcher):
+class NodeDispatcher(SteppedDispatcher):
     """A token crosses to a node once, however many of its experts live there.
 
     Where links between nodes are slower than those inside, what crosses is what costs. `FlatDispatcher`
@@ -109,24 +108,30 @@ class NodeDispatcher(Dispatcher):
         """Nodes, and ranks in each."""
         return dist.get_world_size(self.node), dist.get_world_size(self.local)
 
-    def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """Between nodes, and inside this one."""
+        return self.node, self.local
+
+    def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        """Sizes of both steps; a row for each (token, node); a row for each expert."""
         nodes, peers = self.shape
         experts, k = plan.counts.numel(), plan.expert.shape[1]
         held = experts // nodes
         trip = Plan.of(visits(plan.expert, nodes, held), nodes)
         note = Note.tensor(x, weight, plan.capacity)
-        sizes = self._exchange_sizes(trip.counts, load(plan.expert, experts), note, k)
+        sizes = yield from self._exchange_sizes(trip.counts, load(plan.expert, experts), note, k)
+        yield
 
         cross = _Leg(trip.trimmed(sum(sizes.cross[0])), self.node, *sizes.cross)
         expert, weight = pad(plan.expert, (0, sizes.k - k), value=-1), pad(weight, (0, sizes.k - k))
         # The experts' numbers go by themselves: beside the rows, zeros for them would travel in the backward.
-        (expert,) = cross.out(expert[cross.plan.token].int())
-        rows, weight = cross.out(encode(x, cross.plan), encode(weight, cross.plan))
+        (expert,) = yield cross.out(expert[cross.plan.token].int())
+        rows, weight = yield cross.out(encode(x, cross.plan), encode(weight, cross.plan))
 
         inside = Plan.of(owned(expert.long(), dist.get_rank(self.node), held), held)
         fan = _Leg(inside.trimmed(sum(sizes.fan[0])), self.local, *sizes.fan)
-        rows, weight = fan.out(encode(rows, fan.plan), encode_weight(weight, fan.plan))
+        rows, weight = yield fan.out(encode(rows, fan.plan), encode_weight(weight, fan.plan))
 
         blocks = nodes * held  # one for each expert of this rank and each rank that sends to it
         block = rearrange(torch.arange(blocks, device=x.device), "(e n l) -> (l e n)", n=nodes, l=peers)
@@ -136,17 +141,18 @@ class NodeDispatcher(Dispatcher):
         weight = encode_weight(weight.unsqueeze(1), arrived)
         return Batch(encode(rows, arrived), weight, counts, _Receipt(cross, fan, arrived))
 
-    def combine(self, rows: Tensor, receipt: _Receipt) -> Tensor:
+    def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
         """Rows [R, D] back to where they came from, summed in their node and then at home -> [T, D]."""
-        return receipt.cross.home(receipt.fan.home(decode(rows, receipt.arrived)))
+        rows = yield from receipt.fan.home(decode(rows, receipt.arrived))
+        return (yield from receipt.cross.home(rows))
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
-        """Send a note of refusal in place of sizes: the other ranks raise DispatchError."""
+    def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
+        """A note of refusal in place of sizes."""
         nothing = torch.zeros(self.shape[0] + num_experts, dtype=torch.int64, device=device)
-        with suppress(DispatchError):
-            self._exchange_sizes(nothing[num_experts:], nothing[:num_experts], Note.refusal(device), 0)
+        yield from self._exchange_sizes(nothing[num_experts:], nothing[:num_experts], Note.refusal(device), 0)
+        yield
 
-    def _exchange_sizes(self, rows: Tensor, loads: Tensor, note: Tensor, k: int) -> _Sizes:
+    def _exchange_sizes(self, rows: Tensor, loads: Tensor, note: Tensor, k: int) -> Steps[_Sizes]:
         """rows int64 [N] to each node, loads int64 [E] to each expert, and this rank's note.
 
         They go the way the rows will go, so that every rank knows its part of both steps and has read the
@@ -155,14 +161,14 @@ class NodeDispatcher(Dispatcher):
         nodes, peers = self.shape
         loads = rearrange(loads, "(n l e) -> n (l e)", n=nodes, l=peers)
         notes = repeat(torch.cat([note, note.new_full((1,), k)]), "a -> n a", n=nodes)
-        came = exchange_sizes(torch.cat([notes, rows.unsqueeze(1), loads], 1), self.node)
+        came = yield Sizes(torch.cat([notes, rows.unsqueeze(1), loads], 1), self.node)
         notes, arriving, loads = came.split([NOTE + 1, 1, loads.shape[1]], 1)
         loads = rearrange(loads, "n (l e) -> l n e", l=peers)
-        came = exchange_sizes(torch.cat([repeat(notes, "n a -> l n a", l=peers), loads], 2), self.local)
+        came = yield Sizes(torch.cat([repeat(notes, "n a -> l n a", l=peers), loads], 2), self.local)
         notes, blocks = rearrange(came[..., : NOTE + 1], "l n a -> (n l a)"), came[..., NOTE + 1 :]
 
         splits = rows, arriving.flatten(), loads.sum((1, 2)), blocks.sum((1, 2))
-        host = iter(torch.cat([*splits, notes]).tolist())  # the one host sync
+        host = iter((yield Read(torch.cat([*splits, notes]))))  # the one host sync
         send, recv, send_inside, recv_inside = ([*islice(host, len(s))] for s in splits)
         every = [[*islice(host, NOTE + 1)] for _ in range(nodes * peers)]
         capacity, k = agree([line[:NOTE] for line in every]), max(line[NOTE] for line in every)

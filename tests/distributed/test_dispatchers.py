@@ -19,6 +19,7 @@ from turnout.dispatch import (
     HierarchicalDispatcher,
     LocalDispatcher,
     NodeDispatcher,
+    OverlapDispatcher,
     Plan,
 )
 
@@ -44,6 +45,14 @@ def nodes(
     return make
 
 
+def overlapped(inner: Callable[[], tuple[Dispatcher, range]], degree: int) -> Callable[[], tuple[Dispatcher, range]]:
+    def make() -> tuple[Dispatcher, range]:
+        dispatcher, owned = inner()
+        return OverlapDispatcher(dispatcher, degree), owned
+
+    return make
+
+
 def alone() -> tuple[Dispatcher, range]:
     return LocalDispatcher(), range(EXPERTS)
 
@@ -61,6 +70,13 @@ DISPATCHERS = MappingProxyType(
         "2dh, equal tokens": (nodes(2, 2, equal_tokens=True), EVEN, 4, []),
         "node": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, None, ["tolist"]),
         "node, padded": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, 9, ["tolist"]),
+        "overlap, flat": (overlapped(all_ranks, 3), UNEVEN, None, ["tolist"]),
+        "overlap, flat, padded": (overlapped(all_ranks, 4), UNEVEN, 9, ["tolist"]),
+        "overlap, flat, equal tokens": (overlapped(promised, 3), EVEN, 4, []),
+        "overlap, 2dh": (overlapped(nodes(2, 2), 2), UNEVEN, None, ["tolist"]),
+        "overlap, 2dh, equal tokens": (overlapped(nodes(2, 2, equal_tokens=True), 20), EVEN, 4, []),
+        "overlap, node": (overlapped(nodes(2, 2, kind=NodeDispatcher), 3), UNEVEN, None, ["tolist"]),
+        "overlap, node, padded": (overlapped(nodes(2, 2, kind=NodeDispatcher), 5), UNEVEN, 9, ["tolist"]),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }
@@ -223,6 +239,9 @@ def check_waits(name: str) -> None:
     with Waits() as back:
         dispatcher.combine(batch.rows, batch.receipt)
     assert back.seen == []
+    with Waits() as whole:
+        dispatcher(x, plan, weight, lambda rows, weight, counts: rows)
+    assert whole.seen == waits
     with Waits() as planning:
         Plan.of(plan.expert, EXPERTS, plan.capacity)
     assert planning.seen == []

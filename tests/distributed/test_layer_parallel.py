@@ -9,7 +9,7 @@ from cases import EXPERTS, WIDTH, build, close, crowd, tokens, whole
 from ranks import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.dispatch import FlatDispatcher
+from turnout.dispatch import FlatDispatcher, OverlapDispatcher
 from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
 
 MESHES = [(1, 2), (1, 4), (2, 2), (4, 1)]
@@ -54,18 +54,24 @@ def compare(model, mesh, x, sizes, expected, masked=None):
         close(whole(p.grad), grads1[name], 1e-12, name)
 
 
-def every_case(shape, names=("edp", "ep"), dispatcher="auto"):
+def every_case(shape, names=("edp", "ep"), dispatcher="auto", degree=None):
+    def spread(model, mesh):
+        for layer in parallelize(model, mesh, dispatcher):
+            if degree is not None and isinstance(layer, MoE):
+                layer.dispatcher = OverlapDispatcher(layer.dispatcher, degree)
+        return model
+
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for sizes in SHARDS[math.prod(shape)]:
         x = tokens(sum(sizes))
         masked = torch.arange(len(x)) % 4 > 0
         for options in ({}, {"capacity_factor": float(EXPERTS), "pad": True}, {"capacity_factor": float(EXPERTS)}):
-            compare(parallelize(build(**options), mesh, dispatcher), mesh, x, sizes, one_rank(x, build(**options)))
-        compare(parallelize(build(), mesh, dispatcher), mesh, x, sizes, one_rank(x, build(), masked), masked)
+            compare(spread(build(**options), mesh), mesh, x, sizes, one_rank(x, build(**options)))
+        compare(spread(build(), mesh), mesh, x, sizes, one_rank(x, build(), masked), masked)
         one, many = build(), build()
         crowd(one)
         crowd(many)
-        compare(parallelize(many, mesh, dispatcher), mesh, x, sizes, one_rank(x, one))
+        compare(spread(many, mesh), mesh, x, sizes, one_rank(x, one))
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -79,6 +85,11 @@ NODES = [((2, 2), ("node", "local")), ((1, 4), ("node", "local")), ((4, 1), ("no
 @pytest.mark.parametrize(("shape", "names"), [*NODES, ((2, 2, 1), ("edp", "node", "local"))], ids=str)
 def test_many_ranks_by_node_equal_one(shape, names):
     run(4, every_case, shape, names, "node")
+
+
+@pytest.mark.parametrize(("dispatcher", "degree"), [("flat", 2), ("flat", 20), ("2dh", 3), ("node", 4), ("node", 1)])
+def test_many_ranks_in_chunks_equal_one(dispatcher, degree):
+    run(4, every_case, (2, 2), ("node", "local"), dispatcher, degree)
 
 
 def swapped_experts():
