@@ -7,7 +7,8 @@
 A trip is `dispatch`, experts that only multiply by the weight, `combine`, and the backward of all that. A message
 size of B bytes means tokens of B bytes on each rank; k times as many leave it. All transports run in turn in each
 round; times are medians over rounds, of the slowest rank, after a barrier. Bytes are what the interface's counter
-says all nodes have sent in the timed trips, headers and acknowledgements included, over the number of trips.
+says all nodes have sent in the timed trips, headers and acknowledgements included, over the number of trips. What
+`dispatcher="auto"` would choose after probing the same links is recorded beside them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, NodeDispatcher, Plan
+from turnout.dispatch.measure import measure as measure_links
+from turnout.dispatch.profile import Message
 
 EXPERTS = 64
-SIZES = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
+SIZES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]
 
 
 def routing(tokens: int, k: int, skewed: bool, seed: int) -> tuple[Tensor, Tensor]:
@@ -39,6 +42,11 @@ def routing(tokens: int, k: int, skewed: bool, seed: int) -> tuple[Tensor, Tenso
         share = 1 / (1 + place.float())
     noise = -torch.rand(tokens, EXPERTS, generator=g).log()  # the k smallest of noise / share: drawn without repetition
     return (noise / share).topk(k, largest=False).indices, torch.rand(tokens, k, generator=g)
+
+
+def row_bytes(size: int) -> int:
+    """Of a float32 row: short ones where messages are small, so that there are some."""
+    return 256 if size <= 2**14 else 4096
 
 
 def trip(dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, grad: Tensor) -> None:
@@ -88,7 +96,7 @@ def measure(
     dispatchers: dict[str, Dispatcher], size: int, k: int, skewed: bool, rounds: int, interface: str, nodes: int
 ) -> dict[str, dict[str, float]]:
     rank, local = dist.get_rank(), dist.get_world_size() // nodes
-    width = 64 if size <= 2**14 else 1024
+    width = row_bytes(size) // 4
     expert, weight = routing(max(1, size // (4 * width)), k, skewed, rank)
     plan = Plan.of(expert, EXPERTS)
     x = torch.randn(len(expert), width, requires_grad=True)
@@ -139,6 +147,7 @@ def main() -> None:
         "2dh": HierarchicalDispatcher.of(mesh),
         "node": NodeDispatcher.of(mesh),
     }
+    profile = measure_links(mesh)
     for k in args.k:
         last = None
         for size in args.sizes:
@@ -152,9 +161,11 @@ def main() -> None:
             if not dist.get_rank():
                 print(what, *(f"| {n} {c['seconds'] * 1e3:.1f} ms {c['sent'] / 1e6:.2f} MB" for n, c in found.items()))
                 if args.out:
+                    message = Message(max(1, size // row_bytes(size)), row_bytes(size), k, EXPERTS)
                     record = {"shape": f"{nodes}x{local}", "link": args.link, "skewed": args.skewed, "k": k}
+                    record |= {"size": size, "found": found, "chosen": profile.choose(message)}
                     with open(args.out, "a") as file:
-                        file.write(json.dumps({**record, "size": size, "found": found}) + "\n")
+                        file.write(json.dumps(record | {"predicted": profile.predict(message)}) + "\n")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,16 +1,19 @@
 """The trip: plan, encode, carry, decode. Start at `plan.py`, then `base.py` and `flat.py`."""
 
 from .agreement import DispatchError
+from .auto import AutoDispatcher
 from .base import Batch, Dispatcher
-from .collectives import all_to_all, all_to_all_two_phase, exchange_sizes, gather, scatter
+from .collectives import all_to_all, all_to_all_two_phase, check_sizes, exchange_sizes, gather, scatter
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
 from .node import NodeDispatcher
 from .ops import decode, encode
 from .plan import Plan
+from .profile import Profile
 
 __all__ = [
+    "AutoDispatcher",
     "Batch",
     "DispatchError",
     "Dispatcher",
@@ -19,9 +22,11 @@ __all__ = [
     "LocalDispatcher",
     "NodeDispatcher",
     "Plan",
+    "Profile",
     "all_to_all",
     "all_to_all_2d",
     "all_to_all_two_phase",
+    "check_sizes",
     "decode",
     "encode",
     "exchange_sizes",

@@ -7,6 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .agreement import DispatchError
+from .failure import named
+
 
 def all_to_all(
     *tensors: Tensor, send: list[int] | None = None, recv: list[int] | None = None, group: ProcessGroup | None
@@ -23,7 +26,7 @@ def all_to_all(
     Args:
         tensors: same number of rows, any trailing shape and dtype, the same on all ranks.
         send, recv: rows to and from each rank. They must agree between ranks (`exchange_sizes`): a
-            collective cannot check. Leave both out for equal blocks.
+            collective cannot check (`check_sizes` can). Leave both out for equal blocks.
         group: the ranks; None is the default group. The backward runs on the same group.
     """
     return _AllToAll.apply(send, recv, group, *tensors)  # pyright: ignore[reportReturnType]
@@ -33,9 +36,10 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, send, recv, group, *tensors):
         ctx.send, ctx.recv, ctx.group = send, recv, group
-        received = tuple(_start(t, send, recv, group) for t in tensors)
-        for _, work in received:
-            work.wait()
+        with named("payload", group):
+            received = tuple(_start(t, send, recv, group) for t in tensors)
+            for _, work in received:
+                work.wait()
         out = tuple(t for t, _ in received)
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
         return out
@@ -65,8 +69,29 @@ def exchange_sizes(sizes: Tensor, group: ProcessGroup | None) -> Tensor:
     """
     sizes = sizes.contiguous()  # empty_like keeps strides: a permuted view would be filled in the wrong order
     came = torch.empty_like(sizes)
-    dist.all_to_all_single(came, sizes, group=group)
+    with named("sizes", group):
+        dist.all_to_all_single(came, sizes, group=group)
     return came
+
+
+def check_sizes(send: list[int], recv: list[int], group: ProcessGroup | None) -> None:
+    """Do all ranks expect what the others send? For `all_to_all` with sizes that were not exchanged.
+
+    gloo takes a message that is too short without a word, and one that is too long kills the process it reaches.
+    This costs one small exchange; `send` and `recv` are as in `all_to_all`.
+
+    Raises:
+        DispatchError: with the same text on every rank, naming two that disagree.
+    """
+    ranks = dist.get_world_size(group)
+    table = exchange_sizes(torch.tensor([[send, recv]]).expand(ranks, 2, ranks), group).tolist()
+    for w, (sends, _) in enumerate(table):
+        for v, (_, expects) in enumerate(table):
+            if sends[v] != expects[w]:
+                raise DispatchError(
+                    f"rank {w} of the group sends {sends[v]} rows to rank {v}, which expects {expects[w]}; "
+                    "take `recv` from `exchange_sizes`"
+                )
 
 
 def all_to_all_two_phase(
