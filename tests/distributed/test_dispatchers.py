@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 from turnout.dispatch import (
+    AutoDispatcher,
     Dispatcher,
     FlatDispatcher,
     HierarchicalDispatcher,
     LocalDispatcher,
     NodeDispatcher,
     Plan,
+    Profile,
 )
+from turnout.dispatch.profile import Link
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]
@@ -44,6 +47,17 @@ def nodes(
     return make
 
 
+def auto(profile: Profile) -> Callable[[], tuple[Dispatcher, range]]:
+    def make() -> tuple[Dispatcher, range]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+        return AutoDispatcher.of(mesh, profile), range(EXPERTS // RANKS)
+
+    return make
+
+
+FREE = Link(0.0, 0.0, 0.0)
+
+
 def alone() -> tuple[Dispatcher, range]:
     return LocalDispatcher(), range(EXPERTS)
 
@@ -61,6 +75,9 @@ DISPATCHERS = MappingProxyType(
         "2dh, equal tokens": (nodes(2, 2, equal_tokens=True), EVEN, 4, []),
         "node": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, None, ["tolist"]),
         "node, padded": (nodes(2, 2, kind=NodeDispatcher), UNEVEN, 9, ["tolist"]),
+        # The first trip of all also asks for the largest number of tokens, to choose by.
+        "auto, 2dh": (auto(Profile(2, 2, FREE, Link(0.0, 1.0, 0.0))), UNEVEN, None, ["tolist", "tolist"]),
+        "auto, node": (auto(Profile(2, 2, FREE, Link(0.0, 0.0, 1.0))), UNEVEN, 9, ["tolist", "tolist"]),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }
