@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -128,11 +129,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of tokens on each rank, ascending")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of tokens on each rank")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--skewed", action="store_true", help="skewed routing; uniform otherwise")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cap", type=float, default=4.0, help="leave out sizes whose trips would take more seconds")
+    parser.add_argument("--cap", type=float, default=4.0, help="leave out trips predicted to take more seconds")
     parser.add_argument("--interface", default="eth0")
     parser.add_argument("--link", default="", help="a name for what is measured, for the record")
     parser.add_argument("--out", help="append the results to this file, a line of JSON for each case")
@@ -148,24 +149,22 @@ def main() -> None:
         "node": NodeDispatcher.of(mesh),
     }
     profile = measure_links(mesh)
-    for k in args.k:
-        last = None
-        for size in args.sizes:
-            what = f"{nodes}x{local} {args.link} {'skewed' if args.skewed else 'uniform'} k={k} {size} B"
-            if last and last[1] * size / last[0] > args.cap:
-                if not dist.get_rank():
-                    print(f"{what}: left out, about {last[1] * size / last[0]:.0f} s a trip", flush=True)
-                continue
-            found = measure(dispatchers, size, k, args.skewed, args.rounds, args.interface, nodes)
-            last = size, max(case["seconds"] for case in found.values())
+    for k, size in product(args.k, args.sizes):
+        what = f"{nodes}x{local} {args.link} {'skewed' if args.skewed else 'uniform'} k={k} {size} B"
+        message = Message(max(1, size // row_bytes(size)), row_bytes(size), k, EXPERTS)
+        predicted = profile.predict(message)
+        if max(predicted.values()) > args.cap:
             if not dist.get_rank():
-                print(what, *(f"| {n} {c['seconds'] * 1e3:.1f} ms {c['sent'] / 1e6:.2f} MB" for n, c in found.items()))
-                if args.out:
-                    message = Message(max(1, size // row_bytes(size)), row_bytes(size), k, EXPERTS)
-                    record = {"shape": f"{nodes}x{local}", "link": args.link, "skewed": args.skewed, "k": k}
-                    record |= {"size": size, "found": found, "chosen": profile.choose(message)}
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(record | {"predicted": profile.predict(message)}) + "\n")
+                print(f"{what}: left out, about {max(predicted.values()):.0f} s a trip", flush=True)
+            continue
+        found = measure(dispatchers, size, k, args.skewed, args.rounds, args.interface, nodes)
+        if not dist.get_rank():
+            print(what, *(f"| {n} {c['seconds'] * 1e3:.1f} ms {c['sent'] / 1e6:.2f} MB" for n, c in found.items()))
+            if args.out:
+                record = {"shape": f"{nodes}x{local}", "link": args.link, "skewed": args.skewed, "k": k}
+                record |= {"size": size, "found": found, "chosen": profile.choose(message)}
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(record | {"predicted": predicted}) + "\n")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -25,6 +26,8 @@ def named(phase: str, group: ProcessGroup | None) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # not the wire's fault
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
         # Only gloo's own words: the place in its source before them and its advice behind them say nothing here.
