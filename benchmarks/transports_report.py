@@ -1,6 +1,6 @@
 """The tables and the plot of docs/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
 
-    python benchmarks/transports_report.py                  # 20 minutes; appends to runs/transports.jsonl, then draws
+    python benchmarks/transports_report.py                  # half an hour; appends to runs/transports.jsonl, then draws
     python benchmarks/transports_report.py --only-draw
 
 A case that is in the file already is not measured again.
@@ -20,18 +20,23 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = "--rate 100mbit --delay 0.2ms"
-LINKS = {"100 Mbit/s": SLOW, "1 ms a frame": f"{SLOW} --frame 1ms", "1 Gbit/s": "--rate 1gbit --delay 0.2ms"}
-SMALL = "--sizes 1024 16384 131072 --k 2 8 --cap 8"
+LINKS = {
+    "25 Mbit/s": "--rate 25mbit --delay 0.2ms",
+    "100 Mbit/s": "--rate 100mbit --delay 0.2ms",
+    "1 Gbit/s": "--rate 1gbit --delay 0.2ms",
+    "100 Mbit/s, 1 ms a frame": "--rate 100mbit --delay 0.2ms --frame 1ms",
+}
+FRAMES, SMALL = "100 Mbit/s, 1 ms a frame", "--sizes 1024 16384 131072 --k 2 8 --cap 8"
 RUNS = [  # nodes, ranks in each, link, options of benchmarks/transports.py
+    (4, 2, "25 Mbit/s", "--sizes 1024 16384 131072 524288 --cap 10"),
+    (4, 2, "25 Mbit/s", "--skewed --sizes 16384 131072 --k 4 8 --cap 8"),
+    (4, 2, FRAMES, SMALL),
+    (8, 2, FRAMES, SMALL),
+    (4, 4, FRAMES, SMALL),
+    (8, 2, "25 Mbit/s", "--sizes 1024 16384 131072 --k 4 8 --cap 8"),
+    (4, 4, "25 Mbit/s", "--sizes 1024 16384 131072 --k 4 8 --cap 8"),
+    (4, 2, "1 Gbit/s", "--sizes 1024 131072 1048576 4194304 16777216 --cap 8"),
     (4, 2, "100 Mbit/s", ""),
-    (4, 2, "1 ms a frame", SMALL),
-    (4, 4, "1 ms a frame", SMALL),
-    (4, 4, "100 Mbit/s", ""),
-    (4, 2, "100 Mbit/s", "--skewed --k 4 8 --sizes 16384 131072 1048576"),
-    (8, 2, "1 ms a frame", SMALL),
-    (8, 2, "100 Mbit/s", ""),
-    (4, 2, "1 Gbit/s", "--sizes 1024 131072 1048576 4194304 16777216 --cap 6"),
 ]
 COLORS = {"flat": "tab:gray", "2dh": "tab:orange", "node": "tab:blue"}
 
