@@ -1,8 +1,18 @@
 """The trip: plan, encode, carry, decode. Start at `plan.py`, then `base.py`, `steps.py` and `flat.py`."""
 
 from .agreement import DispatchError
+from .auto import AutoDispatcher
 from .base import Batch, Dispatcher, SteppedDispatcher
-from .collectives import Travel, all_to_all, all_to_all_start, all_to_all_two_phase, exchange_sizes, gather, scatter
+from .collectives import (
+    Travel,
+    all_to_all,
+    all_to_all_start,
+    all_to_all_two_phase,
+    check_sizes,
+    exchange_sizes,
+    gather,
+    scatter,
+)
 from .compressed import CompressedDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
@@ -11,8 +21,10 @@ from .node import NodeDispatcher
 from .ops import decode, encode
 from .overlap import OverlapDispatcher
 from .plan import Plan
+from .profile import Profile
 
 __all__ = [
+    "AutoDispatcher",
     "Batch",
     "CompressedDispatcher",
     "DispatchError",
@@ -23,12 +35,14 @@ __all__ = [
     "NodeDispatcher",
     "OverlapDispatcher",
     "Plan",
+    "Profile",
     "SteppedDispatcher",
     "Travel",
     "all_to_all",
     "all_to_all_2d",
     "all_to_all_start",
     "all_to_all_two_phase",
+    "check_sizes",
     "decode",
     "encode",
     "exchange_sizes",

@@ -16,7 +16,7 @@ _ACCEPTED, _NAN, _REFUSED = 0, 1, 2
 
 
 class DispatchError(RuntimeError):
-    """Ranks do not agree on what to exchange, or one of them cannot take part; raised on every rank."""
+    """Ranks disagree on what to exchange, one of them cannot take part, or an exchange failed; raised on every rank."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .agreement import DispatchError
+from .failure import named
 from .wire import Wire, pack, unpack
 
 
@@ -32,7 +34,7 @@ def all_to_all(
     Args:
         tensors: same number of rows, any trailing shape and dtype, the same on all ranks.
         send, recv: rows to and from each rank. They must agree between ranks (`exchange_sizes`): a
-            collective cannot check. Leave both out for equal blocks.
+            collective cannot check (`check_sizes` can). Leave both out for equal blocks.
         group: the ranks; None is the default group. The backward runs on the same group.
         wire: how the first tensor travels, [R, D] if it is floating; None: as it is. Its gradient then travels
             in bfloat16 (`wire.pack`).
@@ -96,7 +98,8 @@ class _Start(torch.autograd.Function):
     def forward(ctx, leg, *tensors):
         ctx.leg = leg
         packed = tensors if leg.wire is None else (pack(tensors[0], leg.wire), *tensors[1:])
-        leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in packed]
+        with named("payload", leg.group):
+            leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in packed]
         return tensors[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
@@ -109,8 +112,9 @@ class _Wait(torch.autograd.Function):
     def forward(ctx, leg, ticket):
         ctx.leg, arriving, leg.arriving = leg, leg.arriving, []
         assert arriving, "waited for twice"
-        for _, work in arriving:
-            work.wait()
+        with named("payload", leg.group):
+            for _, work in arriving:
+                work.wait()
         out = tuple(t for t, _ in arriving)
         if leg.wire is not None:
             out = (unpack(out[0], leg.wire, leg.dtype), *out[1:])
@@ -144,8 +148,29 @@ def exchange_sizes(sizes: Tensor, group: ProcessGroup | None) -> Tensor:
     """
     sizes = sizes.contiguous()  # empty_like keeps strides: a permuted view would be filled in the wrong order
     came = torch.empty_like(sizes)
-    dist.all_to_all_single(came, sizes, group=group)
+    with named("sizes", group):
+        dist.all_to_all_single(came, sizes, group=group)
     return came
+
+
+def check_sizes(send: list[int], recv: list[int], group: ProcessGroup | None) -> None:
+    """Do all ranks expect what the others send? For `all_to_all` with sizes that were not exchanged.
+
+    gloo takes a message that is too short without a word, and one that is too long kills the process it reaches.
+    This costs one small exchange; `send` and `recv` are as in `all_to_all`.
+
+    Raises:
+        DispatchError: with the same text on every rank, naming two that disagree.
+    """
+    ranks = dist.get_world_size(group)
+    table = exchange_sizes(torch.tensor([[send, recv]]).expand(ranks, 2, ranks), group).tolist()
+    for w, (sends, _) in enumerate(table):
+        for v, (_, expects) in enumerate(table):
+            if sends[v] != expects[w]:
+                raise DispatchError(
+                    f"rank {w} of the group sends {sends[v]} rows to rank {v}, which expects {expects[w]}; "
+                    "take `recv` from `exchange_sizes`"
+                )
 
 
 def all_to_all_two_phase(

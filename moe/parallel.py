@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,11 +15,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from ..dispatch import mesh as axes
+from ..dispatch.auto import AutoDispatcher
 from ..dispatch.base import Dispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.node import NodeDispatcher
+from ..dispatch.profile import Profile
 from .layer import MoE
 
 BY_NODE: dict[str, type[HierarchicalDispatcher | NodeDispatcher]]
@@ -27,7 +30,9 @@ DISPATCHERS = ("auto", "flat", *BY_NODE)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "auto") -> Model:
+def parallelize(
+    model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "auto", profile: str | Path | Profile | None = None
+) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
     Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
@@ -38,17 +43,21 @@ def parallelize(model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
             the batch. Without an "ep" axis all experts stay where they are.
-        dispatcher: ``"flat"``, ``"auto"`` (today the same), or a `Dispatcher`. On a mesh with "node" and "local" also
-            ``"2dh"`` (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`).
+        dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
+            (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these by
+            measured costs (`AutoDispatcher`) if both axes have more than one rank; elsewhere it is flat.
+        profile: those costs, or the file ``python -m turnout.dispatch.probe`` saved them in; None measures now,
+            which takes about a second. Used by "auto" alone.
 
     Raises:
-        ValueError: axes missing, experts that do not split, models that differ between ranks.
+        ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
+            fit.
     """
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
     if isinstance(dispatcher, str):
-        dispatcher = _named(dispatcher, mesh, ep)
+        dispatcher = _named(dispatcher, mesh, ep, profile)
     _check_alike(model, everyone)
     for name, layer in _moe_layers(model):
         layer.balance_group = everyone
@@ -101,11 +110,14 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None) -> Dispatcher:
+def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Path | Profile | None) -> Dispatcher:
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
     if ep is None or ep.size() == 1:
         return LocalDispatcher()
+    by_node = {axes.NODE, axes.LOCAL} <= set(axes.names(mesh)) and axes.EP not in axes.names(mesh)
+    if name == "auto" and by_node and min(mesh[axes.NODE].size(), mesh[axes.LOCAL].size()) > 1:
+        return AutoDispatcher.of(mesh, profile)
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
 
 

@@ -30,14 +30,26 @@ def errors(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[st
     return [error or "" for _, error, _ in outcomes(ranks, fn, *args, timeout=timeout)]
 
 
-def outcomes(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[tuple[Any, str | None, str]]:
-    """(value, error, traceback) of each rank. Ranks that hang are killed, and named."""
+def outcomes(
+    ranks: int,
+    fn: Callable,
+    *args: Any,
+    timeout: float = 60,
+    patience: float = 20,
+    place: Callable[[int], None] | None = None,
+) -> list[tuple[Any, str | None, str]]:
+    """(value, error, traceback) of each rank. Ranks that hang are killed, and named.
+
+    `patience`: seconds until gloo gives up. `place(rank)` is called first, to move a rank elsewhere.
+    """
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(rank, ranks, folder, theirs, fn, args), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, ranks, folder, theirs, fn, args, patience, place), daemon=True
+            )
             process.start()
             theirs.close()
             started.append((process, ours))
@@ -61,11 +73,13 @@ def outcomes(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[
     return [got[rank] for rank in range(ranks)]
 
 
-def _work(rank: int, ranks: int, folder: str, conn, fn: Callable, args: tuple) -> None:
+def _work(rank: int, ranks: int, folder: str, conn, fn: Callable, args: tuple, patience: float, place) -> None:
     outcome: tuple[Any, str | None, str] = None, None, ""
     try:
+        if place is not None:
+            place(rank)
         store = dist.FileStore(os.path.join(folder, "store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=patience))
         outcome = fn(*args), None, ""
         dist.barrier()
     except BaseException as error:

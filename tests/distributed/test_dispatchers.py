@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 from turnout.dispatch import (
+    AutoDispatcher,
     Dispatcher,
     FlatDispatcher,
     HierarchicalDispatcher,
@@ -21,7 +22,9 @@ from turnout.dispatch import (
     NodeDispatcher,
     OverlapDispatcher,
     Plan,
+    Profile,
 )
+from turnout.dispatch.profile import Link
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]
@@ -53,6 +56,17 @@ def overlapped(inner: Callable[[], tuple[Dispatcher, range]], degree: int) -> Ca
     return make
 
 
+def auto(profile: Profile) -> Callable[[], tuple[Dispatcher, range]]:
+    def make() -> tuple[Dispatcher, range]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+        return AutoDispatcher.of(mesh, profile), range(EXPERTS // RANKS)
+
+    return make
+
+
+FREE = Link(0.0, 0.0, 0.0)
+
+
 def alone() -> tuple[Dispatcher, range]:
     return LocalDispatcher(), range(EXPERTS)
 
@@ -77,6 +91,10 @@ DISPATCHERS = MappingProxyType(
         "overlap, 2dh, equal tokens": (overlapped(nodes(2, 2, equal_tokens=True), 20), EVEN, 4, []),
         "overlap, node": (overlapped(nodes(2, 2, kind=NodeDispatcher), 3), UNEVEN, None, ["tolist"]),
         "overlap, node, padded": (overlapped(nodes(2, 2, kind=NodeDispatcher), 5), UNEVEN, 9, ["tolist"]),
+        "overlap, auto": (overlapped(auto(Profile(2, 2, FREE, Link(0.0, 0.0, 1.0))), 3), UNEVEN, None, ["tolist"]),
+        # The first trip of all also asks for the largest number of tokens, to choose by.
+        "auto, 2dh": (auto(Profile(2, 2, FREE, Link(0.0, 1.0, 0.0))), UNEVEN, None, ["tolist", "tolist"]),
+        "auto, node": (auto(Profile(2, 2, FREE, Link(0.0, 0.0, 1.0))), UNEVEN, 9, ["tolist", "tolist"]),
         "local": (alone, UNEVEN, None, ["__bool__"]),  # on a CPU alone: it looks for NaN where looking is free
         "local, padded": (alone, UNEVEN, 9, ["__bool__"]),
     }

@@ -70,7 +70,7 @@ def axes(shape, names):
         ((4,), ("edp",), "LocalDispatcher"),
         ((4, 1), ("edp", "ep"), "LocalDispatcher"),
         ((2, 1, 2), ("edp", "node", "local"), "FlatDispatcher"),
-        ((1, 2, 2), ("edp", "node", "local"), "FlatDispatcher"),
+        ((1, 2, 2), ("edp", "node", "local"), "AutoDispatcher"),
     ],
     ids=str,
 )

@@ -221,4 +221,4 @@ def by_name() -> list[str]:
 
 
 def test_parallelize_knows_it_by_name():
-    assert run(4, by_name) == [["NodeDispatcher", "FlatDispatcher", "LocalDispatcher"]] * 4
+    assert run(4, by_name) == [["NodeDispatcher", "AutoDispatcher", "LocalDispatcher"]] * 4

@@ -1,0 +1,236 @@
+"""A cluster on one machine: network namespaces as nodes, a switch with the links one asks for, ranks in the nodes.
+
+    python benchmarks/cluster/emulate.py --nodes 4 --ranks 2 --rate 100mbit --delay 0.2ms -- benchmarks/transports.py
+    python benchmarks/cluster/emulate.py --nodes 2 --ranks 2 -- -m turnout.dispatch.probe --nodes 2
+
+What follows `--` runs on every rank as under torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the like are set,
+gloo uses the emulated links between nodes and the loopback inside one. Ranks are forked from one process that has
+imported torch: 16 of them are up in a second. If one fails, all are stopped, and so is everything on Ctrl-C; when this
+process is killed, its ranks and its switch die with it, and the next start removes what is left of its nodes.
+
+Needs Linux, root, `ip` of iproute2, /dev/net/tun, and a C compiler for switch.c.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing as mp
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+
+PREFIX = "turnout"  # a namespace is called turnout-PID-NODE, by the process that made it
+NETWORK = "10.77.0"  # of addresses that nobody outside sees
+UNITS = {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "s": 1, "ms": 1e-3, "us": 1e-6}
+CLONE_NEWNET, PR_SET_PDEATHSIG = 0x40000000, 1
+
+
+def missing() -> str:
+    """Why there can be no cluster here, "" if there can."""
+    if not sys.platform.startswith("linux"):
+        return "an emulated cluster needs Linux: its nodes are network namespaces"
+    if os.geteuid() != 0:
+        return "an emulated cluster needs root, for network namespaces and TUN devices"
+    if not shutil.which("ip"):
+        return "an emulated cluster needs `ip`: install iproute2"
+    if not os.path.exists("/dev/net/tun"):
+        return "an emulated cluster needs /dev/net/tun"
+    if not compiler():
+        return "an emulated cluster needs a C compiler for its switch: install gcc, or set CC"
+    return ""
+
+
+def compiler() -> str | None:
+    """The C compiler: $CC, cc, gcc or clang."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+
+
+def number(text: str) -> float:
+    """ "100mbit" -> 1e8, "0.2ms" -> 2e-4, "none" -> 0."""
+    found = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text)
+    if text == "none":
+        return 0.0
+    if not found or found[2] not in UNITS:
+        units = ", ".join(filter(None, UNITS))
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number with a unit, one of {units}")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def leftovers() -> list[str]:
+    """Nodes of processes that are no more."""
+    folder = Path("/run/netns")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [n for n in names if (m := re.fullmatch(PREFIX + r"-(\d+)-\d+", n)) and not Path("/proc", m[1]).exists()]
+
+
+class Cluster:
+    """N nodes, and the links between them; a context manager, one at a time in a process.
+
+    Args:
+        nodes: their number; `ranks` of each are the concern of `enter` and `start`.
+        rate: bit/s of every link, each way; 0: unlimited.
+        delay: seconds one way.
+        frame: seconds that every frame costs its sender's link.
+    """
+
+    def __init__(self, nodes: int, rate: float = 0.0, delay: float = 0.0, frame: float = 0.0) -> None:
+        if reason := missing():
+            raise RuntimeError(reason)
+        self.names = [f"{PREFIX}-{os.getpid()}-{i}" for i in range(nodes)]
+        self._links = {"rate": rate, "delay": delay, "frame": frame}
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}-")
+        self._switch: subprocess.Popen | None = None
+
+    def __enter__(self) -> Cluster:
+        try:
+            for name in leftovers():
+                _ip("netns", "del", name)
+            binary = os.path.join(self._folder.name, "switch")
+            source = str(Path(__file__).parent / "switch.c")
+            subprocess.run([str(compiler()), "-O2", "-o", binary, source, "-lm"], check=True)
+            for name in self.names:
+                _ip("netns", "add", name)
+                _ip("-n", name, "link", "set", "lo", "up")
+            self._switch = subprocess.Popen(
+                [binary, *self.names], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+            if self._ask() != "ready":
+                raise RuntimeError("the switch did not start: see its message above")
+            for i, name in enumerate(self.names):
+                own = f"{NETWORK}.{i + 1}"
+                _ip("-n", name, "addr", "add", f"{own}/24", "dev", "eth0")
+                _ip("-n", name, "link", "set", "eth0", "up", "txqueuelen", "10000")
+                # A lost packet is sent again after 10 ms, not 200: the way is short.
+                route = f"route change {NETWORK}.0/24 dev eth0 proto kernel scope link src {own} rto_min 10ms"
+                _ip("-n", name, *route.split())
+            for what, value in self._links.items():
+                self.set(what, value)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._switch is not None:
+            self._switch.kill()
+            self._switch.communicate()
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        self._folder.cleanup()
+
+    def set(self, *command: str | float) -> None:
+        """Change the links while they are in use, as in ``set("rate", 1e8)`` or ``set("link", 1, 0)``; see switch.c."""
+        self._ask(" ".join(map(str, command)))
+
+    def stats(self) -> dict[str, int]:
+        """Frames carried, dropped at full queues, lost on purpose."""
+        return json.loads(self._ask("stats"))
+
+    def enter(self, rank: int, ranks: int) -> None:
+        """Move this process, which shall be that rank, into its node; `ranks` live in each."""
+        if self._switch is not None and self._switch.stdin is not None:
+            os.close(self._switch.stdin.fileno())  # a copy from the fork would keep the switch alive
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        with open(f"/run/netns/{self.names[rank // ranks]}") as node:
+            if libc.setns(node.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        world = {"RANK": rank, "WORLD_SIZE": ranks * len(self.names), "GROUP_RANK": rank // ranks}
+        local = {"LOCAL_RANK": rank % ranks, "LOCAL_WORLD_SIZE": ranks}
+        master = {"MASTER_ADDR": f"{NETWORK}.1", "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": "eth0"}
+        os.environ.update({key: str(value) for key, value in {**world, **local, **master}.items()})
+
+    def run(self, ranks: int, fn: Callable[[], None]) -> int:
+        """fn() on `ranks` ranks of every node -> 0, or the exit code of the first that failed; then all are stopped."""
+        context = mp.get_context("fork")
+        started = [
+            context.Process(target=self._rank, args=(rank, ranks, fn), daemon=True)
+            for rank in range(ranks * len(self.names))
+        ]
+        try:
+            for process in started:
+                process.start()
+            alive = {process.sentinel: process for process in started}
+            while alive:
+                for sentinel in wait(list(alive)):
+                    if code := alive.pop(sentinel).exitcode:
+                        return code
+            return 0
+        finally:
+            for process in started:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+
+    def _rank(self, rank: int, ranks: int, fn: Callable[[], None]) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it, for all
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.enter(rank, ranks)
+        fn()
+
+    def _ask(self, command: str | None = None) -> str:
+        assert self._switch is not None
+        assert self._switch.stdin is not None
+        assert self._switch.stdout is not None
+        if command is not None:
+            self._switch.stdin.write(command + "\n")
+            self._switch.stdin.flush()
+        return self._switch.stdout.readline().strip()
+
+
+def _ip(*arguments: str) -> None:
+    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
+
+
+def script(command: list[str]) -> Callable[[], None]:
+    """What runs ["file.py", arguments] or ["-m", "module", arguments] as a program."""
+
+    def run() -> None:
+        module = command[0] == "-m"
+        sys.argv = command[1:] if module else command
+        if module:
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(command[0]).resolve().parent))
+            runpy.run_path(command[0], run_name="__main__")
+
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=2, help="in each node")
+    parser.add_argument("--rate", type=number, default=0.0, help="of a link, each way: 100mbit, 1gbit, none")
+    parser.add_argument("--delay", type=number, default=0.0, help="one way: 0.2ms")
+    parser.add_argument("--frame", type=number, default=0.0, help="that each frame costs its sender's link: 1ms")
+    parser.add_argument("command", nargs="+", help="after --: a script and its arguments, or -m and a module")
+    args = parser.parse_args()
+    if reason := missing():
+        print(f"skipped: {reason}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the nodes are removed
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or every rank warns that its address has no name
+    import torch.distributed  # noqa: F401 -- the ranks are forked with it
+
+    try:
+        with Cluster(args.nodes, args.rate, args.delay, args.frame) as cluster:
+            return cluster.run(args.ranks, script(args.command))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Measures what messages and bytes cost, inside nodes and between them.
+
+    torchrun --nnodes 4 --nproc-per-node 8 ... -m turnout.dispatch.probe --nodes 4 --save profile.json
+
+Ranks are numbered node by node, as torchrun does it. Takes about a second, prints a table, and saves what
+`parallelize(model, mesh, profile="profile.json")` chooses a transport by.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from .measure import measure
+from .profile import Profile
+
+
+def table(profile: Profile) -> str:
+    """A profile for people, in markdown."""
+    lines = ["| links | exchange ms | message ms | MB/s of a rank |", "|---|---|---|---|"]
+    for name, link in (("inside a node", profile.inside), ("between nodes", profile.between)):
+        speed = f"{1e-6 / link.byte:.0f}" if link.byte else "-"
+        lines.append(f"| {name} | {link.step * 1e3:.3f} | {link.message * 1e3:.3f} | {speed} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--device", default="cpu", help="cpu (gloo) or cuda (nccl)")
+    parser.add_argument("--save", help="write the profile to this file")
+    args = parser.parse_args()
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    ranks = dist.get_world_size()
+    if args.nodes < 1 or ranks % args.nodes:
+        parser.error(f"{ranks} ranks are not {args.nodes} nodes of equal size: give another --nodes")
+    profile = measure(
+        init_device_mesh(args.device, (args.nodes, ranks // args.nodes), mesh_dim_names=("node", "local"))
+    )
+    if dist.get_rank() == 0:
+        print(f"{profile.nodes} nodes of {profile.locals} ranks\n\n{table(profile)}", flush=True)
+        if args.save:
+            profile.save(args.save)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
