@@ -29,14 +29,18 @@ def smooth(values: list[float], width: int = 5) -> np.ndarray:
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
-def longer(runs: Path, lr: float, axis: plt.Axes) -> None:
-    for (name, flags), color in zip(LONG_MODELS.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
-        for seed in range(3):
-            if found := log(runs, named(f"{flags} {LONGER}", lr, seed)):
-                axis.plot(
-                    found["val_step"], found["val_bpb"], "o-", ms=3, color=color, label=name if seed == 0 else None
-                )
-    axis.set(xlabel="step", ylabel="bits per held-out byte", yscale="log", title="dense and MoE, equal active FLOPs")
+def longer(runs: Path, lr: float, left: plt.Axes, right: plt.Axes) -> None:
+    """Bits per held-out byte, and how many fewer than the dense model of the same seed."""
+    for seed in range(3):
+        logs = {name: log(runs, named(f"{flags} {LONGER}", lr, seed)) for name, flags in LONG_MODELS.items()}
+        for (name, found), color in zip(logs.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
+            if found is None or logs["dense"] is None:
+                continue
+            style = {"color": color, "ms": 3, "label": name if seed == 0 else None}
+            left.plot(found["val_step"], found["val_bpb"], "o-", **style)
+            right.plot(found["val_step"], np.subtract(logs["dense"]["val_bpb"], found["val_bpb"]), "o-", **style)
+    left.set(xlabel="step", ylabel="bits per held-out byte", title="equal active FLOPs")
+    right.set(xlabel="step", ylabel="fewer bits than dense", title="the same, less the dense model's")
 
 
 def each(runs: Path, lr: float, names: tuple[str, ...], key: str, axis: plt.Axes) -> None:
@@ -63,8 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    longer(args.runs, args.lr, axis)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    longer(args.runs, args.lr, *axes)
     save(figure, args.out / "quality.png")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
