@@ -222,6 +222,7 @@ def main() -> int:
         print(f"skipped: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the nodes are removed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or every rank warns that its address has no name
     import torch.distributed  # noqa: F401 -- the ranks are forked with it
 
