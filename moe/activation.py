@@ -9,28 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_aten = torch.ops.aten
-# name -> (activation, its backward from the output's gradient and the input)
-ACTIVATIONS = {
-    "gelu": (F.gelu, _aten.gelu_backward),
-    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
-    "swiglu": (F.silu, _aten.silu_backward),
-}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
 _CACHE = 1 << 16  # elements of a block: small enough for its temporaries to stay in a core's cache
 
 
-def activation(name: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """act(up), or act(gate) * up where `gate` is given: [R, H], computed in float32 or wider and rounded once.
+def swiglu(up: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202): [R, H], computed in float32 or wider and rounded once.
 
-    Only the arguments are kept for the backward. `name` is a key of ACTIVATIONS.
+    Only the arguments are kept for the backward.
     """
-    act, _ = ACTIVATIONS[name]
-    if gate is None:
-        return act(up)
     if torch.compiler.is_compiling():  # the compiler fuses this itself
-        wide = torch.promote_types(up.dtype, torch.float32)
-        return (act(gate.to(wide)) * up.to(wide)).to(up.dtype)
-    return _Gated.apply(name, up, gate)  # pyright: ignore[reportReturnType]
+        return (F.silu(_wide(gate)) * _wide(up)).to(up.dtype)
+    return _SwiGLU.apply(up, gate)  # pyright: ignore[reportReturnType]
 
 
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
@@ -40,28 +30,25 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
 
 
-class _Gated(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, up, gate):
-        ctx.name = name
+    def forward(ctx, up, gate):
         ctx.save_for_backward(up, gate)
-        act, _ = ACTIVATIONS[name]
         out = torch.empty_like(up)
         for o, u, g in _blocks(out, up, gate):
-            torch.mul(act(_wide(g)), _wide(u), out=o)
+            torch.mul(F.silu(_wide(g)), _wide(u), out=o)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         up, gate = ctx.saved_tensors
-        act, act_backward = ACTIVATIONS[ctx.name]
         to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
         for to_u, to_g, d, u, g in _blocks(to_up, to_gate, grad, up, gate):
             d, g = _wide(d), _wide(g)
-            torch.mul(act(g), d, out=to_u)
-            to_g.copy_(act_backward(d * _wide(u), g))
-        return None, to_up, to_gate
+            torch.mul(F.silu(g), d, out=to_u)
+            to_g.copy_(torch.ops.aten.silu_backward(d * _wide(u), g))
+        return to_up, to_gate
 
 
 class _Weighted(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .activation import ACTIVATIONS, activation, weighted
+from .activation import ACTIVATIONS, swiglu, weighted
 from .grouped_mm import grouped_mm
 from .stacked import held_slice, local
 
@@ -112,8 +112,10 @@ class FeedForwardExperts(Experts):
         """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
         ends = counts.cumsum(0).to(torch.int32)
         up = self._linear("up", rows, ends)
-        gate = self._linear("gate", rows, ends) if "gate" in self.sizes else None
-        hidden = activation(self.activation, up, gate)
+        if self.activation == "swiglu":
+            hidden = swiglu(up, self._linear("gate", rows, ends))
+        else:
+            hidden = ACTIVATIONS[self.activation](up)
         if self.hidden < self.dim:
             return self._linear("down", weighted(hidden, weight), ends, weight)
         return weighted(self._linear("down", hidden, ends), weight)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..dispatch import mesh as axes
 from ..dispatch.auto import AutoDispatcher
-from ..dispatch.base import Dispatcher
+from ..dispatch.base import Dispatcher, NodeLocalDispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
@@ -24,8 +24,7 @@ from ..dispatch.node import NodeDispatcher
 from ..dispatch.profile import Profile
 from .layer import MoE
 
-BY_NODE: dict[str, type[HierarchicalDispatcher | NodeDispatcher]]
-BY_NODE = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
+BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
 DISPATCHERS = ("auto", "flat", *BY_NODE)
 Model = TypeVar("Model", bound=nn.Module)
 

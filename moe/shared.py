@@ -19,7 +19,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        self.act, _ = ACTIVATIONS[activation]
+        self.act = ACTIVATIONS[activation]
         self.up = nn.Linear(dim, hidden, bias)
         self.gate = nn.Linear(dim, hidden, bias) if activation == "swiglu" else None
         self.down = nn.Linear(hidden, dim, bias)
