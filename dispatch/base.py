@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
+from .mesh import node_and_local
 from .plan import Plan
 from .steps import Steps, finish, refuse
 
@@ -116,3 +119,25 @@ class SteppedDispatcher(Dispatcher):
     @abstractmethod
     def groups(self) -> tuple[ProcessGroup, ...]:
         """The groups it exchanges over."""
+
+
+class NodeLocalDispatcher(SteppedDispatcher):
+    """A dispatcher in steps that goes inside nodes and between them, by a group of its own for each; a dataclass."""
+
+    node: ProcessGroup  # the ranks with this one's place in their nodes, in the order of the nodes
+    local: ProcessGroup  # the ranks of this node
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, **options: Any) -> Self:
+        """Over the axes "node" and "local" of a mesh; `options` are the dispatcher's own."""
+        return cls(*node_and_local(mesh), **options)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(nodes, ranks in each)."""
+        return dist.get_world_size(self.node), dist.get_world_size(self.local)
+
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """Between nodes, and inside this one."""
+        return self.node, self.local

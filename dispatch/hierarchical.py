@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .agreement import NOTE, Note, agree
-from .base import Batch, SteppedDispatcher
+from .base import Batch, NodeLocalDispatcher
 from .blocks import invert, reorder
 from .collectives import all_to_all
 from .mesh import node_and_local
@@ -89,7 +89,7 @@ class _Receipt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HierarchicalDispatcher(SteppedDispatcher):
+class HierarchicalDispatcher(NodeLocalDispatcher):
     """Rows travel inside their node first, then between nodes, in few large messages (see this module).
 
     Rank node * locals + local owns the experts it would own with `FlatDispatcher`, and gets the same rows
@@ -98,28 +98,13 @@ class HierarchicalDispatcher(SteppedDispatcher):
 
     Args:
         node: the ranks with this one's place in their nodes, in the order of the nodes.
-        local: the ranks of this node.
+        local: the ranks of this node. Rank (n, l) is rank n * len(local) + l of those that share the experts.
         equal_tokens: as in `FlatDispatcher`: no host sync for padded plans, and nothing is checked.
     """
 
     node: ProcessGroup
     local: ProcessGroup
     equal_tokens: bool = False
-
-    @classmethod
-    def of(cls, mesh: DeviceMesh, equal_tokens: bool = False) -> HierarchicalDispatcher:
-        """Over the axes "node" and "local" of a mesh."""
-        return cls(*node_and_local(mesh), equal_tokens)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(nodes, ranks in each)."""
-        return dist.get_world_size(self.node), dist.get_world_size(self.local)
-
-    @property
-    def groups(self) -> tuple[ProcessGroup, ...]:
-        """Between nodes, and inside this one."""
-        return self.node, self.local
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes of both exchanges, unless all are equal; then the rows through both."""

@@ -11,12 +11,10 @@ import torch.distributed as dist
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 
 from .agreement import NOTE, Note, agree
-from .base import Batch, SteppedDispatcher
-from .mesh import node_and_local
+from .base import Batch, NodeLocalDispatcher
 from .ops import decode, encode, encode_weight
 from .plan import Plan, load
 from .steps import Read, Rows, Sizes, Steps
@@ -75,7 +73,7 @@ class _Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NodeDispatcher(SteppedDispatcher):
+class NodeDispatcher(NodeLocalDispatcher):
     """A token crosses to a node once, however many of its experts live there.
 
     Where links between nodes are slower than those inside, what crosses is what costs. `FlatDispatcher`
@@ -91,27 +89,12 @@ class NodeDispatcher(SteppedDispatcher):
     one, without its empty rows, and the experts get their equal blocks.
 
     Args:
-        node: the N ranks, one in each node, that have this rank's place there.
+        node: the ranks with this one's place in their nodes, in the order of the nodes.
         local: the ranks of this node. Rank (n, l) is rank n * len(local) + l of those that share the experts.
     """
 
     node: ProcessGroup
     local: ProcessGroup
-
-    @classmethod
-    def of(cls, mesh: DeviceMesh) -> NodeDispatcher:
-        """Over the axes "node" and "local" of a mesh."""
-        return cls(*node_and_local(mesh))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Nodes, and ranks in each."""
-        return dist.get_world_size(self.node), dist.get_world_size(self.local)
-
-    @property
-    def groups(self) -> tuple[ProcessGroup, ...]:
-        """Between nodes, and inside this one."""
-        return self.node, self.local
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes of both steps; a row for each (token, node); a row for each expert."""
