@@ -77,15 +77,9 @@ def logged(kind, degree: int) -> tuple[list[str], list[str]]:
     return forward, log.events
 
 
-# Chunks 0, 1, 2: out, experts, home. Exchanges are numbered in the order of their starts.
-FORWARD = """
-start 0
-start 1 | wait 0 experts start 2
-start 3 | wait 1 experts start 4 | wait 2
-wait 3 experts start 5 | wait 4
-wait 5
-"""
-BACKWARD = """
+# Chunks 0, 1, 2: out, experts, home, and in the backward the mirror image, which reads the same.
+# Exchanges are numbered in the order of their starts.
+TRIPS = """
 start 0
 start 1 | wait 0 experts start 2
 start 3 | wait 1 experts start 4 | wait 2
@@ -101,8 +95,8 @@ def words(text: str) -> list[str]:
 
 def test_the_next_chunk_travels_before_this_one_is_computed():
     for forward, backward in run(4, logged, FlatDispatcher, 3):
-        assert forward == words(FORWARD)
-        assert backward == words(BACKWARD)
+        assert forward == words(TRIPS)
+        assert backward == words(TRIPS)
 
 
 def test_in_one_piece_every_start_is_waited_for_at_once():
