@@ -1,4 +1,4 @@
-"""The transport that measured costs speak for, chosen when the first tokens come."""
+"""The transport that measured costs speak for, chosen with the first batch."""
 
 from __future__ import annotations
 
