@@ -44,7 +44,7 @@ def main() -> None:
         print(f"{profile.nodes} nodes of {profile.locals} ranks\n\n{table(profile)}", flush=True)
         if args.save:
             profile.save(args.save)
-    dist.barrier()  # together: without it a gloo rank sometimes aborted on its way out (torch 2.13)
+    dist.barrier()  # leave together: apart, a gloo rank aborts on its way out more often (torch 2.13)
     dist.destroy_process_group()
 
 
