@@ -48,8 +48,8 @@ def main() -> None:
         if args.save:
             profile.save(args.save)
     dist.destroy_process_group()
-    # The mesh lies in a cycle and holds groups. A thread of gloo's that lets go of a tensor while the interpreter ends
-    # aborts the process (torch 2.13, "terminate called without an active exception"); collected, they end before.
+    # The mesh lies in a cycle and holds groups, whose threads must end before the interpreter does: one that lets go
+    # of a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
     gc.collect()
 
 
