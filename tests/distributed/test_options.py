@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,8 +21,9 @@ from turnout.dispatch import (
     NodeDispatcher,
     OverlapDispatcher,
     Profile,
+    TensorParallelDispatcher,
 )
-from turnout.dispatch.profile import Flop, Link
+from turnout.dispatch.profile import Choice, Flop, Link
 from turnout.moe import MoE, parallelize
 
 NODE = Profile(2, 2, Link(0.0, 0.0, 0.0), Link(0.0, 0.0, 1.0), Flop(1.0))  # the model takes "node", in 4 chunks
@@ -107,6 +110,22 @@ def test_the_model_counts_the_bytes_on_the_wire():
     assert run(4, message_of, None) == [4 * WIDTH] * 4
     assert run(4, message_of, "bf16") == [2 * WIDTH] * 4
     assert run(4, message_of, "fp8") == [(WIDTH + 4 + 2 * WIDTH) // 2] * 4
+
+
+def split_inside(overlap) -> Choice | None:
+    """Where experts are split as well, chunks are those asked for: the model does not know that travel."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("node", "local", "etp"))
+    found = layer(mesh, profile=replace(NODE, locals=1), overlap=overlap)
+    for a, b in zip(outcome(found), outcome(layer(mesh, "flat")), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    sliced = found.dispatcher.inner if overlap else found.dispatcher
+    assert isinstance(sliced, TensorParallelDispatcher)
+    return sliced.inner.chosen
+
+
+@pytest.mark.parametrize("overlap", [None, 2])
+def test_with_experts_split_inside(overlap):
+    assert run(4, split_inside, overlap) == [("flat", 1)] * 4
 
 
 def alone() -> list[str]:
