@@ -261,7 +261,7 @@ class AddLoss(torch.autograd.Function):
     def forward(ctx, x, loss):
         """x of any shape, loss a scalar."""
         ctx.save_for_backward(loss)
-        return x.view_as(x)
+        return x.detach()  # not a view: zero-bubble schedules detach the output in place
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
