@@ -88,7 +88,9 @@ class Pipeline:
         self.stages, self.group, self.micro_batches = stages, group, micro_batches
         self.indices = stages.of_rank(dist.get_rank(group))
         if len(parts) != len(self.indices):
-            raise ValueError(f"this rank runs stages {self.indices}, but was given {len(parts)} parts; use stages.build")
+            raise ValueError(
+                f"this rank runs stages {self.indices}, but was given {len(parts)} parts; use stages.build"
+            )
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.boundary = Boundary(stages.config.dim) if boundary is None else boundary
         parameter = next(self.parts.parameters())
@@ -207,7 +209,7 @@ class Pipeline:
         return list(sums.unbind())
 
     def _embeddings(self) -> list[nn.Parameter]:
-        """The embedding where it begins, and where it is the head, if they are two stages; what this rank has of them."""
+        """This rank's copies of the embedding: the first stage looks up in it, the last one has it for its head."""
         last = len(self.stages.blocks) - 1
         ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]
         return [cast(GPT, part).embed.weight for part in ends] if last else []  # pyright: ignore
@@ -255,7 +257,7 @@ class _Stage(PipelineStage):
 
 
 class AddLoss(torch.autograd.Function):
-    """x, unchanged; where its gradient comes back, that of a loss joins it, as if the loss had been added to the task's."""
+    """x, unchanged; when its gradient comes, the loss gets one too, as if it had been added to the task's loss."""
 
     @staticmethod
     def forward(ctx, x, loss):
