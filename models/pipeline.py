@@ -96,11 +96,17 @@ class Pipeline:
         parameter = next(self.parts.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
         self._schedule: tuple[tuple[int, int], Any, list[_Stage]] | None = None
+        self._losses: list[Tensor] = []  # of the step under way, without graphs
+        self._weight = 1.0  # of a micro-batch in their mean
 
-    def step(self, tokens: Tensor, targets: Tensor) -> Losses:
+    def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
         """Forward and backward of a batch, int64 [B, S] and its targets, given alike to all ranks of the pipeline.
 
         Gradients are added to those that are there. `stats` of layers are of the last micro-batch.
+
+        Args:
+            tokens, targets: B is a multiple of the micro-batches.
+            scale: of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. Losses come back unscaled.
         """
         if len(tokens) % self.micro_batches or not len(tokens):
             raise ValueError(
@@ -108,18 +114,19 @@ class Pipeline:
                 f"use a multiple of {self.micro_batches}"
             )
         schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
+        self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
-            stage.aux.clear()
+            stage.aux, stage.weight = [], self._weight
         earlier = [(p, p.grad) for p in self._embeddings()]
         for p, _ in earlier:
             p.grad = None  # only what this step adds is exchanged
-        parts: list[Tensor] = []
-        schedule.step(tokens, tokens=tokens, target=targets, losses=parts, return_outputs=False)
+        schedule.step(tokens, tokens=tokens, target=targets, return_outputs=False)
         self._sum_embeddings()
         for p, grad in earlier:
             if grad is not None and p.grad is not None:
                 p.grad += grad
-        return Losses(*self._everywhere(parts, [aux for stage in stages for aux in stage.aux]))
+        task, aux = self._everywhere(self._losses, [aux for stage in stages for aux in stage.aux])
+        return Losses(task / self.micro_batches, aux / self.micro_batches)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -190,16 +197,22 @@ class Pipeline:
                 for index, part in zip(self.indices, self.parts, strict=True)
             ]
             for stage in stages:
-                stage.boundary, stage.micro_batches = self.boundary, self.micro_batches
+                stage.boundary = self.boundary
             looped = self.stages.schedule not in ("gpipe", "1f1b")
             schedule = SCHEDULES[self.stages.schedule](
                 stages if looped else stages[0],
                 self.micro_batches,
-                loss_fn=lambda logits, targets: self.loss_fn(logits, targets) / self.micro_batches,
+                loss_fn=self._weighted,
                 scale_grads=False,
             )
             self._schedule = (batch, length), schedule, stages
         return self._schedule[1:]
+
+    def _weighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a micro-batch as a part of the mean over all of them."""
+        loss = self.loss_fn(logits, targets)
+        self._losses.append(loss.detach())
+        return loss * self._weight
 
     def _everywhere(self, *losses: list[Tensor]) -> list[Tensor]:
         """The sums of lists, over all ranks."""
@@ -241,18 +254,15 @@ class _Stage(PipelineStage):
     """A stage that adds the gradients of its balance losses, and sends its part of hidden states."""
 
     boundary: Boundary
-    micro_batches: int
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.aux: list[Tensor] = []  # of the micro-batches of this step, without graph
+    weight: float  # of a micro-batch in the mean
+    aux: list[Tensor]  # balance losses of the micro-batches of a step, without graphs
 
     def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
         y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(self.submod) / self.micro_batches
+        aux = aux_loss(self.submod)
         self.aux.append(aux.detach())
         if aux.requires_grad:
-            y = AddLoss.apply(y, aux)
+            y = AddLoss.apply(y, aux * self.weight)
         return y if self.is_last else self.boundary.leave(y)
 
 

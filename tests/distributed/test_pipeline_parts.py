@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import errors, run
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from turnout.models import GPT, GPTConfig
 from turnout.models.boundary import Boundary
 from turnout.models.pipeline import Pipeline, _Stage, cross_entropy
+from turnout.models.recompute import recompute
 from turnout.models.stages import PER_RANK, Stages, cut, flops
-from turnout.moe import aux_loss, parallelize, sync_gradients
+from turnout.moe import aux_loss, fully_shard_experts, parallelize, sync_gradients
 
 CONFIG = GPTConfig(
     vocab=24,
@@ -125,6 +127,46 @@ def with_experts_spread(schedule):
 def test_experts_are_spread_inside_a_stage(schedule):
     auxes = run(4, with_experts_spread, schedule)
     assert auxes == pytest.approx([auxes[0]] * 4)  # equal on all ranks of a pipeline, and "global" on all data ranks
+
+
+def sharded(schedule):
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pp", "edp", "ep"))
+    pipeline = build(schedule, mesh.get_group("pp"), 2)
+    data = mesh["edp", "ep"]._flatten("data")
+    for part in pipeline.parts:
+        parallelize(part, mesh)
+        fully_shard_experts(part, mesh)
+        fully_shard(part, mesh=data, reshard_after_forward=False)
+    everyones = [batch(rank, 4) for rank in range(2)]
+    for _ in range(2):  # on top of earlier gradients
+        pipeline.step(*everyones[mesh.get_local_rank("edp")])
+    halves = [[t.chunk(2)[i] for t in mine] for i in range(2) for mine in everyones]
+    together = [tuple(map(torch.cat, zip(halves[i], halves[i + 1], strict=True))) for i in (0, 2)]
+    expected = {name: 2 * grad for name, grad in gradients(together).items()}
+    compare(pipeline, expected)
+    norm = pipeline.clip_grad_norm_(1e-3)
+    exact = torch.stack([grad.square().sum() for grad in expected.values()]).sum().sqrt()
+    torch.testing.assert_close(norm, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_stages_may_be_sharded(schedule):
+    run(4, sharded, schedule)
+
+
+def recomputed(schedule, what):
+    pipeline = build(schedule, dist.group.WORLD, 2)
+    recompute(pipeline.parts, what)
+    tokens, targets = batch(0)
+    pipeline.step(tokens, targets, scale=16.0)
+    grads = gradients(list(zip(tokens.chunk(2), targets.chunk(2), strict=True)))
+    compare(pipeline, {name: 16 * grad for name, grad in grads.items()})
+
+
+@pytest.mark.parametrize("what", ["full", "selective"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zb"])
+def test_stages_may_be_recomputed_and_losses_scaled(schedule, what):
+    run(2, recomputed, schedule, what)
 
 
 def sent(schedule, split):
