@@ -1,6 +1,23 @@
-"""Models built from the layer. Start at `gpt.py`."""
+"""Models built from the layer. Start at `gpt.py`; `blocks.py` is what it shares with `bert.py` and `t5.py`."""
 
+from .bert import BERT, BERTConfig
 from .gpt import GPT, GPTConfig
+from .loss import next_token_loss
+from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
 from .recompute import recompute
+from .t5 import T5, T5Config
 
-__all__ = ["GPT", "GPTConfig", "recompute"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "OBJECTIVES",
+    "T5",
+    "BERTConfig",
+    "GPTConfig",
+    "Objective",
+    "T5Config",
+    "corrupt_spans",
+    "mask_tokens",
+    "next_token_loss",
+    "recompute",
+]
