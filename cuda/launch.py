@@ -26,7 +26,11 @@ class Kernel(NamedTuple):
     signature: str
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {
+    "encode": Kernel("encode.cu", "PPPPqqii"),
+    "decode": Kernel("decode.cu", "PPPPqii"),
+    "decode_backward": Kernel("decode.cu", "PPPPPPPqqii"),
+}
 
 Argument = Tensor | int | float | None
 Packed = int | np.generic  # a pointer, or a number of the parameter's own width
