@@ -13,7 +13,6 @@ The floors behind the targets: docs/performance.md, "On a GPU". Peers are measur
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import platform
@@ -24,17 +23,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gpu_checks
 import gpu_layer
 import gpu_ops
 import torch
-from gpu_clock import Clock, Row, alive, failure, table
+from gpu_clock import Clock, fresh
+from gpu_report import Row, judge, read, supervise, table, work
 
 PARTS = ("machine", "checks", "ops", "layer")
-BEGUN = {"error": "did not come back: it ran too long, or its process died"}
-Results = dict[str, dict[str, Any]]  # part -> case -> {"rows": [...], "seconds": ...} or {"error": ...}
 
 
 def main() -> int:
@@ -44,7 +41,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=2.0, help="to measure one set of runs for")
     parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
-    parser.add_argument("--case-limit", type=float, default=90, help="seconds after which a case counts as hung")
+    parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
     parser.add_argument("--out", type=Path, help="JSON; the profile goes to the same name with .profile.txt")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the process that started this
     args = parser.parse_args()
@@ -53,14 +50,14 @@ def main() -> int:
         parser.error("there is no CUDA device; --device cpu --small runs the same code on a CPU")
     if args.worker:
         file = args.worker
-        return int(not all([work(file, part, cases(part, args)) for part in args.parts]))
+        return int(not all([work(file, part, cases(part, args), partial(fresh, device)) for part in args.parts]))
 
     deadline = time.monotonic() + args.limit
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         for part in args.parts:
             if device.type == "cpu":
-                work(file, part, cases(part, args))
+                work(file, part, cases(part, args), partial(fresh, device))
             else:
                 rest = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("device", "seconds")]
                 rest += ["--small"] * args.small + ([f"--out={args.out}"] if args.out else [])
@@ -87,96 +84,6 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
     if part == "ops":
         return gpu_ops.cases(clock, args.small)
     return gpu_layer.cases(clock, args.small, args.out and args.out.with_suffix(".profile.txt"))
-
-
-def work(file: Path, part: str, todo: dict[str, Callable[[], list[Row]]]) -> bool:
-    """Run the cases that `file` does not have, writing each before it begins and when it is done.
-
-    False if the device has stopped answering: the next process is to go on.
-    """
-    results = read(file)
-    done = results.setdefault(part, {})
-    for name, case in todo.items():
-        if name in done:
-            continue
-        done[name] = BEGUN
-        write(file, results)
-        start = time.perf_counter()
-        try:
-            rows = case()
-            done[name] = {"rows": rows, "seconds": time.perf_counter() - start}
-            print(f"\n## {part}: {name}\n\n{table(rows)}", flush=True)
-        except Exception as error:
-            done[name] = {"error": failure(error), "seconds": time.perf_counter() - start}
-            print(f"\n## {part}: {name}\n\n**{failure(error)}**", flush=True)
-        write(file, results)
-        gc.collect()
-        if torch.cuda.is_initialized():
-            if not alive(torch.device("cuda")):
-                return False
-            torch.cuda.empty_cache()
-    return True
-
-
-def supervise(command: list[str], file: Path, part: str, deadline: float, case_limit: float) -> None:
-    """Start `command` until it has done all cases of a part, as long as every start gets one further.
-
-    It is stopped at the deadline, or when it has written nothing for `case_limit` seconds.
-    """
-    while time.monotonic() < deadline:
-        begun = set(read(file).get(part, {}))
-        with subprocess.Popen(command) as child:
-            written, since = None, time.monotonic()
-            while child.poll() is None:
-                time.sleep(0.1)
-                last = file.stat().st_mtime_ns if file.exists() else None
-                if last != written:
-                    written, since = last, time.monotonic()
-                if time.monotonic() > min(deadline, since + case_limit):
-                    child.kill()
-            code = child.wait()
-        if code == 0:
-            return None
-        results = read(file)
-        for name in set(results.get(part, {})) - begun:
-            if results[part][name] == BEGUN:
-                print(f"\n## {part}: {name}\n\n**{BEGUN['error']}**", flush=True)
-        if not set(results.get(part, {})) - begun:
-            results.setdefault(part, {})["start"] = {"error": f"its process ended with {code} before any case began"}
-            return write(file, results)
-    results = read(file)
-    results.setdefault(part, {})["rest"] = {"error": "no time was left"}
-    return write(file, results)
-
-
-def read(file: Path) -> Results:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write(file: Path, results: Results) -> None:
-    """In one step: the process may be killed while it writes."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(results))
-    new.replace(file)
-
-
-def judge(results: Results) -> list[Row]:
-    """Every yes and no of the tables: checks counted, unless they failed, targets one by one."""
-    verdicts, passed = [], 0
-    for part, named in results.items():
-        for name, case in named.items():
-            if "error" in case:
-                verdicts.append({"case": f"{part}: {name}", "what": case["error"], "reached": False})
-            for row in case.get("rows", []):
-                label = row.get("check") or row.get("operation") or row.get("what")
-                for target, value in row.items():
-                    if not isinstance(value, bool) or target == "pad":
-                        continue
-                    if target == "ok" and value:
-                        passed += 1
-                    else:
-                        verdicts.append({"case": f"{part}: {name}", "what": label, "target": target, "reached": value})
-    return [{"case": "checks that passed", "what": passed}, *verdicts]
 
 
 def machine(device: torch.device) -> list[Row]:

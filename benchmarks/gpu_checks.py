@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Row
 from gpu_layer import kernels
+from gpu_report import Row
 from torch import Tensor
 from turnout.dispatch import Plan, decode, encode
 from turnout.moe import MoE, TopKGate
@@ -17,7 +18,7 @@ from turnout.moe.capacity import capacity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference, as a share of the largest value: of one rounding of a result, and of a layer's chain of them.
-ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+ROUNDED = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 CHAINED = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -53,10 +54,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def row(what: str, actual: Tensor, expected: Tensor, tolerance: float, **more: object) -> Row:
-    """tolerance 0: equal to the bit."""
     off = error(actual, expected)
-    same = torch.equal(actual.detach().cpu(), expected.detach().cpu()) if tolerance == 0 else off <= tolerance
-    return {"check": what, **more, "error": off, "tolerance": tolerance, "ok": same}
+    return {"check": what, **more, "error": off, "tolerance": tolerance, "ok": off <= tolerance}
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -72,40 +71,46 @@ def chosen(T: int, E: int, k: int) -> Tensor:
     return torch.where(gone, -1, expert)
 
 
+EXACT = ("encode", "decode: backward")  # copies
+
+
 def operators(device: torch.device, dtype: torch.dtype, T: int, D: int, E: int, k: int) -> list[Row]:
+    """In `dtype` on the device against the CPU path in float64, from the same values; rows of nobody hold NaN."""
     result = []
     expert = chosen(T, E, k)
     ragged = Plan.of(expert, E)
-    layouts = {
-        "ragged": ragged,
-        "padded": ragged.padded(int(ragged.counts.max()) + 3),
-        "k = 1": Plan.of(expert[:, :1], E),
-    }
+    layouts = {"ragged": ragged, "padded": ragged.padded(int(ragged.counts.max()) + 3)}
+    layouts["k = 1"] = Plan.of(expert[:, :1].contiguous(), E)
     for name, plan in layouts.items():
-        for width in (D, 24):  # one that a vector of 16 bytes divides unevenly among threads
-            there = Plan(*(getattr(plan, f).to(device) for f in ("expert", "token", "slot", "counts")), plan.capacity)
-            x, rows = drawn(T, width, seed=0).to(dtype), drawn(len(plan.token), width, seed=1).to(dtype)
-            weight = drawn(*plan.slot.shape, seed=2).abs().float()
-            home, grads = trip(x, rows, weight, plan)
-            moved, far = trip(x.to(device), rows.to(device), weight.to(device), there)
+        tensors = {f.name: getattr(plan, f.name) for f in fields(plan)}
+        there = replace(plan, **{f: t.to(device) for f, t in tensors.items() if isinstance(t, Tensor)})
+        for width in (D, 24):  # 24: fewer vectors of 16 bytes than a warp has threads
+            rows = torch.where(plan.token.unsqueeze(1) < 0, torch.nan, drawn(len(plan.token), width, seed=1))
+            given = [drawn(T, width, seed=0), rows, drawn(*plan.slot.shape, seed=2).abs()]
+            given += [drawn(len(rows), width, seed=5), drawn(T, width, seed=6)]
+            given = [t.to(torch.float32 if t is given[2] else dtype) for t in given]
+            expected = trip(plan, *(t.double() for t in given))
+            ours = trip(there, *(t.to(device) for t in given))
             more = {"dtype": str(dtype).removeprefix("torch."), "plan": name, "D": width}
-            for what in home:
-                result.append(row(what, moved[what], home[what], 0 if what == "encode" else ROUNDED[dtype], **more))
-            for what in grads:
-                exact = what == "decode: backward"
-                result.append(row(what, far[what], grads[what], 0 if exact else ROUNDED[dtype], **more))
+            for what, value in ours.items():
+                result.append(row(what, value, expected[what], 0 if what in EXACT else ROUNDED[dtype], **more))
     return result
 
 
-def trip(x: Tensor, rows: Tensor, weight: Tensor, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trip(plan: Plan, x: Tensor, rows: Tensor, weight: Tensor, to_rows: Tensor, to_y: Tensor) -> dict[str, Tensor]:
+    """What encode and decode give, and their gradients for those of rows and of y."""
     x, rows, weight = (t.detach().requires_grad_() for t in (x, rows, weight))
-    out = {"encode": encode(x, plan), "decode": decode(rows, plan), "decode, weighted": decode(rows, plan, weight)}
-    upstream = [drawn(*y.shape, seed=5).to(y.device, y.dtype) for y in out.values()]
-    (dx,) = torch.autograd.grad(out["encode"], x, upstream[0])
-    (drows,) = torch.autograd.grad(out["decode"], rows, upstream[1])
-    weighted = torch.autograd.grad(out["decode, weighted"], (rows, weight), upstream[2])
-    names = ("encode: backward", "decode: backward", "decode, weighted: rows", "decode, weighted: weight")
-    return out, dict(zip(names, (dx, drows, *weighted), strict=True))
+    encoded, decoded, both = encode(x, plan), decode(rows, plan), decode(rows, plan, weight)
+    weighted = torch.autograd.grad(both, (rows, weight), to_y)
+    return {
+        "encode": encoded,
+        "encode: backward": torch.autograd.grad(encoded, x, to_rows)[0],
+        "decode": decoded,
+        "decode: backward": torch.autograd.grad(decoded, rows, to_y)[0],
+        "decode, weighted": both,
+        "decode, weighted: of rows": weighted[0],
+        "decode, weighted: of weight": weighted[1],
+    }
 
 
 def plans(device: torch.device, T: int, E: int, k: int) -> list[Row]:
@@ -187,14 +192,17 @@ def build(
     return made.to(device, dtype)
 
 
+def parameters(made: MoE) -> list[Tensor]:
+    return [made.gate.weight, made.experts.w_up, made.experts.w_gate, made.experts.w_down]
+
+
 def step(made: MoE, call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> list[Tensor]:
     """y, the gradient of x, and of every parameter in the order of `reference`."""
     x = x.detach().requires_grad_()
     made.zero_grad()
     y = call(x)
     y.backward(grad)
-    parameters = (made.gate.weight, *(getattr(made.experts, f"w_{name}") for name in ("up", "gate", "down")))
-    return [y.detach(), x.grad, *(p.grad for p in parameters)]
+    return [y.detach(), x.grad, *(p.grad for p in parameters(made))]
 
 
 NAMES = ("y", "gradient of x", "of the router", "of w_up", "of w_gate", "of w_down")
@@ -209,8 +217,7 @@ def layer(
         made = build(device, dtype, kernel, D, hidden, E, k, **options)
         x, grad = drawn(T, D, seed=8).to(dtype), drawn(T, D, seed=9).to(dtype)
         ours = step(made, made, x.to(device), grad.to(device))
-        weights = [made.gate.weight, *(getattr(made.experts, f"w_{name}") for name in ("up", "gate", "down"))]
-        inputs = [t.detach().double().cpu().requires_grad_() for t in (x, *weights)]
+        inputs = [t.detach().double().cpu().requires_grad_() for t in (x, *parameters(made))]
         y = reference(*inputs, k)
         expected = [y, *torch.autograd.grad(y, inputs, grad.double())]
         more = {"dtype": str(dtype).removeprefix("torch."), "H": hidden, "pad": bool(options)}
@@ -274,13 +281,12 @@ def captured(device: torch.device, kernel: str | None, T: int, D: int, H: int, E
     with torch.cuda.graph(graph):
         y = made(x)
         y.backward(grad)
-    parameters = (made.gate.weight, *(getattr(made.experts, f"w_{name}") for name in ("up", "gate", "down")))
     result = []
     for tokens in (second, first):
         with torch.no_grad():
             x.copy_(tokens)
         graph.replay()
-        replayed = [t.detach().clone() for t in (y, x.grad, *(p.grad for p in parameters))]
+        replayed = [t.detach().clone() for t in (y, x.grad, *(p.grad for p in parameters(made)))]
         other = build(device, torch.bfloat16, kernel, D, H, E, k, capacity_factor=1.25, pad=True)
         eager = step(other, other, tokens, grad)
         result += [row(f"graph: {name}", a, b, 0) for name, a, b in zip(NAMES, replayed, eager, strict=True)]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+from gpu_report import Row, failure
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-Row = dict[str, object]
-
-
-def failure(error: BaseException) -> str:
-    """One line that names an error."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 @dataclass
@@ -88,7 +83,8 @@ class Clock:
             except Exception as error:
                 result[name] = failure(error)
         samples: dict[str, list[Callable[[], float]]] = {name: [] for name in lasts}
-        for _ in range(min(max(int(self.seconds / max(sum(lasts.values()), 1e-6)), 3), 100)):
+        round_seconds = max(sum(lasts.values()) * (3 if queued else 1), 1e-6)
+        for _ in range(min(max(int(self.seconds / round_seconds), 3), 100)):
             for name in lasts:
                 if name not in result:
                     try:
@@ -167,27 +163,12 @@ class Clock:
         return statistics.median(taken[2:]) * 1e6
 
 
-def alive(device: torch.device) -> bool:
-    """Whether the device still answers: after an illegal access every later call of the process fails."""
+def fresh(device: torch.device) -> bool:
+    """Give memory back between cases. False if the device no longer answers, as after an illegal access."""
+    gc.collect()
     with suppress(Exception):
         torch.ones(8, device=device).sum().item()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return True
     return False
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Rows as markdown; columns in the order in which they first appear."""
-    rows = list(rows)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows])
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "**no**"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "/")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import Clock, Row, Step, failure, table
+from gpu_clock import Clock, Step
 from gpu_peers import PEERS, installed, peer
+from gpu_report import Row, failure, table
 from torch import Tensor, nn
 from turnout.moe import MoE
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gpu_clock import Clock, Row, Run
+from gpu_clock import Clock, Run
+from gpu_report import Row
 from torch import Tensor
 from turnout.dispatch import Plan, decode, encode
 from turnout.moe import TopKGate
