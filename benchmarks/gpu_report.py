@@ -107,6 +107,9 @@ def judge(results: Results) -> list[Row]:
                 verdicts.append({"case": f"{part}: {name}", "what": case["error"], "reached": False})
             for row in case.get("rows", []):
                 label = row.get("check") or row.get("operation") or row.get("what")
+                failed = row.get("error")  # of a check it is a number
+                if isinstance(failed, str) and failed != "not installed":
+                    verdicts.append({"case": f"{part}: {name}", "what": f"{label}: {failed}", "reached": False})
                 for target, value in row.items():
                     if not isinstance(value, bool) or target == "pad":
                         continue
