@@ -83,7 +83,8 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
         return gpu_checks.cases(device, args.small)
     if part == "ops":
         return gpu_ops.cases(clock, args.small)
-    return gpu_layer.cases(clock, args.small, args.out and args.out.with_suffix(".profile.txt"))
+    profile = args.out and args.out.with_suffix(".profile.txt")
+    return gpu_layer.cases(clock, args.small, profile) | gpu_checks.slow_cases(device, args.small)
 
 
 def machine(device: torch.device) -> list[Row]:

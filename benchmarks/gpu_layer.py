@@ -87,23 +87,25 @@ class Case:
         _, _, H, _, k = self.sizes
         return peer(name, self.layer.gate.weight.detach(), H, k, self.dtype)
 
-    def against(self, build: dict[str, Callable[[], Contender]]) -> list[Row]:
+    def against(self, build: dict[str, Callable[[], Contender]], forward_alone: bool = True) -> list[Row]:
         """A row for each contender: forward, then forward and backward, all in turn; who cannot be built says why."""
         rows: dict[str, Row] = {
             name: {"T, D, H, E, k": ", ".join(map(str, self.sizes)), "what": name} for name in build
         }
-        steps: dict[str, dict[str, Step]] = {"forward": {}, "fwd+bwd": {}}
+        work = {"forward": self.tflop} if forward_alone else {}
+        work["fwd+bwd"] = 3 * self.tflop
+        steps: dict[str, dict[str, Step]] = {kind: {} for kind in work}
         for name, make in build.items():
             try:
                 parameters, forward = make()
-                steps["forward"][name] = Step(forward, self.x, None, parameters)
-                steps["fwd+bwd"][name] = Step(forward, self.x, self.grad, parameters)
+                for kind in steps:
+                    steps[kind][name] = Step(forward, self.x, None if kind == "forward" else self.grad, parameters)
                 steps["fwd+bwd"][name].complete()
             except Exception as error:
                 rows[name]["error"] = failure(error)
                 for kind in steps:
                     steps[kind].pop(name, None)
-        for kind, tflop in {"forward": self.tflop, "fwd+bwd": 3 * self.tflop}.items():
+        for kind, tflop in work.items():
             times = self.clock.measure(dict(steps[kind]))
             for name, seconds in times.items():
                 if isinstance(seconds, str):
@@ -111,7 +113,10 @@ class Case:
                     continue
                 rows[name][f"{kind} ms"], rows[name][f"{kind} TFLOP/s"] = seconds * 1e3, tflop / seconds
         for name, step in steps["fwd+bwd"].items():
-            rows[name]["peak MiB"] = None if "error" in rows[name] else self.clock.peak(step)
+            try:
+                rows[name]["peak MiB"] = None if "error" in rows[name] else self.clock.peak(step)
+            except Exception as error:
+                rows[name]["error"] = failure(error)
         return list(rows.values())
 
 
@@ -135,8 +140,9 @@ def ours(clock: Clock, shape: Shape) -> list[Row]:
 def variant(clock: Clock, shape: Shape, **options: Any) -> list[Row]:
     """A variant of the layer beside the dense MLP: should its kernels fail, no other row is lost with them."""
     case = Case(clock, *shape)
-    name = ", ".join(["layer", *(f"{key} {value}" for key, value in options.items())])
-    return judged(clock, case.against({"dense": case.dense, name: partial(case.ours, **options)}))
+    name = ", ".join(["layer", *(value if isinstance(value, str) else key for key, value in options.items())])
+    build = {"dense": case.dense, name: partial(case.ours, **options)}
+    return judged(clock, case.against(build, forward_alone="compiled" not in options))  # that would compile twice
 
 
 def rival(clock: Clock, shape: Shape, name: str) -> list[Row]:
@@ -171,16 +177,18 @@ def where(clock: Clock, shape: Shape, file: Path | None, top: int = 15) -> list[
     return rows
 
 
-def kernels() -> tuple[str, ...]:
+def kernels(device: torch.device) -> tuple[str, ...]:
     """What may compute the experts, where that can be chosen."""
-    return ("torch", "triton") if hasattr(MoE(8, 8, 2).experts, "kernel") else ()
+    if not hasattr(MoE(8, 8, 2).experts, "kernel"):
+        return ()
+    return ("torch", "triton") if device.type == "cuda" else ("torch",)
 
 
 def cases(clock: Clock, small: bool, profile: Path | None) -> dict[str, Callable[[], list[Row]]]:
     shapes = SMALL if small else SHAPES
     named = {f"layer {shape}": partial(ours, clock, shape) for shape in shapes}
     named["profile"] = partial(where, clock, shapes[0], profile)
-    for kernel in kernels():
+    for kernel in kernels(clock.device):
         named |= {f"layer {shape}, {kernel}": partial(variant, clock, shape, kernel=kernel) for shape in shapes}
     named |= {f"layer {shape}, {name}": partial(rival, clock, shape, name) for name in PEERS for shape in shapes}
     if small:
