@@ -128,8 +128,8 @@ class Clock:
         """What the device did in so many runs: kernel (on a CPU: operator), calls and ms of one run, longest first."""
         run()
         self.wait()
-        activity = ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
-        with profile(activities=[activity], acc_events=True) as profiler:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
+        with profile(activities=activities, acc_events=True) as profiler:
             for _ in range(times):
                 run()
             self.wait()
