@@ -20,6 +20,7 @@ from ..dispatch.base import Dispatcher, NodeLocalDispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
+from ..dispatch.mesh import Meshes
 from ..dispatch.node import NodeDispatcher
 from ..dispatch.profile import Profile
 from .layer import MoE
@@ -30,7 +31,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "auto", profile: str | Path | Profile | None = None
+    model: Model,
+    mesh: DeviceMesh | Meshes,
+    dispatcher: str | Dispatcher = "auto",
+    profile: str | Path | Profile | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
@@ -41,7 +45,8 @@ def parallelize(
         model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
-            the batch. Without an "ep" axis all experts stay where they are.
+            the batch. Without an "ep" axis all experts stay where they are. Or `Meshes`: with tp, each rank
+            has a part of every sequence of its part of the batch, which `tensor_parallel` sees to.
         dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
             (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these by
             measured costs (`AutoDispatcher`) if both axes have more than one rank; elsewhere it is flat.
@@ -50,16 +55,24 @@ def parallelize(
 
     Raises:
         ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
-            fit.
+            fit, tokens that tp ranks would repeat.
     """
+    everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
+    if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
+        raise ValueError('tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
+                         'tensor_parallel(model, meshes.dense["tp"]) first')
+    mesh = axes.of_experts(mesh)
+    etp = axes.axis(mesh, axes.ETP)
+    if etp is not None and etp.size() > 1:
+        raise ValueError("experts cannot be split inside yet: leave the axis etp out, or set it to 1")
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
-    ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
+    ep = axes.axis(mesh, axes.EP)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)
     _check_alike(model, everyone)
     for name, layer in _moe_layers(model):
-        layer.balance_group = everyone
+        layer.balance_group, layer.sequence_group = batch, sequence
         if ep is None:
             continue
         if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
@@ -74,13 +87,14 @@ def parallelize(
     return model
 
 
-def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
+def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any) -> Model:
     """FSDP2 for the experts of a parallelized model, over the axis "edp", with the right divisor.
 
     Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
     over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
     batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
     """
+    averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
@@ -94,7 +108,7 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model
                 "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
             )
         experts = cast(FSDPModule, fully_shard(layer.experts, mesh=edp, **options))
-        experts.set_gradient_divide_factor(float(axes.data_mesh(mesh).size()))
+        experts.set_gradient_divide_factor(float(averaged))
         # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
         experts.set_force_sum_reduction_for_comms(edp.size() > 1)
     return model
@@ -118,6 +132,10 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     if name == "auto" and by_node and min(mesh[axes.NODE].size(), mesh[axes.LOCAL].size()) > 1:
         return AutoDispatcher.of(mesh, profile)
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
+
+
+def _split(p: Tensor, axis: str) -> bool:
+    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
