@@ -135,8 +135,10 @@ def _check(model: GPT, ranks: int) -> None:
         sizes["top_k * hidden"] = config.top_k * config.hidden
     for name, size in sizes.items():
         if size % ranks:
-            raise ValueError(f"{name}={size} does not split over tp={ranks} ranks; use a multiple of {ranks}, or "
-                             f"a tp that divides {size}")
+            raise ValueError(
+                f"{name}={size} does not split over tp={ranks} ranks; use a multiple of {ranks}, or "
+                f"a tp that divides {size}"
+            )
 
 
 def _check_length(ranks: int, embed: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -59,8 +59,10 @@ def parallelize(
     """
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
-        raise ValueError('tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
-                         'tensor_parallel(model, meshes.dense["tp"]) first')
+        raise ValueError(
+            'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
+            'tensor_parallel(model, meshes.dense["tp"]) first'
+        )
     mesh = axes.of_experts(mesh)
     etp = axes.axis(mesh, axes.ETP)
     if etp is not None and etp.size() > 1:
