@@ -1,8 +1,8 @@
 """The axes of a DeviceMesh, told by name.
 
 "ep": the ranks that share the experts; it may be given as "node" and "local". "edp": the ranks that repeat
-them. Along all of these, ranks have tokens of their own. `Meshes` adds the axes of the dense part, over the
-same ranks: "dp" has parts of the batch, "tp" parts of each sequence.
+them. "etp": the ranks that hold slices of the same experts. Along all of these, ranks have tokens of their own.
+`Meshes` adds the axes of the dense part, over the same ranks: "dp" has parts of the batch, "tp" parts of each sequence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-EP, EDP, NODE, LOCAL, ETP = "ep", "edp", "node", "local", "etp"
+EP, EDP, ETP, NODE, LOCAL = "ep", "edp", "etp", "node", "local"
 PP, DP, TP = "pp", "dp", "tp"
 
 
@@ -104,6 +104,16 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     return None
 
 
+def holders(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes over which one copy of the experts lies: "ep", and "etp" where there is more than one slice."""
+    etp = axis(mesh, ETP)
+    if etp is None or etp.size() == 1:
+        ep = axis(mesh, EP)
+        assert ep is not None
+        return ep
+    return mesh[tuple(name for name in names(mesh) if name in (EP, NODE, LOCAL, ETP))]
+
+
 def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
     """The groups of the axes "node" and "local", which stand in place of "ep".
 
@@ -132,9 +142,13 @@ def token_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
     """The axes along which ranks have tokens of their own."""
     if isinstance(mesh, Meshes):
         return mesh.tokens
-    axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL))
+    axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL, ETP))
     if not axes:
         raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
+    if ETP in axes and not {EP, NODE} & set(axes):
+        raise ValueError(
+            f'"etp" splits what "ep" spreads: give the mesh an axis "ep", too (of size 1); got {names(mesh)}'
+        )
     return mesh[axes]
 
 

@@ -39,7 +39,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
         if not p.requires_grad:
             continue
         held_by = axes.names(p.device_mesh) if isinstance(p, DTensor) else None
-        if held_by is not None and axes.EP in held_by and axes.EDP not in held_by:
+        if held_by is not None and {axes.EP, axes.NODE} & set(held_by) and axes.EDP not in held_by:
             experts.append(p)
         elif dense and held_by == (axes.TP,) and not _is_whole(p):
             split.append(p)

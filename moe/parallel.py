@@ -16,13 +16,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..dispatch import mesh as axes
 from ..dispatch.auto import AutoDispatcher
-from ..dispatch.base import Dispatcher, NodeLocalDispatcher
+from ..dispatch.base import Dispatcher, NodeLocalDispatcher, SteppedDispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.mesh import Meshes
 from ..dispatch.node import NodeDispatcher
 from ..dispatch.profile import Profile
+from ..dispatch.tensor_parallel import TensorParallelDispatcher
+from .experts import Experts
 from .layer import MoE
 
 BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
@@ -44,9 +46,10 @@ def parallelize(
     Args:
         model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
-            experts are spread, and ``"edp"``, over which they are repeated; each rank of it has a part of
-            the batch. Without an "ep" axis all experts stay where they are. Or `Meshes`: with tp, each rank
-            has a part of every sequence of its part of the batch, which `tensor_parallel` sees to.
+            experts are spread, ``"edp"``, over which they are repeated, and ``"etp"``, over which the hidden
+            width of each is split (`TensorParallelDispatcher`); each rank of it has a part of the batch.
+            Without an "ep" axis all experts stay where they are. Or `Meshes`: with tp, each rank has a part of
+            every sequence of its part of the batch, which `tensor_parallel` sees to.
         dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
             (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these by
             measured costs (`AutoDispatcher`) if both axes have more than one rank; elsewhere it is flat.
@@ -64,9 +67,6 @@ def parallelize(
             'tensor_parallel(model, meshes.dense["tp"]) first'
         )
     mesh = axes.of_experts(mesh)
-    etp = axes.axis(mesh, axes.ETP)
-    if etp is not None and etp.size() > 1:
-        raise ValueError("experts cannot be split inside yet: leave the axis etp out, or set it to 1")
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep = axes.axis(mesh, axes.EP)
@@ -84,7 +84,7 @@ def parallelize(
                 f"num_experts={layer.num_experts} of {name} does not split over ep={ep.size()} ranks; use a "
                 f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
             )
-        _spread(layer.experts, ep)
+        _spread(layer.experts, axes.holders(mesh))
         layer.dispatcher = dispatcher
     return model
 
@@ -101,7 +101,7 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
     policy = options.get("mp_policy", MixedPrecisionPolicy())
-    options.setdefault("shard_placement_fn", lambda p: Shard(min(1, p.ndim - 1)))  # experts lie on axis 0
+    options.setdefault("shard_placement_fn", _free_axis)
     for _, layer in _moe_layers(model):
         reduced = policy.reduce_dtype or policy.param_dtype or next(layer.experts.parameters()).dtype
         if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
@@ -128,6 +128,11 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Path | Profile | None) -> Dispatcher:
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
+    etp = axes.axis(mesh, axes.ETP)
+    if ep is not None and etp is not None and etp.size() > 1:
+        inner = _named(name, mesh[tuple(axis for axis in axes.names(mesh) if axis != axes.ETP)], ep, profile)
+        inner = FlatDispatcher(ep.get_group()) if isinstance(inner, LocalDispatcher) else inner
+        return TensorParallelDispatcher(cast(SteppedDispatcher, inner), etp.get_group())
     if ep is None or ep.size() == 1:
         return LocalDispatcher()
     by_node = {axes.NODE, axes.LOCAL} <= set(axes.names(mesh)) and axes.EP not in axes.names(mesh)
@@ -170,17 +175,33 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None) -> None:
             )
 
 
+def _free_axis(p: nn.Parameter) -> Shard:
+    """Where FSDP may split a stacked parameter: experts lie on axis 0, etp's slices on another."""
+    taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
+    return Shard(next((axis for axis in range(p.ndim) if axis not in taken), p.ndim - 1))
+
+
 @torch.no_grad()
-def _spread(experts: nn.Module, ep: DeviceMesh) -> None:
-    """Keep this rank's slice of every stacked tensor, as a DTensor."""
+def _spread(experts: Experts, mesh: DeviceMesh) -> None:
+    """Keep this rank's part of every stacked tensor, as a DTensor: its experts, and of these its slice (axis etp)."""
+    sliced = experts.split_axes() if axes.ETP in axes.names(mesh) else {}
+    places = dict(zip(axes.names(mesh), mesh.get_coordinate() or (), strict=True))
 
-    def shard(tensor: Tensor) -> DTensor:
-        length = tensor.shape[0] // ep.size()
-        held = tensor.detach()[ep.get_local_rank() * length :][:length].clone()  # a view would keep them all
-        return DTensor.from_local(held, ep, [Shard(0)], run_check=False)
+    def shard(tensor: Tensor, what: str) -> DTensor:
+        held, placements = tensor.detach(), []
+        for name, place in places.items():
+            axis = sliced[what] if name == axes.ETP else 0
+            if held.shape[axis] % mesh[name].size():
+                raise ValueError(
+                    f"{what} {tuple(tensor.shape)} does not split over {name}={mesh[name].size()} on axis {axis}"
+                )
+            held = held.chunk(mesh[name].size(), axis)[place]
+            placements.append(Shard(axis))
+        return DTensor.from_local(held.clone(), mesh, placements, run_check=False)  # a view would keep them all
 
-    for module in experts.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(shard(p), requires_grad=p.requires_grad))
-        for name, b in list(module.named_buffers(recurse=False)):
-            setattr(module, name, shard(b))
+    for prefix, module in experts.named_modules():
+        for own, p in list(module.named_parameters(recurse=False)):
+            spread = shard(p, f"{prefix}.{own}" if prefix else own)
+            setattr(module, own, nn.Parameter(spread, requires_grad=p.requires_grad))
+        for own, b in list(module.named_buffers(recurse=False)):
+            setattr(module, own, shard(b, f"{prefix}.{own}" if prefix else own))

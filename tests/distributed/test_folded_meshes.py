@@ -1,7 +1,6 @@
 """One set of ranks in two orders: where each rank lies, and which products are refused."""
 
 import pytest
-import torch.distributed as dist
 from ranks import errors, run
 from torch.distributed import get_process_group_ranks
 from turnout.dispatch import Meshes
@@ -69,13 +68,3 @@ def test_ep_within_a_node_or_across_ragged_ones_stays_whole(sizes, ranks_per_nod
 )
 def test_products_that_do_not_fit_name_the_axes(sizes, message):
     assert all(error.startswith(f"ValueError: {message}") for error in errors(4, groups, sizes))
-
-
-def etp():
-    from turnout.moe import MoE, parallelize
-
-    parallelize(MoE(8, 8, 4), Meshes.of("cpu", ep=2, etp=dist.get_world_size() // 2))
-
-
-def test_experts_split_inside_are_refused():
-    assert all("set it to 1" in error for error in errors(4, etp))

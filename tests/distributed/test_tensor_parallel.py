@@ -65,12 +65,12 @@ def spread(model, **sizes):
     return parallelize(tensor_parallel(model, meshes.dense["tp"]), meshes), meshes
 
 
-def equal_to_one_rank(tp, ep, options, ranks_per_node=None, change=lambda model: None):
+def equal_to_one_rank(tp, ep, options, change=lambda model: None, **sizes):
     """`change` is made to the model of many ranks alone."""
     one = build(**options)
     expected = train(one, batches(), lambda: None)
     assert expected[0, 2] > 0.5  # there is something to clip
-    model, meshes = spread(build(**options), tp=tp, ep=ep, ranks_per_node=ranks_per_node)
+    model, meshes = spread(build(**options), tp=tp, ep=ep, **sizes)
     change(model)
     dp = meshes.dense["dp"]
     mine = batches().chunk(dp.size(), dim=1)[dp.get_local_rank()]
@@ -123,8 +123,13 @@ def test_a_gate_of_ones_own():
     run(2, own_gate)
 
 
-def test_experts_over_nodes():
-    run(4, equal_to_one_rank, 2, 4, {}, 2)
+def other_axes(tp, ep, sizes):
+    equal_to_one_rank(tp, ep, {}, **sizes)
+
+
+@pytest.mark.parametrize(("tp", "ep", "sizes"), [(2, 4, {"ranks_per_node": 2}), (2, 2, {"etp": 2})], ids=str)
+def test_experts_over_nodes_and_split_inside(tp, ep, sizes):
+    run(4, other_axes, tp, ep, sizes)
 
 
 def recomputed_blocks(model):
@@ -133,7 +138,7 @@ def recomputed_blocks(model):
 
 
 def test_recomputation():
-    run(2, equal_to_one_rank, 2, 2, {}, None, recomputed_blocks)
+    run(2, equal_to_one_rank, 2, 2, {}, recomputed_blocks)
 
 
 def forget_the_router(model):
@@ -146,7 +151,7 @@ def see_tokens_of_others(model):
 
 @pytest.mark.parametrize("change", [forget_the_router, see_tokens_of_others])
 def test_the_comparison_notices(change):
-    found = errors(2, equal_to_one_rank, 2, 2, {}, None, change)
+    found = errors(2, equal_to_one_rank, 2, 2, {}, change)
     assert all(error.startswith("AssertionError") for error in found), found
 
 
