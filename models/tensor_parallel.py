@@ -36,7 +36,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     `parallelize` after it, and FSDP after both.
 
     Args:
-        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
+        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too. A stage of a
+            pipeline passes hidden states [B, S / tp, D] on.
         mesh: one axis, named "tp": `Meshes.dense["tp"]`. With one rank the model stays as it is.
 
     Raises:
@@ -50,8 +51,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
         raise ValueError("parameters are spread already: call tensor_parallel once, before parallelize and any FSDP")
     _check(model, mesh.size())
     for block in model.blocks:
-        assert isinstance(block, Block)
-        _split_block(block, mesh)
+        if isinstance(block, Block):  # a stage of a pipeline has None for those of other stages
+            _split_block(block, mesh)
     if model.embed is not None:
         vocabulary = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
         _apply(model.embed, mesh, vocabulary)
@@ -131,7 +132,7 @@ def _check(model: GPT, ranks: int) -> None:
     """What does not split, before anything is."""
     config = model.config
     sizes = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads or config.heads}
-    if any(not isinstance(m, MoE) for m in (block.feed_forward for block in model.blocks)):
+    if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.blocks):
         sizes["top_k * hidden"] = config.top_k * config.hidden
     for name, size in sizes.items():
         if size % ranks:

@@ -29,15 +29,15 @@ SIZES = {"vocab": 16, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden
 MOE = {"balance": "global", "shared_experts": 1, "z_loss_weight": 1e-2, "aux_loss_weight": 1e-1}
 
 
-def build(**options) -> GPT:
+def build(kept=None, **options) -> GPT:
     """A dense block and a mixture of experts, alike on every rank."""
     torch.manual_seed(0)
     moe = copy.deepcopy({**MOE, **options.pop("moe", {})})  # a gate belongs to one model
-    model = GPT(GPTConfig(**{**SIZES, "num_experts": 4, "moe": moe, **options})).double()
+    model = GPT(GPTConfig(**{**SIZES, "num_experts": 4, "moe": moe, **options}), kept).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name:  # ones would hide a norm that is left out
-                p.uniform_(0.5, 1.5)
+                p.copy_(1 + torch.arange(16).cos() / 2)
     return model
 
 
@@ -139,6 +139,31 @@ def recomputed_blocks(model):
 
 def test_recomputation():
     run(2, equal_to_one_rank, 2, 2, {}, recomputed_blocks)
+
+
+def stages():
+    """A model cut in two, one after the other on the same ranks: what travels between them is a part of sequences."""
+    one, tokens = build(), batches()[0]
+    next_token_loss(one(tokens[:, :-1]), tokens[:, 1:]).backward()
+    parts = [build(kept=range(1)), build(kept=range(1, 2))]
+    meshes = Meshes.of("cpu", tp=2, ep=2)
+    for part in parts:
+        parallelize(tensor_parallel(part, meshes.dense["tp"]), meshes)
+    x = parts[0](tokens[:, :-1])
+    assert x.shape == (BATCH, LENGTH // 2, 16)
+    loss = next_token_loss(parts[1](x, tokens=tokens[:, :-1]), tokens[:, 1:])
+    loss.backward()
+    grads = {}
+    for part in parts:
+        sync_gradients(part, meshes)
+        for name, p in part.named_parameters():
+            grads[name] = whole(p.grad) + grads.get(name, 0)  # the embedding is in both
+    for name, p in one.named_parameters():
+        close(grads[name], p.grad, 1e-12, name)
+
+
+def test_stages_of_a_pipeline():
+    run(2, stages)
 
 
 def forget_the_router(model):
