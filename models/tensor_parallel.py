@@ -73,10 +73,12 @@ class OwnTokens(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        whole = {}  # by parameter: one that is tied stays so
+        for p in module.parameters():
+            replica = DTensor.from_local(p.detach(), device_mesh, [Replicate()], run_check=False)
+            whole[p] = nn.Parameter(replica, requires_grad=p.requires_grad)
         for part in module.modules():
-            for name, p in list(part.named_parameters(recurse=False)):
-                whole = DTensor.from_local(p.detach(), device_mesh, [Replicate()], run_check=False)
-                part.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
+            part._parameters.update({name: whole[p] for name, p in part._parameters.items() if p is not None})
         module.register_forward_pre_hook(_lay_out)
         module.register_forward_hook(_put_back, always_call=True)
         return module
