@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..moe.layer import MoE
 from ..moe.shared import FeedForward
+from .recompute import Blocks, Core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class GPT(nn.Module):
         first, last = 0 in kept, config.layers - 1 in kept
         embed = nn.Embedding(config.vocab, config.dim)
         self.embed = embed if first or last else None
-        self.blocks = nn.ModuleList()
+        self.blocks = Blocks()
         for index in range(config.layers):
             block = Block(config, index + 1)  # dropped at once if not kept, having drawn its random numbers
             self.blocks.add_module(str(index), block if index in kept else None)
@@ -86,9 +87,7 @@ class GPT(nn.Module):
             if self.embed is None:
                 raise ValueError("this stage has no embedding: give it the hidden states of the stage before it")
             x = self.embed(x)
-        for block in self.blocks:
-            if block is not None:
-                x = block(x, self.cos, self.sin, tokens)
+        x = self.blocks(x, self.cos, self.sin, tokens)
         if self.norm is None or self.embed is None:
             return x
         return F.linear(self.norm(x), self.embed.weight)
@@ -140,6 +139,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        self.core = Core()
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))  # GPT-2: the residual adds up
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         q = rotate(rearrange(self.query(x), "b s (h d) -> b h s d", d=self.size), cos, sin)
         k = rotate(rearrange(self.key(x), "b s (h d) -> b h s d", d=self.size), cos, sin)
         v = rearrange(self.value(x), "b s (h d) -> b h s d", d=self.size)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        y = self.core(q, k, v, causal=True, grouped=self.kv_heads != self.heads)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
