@@ -6,6 +6,7 @@ from .loss import next_token_loss
 from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
 from .recompute import recompute
 from .t5 import T5, T5Config
+from .tensor_parallel import tensor_parallel
 
 __all__ = [
     "BERT",
@@ -20,4 +21,5 @@ __all__ = [
     "mask_tokens",
     "next_token_loss",
     "recompute",
+    "tensor_parallel",
 ]
