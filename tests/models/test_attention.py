@@ -42,9 +42,7 @@ def compare(attention, x, y, expected, more=()):
 def by_formula(attention, x, memory, each):
     weights = {name: getattr(attention, name).weight for name in ("query", "key", "value", "out")}
     heads = attention.heads, attention.kv_heads
-    return torch.stack(
-        [reference.attention(a, b, weights, *heads, **each(n)) for n, (a, b) in enumerate(zip(x, memory))]
-    )
+    return torch.stack([reference.attention(x[n], memory[n], weights, *heads, **each(n)) for n in range(len(x))])
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
