@@ -44,7 +44,7 @@ __device__ void walk(const long long* __restrict__ expert, Range range, int E, i
 #pragma unroll
     for (int j = 0; j < kBatch; j++) {
       long long i = first + 32 * j + lane;
-      unsigned same = __match_any_sync(kAllLanes, id[j]);
+      unsigned same = __match_any_sync(~0u, id[j]);
       int row = id[j] < 0 ? -1 : bins[id[j]] + __popc(same & lower);
       __syncwarp();  // all have read
       if (id[j] >= 0 && !(same & lower)) bins[id[j]] += __popc(same);
@@ -63,11 +63,11 @@ __device__ int exclusive_scan(int* values, int n) {
   for (int first = mine.begin; first < mine.end; first += 32) {
     int i = first + lane, value = i < mine.end ? values[i] : 0, sum = value;
     for (int step = 1; step < 32; step *= 2) {
-      int before = __shfl_up_sync(kAllLanes, sum, step);
+      int before = __shfl_up_sync(~0u, sum, step);
       if (lane >= step) sum += before;
     }
     if (i < mine.end) values[i] = carry + sum - value;
-    carry += __shfl_sync(kAllLanes, sum, 31);
+    carry += __shfl_sync(~0u, sum, 31);
   }
   if (lane == 0) held[warp] = carry;
   __syncthreads();
@@ -116,7 +116,7 @@ plan_place(const long long* __restrict__ expert, const int* __restrict__ histogr
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
     int before = 0, all = 0;
 #pragma unroll 8
-    for (int b = 0; b < gridDim.x; b++) {
+    for (unsigned b = 0; b < gridDim.x; b++) {
       int count = histogram[(long long)b * E + e];
       before += b < blockIdx.x ? count : 0;
       all += count;

@@ -14,12 +14,12 @@ __device__ unsigned order_of(float x) {
 }
 
 __device__ float warp_max(float x) {
-  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
   return x;
 }
 
 __device__ float warp_sum(float x) {
-  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
   return x;
 }
 
@@ -81,8 +81,8 @@ route(const float* __restrict__ logits, const float* __restrict__ bias, long lon
   unsigned chosen = 0;  // of the choice that this lane will write
   float chosen_score = 0, total = 0;
   for (int j = 0; j < k; j++) {
-    unsigned order = __reduce_max_sync(kAllLanes, mine.order);
-    unsigned e = __reduce_min_sync(kAllLanes, mine.order == order ? mine.expert : kNobody);
+    unsigned order = __reduce_max_sync(~0u, mine.order);
+    unsigned e = __reduce_min_sync(~0u, mine.order == order ? mine.expert : kNobody);
     float s = score(logits[e]);
     total += s;
     if (lane == j) chosen = e, chosen_score = s;

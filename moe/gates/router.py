@@ -78,11 +78,28 @@ def plain_backward(
     return scores * (grad - (grad * scores).sum(-1, keepdim=True))
 
 
+# Of `router.cu`: a warp for each token, whose lanes write one choice each, and which keeps E floats in shared memory,
+# of which a block may take 96 KiB (from 48 on by consent; 99 are the least of any device since sm_80).
+WARPS, MOST_CHOICES, SHARED_FLOATS = 4, 32, 24000
+
+
+def _has_kernel(scores: Tensor, k: int) -> bool:
+    return k <= MOST_CHOICES and scores.shape[1] <= SHARED_FLOATS and available(scores.device)
+
+
 @torch.library.custom_op("turnout::route", mutates_args=())
 def _route(
     logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return plain(logits, bias, k, sigmoid, normalize)
+    if not _has_kernel(logits, k):
+        return plain(logits, bias, k, sigmoid, normalize)
+    (T, E), logits = logits.shape, logits.contiguous()
+    expert = logits.new_empty(T, k, dtype=torch.int64)
+    weight, scores = logits.new_empty(T, k), torch.empty_like(logits)
+    warps = min(WARPS, SHARED_FLOATS // E)
+    args = logits, None if bias is None else bias.contiguous(), expert, weight, scores, T, E, k, sigmoid, normalize
+    launch("route", (-(-T // warps),), (32 * warps,), args, 4 * warps * E)
+    return weight, scores, expert
 
 
 @torch.library.custom_op("turnout::route_backward", mutates_args=())
@@ -94,7 +111,13 @@ def _route_backward(
     sigmoid: bool,
     normalize: bool,
 ) -> Tensor:
-    return plain_backward(grad_weight, grad_scores, expert, scores, sigmoid, normalize)
+    (T, E), k = scores.shape, expert.shape[1]
+    if not _has_kernel(scores, k):
+        return plain_backward(grad_weight, grad_scores, expert, scores, sigmoid, normalize)
+    grad_logits = torch.empty_like(scores)
+    args = grad_weight, grad_scores, expert, scores, grad_logits, T, E, k, sigmoid, normalize
+    launch("route_backward", (-(-T // WARPS),), (32 * WARPS,), args)
+    return grad_logits
 
 
 @_route.register_fake
