@@ -26,7 +26,12 @@ class Kernel(NamedTuple):
     signature: str
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {
+    "plan_count": Kernel("plan.cu", "PPiii"),
+    "plan_place": Kernel("plan.cu", "PPPPPiiiii"),
+    "route": Kernel("router.cu", "PPPPPiiiii"),
+    "route_backward": Kernel("router.cu", "PPPPPiiiii"),
+}
 
 Argument = Tensor | int | float | None
 Packed = int | np.generic  # a pointer, or a number of the parameter's own width
