@@ -22,7 +22,7 @@ def check(device, logits, k, score, normalize, bias=None, grads=("weight", "scor
     ours = logits.clone().to(device).requires_grad_()
     expert, weight, scores = route(ours, k, score, normalize, None if bias is None else bias.to(device))
     choice = logits if bias is None else scores.detach().cpu() + bias
-    assert torch.equal(expert.cpu(), choice.sort(1, descending=True, stable=True).indices[:, :k])
+    assert torch.equal(expert.cpu(), choice.sort(dim=1, descending=True, stable=True).indices[:, :k])
     assert weight.dtype == scores.dtype == torch.float32
 
     exact = logits.double().requires_grad_()
@@ -39,7 +39,7 @@ def check(device, logits, k, score, normalize, bias=None, grads=("weight", "scor
     expected = sum((pairs[name][1] * seeds[name]).sum() for name in grads)
     (actual,) = torch.autograd.grad(actual, ours)
     (expected,) = torch.autograd.grad(expected, exact)
-    assert close(actual.cpu(), expected, 2e-5)
+    assert close(actual.cpu(), expected, 2e-4)  # a sigmoid near 1 has lost digits of s * (1 - s), here as in torch
 
 
 @given(st.data())
