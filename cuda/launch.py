@@ -26,7 +26,10 @@ class Kernel(NamedTuple):
     signature: str
 
 
-KERNELS: dict[str, Kernel] = {
+KERNELS = {
+    "encode": Kernel("encode.cu", "PPPPqqii"),
+    "decode": Kernel("decode.cu", "PPPPqii"),
+    "decode_backward": Kernel("decode.cu", "PPPPPPPqqii"),
     "plan_count": Kernel("plan.cu", "PPiii"),
     "plan_place": Kernel("plan.cu", "PPPPPiiiii"),
     "route": Kernel("router.cu", "PPPPPiiiii"),

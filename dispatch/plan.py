@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..cuda.launch import available, launch
+from . import kernels
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
@@ -103,11 +103,13 @@ class Plan:
 
 @torch.library.custom_op("turnout::plan", mutates_args=())
 def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    fits = num_experts <= MOST_EXPERTS and expert.numel() < 2**31
-    return (_counted if fits and available(expert.device) else _sorted)(expert, num_experts, capacity)
+    if kernels.places(expert, num_experts):
+        return kernels.plan(expert, num_experts, capacity)
+    return _sorted(expert, num_experts, capacity)
 
 
 def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """token, slot and counts in plain PyTorch."""
     flat = expert.flatten()
     order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # the dropped behind the kept
     counts = load(expert, num_experts)
@@ -118,29 +120,6 @@ def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Ten
     plan = Plan(expert, token, slot, counts)
     plan = plan if capacity is None else plan.padded(capacity)
     return plan.token, plan.slot, plan.counts
-
-
-# Of `plan.cu`: ints of shared memory that a block may take (96 KiB; from 48 on by consent, 99 are the least of any
-# device since sm_80), a set of E for the totals and one for each of the warps that count, at most 8.
-THREADS, SHARED_INTS = 256, 24000
-MOST_EXPERTS = SHARED_INTS // 2
-
-
-def _counted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`_sorted` by two kernels; nobody waits for the device."""
-    n, E = expert.numel(), num_experts
-    counters = min(THREADS // 32, SHARED_INTS // E - 1)
-    # 2048 assignments a block, unless the histogram outgrows 1 MiB: every block reads it all (from L2).
-    blocks = max(1, min(-(-n // 2048), 2**18 // E, 1024))
-    histogram = expert.new_empty(blocks, E, dtype=torch.int32)
-    token = expert.new_empty(n if capacity is None else E * capacity)
-    slot, counts = expert.new_empty(expert.shape), expert.new_empty(E)
-    expert, k = expert.contiguous(), expert.shape[1]
-    launch("plan_count", (blocks,), (THREADS,), (expert, histogram, n, E, counters), 4 * counters * E)
-    tensors = expert, histogram, token, slot, counts
-    padding = -1 if capacity is None else capacity
-    launch("plan_place", (blocks,), (THREADS,), (*tensors, n, k, E, counters, padding), 4 * (counters + 1) * E)
-    return token, slot, counts
 
 
 @_plan.register_fake

@@ -5,9 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runner import FORWARD, RANDOM, REVERSED
-from turnout.dispatch import Plan
-from turnout.dispatch.plan import MOST_EXPERTS, _counted, _plan, _sorted
+from turnout.dispatch import Plan, kernels
+from turnout.dispatch.plan import _plan, _sorted
 
+MOST_EXPERTS = kernels.BINS // 2
 KINDS = ("any", "some dropped", "one expert", "few experts", "all dropped")
 
 
@@ -25,7 +26,7 @@ def drawn(T, k, E, kind, seed=0):
 
 def same(device, expert, E, capacity=None):
     """Whether the kernels' token, slot and counts are those of plain PyTorch, dtypes included."""
-    ours = _counted(expert.to(device), E, capacity)
+    ours = kernels.plan(expert.to(device), E, capacity)
     pairs = zip(ours, _sorted(expert, E, capacity), strict=True)
     return all(torch.equal(a.cpu(), b) and a.dtype == b.dtype and a.is_contiguous() for a, b in pairs)
 
@@ -75,7 +76,7 @@ def test_the_comparison_can_fail(kernels_on_cpu):
     expert = drawn(100, 2, 5, "any")
     other = expert.clone()
     other[[3, 50]] = other[[50, 3]]
-    assert not torch.equal(_counted(other, 5, None)[1], _sorted(expert, 5, None)[1])
+    assert not torch.equal(kernels.plan(other, 5, None)[1], _sorted(expert, 5, None)[1])
 
 
 def test_the_operator_runs_two_kernels(kernels_on_cpu):
@@ -89,7 +90,7 @@ def test_the_operator_runs_two_kernels(kernels_on_cpu):
 
 def test_what_does_not_fit_goes_nowhere(device):
     expert = torch.tensor([[1], [7], [1], [-3], [1], [0]], device=device)  # 7 is no expert, 1 has too many
-    token, slot, counts = _counted(expert, 2, 2)
+    token, slot, counts = kernels.plan(expert, 2, 2)
     assert slot.flatten().tolist() == [2, -1, 3, -1, -1, 0]
     assert token.tolist() == [5, -1, 0, 2]
     assert counts.tolist() == [2, 3]
