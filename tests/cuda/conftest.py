@@ -4,18 +4,17 @@ import shutil
 
 import pytest
 import torch
-from runner import Runner
-from turnout.cuda import launch
+from runner import Runner, installed
 
 
 @pytest.fixture
-def kernels_on_cpu(monkeypatch):
+def kernels_on_cpu():
     """CPU tensors run kernels, not plain PyTorch: the backend that does it."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to run kernels on the CPU")
     runner = Runner()
-    monkeypatch.setitem(launch.backends, "cpu", runner)
-    return runner
+    with installed(runner):
+        yield runner
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

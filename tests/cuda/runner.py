@@ -1,6 +1,6 @@
 """Runs the kernels of cuda/ on CPU tensors: g++ compiles the sources that ship, through cuda_on_cpu.h.
 
-A `Runner` is a backend of `turnout.cuda.launch`; the fixture `kernels_on_cpu` installs one.
+A `Runner` is a backend of `turnout.cuda.launch`; `installed` and the fixtures in conftest.py make it that of the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,3 +122,17 @@ class Runner:
         """Run `kernel` to its end."""
         self.launched[kernel] = self.launched.get(kernel, 0) + 1
         library(kernel, self.flags).run(kernel, grid, block, args, shared, self.order)
+
+
+@contextmanager
+def installed(runner: Runner | None) -> Iterator[None]:
+    """CPU tensors run kernels through `runner`, or none at all."""
+    before = launch.backends.pop("cpu", None)
+    if runner is not None:
+        launch.backends["cpu"] = runner
+    try:
+        yield
+    finally:
+        launch.backends.pop("cpu", None)
+        if before is not None:
+            launch.backends["cpu"] = before
