@@ -77,7 +77,7 @@ def plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor
     blocks = max(1, min(_ceil(n, 2048), 2**18 // E, 1024))
     histogram = expert.new_empty(blocks, E, dtype=torch.int32)
     token = expert.new_empty(n if capacity is None else E * capacity)
-    slot, counts = torch.empty_like(expert), expert.new_empty(E)
+    slot, counts = expert.new_empty(tokens, k), expert.new_empty(E)
     launch("plan_count", (blocks,), (THREADS,), [expert, histogram, n, E, counters], 4 * counters * E)
     args = [expert, histogram, token, slot, counts, n, k, E, counters, -1 if capacity is None else capacity]
     launch("plan_place", (blocks,), (THREADS,), args, 4 * (counters + 1) * E)

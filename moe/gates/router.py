@@ -95,7 +95,7 @@ def _route(
         return plain(logits, bias, k, sigmoid, normalize)
     (T, E), logits = logits.shape, logits.contiguous()
     expert = logits.new_empty(T, k, dtype=torch.int64)
-    weight, scores = logits.new_empty(T, k), torch.empty_like(logits)
+    weight, scores = logits.new_empty(T, k), logits.new_empty(T, E)
     warps = min(WARPS, SHARED_FLOATS // E)
     args = logits, None if bias is None else bias.contiguous(), expert, weight, scores, T, E, k, sigmoid, normalize
     launch("route", (-(-T // warps),), (32 * warps,), args, 4 * warps * E)
@@ -114,7 +114,7 @@ def _route_backward(
     (T, E), k = scores.shape, expert.shape[1]
     if not _has_kernel(scores, k):
         return plain_backward(grad_weight, grad_scores, expert, scores, sigmoid, normalize)
-    grad_logits = torch.empty_like(scores)
+    grad_logits = scores.new_empty(T, E)
     args = grad_weight, grad_scores, expert, scores, grad_logits, T, E, k, sigmoid, normalize
     launch("route_backward", (-(-T // WARPS),), (32 * WARPS,), args)
     return grad_logits
