@@ -4,7 +4,7 @@
 // Sums in float32, j = 0 .. k - 1; rows of nobody are not read. Products and sums are rounded one by one, so that the
 // result is the plain PyTorch one to the bit. `weight` is null where rows are weighted already.
 template <class T, class Chunk, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
            Chunk* __restrict__ y, long long num_tokens, int chunks, int k) {
   using Values = Elements<T, Chunk>;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_rows[slot[t, j]] = weight[t, j] * grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>, 0 where dropped.
 // A group is one warp: grad is read once for kAtOnce rows. Empty rows get zeros, as in encode.
 template <class T, class Chunk, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     decode_backward(const Chunk* __restrict__ grad, const Chunk* __restrict__ rows, const float* __restrict__ weight,
                     const long long* __restrict__ token, const long long* __restrict__ slot,
                     Chunk* __restrict__ grad_rows, float* __restrict__ grad_weight, long long num_tokens,

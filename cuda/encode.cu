@@ -3,7 +3,7 @@
 
 // Moves bytes, whatever their type. The first T groups take a token each, the others kRowsAGroup rows each.
 template <class Chunk, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     encode(const Chunk* __restrict__ x, const long long* __restrict__ token, const long long* __restrict__ slot,
            Chunk* __restrict__ rows, long long num_tokens, long long num_rows, int chunks, int k) {
   const long long t = group_number();

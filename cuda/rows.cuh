@@ -4,7 +4,7 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int kThreads = 256;    // of a block, at most
+constexpr int kThreads = 256;    // of a block, at most; __launch_bounds__(kThreads, 1), or ptxas saves registers and spills
 constexpr int kRowsAGroup = 32;  // rows one group looks at for empty ones
 
 // The number of this group in the grid.

@@ -232,6 +232,11 @@ const char* signature(void (*)(A...)) {
     return on_cpu::launch(&__VA_ARGS__, args, sizes, shared, kind);                                         \
   }
 
+#ifdef ON_CPU_COVERAGE
+extern "C" void __gcov_dump();
+extern "C" void dump_coverage() { __gcov_dump(); }
+#endif
+
 #define threadIdx (on_cpu::block->running->index)
 #define blockIdx (on_cpu::block->index)
 #define blockDim (on_cpu::block->size)

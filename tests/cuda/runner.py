@@ -28,6 +28,7 @@ FORWARD, REVERSED, RANDOM = 0, 1, 2  # in which order threads and blocks take tu
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}")
 # The sanitizers that make a program stop; g++ runs them where the address sanitizer was loaded before Python.
 SANITIZERS = ("-g", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all")
+COVERAGE = ("--coverage", "-O0", "-DON_CPU_COVERAGE")  # gcov counts lines; the library writes with dump_coverage()
 
 
 def cache() -> Path:
