@@ -82,7 +82,7 @@ def test_a_syntax_error_comes_with_the_compilers_words(tmp_path):
 def test_each_source_compiles_by_itself_with_nvcc(source, tmp_path):
     unit = tmp_path / "unit.cu"  # a template alone makes no code
     instance = INSTANCES[source][0]
-    unit.write_text(f'#include "{launch.FOLDER / source}"\nauto* const kernel = &{instance};\n')
+    unit.write_text(f'#include "{launch.FOLDER / source}"\nauto* kernel = &{instance};\n')
     for path in (launch.FOLDER / source, unit):
         command = ["nvcc", "-arch=sm_90", "-std=c++17", "-Werror", "all-warnings", "--cubin"]
         done = subprocess.run(
