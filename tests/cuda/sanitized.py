@@ -39,7 +39,7 @@ def sound():
     lay_out_and_route()
     expert = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).argsort(1)
     expert[0, 1] = expert[2] = -1
-    for k, D, dtype in [(2, 8, torch.bfloat16), (2, 7, torch.bfloat16), (3, 4, torch.float32), (3, 5, torch.float32)]:
+    for k, D, dtype in [(2, 8, torch.bfloat16), (2, 7, torch.float16), (3, 4, torch.float32), (3, 5, torch.float32)]:
         ragged = Plan.of(expert[:, :k].contiguous(), 4)
         for plan in (ragged, ragged.padded(5)):
             x = torch.ones(5, D, dtype=dtype, requires_grad=True)
@@ -63,6 +63,19 @@ def misaligned():
     launch.launch("fill_wide", (1,), (1,), [torch.zeros(9)[1:]])
 
 
+USED = {  # the instances that `sound` takes
+    "encode.cu": ("encode<uint4, 2>", "encode<unsigned short, 2>", "encode<uint4, 0>", "encode<unsigned, 0>"),
+    "decode.cu": tuple(
+        f"{kernel}<{arguments}>"
+        for kernel in ("decode", "decode_backward")
+        for arguments in (
+            "__nv_bfloat16, uint4, 2",
+            "__half, unsigned short, 2",
+            "float, uint4, 0",
+            "float, unsigned, 0",
+        )
+    ),
+}
 CASES = [sound, past_the_end, past_shared_memory, misaligned]
 
 
@@ -70,15 +83,8 @@ def main(folder):
     launch.KERNELS["fill"] = launch.Kernel(str(PLANTED), "Pq")
     launch.KERNELS["reverse_dynamic"] = launch.Kernel(str(PLANTED), "PPi")
     launch.KERNELS["fill_wide"] = launch.Kernel(str(PLANTED), "P")
-    chunks = {"float": ("uint4", "unsigned", 0), "__nv_bfloat16": ("uint4", "unsigned short", 2)}
-    used = [(element, chunk, k) for element, (*both, k) in chunks.items() for chunk in both]
-    decodes = [
-        f"{name}<{element}, {chunk}, {k}>" for name in ("decode", "decode_backward") for element, chunk, k in used
-    ]
     runner.INSTANCES.clear()
-    runner.INSTANCES["decode.cu"] = tuple(decodes)
-    runner.INSTANCES["encode.cu"] = tuple(f"encode<{chunk}, {k}>" for _, chunk, k in used)
-    runner.INSTANCES[str(PLANTED)] = ("fill<false>", "reverse_dynamic", "fill_wide")
+    runner.INSTANCES.update(USED, **{str(PLANTED): ("fill<false>", "reverse_dynamic", "fill_wide")})
     for case in CASES:
         if pid := os.fork():
             os.waitpid(pid, 0)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from instances import INSTANCES
+import runner
 from runner import COVERAGE, Runner, installed, library
-from sanitized import CASES, sound
+from sanitized import CASES, USED, sound
 from turnout.cuda import launch
 
 HERE = Path(__file__).parent
@@ -63,14 +63,14 @@ def test_planted_bugs_are_seen(errors, case, finding):
 
 @pytest.mark.skipif(shutil.which("gcov") is None, reason="needs gcov")
 def test_every_line_of_the_kernels_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "INSTANCES", USED)
     with installed(Runner(flags=COVERAGE)):
         sound()
     lines = {}
-    for source in INSTANCES:
-        kernel = next(k for k in INSTANCES[source] if launch.KERNELS[k.partition("<")[0]].source == source)
-        built = library(kernel, COVERAGE)
+    for kernels in USED.values():
+        built = library(kernels[0], COVERAGE)
         built.library.dump_coverage()
-        notes = next(built.path.parent.glob(f"{built.path.stem}*.gcno"))
+        (notes,) = built.path.parent.glob(f"{built.path.stem}*.gcno")
         command = ["gcov", "--json-format", "--stdout", str(notes)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         for file in json.loads(done.stdout)["files"]:
@@ -78,6 +78,6 @@ def test_every_line_of_the_kernels_runs(tmp_path, monkeypatch):
                 ran = lines.setdefault(Path(file["file"]).name, {})
                 for line in file["lines"]:
                     ran[line["line_number"]] = ran.get(line["line_number"], 0) + line["count"]
-    assert set(lines) >= set(INSTANCES)
+    assert set(lines) >= set(USED)
     missed = {name: [number for number, count in ran.items() if not count] for name, ran in lines.items()}
     assert not any(missed.values()), missed
