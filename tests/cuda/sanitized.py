@@ -75,6 +75,8 @@ USED = {  # the instances that `sound` takes
             "float, unsigned, 0",
         )
     ),
+    "plan.cu": ("plan_count", "plan_place"),
+    "router.cu": ("route", "route_backward"),
 }
 CASES = [sound, past_the_end, past_shared_memory, misaligned]
 
