@@ -30,6 +30,10 @@ KERNELS = {
     "encode": Kernel("encode.cu", "PPPPqqii"),
     "decode": Kernel("decode.cu", "PPPPqii"),
     "decode_backward": Kernel("decode.cu", "PPPPPPPqqii"),
+    "plan_count": Kernel("plan.cu", "PPiii"),
+    "plan_place": Kernel("plan.cu", "PPPPPiiiii"),
+    "route": Kernel("router.cu", "PPPPPiiiii"),
+    "route_backward": Kernel("router.cu", "PPPPPiiiii"),
 }
 
 Argument = Tensor | int | float | None
