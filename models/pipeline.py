@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -176,6 +177,7 @@ class Pipeline:
     def _prepare(self, batch: int, length: int) -> tuple[Any, list[_Stage]]:
         """The schedule for micro-batches [batch, length]: its buffers have fixed shapes."""
         if self._schedule is None or self._schedule[0] != (batch, length):
+            _keep_gathered(self.parts)
             config, number = self.stages.config, len(self.stages.blocks)
 
             def meta(*shape: int, **options: Any) -> Tensor:
@@ -288,6 +290,16 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _keep_gathered(parts: nn.ModuleList) -> None:
+    """FSDP2 gathers parameters once a step: in a backward in two halves, those freed in between get no gradient."""
+    for part in parts:
+        sharded = [module for module in part.modules() if isinstance(module, FSDPModule)]
+        if sharded and not isinstance(part, FSDPModule):
+            raise ValueError("layers of a stage are sharded, and the stage is not: call fully_shard on it as well")
+        for module in sharded:
+            module.set_reshard_after_forward(False)
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

@@ -136,7 +136,7 @@ def sharded(schedule):
     for part in pipeline.parts:
         parallelize(part, mesh)
         fully_shard_experts(part, mesh)
-        fully_shard(part, mesh=data, reshard_after_forward=False)
+        fully_shard(part, mesh=data)
     everyones = [batch(rank, 4) for rank in range(2)]
     for _ in range(2):  # on top of earlier gradients
         pipeline.step(*everyones[mesh.get_local_rank("edp")])
@@ -233,6 +233,10 @@ def refused(case):
     elif case == "group":
         stages = Stages.of(CONFIG, "1f1b", 4)
         Pipeline(stages.build(0), stages, group, 4)
+    elif case == "fsdp":
+        pipeline = build("1f1b", group, 2)
+        fully_shard(pipeline.parts[0].blocks[2 * dist.get_rank()], mesh=init_device_mesh("cpu", (2,)))
+        pipeline.step(*batch(0))
     elif case == "boundary":
         build("1f1b", group, 2, boundary=Boundary(8, group)).step(*(t[:, :5] for t in batch(0)))
 
@@ -247,6 +251,7 @@ def refused(case):
         ("rounds", "use a multiple of 2"),
         ("batch", "6 sequences does not split into 4"),
         ("group", "cut it for 2"),
+        ("fsdp", "call fully_shard on it"),
         ("boundary", "sequences of 5 tokens"),
     ],
 )
