@@ -236,6 +236,8 @@ class Pipeline:
             return
         for p in tied:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if isinstance(p, DTensor):  # tensor parallel, a look-up leaves another placement than the head
+                p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
         grads = [_local(cast(Tensor, p.grad)) for p in tied]
         if len(grads) == 2:
             grads[0].add_(grads[1])
