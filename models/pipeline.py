@@ -14,9 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -26,9 +24,9 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 
 from ..moe.gradients import clip_grad_norm_
-from ..moe.layer import aux_loss
 from .boundary import Boundary
 from .gpt import GPT
+from .stage import Stage, keep_gathered
 from .stages import Stages
 
 SCHEDULES: dict[str, Any] = {
@@ -96,7 +94,7 @@ class Pipeline:
         self.boundary = Boundary(stages.config.dim) if boundary is None else boundary
         parameter = next(self.parts.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
-        self._schedule: tuple[tuple[int, int], Any, list[_Stage]] | None = None
+        self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
         self._losses: list[Tensor] = []  # of the step under way, without graphs
         self._weight = 1.0  # of a micro-batch in their mean
 
@@ -174,10 +172,10 @@ class Pipeline:
         own_copy = tied[-1:] if self.stages.rank_of(len(self.stages.blocks) - 1) == dist.get_rank(self.group) else []
         return clip_grad_norm_(self.parts, max_norm, self.group, own_copy)
 
-    def _prepare(self, batch: int, length: int) -> tuple[Any, list[_Stage]]:
+    def _prepare(self, batch: int, length: int) -> tuple[Any, list[Stage]]:
         """The schedule for micro-batches [batch, length]: its buffers have fixed shapes."""
         if self._schedule is None or self._schedule[0] != (batch, length):
-            _keep_gathered(self.parts)
+            keep_gathered(self.parts)
             config, number = self.stages.config, len(self.stages.blocks)
 
             def meta(*shape: int, **options: Any) -> Tensor:
@@ -186,7 +184,7 @@ class Pipeline:
             hidden = meta(*self.boundary.shape(batch, length), dtype=self.dtype, requires_grad=True)
             logits = meta(batch, length, config.vocab, dtype=self.dtype, requires_grad=True)
             stages = [
-                _Stage(
+                Stage(
                     part,
                     index,
                     number,
@@ -254,37 +252,6 @@ class Pipeline:
         grads[0].add_(theirs)
 
 
-class _Stage(PipelineStage):
-    """A stage that adds the gradients of its balance losses, and sends its part of hidden states."""
-
-    boundary: Boundary
-    weight: float  # of a micro-batch in the mean
-    aux: list[Tensor]  # balance losses of the micro-batches of a step, without graphs
-
-    def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
-        y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(self.submod)
-        self.aux.append(aux.detach())
-        if aux.requires_grad:
-            y = AddLoss.apply(y, aux * self.weight)
-        return y if self.is_last else self.boundary.leave(y)
-
-
-class AddLoss(torch.autograd.Function):
-    """x, unchanged; when its gradient comes, the loss gets one too, as if it had been added to the task's loss."""
-
-    @staticmethod
-    def forward(ctx, x, loss):
-        """x of any shape, loss a scalar."""
-        ctx.save_for_backward(loss)
-        return x.detach()  # not a view: zero-bubble schedules detach the output in place
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient of x, and 1."""
-        return grad, torch.ones_like(ctx.saved_tensors[0])
-
-
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean nats per token of logits [B, S, vocab] and targets int64 [B, S]."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -292,16 +259,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _keep_gathered(parts: nn.ModuleList) -> None:
-    """FSDP2 gathers parameters once a step: in a backward in two halves, those freed in between get no gradient."""
-    for part in parts:
-        sharded = [module for module in part.modules() if isinstance(module, FSDPModule)]
-        if sharded and not isinstance(part, FSDPModule):
-            raise ValueError("layers of a stage are sharded, and the stage is not: call fully_shard on it as well")
-        for module in sharded:
-            module.set_reshard_after_forward(False)
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from turnout.models import GPT, GPTConfig
 from turnout.models.boundary import Boundary
-from turnout.models.pipeline import Pipeline, _Stage, cross_entropy
+from turnout.models.pipeline import Pipeline, cross_entropy
 from turnout.models.recompute import recompute
+from turnout.models.stage import Stage
 from turnout.models.stages import PER_RANK, Stages, cut, flops
 from turnout.moe import aux_loss, fully_shard_experts, parallelize, sync_gradients
 
@@ -183,8 +184,8 @@ def sent(schedule, split):
 
         return counted
 
-    _Stage.get_fwd_send_ops = counting(_Stage.get_fwd_send_ops)
-    _Stage.get_bwd_send_ops = counting(_Stage.get_bwd_send_ops)
+    Stage.get_fwd_send_ops = counting(Stage.get_fwd_send_ops)
+    Stage.get_bwd_send_ops = counting(Stage.get_bwd_send_ops)
     boundary = Boundary(8, mesh.get_group("tp"), sequence_parallel=False) if split else None
     pipeline = build(schedule, mesh.get_group("pp"), 4, boundary=boundary)
     tokens, targets = batch(0)
