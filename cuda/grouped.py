@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .grouped_kernels import down_kernel, hidden_kernel, up_kernel, weight_kernel
-from .tiles import Blocks, Tiles
+from .tiles import Blocks, Tiles, blocks
 
 
 def up(
@@ -43,11 +43,11 @@ def up(
     (_, D, H), R = w_up.shape, len(weight)
     hidden = x.new_empty(R, H)
     before, gate = (x.new_empty(R if save and wanted else 0, H) for wanted in (True, w_gate is not None))
-    blocks = Blocks.of("up", x, R // len(ends))
-    tiles = Tiles.of(ends, R, blocks.rows)
-    up_kernel[(_programs(tiles, H, blocks),)](
+    size = blocks("up", x, R // len(ends))
+    tiles = Tiles.of(ends, R, size.rows)
+    up_kernel[(_programs(tiles, H, size),)](
         x, token, weight, w_up, w_up if w_gate is None else w_gate, *tiles, before, gate, hidden, len(tiles.expert),
-        D=D, H=H, ACTIVATION=activation, GATHER=token is not None, SAVE=save, **_constants(x, blocks),
+        D=D, H=H, ACTIVATION=activation, GATHER=token is not None, SAVE=save, **_constants(x, size),
     )  # fmt: skip
     return hidden, before, gate
 
@@ -61,11 +61,11 @@ def down(pairs: list[tuple[Tensor, Tensor]], ends: Tensor, transposed: bool = Fa
     R, K = a.shape
     N = b.shape[1 if transposed else 2]
     out = a.new_empty(R, N)
-    blocks = Blocks.of("down", a, R // len(ends))
-    tiles = Tiles.of(ends, R, blocks.rows)
-    down_kernel[(_programs(tiles, N, blocks),)](
+    size = blocks("down", a, R // len(ends))
+    tiles = Tiles.of(ends, R, size.rows)
+    down_kernel[(_programs(tiles, N, size),)](
         a, b, a2, b2, *tiles, out, len(tiles.expert),
-        K=K, N=N, TRANSPOSED=transposed, PAIR=len(pairs) == 2, **_constants(a, blocks),
+        K=K, N=N, TRANSPOSED=transposed, PAIR=len(pairs) == 2, **_constants(a, size),
     )  # fmt: skip
     return out
 
@@ -88,12 +88,12 @@ def hidden_backward(
     """
     (_, H, D), R = w_down.shape, len(weight)
     hidden, to_up, to_gate = (torch.empty_like(t) for t in (up, up, gate))
-    blocks = Blocks.of("hidden", grad, R // len(ends))
-    tiles = Tiles.of(ends, R, blocks.rows)
-    to_weight = torch.zeros(-(-H // blocks.columns), R, device=grad.device)
-    hidden_kernel[(_programs(tiles, H, blocks),)](
+    size = blocks("hidden", grad, R // len(ends))
+    tiles = Tiles.of(ends, R, size.rows)
+    to_weight = torch.zeros(-(-H // size.columns), R, device=grad.device)
+    hidden_kernel[(_programs(tiles, H, size),)](
         grad, token, weight, w_down, *tiles, up, gate, to_up, to_gate, hidden, to_weight, len(tiles.expert), R,
-        D=D, H=H, ACTIVATION=activation, GATHER=token is not None, **_constants(grad, blocks),
+        D=D, H=H, ACTIVATION=activation, GATHER=token is not None, **_constants(grad, size),
     )  # fmt: skip
     return hidden, to_up, to_gate, to_weight.sum(0)
 
@@ -108,11 +108,11 @@ def weight_backward(
     b, c = others[0], others[-1]
     K, N = a.shape[1], b.shape[1]
     out = [a.new_empty(len(ends), K, N) for _ in others]
-    blocks = Blocks.of("weight", a, 0)
-    tiles = -(-K // blocks.rows) * -(-N // blocks.columns)
+    size = blocks("weight", a, 0)
+    tiles = -(-K // size.rows) * -(-N // size.columns)
     weight_kernel[(tiles, len(ends))](
         a, b, c, a_token, b_token, ends, out[0], out[-1], K=K, N=N, GATHER_A=a_token is not None,
-        GATHER_B=b_token is not None, BOTH=len(others) == 2, **_constants(a, blocks),
+        GATHER_B=b_token is not None, BOTH=len(others) == 2, **_constants(a, size),
     )  # fmt: skip
     return out
 
@@ -122,17 +122,18 @@ def interpreted() -> bool:
     return "Interpreted" in type(up_kernel).__name__
 
 
-def _programs(tiles: Tiles, columns: int, blocks: Blocks) -> int:
-    return len(tiles.expert) * -(-columns // blocks.columns)
+def _programs(tiles: Tiles, columns: int, size: Blocks) -> int:
+    return len(tiles.expert) * -(-columns // size.columns)
 
 
-def _constants(x: Tensor, blocks: Blocks) -> dict[str, int | str]:
+def _constants(x: Tensor, size: Blocks) -> dict[str, int | str]:
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "PRECISION": "tf32" if tf32 else "ieee",
-        "BM": blocks.rows,
-        "BN": blocks.columns,
-        "BK": blocks.depth,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
+        "BM": size.rows,
+        "BN": size.columns,
+        "BK": size.depth,
+        "num_warps": size.warps,
+        "num_stages": size.stages,
+        "enable_fp_fusion": True,  # Triton's default until 3.10
     }

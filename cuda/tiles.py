@@ -55,27 +55,33 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
 
-    @classmethod
-    def of(cls, kernel: str, x: Tensor, rows: int) -> Blocks:
-        """For tensors like `x` and `rows` rows an expert on average: without spills, else unmeasured."""
-        if x.device.type != "cuda":
-            return cls(16, 16, 16, 4, 1)  # Triton's interpreter: the smallest there are, so that small inputs have many
-        if x.element_size() == 4:
-            return _FLOAT32
-        hopper = torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-        size = (_LARGE if hopper else _MEDIUM)[kernel]
-        if kernel == "weight" or rows > size.rows // 2:
-            return size
-        return size._replace(rows=64, warps=4)
+
+def blocks(kernel: str, x: Tensor, rows: int) -> Blocks:
+    """For a kernel over tensors like `x`, on its device, with `rows` rows an expert on average."""
+    if x.device.type != "cuda":
+        return Blocks(16, 16, 16, 4, 1)  # Triton's interpreter: the smallest, so that small inputs have many
+    return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > 64)
 
 
-KERNELS = ("up", "down", "hidden", "weight")
-_FLOAT32 = Blocks(64, 64, 32, 4, 2)
+def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
+    """For a GPU of compute capability `major`; `many` rows an expert or few. No register spills; else unmeasured."""
+    if itemsize == 4:
+        return _FLOAT32
+    size = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
+    return size if many or kernel == "weight" else size._replace(rows=64, warps=4)
+
+
+_FLOAT32 = Blocks(64, 64, 32, 8, 2)
 # "up" and "weight" hold two accumulators of this size.
-_MEDIUM = dict.fromkeys(KERNELS, Blocks(128, 64, 32, 4, 3))  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
+_MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
+    "up": Blocks(128, 64, 32, 4, 3),
+    "down": Blocks(128, 64, 32, 4, 3),
+    "hidden": Blocks(64, 64, 32, 4, 3),  # whose epilogue wants many registers
+    "weight": Blocks(128, 64, 32, 4, 3),
+}
 _LARGE = {  # 227 KiB: sm_90, sm_100
     "up": Blocks(128, 128, 64, 8, 3),
     "down": Blocks(128, 256, 64, 8, 3),
-    "hidden": Blocks(128, 128, 64, 8, 3),
+    "hidden": Blocks(128, 64, 64, 8, 4),
     "weight": Blocks(128, 128, 64, 8, 3),
 }

@@ -48,9 +48,11 @@ def check_kernel(kernel: str, x: Tensor) -> None:
     """Raise what is wrong with Triton for rows like `x`, and what to do."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'kernel="{kernel}" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
+    if x.is_meta:
+        return
     if importlib.util.find_spec("triton") is None:
         raise ModuleNotFoundError(f'kernel="{kernel}" needs Triton (pip install triton), or set kernel="torch"')
-    if x.device.type not in ("cuda", "meta"):
+    if not x.is_cuda:
         from ..cuda.grouped import interpreted
 
         if not interpreted():
