@@ -4,12 +4,13 @@ A program makes one tile [BM, BN] of a result and sums over BK at a time, in flo
 constants of the kernel, so that masks fold away where tiles divide them; rows are 64-bit: there may be 2^31 elements.
 """
 
+# pyright: reportArgumentType=false, reportMissingImports=false
 # ruff: noqa: RET505 (Triton leaves a branch out by its constant condition, but does not know that a return ends it)
 
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 TOGETHER = tl.constexpr(8)  # row tiles that go through the columns of a weight while these are in L2
 

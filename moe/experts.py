@@ -92,13 +92,12 @@ class FeedForwardExperts(Experts):
     `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
     W_down (w a) = w W_down a.
 
+    `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias; not
+    run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+
     Args:
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
-
-    Attributes:
-        kernel: what computes them; may be set at any time. ``"torch"``: torch's grouped matrix product.
-            ``"triton"``: `fused`, which reads tokens where they lie and keeps less for the backward; CUDA, without
-            bias; not run on a GPU yet. ``"auto"``: "torch", until there are measurements.
     """
 
     def __init__(
@@ -119,7 +118,8 @@ class FeedForwardExperts(Experts):
         self.reset_parameters()
 
     @property
-    def kernel(self) -> str:  # noqa: D102 (an attribute of the class, to its users)
+    def kernel(self) -> str:
+        """What computes the experts."""
         return self._kernel
 
     @kernel.setter
