@@ -22,6 +22,7 @@ from .ops import decode, encode
 from .overlap import OverlapDispatcher
 from .plan import Plan
 from .profile import Profile
+from .tensor_parallel import TensorParallelDispatcher
 
 __all__ = [
     "AutoDispatcher",
@@ -37,6 +38,7 @@ __all__ = [
     "Plan",
     "Profile",
     "SteppedDispatcher",
+    "TensorParallelDispatcher",
     "Travel",
     "all_to_all",
     "all_to_all_2d",

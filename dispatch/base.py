@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import node_and_local
 from .plan import Plan
-from .steps import Steps, finish, refuse
+from .steps import Ready, Steps, finish, refuse
 
 
 class Batch(NamedTuple):
@@ -63,7 +63,7 @@ class Dispatcher(ABC):
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """`dispatch` as a trip in steps (`turnout.dispatch.steps`); one that has none is ready at once."""
-        yield
+        yield Ready()
         return self.dispatch(x, plan, weight)
 
     def combine_steps(self, rows: Tensor, receipt: Any) -> Steps[Tensor]:
@@ -73,7 +73,7 @@ class Dispatcher(ABC):
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """`refuse` as steps: those of `dispatch_steps` up to where rows would leave."""
-        yield
+        yield Ready()
         self.refuse(num_experts, device)
 
     @property
@@ -88,7 +88,7 @@ class Dispatcher(ABC):
 class SteppedDispatcher(Dispatcher):
     """A dispatcher written as steps: `dispatch_steps`, `combine_steps` and `refuse_steps`.
 
-    Up to its bare ``yield`` a dispatch asks for sizes and numbers alone, after it for rows alone.
+    Up to its ``yield Ready(...)`` a dispatch asks for sizes and numbers alone, after it for rows alone.
     """
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:

@@ -16,7 +16,7 @@ from .base import Batch, SteppedDispatcher
 from .blocks import invert, reorder
 from .ops import decode, encode, encode_weight, permute
 from .plan import Plan
-from .steps import Read, Rows, Sizes, Steps
+from .steps import Read, Ready, Rows, Sizes, Steps
 
 
 class _Receipt(NamedTuple):
@@ -56,25 +56,25 @@ class FlatDispatcher(SteppedDispatcher):
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes, unless all are equal; rows; and the order in which the experts want them."""
         if plan.capacity is not None and self.equal_tokens:
-            yield
             return (yield from self._dispatch_padded(x, plan, weight))
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
         came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan.capacity))
-        yield
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
+        yield Ready(came.sum(0), sum(recv))
         rows, weights = yield Rows((encode(x, plan), encode_weight(weight, plan)), send, recv, self.group)
         order, counts = reorder(came, "w l -> l w", rows=sum(recv))
         return self._hand_out(rows, weights, counts.sum(1), _Receipt(plan, send, recv, order, invert(order)))
 
     def _dispatch_padded(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        local = plan.counts.numel() // self.size
+        counts = plan.counts[:local] * self.size
+        yield Ready(counts, plan.token.shape[0])
         rows, weights = yield Rows((encode(x, plan), encode_weight(weight, plan)), None, None, self.group)
         index = torch.arange(rows.shape[0], device=rows.device)
-        local = plan.counts.numel() // self.size
         order = rearrange(index, "(w l c) -> (l w c)", w=self.size, l=local)
         inverse = rearrange(index, "(l w c) -> (w l c)", w=self.size, l=local)
-        counts = plan.counts[:local] * self.size
         return self._hand_out(rows, weights, counts, _Receipt(plan, None, None, order, inverse))
 
     def _hand_out(self, rows: Tensor, weight: Tensor, counts: Tensor, receipt: _Receipt) -> Batch:
@@ -92,7 +92,7 @@ class FlatDispatcher(SteppedDispatcher):
         if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
             nothing = torch.zeros(self.size, num_experts // self.size, dtype=torch.int64, device=device)
             yield from self._exchange_sizes(nothing, Note.refusal(device))
-        yield
+        yield Ready()
 
     def _exchange_sizes(self, to: Tensor, note: Tensor) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
         """to int64 [W, L], note [5] -> sizes that came [W, L], send and recv splits, agreed capacity."""

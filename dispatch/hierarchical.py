@@ -34,7 +34,7 @@ from .collectives import all_to_all
 from .mesh import node_and_local
 from .ops import decode, encode, encode_weight, permute
 from .plan import Plan
-from .steps import Read, Rows, Sizes, Steps
+from .steps import Read, Ready, Rows, Sizes, Steps
 
 
 def all_to_all_2d(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -112,10 +112,8 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
             note = Note.tensor(x, weight, plan.capacity)
             sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note)
             if capacity is None:
-                yield
                 return (yield from self._carry(x, plan, weight, sizes))
             plan = plan.padded(capacity)
-        yield
         sizes = _Sizes.even(self._by_rank(plan.counts), rows=plan.token.shape[0])
         return (yield from self._carry(x, plan, weight, sizes))
 
@@ -131,7 +129,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
             nothing = torch.zeros(num_experts, dtype=torch.int64, device=device)
             yield from self._exchange_sizes(self._by_rank(nothing), Note.refusal(device))
-        yield
+        yield Ready()
 
     def _by_rank(self, counts: Tensor) -> Tensor:
         nodes, places = self.shape
@@ -153,6 +151,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def _carry(self, x: Tensor, plan: Plan, weight: Tensor, sizes: _Sizes) -> Steps[Batch]:
         leave, passed, arrived = sizes.rows
+        yield Ready(sizes.arriving.sum((0, 1)), arrived)
         first, _ = reorder(sizes.leaving, "n l e -> l n e", leave)
         plan = plan.reordered(first)  # encode and decode read rows where they lie: no pass of their own for this
         both = encode(x, plan), encode_weight(weight, plan)

@@ -1,7 +1,8 @@
 """The axes of a DeviceMesh, told by name.
 
 "ep": the ranks that share the experts; it may be given as "node" and "local". "edp": the ranks that repeat
-them. Along all of these, ranks have parts of the batch of their own.
+them. "etp": the ranks that hold slices of the same experts. Along all of these, ranks have parts of the batch
+of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-EP, EDP, NODE, LOCAL = "ep", "edp", "node", "local"
+EP, EDP, ETP, NODE, LOCAL = "ep", "edp", "etp", "node", "local"
 
 
 def names(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -24,6 +25,16 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
     if name == EP and {NODE, LOCAL} <= set(names(mesh)):
         return mesh[NODE, LOCAL]._flatten(EP)
     return None
+
+
+def holders(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes over which one copy of the experts lies: "ep", and "etp" where there is more than one slice."""
+    etp = axis(mesh, ETP)
+    if etp is None or etp.size() == 1:
+        ep = axis(mesh, EP)
+        assert ep is not None
+        return ep
+    return mesh[tuple(name for name in names(mesh) if name in (EP, NODE, LOCAL, ETP))]
 
 
 def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
@@ -47,11 +58,13 @@ def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes along which ranks have parts of the batch."""
-    axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL))
+    axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL, ETP))
     if not axes:
         raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
-    if "etp" in names(mesh):
-        raise ValueError("experts cannot be split inside yet: leave the axis etp out")
+    if ETP in axes and not {EP, NODE} & set(axes):
+        raise ValueError(
+            f'"etp" splits what "ep" spreads: give the mesh an axis "ep", too (of size 1); got {names(mesh)}'
+        )
     return mesh[axes]
 
 

@@ -17,7 +17,7 @@ from .agreement import NOTE, Note, agree
 from .base import Batch, NodeLocalDispatcher
 from .ops import decode, encode, encode_weight
 from .plan import Plan, load
-from .steps import Read, Rows, Sizes, Steps
+from .steps import Read, Ready, Rows, Sizes, Steps
 
 
 def visits(expert: Tensor, nodes: int, held: int) -> Tensor:
@@ -42,7 +42,7 @@ def owned(expert: Tensor, node: int, held: int) -> Tensor:
     return torch.where(expert // held == node, expert % held, -1)
 
 
-class _Leg(NamedTuple):
+class Leg(NamedTuple):
     """One step: rows as `plan` lays them out, exchanged over `group`; on the way back each token's rows are summed."""
 
     plan: Plan
@@ -51,16 +51,18 @@ class _Leg(NamedTuple):
     recv: list[int]
 
     def out(self, *tensors: Tensor) -> Rows:
+        """Asks for what arrives of tensors laid out by `plan`."""
         return Rows(tensors, self.send, self.recv, self.group)
 
     def home(self, rows: Tensor) -> Steps[Tensor]:
+        """Brings rows back to where they were laid out, and sums them there."""
         (rows,) = yield Rows((rows,), self.recv, self.send, self.group)
         return decode(rows, self.plan)
 
 
 class _Receipt(NamedTuple):
-    cross: _Leg  # between nodes: one row for each (token, node)
-    fan: _Leg  # inside the node: one row for each assignment
+    cross: Leg  # between nodes: one row for each (token, node)
+    fan: Leg  # inside the node: one row for each assignment
     arrived: Plan  # by (source in the node, expert, source node) -> handed out by (expert, source rank)
 
 
@@ -70,6 +72,14 @@ class _Sizes(NamedTuple):
     blocks: Tensor  # int64 [local, expert, node]: rows that come from each rank for each expert held here
     capacity: int | None  # agreed rows per (expert, source) of a padded plan, None if ragged
     k: int  # the largest k of all ranks
+
+    @property
+    def arriving(self) -> tuple[Tensor, int]:
+        """Rows of each expert held here, and of all of them."""
+        if self.capacity is None:
+            return self.blocks.sum((0, 2)), sum(self.fan[1])
+        padded = self.blocks.clamp(min=self.capacity).sum((0, 2))  # no block is larger
+        return padded, self.blocks.numel() * self.capacity
 
 
 @dataclass(frozen=True)
@@ -104,16 +114,16 @@ class NodeDispatcher(NodeLocalDispatcher):
         trip = Plan.of(visits(plan.expert, nodes, held), nodes)
         note = Note.tensor(x, weight, plan.capacity)
         sizes = yield from self._exchange_sizes(trip.counts, load(plan.expert, experts), note, k)
-        yield
+        yield Ready(*sizes.arriving)
 
-        cross = _Leg(trip.trimmed(sum(sizes.cross[0])), self.node, *sizes.cross)
+        cross = Leg(trip.trimmed(sum(sizes.cross[0])), self.node, *sizes.cross)
         expert, weight = pad(plan.expert, (0, sizes.k - k), value=-1), pad(weight, (0, sizes.k - k))
         # The experts' numbers go by themselves: beside the rows, zeros for them would travel in the backward.
         (expert,) = yield cross.out(expert[cross.plan.token].int())
         rows, weight = yield cross.out(encode(x, cross.plan), encode(weight, cross.plan))
 
         inside = Plan.of(owned(expert.long(), dist.get_rank(self.node), held), held)
-        fan = _Leg(inside.trimmed(sum(sizes.fan[0])), self.local, *sizes.fan)
+        fan = Leg(inside.trimmed(sum(sizes.fan[0])), self.local, *sizes.fan)
         rows, weight = yield fan.out(encode(rows, fan.plan), encode_weight(weight, fan.plan))
 
         blocks = nodes * held  # one for each expert of this rank and each rank that sends to it
@@ -133,7 +143,7 @@ class NodeDispatcher(NodeLocalDispatcher):
         """A note of refusal in place of sizes."""
         nothing = torch.zeros(self.shape[0] + num_experts, dtype=torch.int64, device=device)
         yield from self._exchange_sizes(nothing[num_experts:], nothing[:num_experts], Note.refusal(device), 0)
-        yield
+        yield Ready()
 
     def _exchange_sizes(self, rows: Tensor, loads: Tensor, note: Tensor, k: int) -> Steps[_Sizes]:
         """rows int64 [N] to each node, loads int64 [E] to each expert, and this rank's note.

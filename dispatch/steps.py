@@ -63,7 +63,17 @@ class Rows(NamedTuple):
         return all_to_all_start(*self.tensors, send=self.send, recv=self.recv, group=self.group, wire=self.wire)
 
 
-Ask: TypeAlias = Sizes | Read | Rows | None  # None: ready to leave, from here on there are rows alone
+class Ready(NamedTuple):
+    """Asks for nothing: the trip is ready to leave, and from here on there are `Rows` alone.
+
+    Of a dispatch, `counts` int64 [L] and `rows` are those of its batch to be.
+    """
+
+    counts: Tensor | None = None
+    rows: int = 0
+
+
+Ask: TypeAlias = Sizes | Read | Rows | Ready
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
@@ -75,7 +85,7 @@ def finish(steps: Steps[Result]) -> Result:
             ask = steps.send(answer)
         except StopIteration as end:
             return end.value
-        if ask is None:
+        if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
             answer = ask.start().wait()
@@ -89,7 +99,15 @@ def prepare(trips: Sequence[Steps]) -> None:
     while isinstance(asked[0], Sizes | Read):
         answers = asked[0].answer(asked)  # pyright: ignore[reportArgumentType]
         asked = [trip.send(answer) for trip, answer in zip(trips, answers, strict=True)]
-    assert not any(asked), "a trip sent rows before it was ready"
+    assert all(isinstance(ask, Ready) for ask in asked), "a trip sent rows before it was ready"
+
+
+def until_ready(trip: Steps) -> Steps[Ready]:
+    """The steps of a trip up to where it is ready; ``yield from trip`` goes on from there."""
+    answer = None
+    while not isinstance(ask := trip.send(answer), Ready):
+        answer = yield ask
+    return ask
 
 
 def interleave(trips: Sequence[Steps[Result]]) -> list[Result]:

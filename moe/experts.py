@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -31,6 +32,10 @@ class Experts(nn.Module, ABC):
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
+
+    def split_axes(self) -> dict[str, int]:
+        """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
+        raise ValueError(f"{type(self).__name__} cannot be split inside an expert: use a mesh with etp=1")
 
     @abstractmethod
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -63,6 +68,11 @@ class Experts(nn.Module, ABC):
         """Global ids of the experts whose tensors lie on this rank."""
         held = held_slice(next(self.parameters()))[0]
         return range(held.start, held.stop)
+
+    @property
+    def row_flops(self) -> float:
+        """Operations of one expert for one row, forward: two for each parameter, as every weight of a product costs."""
+        return 2 * sum(p.numel() for p in self.parameters()) / self.num_experts
 
     def __len__(self) -> int:
         return self.num_experts
@@ -135,6 +145,11 @@ class FeedForwardExperts(Experts):
         """Whether `forward` takes a plan."""
         return self.kernel == "triton"
 
+    def split_axes(self) -> dict[str, int]:
+        """The hidden width; of `b_down`, the output's: each part adds its own piece."""
+        inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
+        return {name: inside[name] for name, _ in self.named_parameters()}
+
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
         """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing.
 
@@ -163,6 +178,9 @@ class FeedForwardExperts(Experts):
             return y
         expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
         bias = self._tensor(f"b_{name}", rows)[expert.clamp(max=len(ends) - 1)]
+        if bias.shape[1] < y.shape[1]:  # of experts split inside, this rank's part
+            held = held_slice(getattr(self, f"b_{name}"))[1]
+            bias = F.pad(bias, (held.start, y.shape[1] - held.stop))
         bias = torch.where((expert < len(ends)).unsqueeze(1), bias, 0)  # by branch: past the end stands anything
         return (y + (bias if weight is None else bias * weight.unsqueeze(1))).to(rows.dtype)
 

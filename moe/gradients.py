@@ -38,7 +38,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh, dense: bool = True) -> No
         held_by = axes.names(p.device_mesh) if isinstance(p, DTensor) else None
         if held_by is None and dense:
             others.append(p)
-        elif held_by is not None and axes.EP in held_by and axes.EDP not in held_by:
+        elif held_by is not None and {axes.EP, axes.NODE} & set(held_by) and axes.EDP not in held_by:
             experts.append(p)
     ranks = axes.data_mesh(mesh).size()
     _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)
