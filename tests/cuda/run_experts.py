@@ -18,6 +18,7 @@ from turnout.moe import MoE
 from turnout.moe.fused import fused
 
 NAN = float("nan")
+WAYS = ("plain", "overlapped", "compiled")
 D, H, E = 24, 40, 4  # tiles are 16 wide under the interpreter
 
 
@@ -77,15 +78,16 @@ def run(case: Case, device: str) -> dict:
     }
 
 
-def layer(kernel: str, device: str, overlap: bool) -> list[torch.Tensor]:
+def layer(kernel: str, device: str, way: str) -> list[torch.Tensor]:
     """A whole layer: output and gradients."""
     torch.manual_seed(0)
     moe = MoE(16, 24, 3, 2, capacity_factor=1.0, seed=1).to(device)
     moe.experts.kernel = kernel
-    if overlap:  # rows come sorted then
+    if way == "overlapped":  # rows come sorted then
         moe.dispatcher = OverlapDispatcher(moe.dispatcher, 2)
     x = random(2, 4, 16, seed=3).to(device).requires_grad_()
-    y = moe(x)
+    forward = torch.compile(moe, backend="aot_eager", fullgraph=True) if way == "compiled" else moe
+    y = forward(x)
     y.square().mean().backward()
     return [t.detach().cpu() for t in (y, x.grad, *(p.grad for p in moe.parameters()))]
 
@@ -125,7 +127,7 @@ if __name__ == "__main__":
     device = arguments.device
     cases = CASES if device == "cpu" else CASES | ON_A_GPU
     results = {"cases": {name: run(case, device) for name, case in cases.items()}}
-    results["layers"] = {o: [layer(kernel, device, o) for kernel in ("torch", "triton")] for o in (False, True)}
+    results["layers"] = {way: [layer(kernel, device, way) for kernel in ("torch", "triton")] for way in WAYS}
     results["frozen"] = frozen(device)
     results["operator"] = check_operator(device)
     torch.save(results, arguments.results)

@@ -84,9 +84,9 @@ def test_kernels_as_by_hand(name, results):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_layer_is_the_same_on_either_kernel(overlap, results):
-    for plain, triton in zip(*results["layers"][overlap], strict=True):
+@pytest.mark.parametrize("way", ["plain", "overlapped", "compiled"])
+def test_a_layer_is_the_same_on_either_kernel(way, results):
+    for plain, triton in zip(*results["layers"][way], strict=True):
         assert plain.any()
         assert close(triton, plain, 3e-6)
 
