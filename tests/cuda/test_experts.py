@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,30 @@ def test_tiles_cover_each_row_once(ends, size, spare):
     ]
     starts = [0, *ends[:-1]]
     assert covered == [(row, e) for e, end in enumerate(ends) for row in range(starts[e], end)]
+
+
+def test_no_rows_are_kept_for_the_backward(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    T, D, H, k = 64, 48, 32, 4
+    kept = {}
+    for kernel in ("torch", "triton"):
+        layer = MoE(D, H, 8, k).to("meta", torch.bfloat16)
+        layer.experts.kernel = kernel
+        kept[kernel] = found = {}  # shapes of activations, by storage
+
+        def keep(t, found=found):
+            if not isinstance(t, torch.nn.Parameter):
+                found[t.untyped_storage()._cdata] = t.shape
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            layer(torch.zeros(T, D, device="meta", dtype=torch.bfloat16, requires_grad=True))
+    shapes = {kernel: list(found.values()) for kernel, found in kept.items()}
+    assert shapes["torch"].count((T * k, D)) == 1
+    assert shapes["torch"].count((T * k, H)) > 2
+    assert (T * k, D) not in shapes["triton"]
+    assert shapes["triton"].count((T * k, H)) == 2, "up and gate"
 
 
 def test_choosing_a_kernel():

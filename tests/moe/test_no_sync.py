@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from turnout.cuda.tiles import Tiles
 from turnout.dispatch import ops
 from turnout.dispatch.agreement import Note
 from turnout.moe import MoE, aux_loss
@@ -71,10 +72,21 @@ def test_the_layer_never_waits(name, masked, operators):
     step("meta", masked=masked, **LAYERS[name])
 
 
+@pytest.mark.parametrize("name", ["ragged", "capped", "padded", "padded, gelu, by position"])
+def test_the_layer_never_waits_with_triton(name, operators):
+    step("meta", "triton", masked=True, **LAYERS[name])
+
+
 def test_a_note_for_the_other_ranks_is_made_without_waiting():
     x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(4, 2, device="meta")
     with waiting_forbidden("meta"):
         assert Note.tensor(x, weight, None).device.type == "meta"
+
+
+def test_rows_are_cut_into_tiles_without_waiting():
+    ends = torch.zeros(5, dtype=torch.int32, device="meta")
+    with waiting_forbidden("meta"):
+        assert Tiles.of(ends, 64, 16).expert.shape == (9,)
 
 
 @pytest.mark.parametrize(
