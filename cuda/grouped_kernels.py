@@ -1,10 +1,10 @@
+# type: ignore (the language of Triton, which looks like Python)
 """The Triton kernels of `grouped.py`.
 
 A program makes one tile [BM, BN] of a result and sums over BK at a time, in float32. Sizes that a model fixes are
 constants of the kernel, so that masks fold away where tiles divide them; rows are 64-bit: there may be 2^31 elements.
 """
 
-# pyright: reportArgumentType=false, reportMissingImports=false
 # ruff: noqa: RET505 (Triton leaves a branch out by its constant condition, but does not know that a return ends it)
 
 from __future__ import annotations
