@@ -10,7 +10,8 @@ many rows an expert has: a grid has as many tiles as there could be, and those t
 float32 (float32 products as torch.backends.cuda.matmul allows), in a fixed order, without atomics.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false (a kernel is not the function that it looks like)
+# A kernel is not the function that it looks like.
+# pyright: reportArgumentType=false, reportIndexIssue=false
 
 from __future__ import annotations
 
