@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
+from .fused import KERNELS, check_kernel, fused
 from .grouped_mm import grouped_mm
 from .stacked import held_slice, local
 
@@ -24,6 +26,8 @@ class Experts(nn.Module, ABC):
     DTensor of that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised
     from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
     """
+
+    gathers = False  # whether `forward` may be given tokens and a plan: see `FeedForwardExperts.forward`
 
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
@@ -98,6 +102,10 @@ class FeedForwardExperts(Experts):
     `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
     W_down (w a) = w W_down a.
 
+    `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias; not
+    run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+
     Args:
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
     """
@@ -109,6 +117,7 @@ class FeedForwardExperts(Experts):
         if activation not in ACTIVATIONS:
             raise ValueError(f"experts must be one of {', '.join(ACTIVATIONS)} or a factory; got {activation!r}")
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
+        self.kernel = "auto"
         self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
         if activation == "swiglu":
             self.sizes["gate"] = (dim, hidden)
@@ -118,13 +127,40 @@ class FeedForwardExperts(Experts):
             self.register_parameter(f"b_{name}", b)
         self.reset_parameters()
 
+    @property
+    def kernel(self) -> str:
+        """What computes the experts."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+        if kernel == "triton" and self.bias:
+            raise ValueError('kernel="triton" has no biases: build the experts with bias=False, or set kernel="torch"')
+        self._kernel = kernel
+
+    @property
+    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether `forward` takes a plan."""
+        return self.kernel == "triton"
+
     def split_axes(self) -> dict[str, int]:
         """The hidden width; of `b_down`, the output's: each part adds its own piece."""
         inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
         return {name: inside[name] for name, _ in self.named_parameters()}
 
-    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
+        """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing.
+
+        With a `plan`, which only those that `gathers` take: tokens [T, D] in the place of rows -> y [T, D], the
+        sums of their weighted rows.
+        """
+        if self.kernel == "triton":
+            check_kernel(self.kernel, rows)
+            w_gate = self._tensor("w_gate", rows) if self.activation == "swiglu" else None
+            w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
+            return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
         ends = counts.cumsum(0).to(torch.int32)
         up = self._linear("up", rows, ends)
         if self.activation == "swiglu":
