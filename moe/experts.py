@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .grouped_mm import grouped_mm
+from .in_cache import perceptrons
 from .stacked import held_slice, local
 
 
@@ -118,30 +120,38 @@ class FeedForwardExperts(Experts):
         inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
         return {name: inside[name] for name, _ in self.named_parameters()}
 
-    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
-        ends = counts.cumsum(0).to(torch.int32)
-        up = self._linear("up", rows, ends)
-        if self.activation == "swiglu":
-            hidden = swiglu(up, self._linear("gate", rows, ends))
-        else:
-            hidden = ACTIVATIONS[self.activation](up)
-        if self.hidden < self.dim:
-            return self._linear("down", weighted(hidden, weight), ends, weight)
-        return weighted(self._linear("down", hidden, ends), weight)
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
+        """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-    def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The layer `name`; rows that are weighted already want their bias weighted as well."""
-        y = grouped_mm(rows, self._tensor(f"w_{name}", rows), ends)
+        On a CPU expert by expert, elsewhere one grouped matrix product a layer; empty experts cost nothing.
+        """
+        up, down, *gate = (self._layer(name, rows) for name in self.sizes)
+        if self.gathers(rows):
+            return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = _linear(rows, ends, *up)
+        if gate:
+            hidden = swiglu(hidden, _linear(rows, ends, *gate[0]))
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
+        if self.hidden < self.dim:
+            return _linear(weighted(hidden, weight), ends, *down, weight)
+        return weighted(_linear(hidden, ends, *down), weight)
+
+    def gathers(self, x: Tensor) -> bool:
+        """Whether `forward` takes tokens x and their plan as well, and fetches and returns rows by itself."""
+        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""
+        weight = self._tensor(f"w_{name}", rows)
         if not self.bias:
-            return y
-        expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
-        bias = self._tensor(f"b_{name}", rows)[expert.clamp(max=len(ends) - 1)]
-        if bias.shape[1] < y.shape[1]:  # of experts split inside, this rank's part
+            return weight, None
+        bias = self._tensor(f"b_{name}", rows)
+        if bias.shape[1] < weight.shape[2]:  # of experts split inside, this rank's part
             held = held_slice(getattr(self, f"b_{name}"))[1]
-            bias = F.pad(bias, (held.start, y.shape[1] - held.stop))
-        bias = torch.where((expert < len(ends)).unsqueeze(1), bias, 0)  # by branch: past the end stands anything
-        return (y + (bias if weight is None else bias * weight.unsqueeze(1))).to(rows.dtype)
+            bias = F.pad(bias, (held.start, weight.shape[2] - held.stop))
+        return weight, bias
 
     def _tensor(self, name: str, rows: Tensor) -> Tensor:
         tensor = local(getattr(self, name))
@@ -163,6 +173,17 @@ class FeedForwardExperts(Experts):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+
+
+def _linear(rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """One layer of all experts; rows that are weighted already want their bias weighted as well."""
+    y = grouped_mm(rows, matrix, ends)
+    if bias is None:
+        return y
+    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
+    by_row = bias[expert.clamp(max=len(ends) - 1)]
+    by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
+    return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
 
 
 class ModuleExperts(Experts):
