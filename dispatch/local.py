@@ -17,7 +17,7 @@ class LocalDispatcher(Dispatcher):
     """Encode, experts, decode. No collective and no host sync."""
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
-        """The whole trip; experts that gather rows by themselves, without all of them lying there at once, may do so."""
+        """The whole trip; experts that gather their rows by themselves get the tokens and the plan."""
         gathers = getattr(experts, "gathers", None)
         if gathers is None or plan.capacity is not None or not gathers(x):
             return super().__call__(x, plan, weight, experts)

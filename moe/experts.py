@@ -130,10 +130,7 @@ class FeedForwardExperts(Experts):
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = _linear(rows, ends, *up)
-        if gate:
-            hidden = swiglu(hidden, _linear(rows, ends, *gate[0]))
-        else:
-            hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = swiglu(hidden, _linear(rows, ends, *gate[0])) if gate else ACTIVATIONS[self.activation](hidden)
         if self.hidden < self.dim:
             return _linear(weighted(hidden, weight), ends, *down, weight)
         return weighted(_linear(hidden, ends, *down), weight)

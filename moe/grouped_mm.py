@@ -29,7 +29,7 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """torch.nn.functional.grouped_mm takes no float64, 16-byte strides only, and compiles in bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
-    if rows.device.type == "cpu" and _emulated(rows.dtype):
+    if computed(rows) != rows.dtype:
         return False
     strides = (weight.shape[1], weight.shape[2], *weight.stride())  # those of rows, of the result, and its own
     return all(s == 1 or s * rows.element_size() % 16 == 0 for s in strides)
@@ -50,14 +50,18 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """The product of two matrices, or with `add` out plus it, into `out`; one dtype, rounded once."""
-    if out.device.type == "cpu" and _emulated(out.dtype):
-        y = torch.mm(a.float(), b.float(), out=out.new_empty(out.shape, dtype=torch.float32))  # "out": past autocast
-        out.copy_(y.add_(out) if add else y)
-    elif add:
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.mm(a, b, out=out)
+    """The product of two matrices into `out`, or with `add` out plus it; of dtype `computed`, or of one to round to."""
+    dtype = computed(out)
+    a, b = a.to(dtype), b.to(dtype)
+    y = out.to(dtype) if add or out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    torch.addmm(y, a, b, out=y) if add else torch.mm(a, b, out=y)  # with `out` autocast leaves them alone
+    if y is not out:
+        out.copy_(y)
+
+
+def computed(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
+    return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
 
 
 @cache

@@ -7,16 +7,18 @@ large buffer has to be faulted in, written, and read again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch.ops import decode
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, blocks, wide
-from .grouped_mm import mm, spans
+from .activation import ACTIVATIONS, wide
+from .grouped_mm import computed, mm, spans
 
+_BLOCK = 1 << 18  # elements: a few temporaries of them fit a cache, and the calls that make them do not weigh
 Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
 
 
@@ -38,22 +40,26 @@ class _Perceptrons(torch.autograd.Function):
     def forward(ctx, rows, weight, counts, activation, plan, w_down, b_down, *up):
         kept, most = any(ctx.needs_input_grad), _most(counts)
         before = [rows.new_empty(len(weight) if kept else most, w_down.shape[1]) for _ in up[::2]]
-        hidden, out = rows.new_empty(most, w_down.shape[1]), rows.new_empty(len(weight), rows.shape[1])
+        hidden = rows.new_empty(most, w_down.shape[1], dtype=computed(rows))
+        out = _Out(rows, counts, plan)
+        take = _taker(rows, counts, plan)
         for e, span in spans(counts.cumsum(0)):
-            x, w = _rows_of(rows, span, plan), weight[span].unsqueeze(1)
+            x, w = take(rows, span), weight[span].unsqueeze(1)
             h, us = hidden[: len(x)], [u[span] if kept else u[: len(x)] for u in before]
             for u, matrix, bias in zip(us, up[::2], up[1::2], strict=True):
                 mm(x, matrix[e], out=u)
                 if bias is not None:
                     u.add_(bias[e])
-            for h_, w_, *us_ in blocks(h, w, *us):
+            for h_, w_, *us_ in _blocks(h, w, *us):
                 torch.mul(_activated(activation, *map(wide, us_)), w_, out=h_)
-            mm(h, w_down[e], out=out[span])
+            y = out.at(span)
+            mm(h, w_down[e], out=y)
             if b_down is not None:
-                out[span] = torch.addcmul(wide(out[span]), w, wide(b_down[e]))
+                y.copy_(torch.addcmul(wide(y), w, wide(b_down[e])))
+            out.add(span)
         ctx.activation, ctx.plan = activation, plan
         ctx.save_for_backward(rows, weight, counts, w_down, b_down, *up, *before)
-        return out if plan is None else decode(out, plan)
+        return out.done()
 
     @staticmethod
     @once_differentiable
@@ -62,21 +68,23 @@ class _Perceptrons(torch.autograd.Function):
         number = len(rest) // 3  # of layers below the activation
         up, before = rest[: 2 * number], rest[2 * number :]
         needed = iter(ctx.needs_input_grad)
-        to_rows = rows.new_empty(len(weight), rows.shape[1]) if next(needed) else None
+        to_rows = _Out(rows, counts, ctx.plan) if next(needed) else None
         to_weight = torch.zeros_like(weight)
         to_w_down, to_b_down, *to_up = (
             torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), [*needed][4:], strict=True)
         )
-        hidden, *slopes = (rows.new_empty(_most(counts), w_down.shape[1]) for _ in range(1 + number))
+        room, dtype = (_most(counts), w_down.shape[1]), computed(rows)
+        hidden, *slopes = (rows.new_empty(room, dtype=dtype) for _ in range(1 + number))
+        take_x, take_y = _taker(rows, counts, ctx.plan), _taker(rows, counts, ctx.plan)
         for e, span in spans(counts.cumsum(0)):
-            x, y, w = _rows_of(rows, span, ctx.plan), _rows_of(grad, span, ctx.plan), weight[span].unsqueeze(1)
+            x, y, w = take_x(rows, span), take_y(grad, span), weight[span].unsqueeze(1)
             h, *dus = (t[: len(x)] for t in (hidden, *slopes))
             mm(y, w_down[e].T, out=dus[0])
-            for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
+            for h_, w_, dw_, *both in _blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
                 d, us_ = wide(both[0]), map(wide, both[number:])
                 a, *slopes_ = _back(ctx.activation, d * w_, *us_)
                 torch.mul(a, w_, out=h_)
-                torch.sum(a.mul_(d), 1, out=dw_)
+                dw_.copy_(a.mul_(d).sum(1))
                 for du_, slope in zip(both[:number], slopes_, strict=True):
                     du_.copy_(slope)
             if b_down is not None:
@@ -88,23 +96,56 @@ class _Perceptrons(torch.autograd.Function):
             for j, du in enumerate(dus):
                 matrix, to_matrix, to_bias = up[2 * j], to_up[2 * j], to_up[2 * j + 1]
                 if to_rows is not None:
-                    mm(du, matrix[e].T, out=to_rows[span], add=j > 0)
+                    mm(du, matrix[e].T, out=to_rows.at(span), add=j > 0)
                 if to_matrix is not None:
                     mm(x.T, du, out=to_matrix[e])
                 if to_bias is not None:
                     to_bias[e] = du.sum(0)
-        if ctx.plan is not None and to_rows is not None:
-            to_rows = decode(to_rows, ctx.plan)
-        return to_rows, to_weight, None, None, None, to_w_down, to_b_down, *to_up
+            if to_rows is not None:
+                to_rows.add(span)
+        return to_rows and to_rows.done(), to_weight, None, None, None, to_w_down, to_b_down, *to_up
+
+
+class _Out:
+    """Where an expert's rows [R, D] go: side by side, or with a plan into the sums of its tokens [T, D]."""
+
+    def __init__(self, rows: Tensor, counts: Tensor, plan: Plan | None) -> None:
+        self.plan, self.dtype = plan, rows.dtype
+        if plan is None:
+            self.rows = torch.empty_like(rows)
+        else:
+            self.rows = rows.new_empty(_most(counts), rows.shape[1], dtype=computed(rows))  # of one expert
+            self.sums = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+    def at(self, span: slice) -> Tensor:
+        """The place to write rows to."""
+        return self.rows[span] if self.plan is None else self.rows[: span.stop - span.start]
+
+    def add(self, span: slice) -> None:
+        """They are written: no token is twice among them, so that sums have one order, that of the experts."""
+        if self.plan is not None:
+            self.sums.index_add_(0, self.plan.token[span], wide(self.at(span)))
+
+    def done(self) -> Tensor:
+        """[R, D], or [T, D]."""
+        return self.rows if self.plan is None else self.sums.to(self.dtype)
 
 
 def _most(counts: Tensor) -> int:
     return int(counts.max()) if len(counts) else 0
 
 
-def _rows_of(rows: Tensor, span: slice, plan: Plan | None) -> Tensor:
-    """One expert's rows."""
-    return rows[span] if plan is None else rows.index_select(0, plan.token[span])
+def _taker(rows: Tensor, counts: Tensor, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
+    """A function of rows and a span, one expert's rows, good until its next call: with a plan they share memory."""
+    dtype = computed(rows)
+    if plan is None:
+        return lambda rows, span: rows[span].to(dtype)
+    room = rows.new_empty(_most(counts), rows.shape[1])
+
+    def take(rows: Tensor, span: slice) -> Tensor:
+        return torch.index_select(rows, 0, plan.token[span], out=room[: span.stop - span.start]).to(dtype)
+
+    return take
 
 
 def _activated(activation: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -117,5 +158,12 @@ def _back(activation: str, grad: Tensor, up: Tensor, gate: Tensor | None = None)
     if gate is not None:
         act = F.silu(gate)
         return act * up, grad * act, torch.ops.aten.silu_backward(grad * up, gate)
-    slope = torch.ops.aten.gelu_backward(grad, up) if activation == "gelu" else grad * (up > 0)
-    return ACTIVATIONS[activation](up), slope
+    if activation == "gelu":
+        return F.gelu(up), torch.ops.aten.gelu_backward(grad, up)
+    return F.relu(up), torch.ops.aten.threshold_backward(grad, up, 0)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of every tensor, a block at a time."""
+    step = max(1, _BLOCK // max(1, tensors[0].shape[1]))
+    return zip(*(t.split(step) for t in tensors), strict=True) if len(tensors[0]) else iter(())
