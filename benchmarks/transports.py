@@ -162,7 +162,7 @@ def main() -> None:
             print(what, *(f"| {n} {c['seconds'] * 1e3:.1f} ms {c['sent'] / 1e6:.2f} MB" for n, c in found.items()))
             if args.out:
                 record = {"shape": f"{nodes}x{local}", "link": args.link, "skewed": args.skewed, "k": k}
-                record |= {"size": size, "found": found, "chosen": profile.choose(message)}
+                record |= {"size": size, "found": found, "chosen": profile.choose(message).transport}
                 with open(args.out, "a") as file:
                     file.write(json.dumps(record | {"predicted": predicted}) + "\n")
     dist.barrier()

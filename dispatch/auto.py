@@ -1,4 +1,4 @@
-"""The transport that measured costs speak for, chosen with the first batch."""
+"""The transport and the number of chunks that measured costs speak for, chosen with the first batch."""
 
 from __future__ import annotations
 
@@ -13,37 +13,49 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from .base import Batch, SteppedDispatcher
+from .base import Batch, Experts, SteppedDispatcher
+from .compressed import CompressedDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher
 from .measure import measure
 from .mesh import EP, axis, node_and_local
 from .node import NodeDispatcher
+from .overlap import OverlapDispatcher
 from .plan import Plan
-from .profile import Message, Profile
+from .profile import DEGREES, Choice, Message, Profile
 from .steps import Steps
+from .wire import Wire, row_bytes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AutoDispatcher(SteppedDispatcher):
-    """Flat, 2DH or node-deduplicated: whichever `Profile.predict` says is fastest for the first dispatch.
+    """Flat, 2DH or node-deduplicated, in 1, 2 or 4 chunks: what `Profile.choose` takes for the first dispatch.
 
     How many tokens a rank has is known only then. Ranks tell each other their largest number, once, all choose the
     same, and keep to it: later sizes do not change the choice. Assign the transport itself to `layer.dispatcher` to
     overrule it, or another AutoDispatcher to layers whose messages are quite different.
 
+    Chunks overlap as in `OverlapDispatcher`, in whole trips; `dispatch` and `combine` by themselves are in one piece.
+
     Args:
         group: the W ranks that share the experts.
         transports: what to choose from, by the names of `Profile.predict`.
         profile: the same on all ranks.
+        row_flops: operations of an expert for a row, forward; travel hides behind them. `parallelize` counts
+            them (`Experts.row_flops`). 0: unknown, and then everything goes in one piece.
+        degrees: numbers of chunks to choose from.
+        wire: how rows travel (`CompressedDispatcher`); None: as they are.
     """
 
     group: ProcessGroup
     transports: dict[str, SteppedDispatcher]
     profile: Profile
-    _chosen: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # filled once
+    row_flops: float = 0.0
+    degrees: tuple[int, ...] = DEGREES
+    wire: Wire | None = None
+    _chosen: list[Choice] = field(default_factory=list, init=False, repr=False, compare=False)  # filled once
 
     @classmethod
     def of(cls, mesh: DeviceMesh, profile: str | Path | Profile | None = None) -> AutoDispatcher:
@@ -57,13 +69,21 @@ class AutoDispatcher(SteppedDispatcher):
         return cls(group, {"flat": flat, **by_node}, measure(mesh) if found is None else found)
 
     @property
-    def chosen(self) -> str | None:
-        """The transport in use; None before the first dispatch."""
+    def chosen(self) -> Choice | None:
+        """The transport and the degree in use; None before the first dispatch."""
         return self._chosen[0] if self._chosen else None
+
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+        """The whole trip, in as many chunks as chosen: x [T, D] -> y [T, D]."""
+        return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
+
+    def refuse(self, num_experts: int, device: torch.device) -> None:
+        """Take part in the choice, if it is still to be made, and refuse every chunk then."""
+        self._in_chunks(torch.empty(0, 0, device=device), 0, num_experts).refuse(num_experts, device)
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """As the chosen transport does it; the receipt says which that was."""
-        transport = self._choose(x, plan.expert.shape[1], plan.counts.numel())
+        transport = self._transport(x, plan.expert.shape[1], plan.counts.numel())
         batch = yield from transport.dispatch_steps(x, plan, weight)
         return batch._replace(receipt=(transport, batch.receipt))
 
@@ -74,23 +94,42 @@ class AutoDispatcher(SteppedDispatcher):
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """Take part in the choice, if it is still to be made, and refuse then."""
-        yield from self._choose(torch.empty(0, 0, device=device), 0, num_experts).refuse_steps(num_experts, device)
+        transport = self._transport(torch.empty(0, 0, device=device), 0, num_experts)
+        yield from transport.refuse_steps(num_experts, device)
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
         """All ranks that share the experts."""
         return (self.group,)
 
-    def _choose(self, x: Tensor, top_k: int, num_experts: int) -> SteppedDispatcher:
+    def _in_chunks(self, x: Tensor, top_k: int, num_experts: int) -> OverlapDispatcher:
+        transport = self._transport(x, top_k, num_experts)
+        return OverlapDispatcher(transport, self._chosen[0].degree)
+
+    def _transport(self, x: Tensor, top_k: int, num_experts: int) -> SteppedDispatcher:
         if not self._chosen:
-            largest = torch.tensor([len(x), x.shape[1] * x.element_size(), top_k], device=x.device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-            message = Message(*largest.clamp(min=1).tolist(), num_experts=num_experts)  # 0 if nobody has any tokens
-            self._chosen.append(self.profile.choose(message))
-            if dist.get_rank(self.group) == 0:
-                times = ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in self.profile.predict(message).items())
-                log.info("dispatcher %s for %s; predicted, forward and backward: %s", self.chosen, message, times)
-        return self.transports[self._chosen[0]]
+            self._choose(x, top_k, num_experts)
+        transport = self.transports[self._chosen[0].transport]
+        return transport if self.wire is None else CompressedDispatcher(transport, self.wire)
+
+    def _choose(self, x: Tensor, top_k: int, num_experts: int) -> None:
+        number = x.element_size() if x.shape[1] else 0  # a refusal has no rows
+        largest = torch.tensor([len(x), x.shape[1], number, top_k], device=x.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        tokens, dim, number, top_k = largest.clamp(min=1).tolist()  # 0 if nobody has any tokens
+        row = row_bytes(dim, number, self.wire)
+        message = Message(tokens, row, top_k, num_experts, self.row_flops, narrow=number <= 2)
+        self._chosen.append(self.profile.choose(message, self.degrees))
+        if dist.get_rank(self.group) == 0:
+            (name, degree), predicted = self._chosen[0], {n: self.profile.predict(message, n) for n in self.degrees}
+            times = "; ".join(
+                f"in {n}: " + ", ".join(f"{which} {1e3 * t:.3g} ms" for which, t in seconds.items())
+                for n, seconds in predicted.items()
+            )
+            log.info(
+                "dispatcher %s, chunks: %d, for %s; predicted, forward and backward with the experts, by chunks: %s",
+                *(name, degree, message, times),
+            )
 
 
 def agreed(profile: str | Path | Profile | None, shape: tuple[int, int], group: ProcessGroup) -> Profile | None:

@@ -1,14 +1,16 @@
-"""Measures what messages and bytes cost, inside nodes and between them.
+"""Measures what messages and bytes cost, inside nodes and between them, and what matrix products take.
 
     torchrun --nnodes 4 --nproc-per-node 8 ... -m turnout.dispatch.probe --nodes 4 --save profile.json
 
 Ranks are numbered node by node, as torchrun does it. Takes about a second, prints a table, and saves what
-`parallelize(model, mesh, profile="profile.json")` chooses a transport by.
+`parallelize(model, mesh, profile="profile.json")` chooses a transport and its number of chunks by.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+from dataclasses import asdict
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +25,8 @@ def table(profile: Profile) -> str:
     for name, link in (("inside a node", profile.inside), ("between nodes", profile.between)):
         speed = f"{1e-6 / link.byte:.0f}" if link.byte else "-"
         lines.append(f"| {name} | {link.step * 1e3:.3f} | {link.message * 1e3:.3f} | {speed} |")
-    return "\n".join(lines)
+    rates = (f"{name} {1e-9 / cost:.0f} GFLOP/s" for name, cost in asdict(profile.flop).items() if cost)
+    return "\n".join([*lines, "", f"products of a rank: {', '.join(rates)}"])
 
 
 def main() -> None:
@@ -44,8 +47,10 @@ def main() -> None:
         print(f"{profile.nodes} nodes of {profile.locals} ranks\n\n{table(profile)}", flush=True)
         if args.save:
             profile.save(args.save)
-    dist.barrier()  # leave together: apart, a gloo rank aborts on its way out more often (torch 2.13)
     dist.destroy_process_group()
+    # The mesh lies in a cycle and holds groups, whose threads must end before the interpreter does: one that lets go
+    # of a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -38,6 +39,9 @@ def process_group(timeout: timedelta = timedelta(seconds=45)) -> Iterator[torch.
         yield torch.device("cuda", torch.cuda.current_device()) if device else torch.device("cpu")
     finally:
         dist.destroy_process_group()
+        # Meshes lie in cycles and hold groups, whose threads must end before the interpreter does: one that lets go
+        # of a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
+        gc.collect()
 
 
 class Stop:

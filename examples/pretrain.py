@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import corpus
 import launch
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from tqdm import tqdm
+from turnout.dispatch.wire import WIRES, Wire
 from turnout.models import GPT, GPTConfig, checkpoint
 from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
@@ -60,6 +61,8 @@ class Job:
     balance: str = "global"
     aux_weight: float = 1e-2
     ep: int = 0  # ranks that share the experts; 0: all of them
+    overlap: int = 1  # chunks of a batch: the next one travels while the experts compute this one
+    wire: str = ""  # rows travel in bf16 or fp8; "": as they are
     lr: float = 4e-3
     warmup: int = 20
     eval_every: int = 50
@@ -82,6 +85,10 @@ class Job:
                 )
         if self.steps < 1:
             raise ValueError(f"--steps must be positive; got {self.steps}")
+        if self.overlap < 1 or self.wire not in ("", *WIRES):
+            raise ValueError(
+                f"--overlap must be positive, --wire one of {', '.join(WIRES)}; got {self.overlap}, {self.wire!r}"
+            )
         return ep
 
     def model(self) -> GPT:
@@ -121,7 +128,7 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor], device: torch.device) 
     mesh = init_device_mesh(device.type, (ranks // ep, ep), mesh_dim_names=("edp", "ep"))
     model = job.model().to(device)
     size = {"parameters": sum(p.numel() for p in model.parameters()), "active_parameters": model.active_parameters()}
-    parallelize(model, mesh)
+    parallelize(model, mesh, overlap=job.overlap, wire=cast(Wire, job.wire) or None)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(

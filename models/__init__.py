@@ -1,5 +1,6 @@
 """Models built from the layer. Start at `gpt.py`."""
 
 from .gpt import GPT, GPTConfig
+from .recompute import recompute
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "GPTConfig", "recompute"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..moe.layer import MoE
 from ..moe.shared import FeedForward
+from .recompute import Blocks, Core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,36 +46,57 @@ class GPT(nn.Module):
 
     Block i (from 1) is a mixture of experts where i is a multiple of `moe_every`. Built under one
     `torch.manual_seed`, it is the same model at every world size.
+
+    Args:
+        config: the sizes of the whole model.
+        kept: the blocks, counted from 0, that this one holds as a stage of a pipeline; None: all of them. The first
+            block comes with the embedding, the last with the norm and the head, which is the embedding again. The
+            rest is None, so that names and initial values are those of the whole model.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, kept: range | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.blocks = nn.ModuleList(Block(config, index + 1) for index in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim)
+        kept = range(config.layers) if kept is None else kept
+        first, last = 0 in kept, config.layers - 1 in kept
+        embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = embed if first or last else None
+        self.blocks = Blocks()
+        for index in range(config.layers):
+            block = Block(config, index + 1)  # dropped at once if not kept, having drawn its random numbers
+            self.blocks.add_module(str(index), block if index in kept else None)
+        self.norm = nn.RMSNorm(config.dim) if last else None
         cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(embed.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, S] -> logits [B, S, vocab] of each next token; S is at most `seq_len`."""
-        if tokens.ndim != 2 or tokens.shape[1] > self.config.seq_len:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Token ids int64 [B, S] -> logits [B, S, vocab] of each next token; S is at most `seq_len`.
+
+        A stage that does not begin with the first block is given the hidden states [B, S, D] of the stage before it,
+        and the ids as `tokens`; one that does not end with the last block returns hidden states.
+        """
+        begins = not x.is_floating_point()
+        tokens = x if begins else tokens
+        if tokens is not None and (tokens.ndim != 2 or tokens.shape[1] > self.config.seq_len):
             raise ValueError(
                 f"tokens must be [B, S] with S <= seq_len={self.config.seq_len}; got {tuple(tokens.shape)}"
             )
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin, tokens)
+        if begins:
+            if self.embed is None:
+                raise ValueError("this stage has no embedding: give it the hidden states of the stage before it")
+            x = self.embed(x)
+        x = self.blocks(x, self.cos, self.sin, tokens)
+        if self.norm is None or self.embed is None:
+            return x
         return F.linear(self.norm(x), self.embed.weight)
 
     def active_parameters(self) -> int:
         """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
         count = sum(p.numel() for p in self.parameters() if p.ndim > 1)
-        for block in self.blocks:
-            if isinstance(block.feed_forward, MoE):
-                layer = block.feed_forward
+        for layer in self.modules():
+            if isinstance(layer, MoE):
                 each = sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts
                 count -= each * (layer.num_experts - layer.top_k)
         return count
@@ -117,6 +139,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        self.core = Core()
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))  # GPT-2: the residual adds up
@@ -126,7 +149,7 @@ class Attention(nn.Module):
         q = rotate(rearrange(self.query(x), "b s (h d) -> b h s d", h=self.heads), cos, sin)
         k = rotate(rearrange(self.key(x), "b s (h d) -> b h s d", h=self.kv_heads), cos, sin)
         v = rearrange(self.value(x), "b s (h d) -> b h s d", h=self.kv_heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        y = self.core(q, k, v, causal=True, grouped=self.kv_heads != self.heads)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 

@@ -8,12 +8,14 @@ from .layer import MoE, aux_loss
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
+from .scaler import GradScaler
 from .stats import Stats
 
 __all__ = [
     "Experts",
     "GShardGate",
     "Gate",
+    "GradScaler",
     "HashGate",
     "HierarchicalGate",
     "MoE",

@@ -67,6 +67,11 @@ class Experts(nn.Module, ABC):
         held = held_slice(next(self.parameters()))[0]
         return range(held.start, held.stop)
 
+    @property
+    def row_flops(self) -> float:
+        """Operations of one expert for one row, forward: two for each parameter, as every weight of a product costs."""
+        return 2 * sum(p.numel() for p in self.parameters()) / self.num_experts
+
     def __len__(self) -> int:
         return self.num_experts
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from ..dispatch.base import Dispatcher
 from ..dispatch.local import LocalDispatcher
@@ -103,6 +105,8 @@ class MoE(nn.Module):
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets both
         self._forget()
 
+    recompute: bool = False  # compute what is inside the experts again in the backward, instead of keeping it
+
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
 
@@ -120,7 +124,7 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
-        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # there, through the experts, and back
+        y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
         if self.shared is not None:
             y = y + self.shared(tokens)
         y = y.to(x.dtype).reshape(x.shape)
@@ -144,6 +148,11 @@ class MoE(nn.Module):
         if self._last is None:
             raise RuntimeError("no statistics yet: they are of the last forward, and there was none")
         return Stats.of(*self._last, self.num_experts)
+
+    def _experts(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self.recompute and torch.is_grad_enabled():
+            return partial(checkpoint, self.experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self.experts
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:

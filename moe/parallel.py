@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,15 @@ from torch.distributed.tensor import DTensor, Shard
 from ..dispatch import mesh as axes
 from ..dispatch.auto import AutoDispatcher
 from ..dispatch.base import Dispatcher, NodeLocalDispatcher, SteppedDispatcher
+from ..dispatch.compressed import CompressedDispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.node import NodeDispatcher
+from ..dispatch.overlap import OverlapDispatcher
 from ..dispatch.profile import Profile
 from ..dispatch.tensor_parallel import TensorParallelDispatcher
+from ..dispatch.wire import WIRES, Wire
 from .experts import Experts
 from .layer import MoE
 
@@ -32,7 +36,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def parallelize(
-    model: Model, mesh: DeviceMesh, dispatcher: str | Dispatcher = "auto", profile: str | Path | Profile | None = None
+    model: Model,
+    mesh: DeviceMesh,
+    dispatcher: str | Dispatcher = "auto",
+    profile: str | Path | Profile | None = None,
+    overlap: int | Literal["auto"] | None = None,
+    wire: Wire | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
@@ -46,21 +55,30 @@ def parallelize(
             width of each is split (`TensorParallelDispatcher`); each rank of it has a part of the batch.
             Without an "ep" axis all experts stay where they are.
         dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
-            (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these by
-            measured costs (`AutoDispatcher`) if both axes have more than one rank; elsewhere it is flat.
+            (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these, in 1,
+            2 or 4 chunks, by measured costs (`AutoDispatcher`; with "etp" in one); elsewhere it is flat, in one piece.
         profile: those costs, or the file ``python -m turnout.dispatch.probe`` saved them in; None measures now,
             which takes about a second. Used by "auto" alone.
+        overlap: chunks of a batch, which travel while others are computed (`OverlapDispatcher`); ``"auto"`` tries 1,
+            2 and 4 in the first training steps. None: one, or as many as ``dispatcher="auto"`` has chosen.
+        wire: ``"bf16"`` or ``"fp8"``: rows travel in fewer bytes (`CompressedDispatcher`). None: as they are. Where one
+            rank has all experts nothing travels, and neither this nor `overlap` has an effect on a named dispatcher.
 
     Raises:
         ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
-            fit.
+            fit, an overlap or a wire that is none or that the given `Dispatcher` has already.
+        TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
+    _check_options(dispatcher, overlap, wire)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)
-    _check_alike(model, everyone)
+        if isinstance(dispatcher, LocalDispatcher):
+            overlap = wire = None
+    _check_alike(model, everyone, overlap, wire)
+    dispatchers: dict[float, Dispatcher] = {}  # what chooses by costs is shared by layers whose experts cost the same
     for name, layer in _moe_layers(model):
         layer.balance_group = everyone
         if ep is None:
@@ -72,8 +90,11 @@ def parallelize(
                 f"num_experts={layer.num_experts} of {name} does not split over ep={ep.size()} ranks; use a "
                 f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
             )
+        work = layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
+        if work not in dispatchers:
+            dispatchers[work] = _equipped(dispatcher, work, overlap, wire)
         _spread(layer.experts, axes.holders(mesh))
-        layer.dispatcher = dispatcher
+        layer.dispatcher = dispatchers[work]
     return model
 
 
@@ -119,24 +140,55 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     if ep is not None and etp is not None and etp.size() > 1:
         inner = _named(name, mesh[tuple(axis for axis in axes.names(mesh) if axis != axes.ETP)], ep, profile)
         inner = FlatDispatcher(ep.get_group()) if isinstance(inner, LocalDispatcher) else inner
+        if isinstance(inner, AutoDispatcher):  # it knows nothing of the travel inside the group: no chunks of its own
+            inner = replace(inner, degrees=(1,))
         return TensorParallelDispatcher(cast(SteppedDispatcher, inner), etp.get_group())
     if ep is None or ep.size() == 1:
         return LocalDispatcher()
     by_node = {axes.NODE, axes.LOCAL} <= set(axes.names(mesh)) and axes.EP not in axes.names(mesh)
-    if name == "auto" and by_node and min(mesh[axes.NODE].size(), mesh[axes.LOCAL].size()) > 1:
+    if name == "auto" and by_node:
         return AutoDispatcher.of(mesh, profile)
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
+
+
+def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> None:
+    number = isinstance(overlap, int) and not isinstance(overlap, bool) and overlap > 0
+    if overlap not in (None, "auto") and not number:
+        raise ValueError(f'overlap must be None, "auto" or a positive integer; got {overlap!r}')
+    if wire is not None and wire not in WIRES:
+        raise ValueError(f"wire must be None or one of {', '.join(WIRES)}; got {wire!r}")
+    if overlap is not None and isinstance(dispatcher, OverlapDispatcher):
+        raise ValueError(f"overlap={overlap!r}, but the dispatcher overlaps already: leave one of them out")
+    if wire is not None and isinstance(dispatcher, CompressedDispatcher):
+        raise ValueError(f"wire={wire!r}, but the dispatcher compresses already: leave one of them out")
+
+
+def _equipped(
+    dispatcher: Dispatcher, row_flops: float, overlap: int | Literal["auto"] | None, wire: Wire | None
+) -> Dispatcher:
+    """With the overlap and the wire asked for; one that chooses by costs knows of them, and of the experts' work."""
+    if isinstance(dispatcher, AutoDispatcher):
+        dispatcher = replace(
+            dispatcher, row_flops=dispatcher.row_flops or row_flops, wire=dispatcher.wire if wire is None else wire
+        )
+        if isinstance(overlap, int):
+            return replace(dispatcher, degrees=(overlap,))
+        return dispatcher if overlap is None else OverlapDispatcher(replace(dispatcher, degrees=(1,)), overlap)
+    if wire is not None:
+        dispatcher = CompressedDispatcher(dispatcher, wire)  # pyright: ignore[reportArgumentType]  # it raises TypeError
+    return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, MoE))
 
 
-def _check_alike(model: nn.Module, group: ProcessGroup | None) -> None:
-    """The layers must be the same on all ranks, seeds too: replicas of an expert start equal."""
+def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wire: Any) -> None:
+    """The layers must be the same on all ranks, seeds too: replicas of an expert start equal. And the options."""
     if group is None:
         return
-    mine = [
+    mine: list[tuple] = [(f"overlap={overlap!r}, wire={wire!r}",)]
+    mine += [
         (
             name,
             layer.num_experts,
@@ -154,7 +206,8 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None) -> None:
             )
             raise ValueError(
                 f"rank {rank} has built other MoE layers than rank 0: {what} (name, experts, seed, parameters); build "
-                "the model with the same arguments and under the same torch.manual_seed on every rank, or pass seed="
+                "the model with the same arguments and under the same torch.manual_seed on every rank, or pass seed=; "
+                "call parallelize with the same ones, too"
             )
 
 

@@ -1,4 +1,4 @@
-"""The model that chooses a transport: made-up clusters whose answer is known, and files that are no profile."""
+"""The model that chooses transport and chunks: made-up clusters whose answer is known, files that are no profile."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from turnout.dispatch import Profile
-from turnout.dispatch.profile import Link, Message
+from turnout.dispatch.profile import Flop, Link, Message
 
 SMALL = Message(tokens=4, row_bytes=256, top_k=2, num_experts=64)
 LARGE = Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64)
-FREE, USUAL = Link(0.0, 0.0, 0.0), Link(1e-5, 1e-5, 1e-10)
+FREE, USUAL, UNKNOWN = Link(0.0, 0.0, 0.0), Link(1e-5, 1e-5, 1e-10), Flop()
 
 
-def cluster(nodes: int = 4, locals: int = 2, inside: Link = USUAL, between: Link = USUAL) -> Profile:
-    return Profile(nodes, locals, inside, between)
+def cluster(
+    nodes: int = 4, locals: int = 2, inside: Link = USUAL, between: Link = USUAL, flop: Flop = UNKNOWN
+) -> Profile:
+    return Profile(nodes, locals, inside, between, flop)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,68 @@ def cluster(nodes: int = 4, locals: int = 2, inside: Link = USUAL, between: Link
     ],
 )
 def test_the_choice(profile, message, choice):
-    assert profile.choose(message) == choice
+    assert profile.choose(message) == (choice, 1)  # nothing is known of the experts, so there is nothing to hide behind
+
+
+LONG, PRODUCTS = Link(1e-5, 1e-5, 1e-8), Flop(1e-12)
+WORK = replace(LARGE, row_flops=1e7)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message", "degree"),
+    [
+        (cluster(between=LONG, flop=PRODUCTS), WORK, 4),  # travel and experts both take long
+        (
+            cluster(between=LONG, flop=PRODUCTS),
+            replace(SMALL, row_flops=1e5),
+            1,
+        ),  # an exchange costs more than its bytes
+        (cluster(between=Link(2e-2, 0.0, 1e-8), flop=PRODUCTS), WORK, 2),  # four times the exchanges are too many
+        (cluster(inside=FREE, between=FREE, flop=PRODUCTS), WORK, 1),  # there is no travel to hide
+        (cluster(between=LONG, flop=PRODUCTS), LARGE, 1),  # experts that cost nothing
+        (cluster(between=LONG), WORK, 1),  # of a file without a rate
+        (cluster(between=LONG, flop=PRODUCTS), replace(WORK, narrow=True), 1),
+        (cluster(between=LONG, flop=Flop(0.0, 1e-12)), replace(WORK, narrow=True), 4),
+        (cluster(nodes=1, inside=LONG, flop=PRODUCTS), WORK, 2),
+    ],
+)
+def test_the_number_of_chunks(profile, message, degree):
+    assert profile.choose(message).degree == degree
+    assert profile.choose(message, (1,)).degree == 1
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_chunks_against_a_simulation(degree):
+    """The formula against a link and a processor that each take one chunk at a time, in the order of `interleave`."""
+    for alpha, beta, flop in product((0.0, 0.01), (0.1, 1.0, 3.0), (0.0, 0.3, 1.0, 5.0)):
+        profile = cluster(2, 1, FREE, Link(alpha, 0.0, beta), flop=Flop(flop))
+        message = Message(tokens=1, row_bytes=1, top_k=1, num_experts=2, row_flops=1.0)
+        total = alpha  # sizes
+        for compute in (flop, 2 * flop):
+            out, home = (
+                2 * alpha + beta / 2 / degree,
+                alpha + beta / 2 / degree,
+            )  # half of the rows go to the other node
+            total += simulated([out, home], compute / degree, degree)
+        found = profile.predict(message, degree)["flat"]
+        assert found == pytest.approx(total, rel=0.15)
+        if degree == 1 or flop in (0.0, 5.0):  # one of them is always the longer
+            assert found == pytest.approx(total)
+
+
+def simulated(travel: list[float], compute: float, chunks: int) -> float:
+    """Seconds until all chunks are home: a link and a processor, each does one thing at a time."""
+    out, home = travel
+    link = processor = 0.0
+    waiting: list[float] = []  # when the experts are done with chunks that are not home yet
+    for chunk in range(chunks + 1):
+        if chunk < chunks:
+            link += out
+            done = processor = max(processor, link) + compute
+            waiting.append(done)
+        if chunk and waiting:
+            link = max(link, waiting.pop(0)) + home
+    return link
 
 
 def test_a_prediction_by_hand():
@@ -66,10 +129,19 @@ SECONDS = st.floats(0, 10, allow_nan=False)
 LINKS = st.builds(Link, SECONDS, SECONDS, SECONDS)
 
 
-@given(st.builds(Profile, st.integers(1, 64), st.integers(1, 64), LINKS, LINKS))
+@given(st.builds(Profile, st.integers(1, 64), st.integers(1, 64), LINKS, LINKS, st.builds(Flop, SECONDS, SECONDS)))
 def test_json_round_trip(tmp_path_factory, profile):
     path = tmp_path_factory.mktemp("profile") / "profile.json"
     profile.save(path)
+    assert Profile.load(path) == profile
+
+
+def test_a_file_without_a_rate_of_products(tmp_path):
+    path, profile = tmp_path / "profile.json", cluster()
+    profile.save(path)
+    given = json.loads(path.read_text())
+    del given["flop"]
+    path.write_text(json.dumps(given))
     assert Profile.load(path) == profile
 
 
@@ -87,6 +159,9 @@ def test_json_round_trip(tmp_path_factory, profile):
         lambda given: json.dumps({**given, "between": {**given["between"], "byte": float("nan")}}),
         lambda given: json.dumps({**given, "inside": {"step": 0.0}}),
         lambda given: json.dumps({**given, "inside": 3}),
+        lambda given: json.dumps({**given, "flop": {"float32": -1e-9}}),
+        lambda given: json.dumps({**given, "flop": {"int8": 1e-12}}),
+        lambda given: json.dumps({**given, "flop": [1e-9, 1e-9]}),
     ],
 )
 def test_what_is_no_profile(tmp_path, change):

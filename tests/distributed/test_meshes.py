@@ -69,7 +69,7 @@ def axes(shape, names):
         ((4,), ("ep",), "FlatDispatcher"),
         ((4,), ("edp",), "LocalDispatcher"),
         ((4, 1), ("edp", "ep"), "LocalDispatcher"),
-        ((2, 1, 2), ("edp", "node", "local"), "FlatDispatcher"),
+        ((2, 1, 2), ("edp", "node", "local"), "AutoDispatcher"),
         ((1, 2, 2), ("edp", "node", "local"), "AutoDispatcher"),
     ],
     ids=str,

@@ -53,6 +53,15 @@ def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_ra
 
 
 @pytest.mark.slow
+def test_rows_in_chunks_and_in_fewer_bytes_teach_the_same(tmp_path, text, one_rank):
+    whole, _ = one_rank
+    flags = ("--overlap", "2", "--wire", "bf16")
+    other = result(run(tmp_path / "other", "--steps", "6", "--data", text, *flags, ranks=2))
+    assert other["loss"] == pytest.approx(whole["loss"], rel=1e-2)
+    assert other["loss"] != pytest.approx(whole["loss"], rel=1e-7)  # rows were rounded
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -60,6 +69,7 @@ def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_ra
         (["--data", "no/such/folder"], "there is no such file"),
         (["--resume"], "there is no checkpoint"),
         (["--steps", "0"], "--steps must be positive"),
+        (["--wire", "fp4"], "--wire one of bf16, fp8"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path, flags, message):

@@ -107,3 +107,25 @@ def test_sizes_that_do_not_fit_are_named():
         GPTConfig(dim=32, heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="seq_len=10"):
         build(SMALL)(torch.zeros(1, 11, dtype=torch.long))
+
+
+@pytest.mark.parametrize("gate", ["topk", "hash"])
+def test_stages_one_after_another_are_the_model(tokens, gate):
+    config = replace(SMALL, layers=5, moe={"gate": gate})
+    whole = build(config)
+
+    def stage(kept: range) -> GPT:
+        torch.manual_seed(0)
+        return GPT(config, kept)
+
+    first, middle, last = stage(range(2)), stage(range(2, 3)), stage(range(3, 5))
+    x = middle(first(tokens), tokens)
+    assert x.shape == (3, 10, 16)
+    torch.testing.assert_close(last(x, tokens), whole(tokens), rtol=0, atol=0)
+    held = {name: p for part in (first, middle, last) for name, p in part.named_parameters()}
+    assert held.keys() == dict(whole.named_parameters()).keys()
+    assert all(torch.equal(held[name], p) for name, p in whole.named_parameters())
+    assert torch.equal(first.embed.weight, last.embed.weight)
+    assert middle.embed is None
+    with pytest.raises(ValueError, match="no embedding"):
+        middle(tokens)

@@ -1,0 +1,120 @@
+"""Is the layer right on one GPU, how fast is each part of it, and how far is that from what the GPU can do?
+
+    python benchmarks/gpu.py --out gpu.json                 # everything; under 8 minutes
+    python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, checks, ops, layer
+    python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to see that it runs
+
+Prints a table for each case as it is done, and last what was hoped for beside what came out; --out writes the same as
+JSON, and the longest kernels of a step to a text file beside it. On a GPU every part runs in a process of its own: a
+case that crashes it, or hangs, is named as such, and another process goes on with the next case.
+The floors behind the targets: docs/performance.md, "On a GPU". Peers are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import gpu_checks
+import gpu_layer
+import gpu_ops
+import torch
+from gpu_clock import Clock, fresh
+from gpu_report import Row, judge, read, supervise, table, work
+
+PARTS = ("machine", "checks", "ops", "layer")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seconds", type=float, default=2.0, help="to measure one set of runs for")
+    parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
+    parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
+    parser.add_argument("--out", type=Path, help="JSON; the profile goes to the same name with .profile.txt")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the process that started this
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --small runs the same code on a CPU")
+    if args.worker:
+        file = args.worker
+        return int(not all([work(file, part, cases(part, args), partial(fresh, device)) for part in args.parts]))
+
+    deadline = time.monotonic() + args.limit
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        for part in args.parts:
+            if device.type == "cpu":
+                work(file, part, cases(part, args), partial(fresh, device))
+            else:
+                rest = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("device", "seconds")]
+                rest += ["--small"] * args.small + ([f"--out={args.out}"] if args.out else [])
+                command = [sys.executable, __file__, *rest, f"--worker={file}", "--parts", part]
+                supervise(command, file, part, deadline, args.case_limit)
+        results = read(file)
+    if device.type == "cuda":
+        results.setdefault("machine", {})["afterwards"] = {"rows": card()}
+        print("\n## Afterwards\n\n" + table(card()))
+    verdicts = list(judge(results))
+    print("\n## What was hoped for\n\n" + (table(verdicts) if verdicts else "Nothing was judged."))
+    if args.out:
+        args.out.write_text(json.dumps({"results": results, "verdicts": verdicts}, indent=1))
+    return int(any("error" in case for part in results.values() for case in part.values()))
+
+
+def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
+    device = torch.device(args.device)
+    clock = Clock(device, args.seconds)
+    if part == "machine":
+        return {"machine": partial(machine, device)}
+    if part == "checks":
+        return gpu_checks.cases(device, args.small)
+    if part == "ops":
+        return gpu_ops.cases(clock, args.small)
+    profile = args.out and args.out.with_suffix(".profile.txt")
+    return gpu_layer.cases(clock, args.small, profile) | gpu_checks.slow_cases(device, args.small)
+
+
+def machine(device: torch.device) -> list[Row]:
+    facts: dict[str, object] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["CUDA of torch"] = torch.version.cuda
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        facts |= {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}
+        facts |= {"L2 MiB": found.L2_cache_size / 2**20, "memory GiB": found.total_memory / 2**30}
+    return [{"fact": name, "value": str(value)} for name, value in facts.items()] + card()
+
+
+def card() -> list[Row]:
+    """What the driver says of the GPU now; nothing where there is none."""
+    asked = (
+        "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu,power.draw,power.limit"
+    )
+    try:
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    first = said.strip().splitlines()[0].split(", ")
+    return [{"fact": name, "value": value} for name, value in zip(asked.split(","), first, strict=False)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
