@@ -15,7 +15,7 @@ from torch.func import functional_call
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .grouped_mm import grouped_mm
-from .in_cache import perceptrons
+from .in_cache import pays, perceptrons
 from .stacked import held_slice, local
 
 
@@ -128,10 +128,10 @@ class FeedForwardExperts(Experts):
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
         """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-        On a CPU expert by expert, elsewhere one grouped matrix product a layer; empty experts cost nothing.
+        One grouped matrix product a layer, or on a CPU one expert at a time (`pays`); empty experts cost nothing.
         """
         up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-        if self.gathers(rows):
+        if self.gathers(rows, len(weight)):
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = _linear(rows, ends, *up)
@@ -140,9 +140,11 @@ class FeedForwardExperts(Experts):
             return _linear(weighted(hidden, weight), ends, *down, weight)
         return weighted(_linear(hidden, ends, *down), weight)
 
-    def gathers(self, x: Tensor) -> bool:
-        """Whether `forward` takes tokens x and their plan as well, and fetches and returns rows by itself."""
-        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    def gathers(self, x: Tensor, number: int) -> bool:
+        """Whether `forward` takes tokens x and their plan as well, and fetches its `number` of rows by itself."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return pays(number, len(self.owned), self.dim, self.hidden)
 
     def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""

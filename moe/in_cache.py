@@ -7,7 +7,7 @@ large buffer has to be faulted in, written, and read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, wide
+from .activation import ACTIVATIONS, blocks, wide
 from .grouped_mm import computed, mm, spans
 
 _BLOCK = 1 << 18  # elements: a few temporaries of them fit a cache, and the calls that make them do not weigh
 Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
+
+
+def pays(rows: int, experts: int, dim: int, hidden: int) -> bool:
+    """Whether one at a time is faster: rows take many pages, and experts work enough for the calls each needs."""
+    return rows * max(dim, hidden) >= 1 << 22 and rows * hidden >= experts << 16
 
 
 def perceptrons(
@@ -50,7 +55,7 @@ class _Perceptrons(torch.autograd.Function):
                 mm(x, matrix[e], out=u)
                 if bias is not None:
                     u.add_(bias[e])
-            for h_, w_, *us_ in _blocks(h, w, *us):
+            for h_, w_, *us_ in blocks(h, w, *us, elements=_BLOCK):
                 torch.mul(_activated(activation, *map(wide, us_)), w_, out=h_)
             y = out.at(span)
             mm(h, w_down[e], out=y)
@@ -80,7 +85,7 @@ class _Perceptrons(torch.autograd.Function):
             x, y, w = take_x(rows, span), take_y(grad, span), weight[span].unsqueeze(1)
             h, *dus = (t[: len(x)] for t in (hidden, *slopes))
             mm(y, w_down[e].T, out=dus[0])
-            for h_, w_, dw_, *both in _blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
+            for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before), elements=_BLOCK):
                 d, us_ = wide(both[0]), map(wide, both[number:])
                 a, *slopes_ = _back(ctx.activation, d * w_, *us_)
                 torch.mul(a, w_, out=h_)
@@ -161,9 +166,3 @@ def _back(activation: str, grad: Tensor, up: Tensor, gate: Tensor | None = None)
     if activation == "gelu":
         return F.gelu(up), torch.ops.aten.gelu_backward(grad, up)
     return F.relu(up), torch.ops.aten.threshold_backward(grad, up, 0)
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of every tensor, a block at a time."""
-    step = max(1, _BLOCK // max(1, tensors[0].shape[1]))
-    return zip(*(t.split(step) for t in tensors), strict=True) if len(tensors[0]) else iter(())

@@ -7,9 +7,15 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import grouped_mm
+from turnout.moe.in_cache import pays
 
 HALVES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -19,12 +25,13 @@ def random(*shape, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
-def test_rows_gathered_expert_by_expert(activation, bias, dtype):
+def test_rows_gathered_expert_by_expert(activation, bias, dtype, monkeypatch):
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
     plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
     experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
     toward, results = random(5, 8, seed=2, dtype=dtype), []
-    for trip in (dispatcher, super(LocalDispatcher, dispatcher).__call__):  # the second: encode, experts, decode
+    for trip in (dispatcher, super(LocalDispatcher, dispatcher).__call__):
+        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, first=not results: first)
         experts.zero_grad()
         x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
         x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -65,3 +72,9 @@ def test_half_precision_with_and_without_units_for_it(dtype, emulated, monkeypat
     for ours, theirs in ((y, expected), (rows.grad, exact[0].grad), (matrix.grad, exact[1].grad)):
         assert ours.dtype == dtype
         assert close(ours, theirs, rounding)
+
+
+def test_one_at_a_time_where_it_pays():
+    assert pays(rows=32768, experts=64, dim=512, hidden=256)
+    assert not pays(rows=4096, experts=8, dim=256, hidden=512), "little memory"
+    assert not pays(rows=1 << 17, experts=4096, dim=64, hidden=64), "32 rows an expert"
