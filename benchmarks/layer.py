@@ -64,7 +64,7 @@ def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
     """The layer without the path that CPUs have of their own."""
-    by_expert, FeedForwardExperts.gathers = FeedForwardExperts.gathers, lambda self, x, number: False
+    by_expert, FeedForwardExperts.gathers = FeedForwardExperts.gathers, lambda *sizes: False
     try:
         return layer(x)
     finally:

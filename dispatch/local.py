@@ -19,7 +19,7 @@ class LocalDispatcher(Dispatcher):
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip; experts that gather their rows by themselves get the tokens and the plan."""
         gathers = getattr(experts, "gathers", None)
-        if gathers is None or plan.capacity is not None or not gathers(x, len(plan.token)):
+        if gathers is None or plan.capacity is not None or not gathers(x, len(plan.token), len(plan.counts)):
             return super().__call__(x, plan, weight, experts)
         check_weight(weight)
         return experts(x, encode_weight(weight, plan), plan.counts, plan)

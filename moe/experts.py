@@ -131,7 +131,7 @@ class FeedForwardExperts(Experts):
         One grouped matrix product a layer, or on a CPU one expert at a time (`pays`); empty experts cost nothing.
         """
         up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-        if self.gathers(rows, len(weight)):
+        if plan is not None or self.gathers(rows, len(weight), len(counts)):
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = _linear(rows, ends, *up)
@@ -140,11 +140,11 @@ class FeedForwardExperts(Experts):
             return _linear(weighted(hidden, weight), ends, *down, weight)
         return weighted(_linear(hidden, ends, *down), weight)
 
-    def gathers(self, x: Tensor, number: int) -> bool:
-        """Whether `forward` takes tokens x and their plan as well, and fetches its `number` of rows by itself."""
+    def gathers(self, x: Tensor, rows: int, experts: int) -> bool:
+        """Whether `forward` wants tokens x and their plan, and fetches these rows for these experts by itself."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        return pays(number, len(self.owned), self.dim, self.hidden)
+        return pays(rows, experts, self.dim, self.hidden)
 
     def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""
