@@ -2,7 +2,7 @@
 
 Of the hidden rows, only what the activation is taken of is kept. The rest is made for one expert, used while
 it lies in the cache, and made again in the backward: that costs less than memory would, where every page of a
-large buffer has to be faulted in, written, and read again.
+large buffer has to be faulted in, written, and read again. Where an allocator keeps its pages, it saves memory alone.
 """
 
 from __future__ import annotations
