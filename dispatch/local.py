@@ -21,7 +21,8 @@ class LocalDispatcher(Dispatcher):
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip: x [T, D] -> y [T, D]."""
-        if not getattr(experts, "gathers", False):
+        gathers = getattr(experts, "gathers", None)
+        if gathers is None or not gathers(x, plan):
             return super().__call__(x, plan, weight, experts)
         check_weight(weight)
         return experts(x, encode_weight(weight, plan), plan.counts, plan)

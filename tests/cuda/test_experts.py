@@ -12,6 +12,7 @@ import pytest
 import torch
 from reference import close, expert_ffn
 from turnout.cuda.tiles import Tiles
+from turnout.dispatch import Plan
 from turnout.moe import MoE, aux_loss
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
 
@@ -166,12 +167,15 @@ def test_no_rows_are_kept_for_the_backward(monkeypatch):
 def test_choosing_a_kernel():
     experts = FeedForwardExperts(8, 16, 4)
     assert experts.kernel == "auto"
-    assert not experts.gathers
+    x, plan = torch.zeros(2, 8), Plan.of(torch.tensor([[0], [1]]), 4)
+    assert not experts.gathers(x, plan)
+    experts.kernel = "triton"
+    assert experts.gathers(x, plan)
     with pytest.raises(ValueError, match="kernel must be one of auto, torch, triton; got 'cutlass'"):
         experts.kernel = "cutlass"
     with pytest.raises(ValueError, match="has no biases"):
         FeedForwardExperts(8, 16, 4, bias=True).kernel = "triton"
-    assert not ModuleExperts(lambda: torch.nn.Linear(4, 4), 2).gathers
+    assert not ModuleExperts(lambda: torch.nn.Linear(4, 4), 2).gathers(x, plan)
 
 
 def test_triton_is_not_used_where_it_cannot_be():
