@@ -30,6 +30,10 @@ KERNELS = {
     "encode": Kernel("encode.cu", "PPPPqqii"),
     "decode": Kernel("decode.cu", "PPPPqii"),
     "decode_backward": Kernel("decode.cu", "PPPPPPPqqii"),
+    "plan_count": Kernel("plan.cu", "PPiii"),
+    "plan_place": Kernel("plan.cu", "PPPPPiiiii"),
+    "route": Kernel("router.cu", "PPPPPiiiii"),
+    "route_backward": Kernel("router.cu", "PPPPPiiiii"),
 }
 
 Argument = Tensor | int | float | None
@@ -134,7 +138,8 @@ def _headers() -> str:
 
 def _cupy() -> Any:
     try:
-        import cupy  # only here: it takes half a second, and most processes launch no kernel
+        # only here: it takes half a second, and most processes launch no kernel
+        import cupy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f'CUDA kernels need CuPy: pip install "turnout[{_extra()}]"') from error
     return cupy

@@ -1,4 +1,7 @@
-"""encode and decode by the kernels of `cuda/`: what `ops` runs where `moves` or `sums` says so."""
+"""The kernels of `cuda/` on the trip, each with the question whether it can serve.
+
+encode and decode for `ops` where `moves` or `sums` says so, a plan's layout for `plan` where `places` does.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ THREADS = 256  # of a block
 ROWS_A_GROUP = 32  # rows one group of threads looks at for empty ones, kRowsAGroup in rows.cuh
 UNROLLED = (1, 2, 4, 8)  # numbers of assignments that kernels are compiled for; any other takes a loop
 ELEMENT = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+BINS = 24000  # ints in shared memory that sort a plan: 96 KiB, which every device since sm_80 grants who asks
 SCALAR = {1: "unsigned char", 2: "unsigned short", 4: "unsigned", 8: "unsigned long long"}  # by bytes
 
 
@@ -57,6 +61,27 @@ def decode_backward(grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, s
     args = [grad, rows, wide, token, slot, grad_rows, grad_weight, tokens, len(token), chunks, k]
     launch(f"decode_backward<{ELEMENT[rows.dtype]}, {chunk}, {_unrolled(k)}>", grid, block, args)
     return grad_rows, grad_weight.to(weight.dtype)
+
+
+def places(expert: Tensor, num_experts: int) -> bool:
+    """Whether the kernels lay out a plan: fewer than 2^31 assignments, two sets of bins in shared memory."""
+    return 2 * num_experts <= BINS and expert.numel() < 2**31 and available(expert.device)
+
+
+def plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """token, slot and counts of `Plan.of`, in two launches; nobody waits for the device."""
+    expert, (tokens, k), E = expert.contiguous(), expert.shape, num_experts
+    n = tokens * k
+    counters = min(THREADS // 32, BINS // E - 1)  # warps of a block that count: bins for each, and for the totals
+    # 2048 assignments a block, unless the histogram outgrows 1 MiB: every block reads all of it (from L2).
+    blocks = max(1, min(_ceil(n, 2048), 2**18 // E, 1024))
+    histogram = expert.new_empty(blocks, E, dtype=torch.int32)
+    token = expert.new_empty(n if capacity is None else E * capacity)
+    slot, counts = expert.new_empty(tokens, k), expert.new_empty(E)
+    launch("plan_count", (blocks,), (THREADS,), [expert, histogram, n, E, counters], 4 * counters * E)
+    args = [expert, histogram, token, slot, counts, n, k, E, counters, -1 if capacity is None else capacity]
+    launch("plan_place", (blocks,), (THREADS,), args, 4 * (counters + 1) * E)
+    return token, slot, counts
 
 
 def _chunks(*matrices: Tensor) -> tuple[str, int]:

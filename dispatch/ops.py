@@ -92,7 +92,7 @@ def _sum(rows: Tensor, slot: Tensor) -> Tensor:
     """y[t] = sum over j of rows[slot[t, j]]."""
     if slot.shape[1] == 1:
         return _gather(rows, slot.squeeze(1))
-    if rows.is_cuda or not len(rows):
+    if rows.device.type != "cpu" or not len(rows):
         wide = _wide(rows)
         return sum((_gather(wide, home) for home in slot.unbind(1)), wide.new_zeros(slot.shape[0], 1)).to(rows.dtype)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
@@ -111,7 +111,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     if not len(x):
         return x.new_zeros(len(index), x.shape[1])
     rows = x.index_select(0, index.clamp(min=0))
-    if none.is_cuda or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
+    if none.device.type != "cpu" or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
         rows.masked_fill_(none.unsqueeze(1), 0)
     return rows
 

@@ -1,10 +1,13 @@
 """Models built from the layer. Start at `gpt.py`; `blocks.py` is what it shares with `bert.py` and `t5.py`."""
 
 from .bert import BERT, BERTConfig
+from .boundary import Boundary
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
 from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
+from .pipeline import Pipeline
 from .recompute import recompute
+from .stages import Stages
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
 
@@ -14,8 +17,11 @@ __all__ = [
     "OBJECTIVES",
     "T5",
     "BERTConfig",
+    "Boundary",
     "GPTConfig",
     "Objective",
+    "Pipeline",
+    "Stages",
     "T5Config",
     "corrupt_spans",
     "mask_tokens",

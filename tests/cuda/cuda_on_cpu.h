@@ -288,6 +288,20 @@ unsigned __match_any_sync(unsigned mask, T value) {
   return result;
 }
 
+template <class F>
+unsigned reduce_lanes(unsigned mask, unsigned value, F pick) {
+  const uint64_t* values = on_cpu::meet(mask, value);
+  for (unsigned i = 0; i < 32; i++)
+    if (mask >> i & 1) value = pick(value, unsigned(values[i]));
+  return value;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return reduce_lanes(mask, value, [](unsigned a, unsigned b) { return std::max(a, b); });
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return reduce_lanes(mask, value, [](unsigned a, unsigned b) { return std::min(a, b); });
+}
+
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

@@ -16,4 +16,6 @@ DECODE = [
 INSTANCES: dict[str, tuple[str, ...]] = {
     "encode.cu": tuple(ENCODE),
     "decode.cu": tuple(DECODE),
+    "plan.cu": ("plan_count", "plan_place"),
+    "router.cu": ("route", "route_backward"),
 }

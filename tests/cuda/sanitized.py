@@ -12,12 +12,31 @@ import torch
 from runner import RANDOM, SANITIZERS, Runner, installed
 from turnout.cuda import launch
 from turnout.dispatch import Plan, decode, encode
+from turnout.moe.gates.router import route
 
 PLANTED = Path(__file__).with_name("planted.cu")
 
 
+def lay_out_and_route():
+    """Plans of one block and of several, ragged and padded, some experts too full; the router's ways and back."""
+    for T, k, E in [(0, 2, 3), (7, 3, 5), (600, 4, 300)]:
+        expert = torch.rand(T, E, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :k].contiguous()
+        expert[::3, 1] = -1
+        for capacity in (None, 1, 2 * T):
+            Plan.of(expert, E, capacity)
+    for E, k in [(2, 1), (33, 4)]:
+        for score, normalize, bias in [("softmax", True, None), ("sigmoid", False, torch.ones(E))]:
+            logits = torch.randn(5, E)
+            logits[0, E - 1] = float("nan")
+            logits[1:3] = -200.0
+            _, weight, scores = route(logits.requires_grad_(), k, score, normalize, bias)
+            torch.autograd.grad((weight.sum() + scores.sum()), logits, retain_graph=True)
+            torch.autograd.grad(weight.sum(), logits)
+
+
 def sound():
     """The operators with their gradients, at widths that take each kind of access."""
+    lay_out_and_route()
     expert = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).argsort(1)
     expert[0, 1] = expert[2] = -1
     for k, D, dtype in [(2, 8, torch.bfloat16), (2, 7, torch.float16), (3, 4, torch.float32), (3, 5, torch.float32)]:
@@ -56,6 +75,8 @@ USED = {  # the instances that `sound` takes
             "float, unsigned, 0",
         )
     ),
+    "plan.cu": ("plan_count", "plan_place"),
+    "router.cu": ("route", "route_backward"),
 }
 CASES = [sound, past_the_end, past_shared_memory, misaligned]
 

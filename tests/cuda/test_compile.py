@@ -9,6 +9,7 @@ from instances import INSTANCES
 from runner import library
 from turnout.cuda import launch
 from turnout.dispatch import kernels
+from turnout.moe.gates import router
 
 ARCHITECTURES = [80, 90, 100]
 MOST_REGISTERS = 128  # of a thread: then two blocks of 256 share a multiprocessor
@@ -105,6 +106,8 @@ def test_python_and_cuda_agree_on_constants():
     text = (launch.FOLDER / "rows.cuh").read_text()
     assert f"kThreads = {kernels.THREADS};" in text
     assert f"kRowsAGroup = {kernels.ROWS_A_GROUP};" in text
+    assert f"kThreads = {kernels.THREADS};" in (launch.FOLDER / "plan.cu").read_text()
+    assert f"__launch_bounds__({32 * router.WARPS})" in (launch.FOLDER / "router.cu").read_text()
 
 
 def test_every_instance_that_python_asks_for_is_listed():
