@@ -127,8 +127,9 @@ def _split_block(block: Block, mesh: DeviceMesh) -> None:
     }
     if isinstance(block.feed_forward, MoE):
         plan["feed_forward.gate"] = OwnTokens()
-        if block.feed_forward.shared is not None:
-            plan["feed_forward.shared"] = OwnTokens()
+        for name in ("shared", "free"):
+            if getattr(block.feed_forward, name) is not None:
+                plan[f"feed_forward.{name}"] = OwnTokens()
         block.feed_forward.register_forward_pre_hook(partial(_own_ids, mesh), with_kwargs=True)
     else:
         plan["feed_forward"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())

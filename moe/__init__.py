@@ -1,8 +1,23 @@
 """The layer. Start at `layer.py`."""
 
+from .biases import balance_biases
 from .capacity import capacity, capacity_limit
 from .experts import Experts
-from .gates import Gate, GShardGate, HashGate, HierarchicalGate, NoisyTopKGate, RandomGate, SwitchGate, TopKGate
+from .free import FreeExperts
+from .gates import (
+    CosineGate,
+    ExpertChoiceGate,
+    Gate,
+    GShardGate,
+    HashGate,
+    HierarchicalGate,
+    NoisyTopKGate,
+    RandomGate,
+    SigmoidGate,
+    SinkhornGate,
+    SwitchGate,
+    TopKGate,
+)
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE, aux_loss
 from .losses import balance_loss, z_loss
@@ -12,7 +27,10 @@ from .scaler import GradScaler
 from .stats import Stats
 
 __all__ = [
+    "CosineGate",
+    "ExpertChoiceGate",
     "Experts",
+    "FreeExperts",
     "GShardGate",
     "Gate",
     "GradScaler",
@@ -22,10 +40,13 @@ __all__ = [
     "NoisyTopKGate",
     "RandomGate",
     "Routing",
+    "SigmoidGate",
+    "SinkhornGate",
     "Stats",
     "SwitchGate",
     "TopKGate",
     "aux_loss",
+    "balance_biases",
     "balance_loss",
     "capacity",
     "capacity_limit",

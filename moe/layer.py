@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from ..dispatch.base import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.plan import Plan
+from .activation import weighted
 from .capacity import POLICIES, capacity, capacity_limit
-from .experts import Experts, FeedForwardExperts, ModuleExperts
-from .gates import GATES, Gate
-from .losses import BALANCE, balance_loss, mean_over_split, z_loss
+from .experts import Experts
+from .free import FreeExperts
+from .gates import Gate
+from .losses import balance_loss, balance_shares, mean_over_split, z_loss
+from .named import named_experts, named_gate, named_shared
 from .routing import Routing
-from .shared import FeedForward, Sum
 from .stats import Stats
 
 
@@ -35,9 +37,11 @@ class MoE(nn.Module):
         dim: model width D.
         hidden: hidden width H of each expert.
         num_experts: experts on all ranks together, E.
-        top_k: experts a token picks, k; None: what the gate picks by itself (switch, random and hash 1, others 2).
-        gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"random"``,
-            ``"hash"`` (needs `ids`), or a `Gate` of your own.
+        top_k: experts a token picks, k; None: what the gate picks by itself (switch, sinkhorn, random and hash 1,
+            others 2).
+        gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (needs
+            `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
+            ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
             called once per expert.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
@@ -48,10 +52,14 @@ class MoE(nn.Module):
         shared_experts: experts that every token visits as well.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
-            (`balance_loss`). For "sequence", x is [..., S, D]. Gates with losses of their own instead
+            (`balance_loss`), or several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of
+            `aux_loss_weight`. For "sequence", x is [..., S, D]. Gates with losses of their own instead
             (noisy_topk) take this rank's tokens.
         aux_loss_weight, z_loss_weight: weights of the balance loss and of the router's z-loss; a gate's
             own losses have the weight of the balance loss.
+        free_experts: kinds of further ones that cost nothing, ``"null"``, ``"identity"``, ``"constant"``
+            (`FreeExperts`); the gate chooses among all.
+        weight_on: the gate's weight multiplies an expert's ``"output"``, or its ``"input"``, as in Llama 4.
         seed: of the experts' initial values; None draws one from torch's default generator. It must be
             the same on all ranks.
 
@@ -73,11 +81,13 @@ class MoE(nn.Module):
         pad: bool = False,
         shared_experts: int = 0,
         bias: bool = False,
-        balance: str = "local",
+        balance: str | Mapping[str, float] = "local",
         eval_capacity_factor: float | None = None,
         seed: int | None = None,
         aux_loss_weight: float = 1e-2,
         z_loss_weight: float = 0.0,
+        free_experts: Sequence[str] = (),
+        weight_on: str = "output",
     ) -> None:
         super().__init__()
         for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
@@ -85,8 +95,9 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
-        if balance not in BALANCE:
-            raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {balance!r}")
+        if weight_on not in ("input", "output"):
+            raise ValueError(f'weight_on must be "input" or "output"; got {weight_on!r}')
+        balance_shares(balance)
         if pad and capacity_factor is None:
             raise ValueError("pad=True gives every expert its full capacity: set capacity_factor as well")
         for factor in (capacity_factor, eval_capacity_factor):
@@ -98,9 +109,11 @@ class MoE(nn.Module):
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.drop_policy, self.pad, self.balance = drop_policy, pad, balance
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
-        self.gate = _gate(gate, dim, num_experts, top_k)
-        self.experts = _experts(experts, dim, hidden, num_experts, bias, seed)
-        self.shared = _shared(experts, dim, hidden, shared_experts, bias)
+        self.weight_on = weight_on
+        self.gate = named_gate(gate, dim, num_experts + len(free_experts), top_k)
+        self.experts = named_experts(experts, dim, hidden, num_experts, bias, seed)
+        self.shared = named_shared(experts, dim, hidden, shared_experts, bias)
+        self.free = FreeExperts(free_experts, dim) if free_experts else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
@@ -118,8 +131,9 @@ class MoE(nn.Module):
             self._check(x, mask, ids)
             tokens = rearrange(x, "... d -> (...) d")
             routing = self._route(tokens, mask, ids)  # who goes where
+            routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             limit = self._limit(routing)
-            kept = routing if limit is None else capacity(routing, limit, self.drop_policy)  # whom experts turn away
+            kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # whom experts turn away
             plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None)  # which token fills which row
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device)  # the other ranks wait for this one
@@ -128,8 +142,10 @@ class MoE(nn.Module):
         y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
         if self.shared is not None:
             y = y + self.shared(tokens)
+        if self.free is not None:
+            y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         y = y.to(x.dtype).reshape(x.shape)
-        self._record(y, routing, kept, sequences=x.shape[:-2].numel())
+        self._record(y, routing, (routed.expert >= 0) & (kept.expert < 0), sequences=x.shape[:-2].numel())
         return y
 
     @property
@@ -139,8 +155,8 @@ class MoE(nn.Module):
 
     @top_k.setter
     def top_k(self, top_k: int) -> None:
-        if not 1 <= top_k <= self.num_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.num_experts}")
+        if not 1 <= top_k <= self._choices:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self._choices}")
         self.gate.top_k = top_k
 
     @property
@@ -148,12 +164,18 @@ class MoE(nn.Module):
         """Load statistics of the last forward on this rank, as tensors on its device."""
         if self._last is None:
             raise RuntimeError("no statistics yet: they are of the last forward, and there was none")
-        return Stats.of(*self._last, self.num_experts)
+        return Stats.of(*self._last, self._choices)
 
-    def _experts(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    @property
+    def _choices(self) -> int:
+        """What the gate chooses among: the experts, and then those that are free."""
+        return self.num_experts + (0 if self.free is None else len(self.free))
+
+    def _experts(self) -> Callable[..., Tensor]:
+        experts = self.experts if self.weight_on == "output" else partial(_weighted_before, self.experts)
         if self.recompute and torch.is_grad_enabled():
-            return partial(checkpoint, self.experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return self.experts
+            return partial(checkpoint, experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return experts
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:
@@ -164,7 +186,7 @@ class MoE(nn.Module):
             raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
         if ids is not None and (ids.shape != x.shape[:-1] or ids.dtype != torch.int64):
             raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {ids.dtype} {tuple(ids.shape)}")
-        if self.balance == "sequence" and x.ndim < 2:
+        if "sequence" in self.balance and x.ndim < 2:
             raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
 
     def _route(self, tokens: Tensor, mask: Tensor | None, ids: Tensor | None) -> Routing:
@@ -178,22 +200,23 @@ class MoE(nn.Module):
 
     def _limit(self, routing: Routing) -> int | None:
         """Rows an expert takes from this rank, None if any number."""
-        if routing.num_experts != self.num_experts:
-            raise ValueError(f"the gate scores {routing.num_experts} experts, the layer has {self.num_experts}")
+        if routing.num_experts != self._choices:
+            raise ValueError(f"the gate scores {routing.num_experts} experts, the layer has {self._choices}")
         factor = self.capacity_factor
         if not self.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        tokens, top_k = routing.expert.shape
-        return None if factor is None else capacity_limit(factor, top_k, tokens, self.num_experts)
+        return None if factor is None else capacity_limit(factor, self.top_k, len(routing.expert), self.num_experts)
 
-    def _record(self, y: Tensor, routing: Routing, kept: Routing, sequences: int) -> None:
+    def _record(self, y: Tensor, routing: Routing, dropped: Tensor, sequences: int) -> None:
         """Keep what `stats` and `aux_loss` will be asked for."""
         loss = self._loss(routing, sequences)
-        self._last = (routing.expert, kept.expert, routing.weight.detach())
+        self._last = (routing.expert, torch.where(dropped, -1, routing.expert), routing.weight.detach())
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._current_graph_task_id() != -1:
             return  # activation recomputation, inside backward: this forward has been counted
         adds_up = self.training and y.requires_grad  # an evaluation stands alone
+        if adds_up:
+            self.gate.observe(routing)
         if self._losses_done or not adds_up:
             self._losses = []
         if loss is not None:
@@ -207,16 +230,17 @@ class MoE(nn.Module):
 
     def _loss(self, routing: Routing, sequences: int) -> Tensor | None:
         """The weighted losses of one forward."""
-        group = self.balance_group if self.training and self.balance != "local" else None
-        split, weighted = self.sequence_group, []
+        shares = balance_shares(self.balance)
+        group = self.balance_group if self.training and set(shares) != {"local"} else None
+        split, losses = self.sequence_group, []
         if self.aux_loss_weight:
             terms = [mean_over_split(own, split) for own in routing.losses.values()]
             if not self.gate.balances_itself:
-                terms.append(balance_loss(routing, self.balance, sequences, group, split))
-            weighted += [self.aux_loss_weight * term for term in terms]
+                terms += [part * balance_loss(routing, over, sequences, group, split) for over, part in shares.items()]
+            losses += [self.aux_loss_weight * term for term in terms]
         if self.z_loss_weight:
-            weighted.append(self.z_loss_weight * z_loss(routing, group, split))
-        return torch.stack(weighted).sum() if weighted else None
+            losses.append(self.z_loss_weight * z_loss(routing, group, split))
+        return torch.stack(losses).sum() if losses else None
 
     def _forget(self) -> None:
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -258,29 +282,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     return torch.zeros((), device=None if parameter is None else parameter.device)
 
 
-def _gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
-    if not isinstance(gate, str):
-        own = getattr(gate, "top_k", top_k)
-        if top_k not in (None, own):
-            raise ValueError(f"top_k={top_k}, but the gate's is {own}: leave top_k out")
-        return gate
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)} or a Gate; got {gate!r}")
-    return GATES[gate](dim, num_experts) if top_k is None else GATES[gate](dim, num_experts, top_k)
-
-
-def _experts(
-    experts: str | Callable[[], nn.Module], dim: int, hidden: int, num_experts: int, bias: bool, seed: int
-) -> Experts:
-    if isinstance(experts, str):
-        return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
-    return ModuleExperts(experts, num_experts, seed)
-
-
-def _shared(experts: str | Callable[[], nn.Module], dim: int, hidden: int, number: int, bias: bool) -> nn.Module | None:
-    if not number:
-        return None
-    return FeedForward(dim, number * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, number)
+def _weighted_before(experts: Experts, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
 
 
 def _autocast(tokens: Tensor) -> Tensor:

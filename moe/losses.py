@@ -7,6 +7,8 @@ over ranks (what DDP, FSDP and `sync_gradients` compute): add it on every rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,14 @@ from ..dispatch.plan import load
 from .routing import Routing
 
 BALANCE = ("local", "global", "sequence")
+
+
+def balance_shares(balance: str | Mapping[str, float]) -> dict[str, float]:
+    """Over which tokens losses balance, and with what share of the weight each: "global" -> {"global": 1.0}."""
+    shares = {balance: 1.0} if isinstance(balance, str) else dict(balance)
+    if not shares or not set(shares) <= set(BALANCE):
+        raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares)")
+    return shares
 
 
 def balance_loss(

@@ -1,11 +1,15 @@
 """Gates by name. A gate of your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
 
 from .base import Gate
+from .cosine import CosineGate
+from .expert_choice import ExpertChoiceGate
 from .gshard import GShardGate
 from .hash import HashGate
 from .hierarchical import HierarchicalGate
 from .noisy_topk import NoisyTopKGate
 from .random_gate import RandomGate
+from .sigmoid import SigmoidGate
+from .sinkhorn import SinkhornGate
 from .switch import SwitchGate
 from .topk import TopKGate
 
@@ -15,18 +19,26 @@ GATES: dict[str, type[Gate]] = {
     "gshard": GShardGate,
     "noisy_topk": NoisyTopKGate,
     "hierarchical": HierarchicalGate,
+    "sigmoid": SigmoidGate,
+    "expert_choice": ExpertChoiceGate,
+    "cosine": CosineGate,
+    "sinkhorn": SinkhornGate,
     "random": RandomGate,
     "hash": HashGate,
 }
 
 __all__ = [
     "GATES",
+    "CosineGate",
+    "ExpertChoiceGate",
     "GShardGate",
     "Gate",
     "HashGate",
     "HierarchicalGate",
     "NoisyTopKGate",
     "RandomGate",
+    "SigmoidGate",
+    "SinkhornGate",
     "SwitchGate",
     "TopKGate",
 ]

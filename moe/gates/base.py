@@ -56,6 +56,9 @@ class Gate(nn.Module, ABC):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
 
+    def observe(self, routing: Routing) -> None:
+        """Look at the layer's routing after each training forward; not in eval, and once where it is recomputed."""
+
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"

@@ -1,0 +1,41 @@
+"""What a layer's arguments name: its gate, its experts, those that are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .experts import Experts, FeedForwardExperts, ModuleExperts
+from .gates import GATES, Gate
+from .shared import FeedForward, Sum
+
+
+def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
+    """A gate among `num_experts`, or the one that was given."""
+    if not isinstance(gate, str):
+        own = getattr(gate, "top_k", top_k)
+        if top_k not in (None, own):
+            raise ValueError(f"top_k={top_k}, but the gate's is {own}: leave top_k out")
+        return gate
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)} or a Gate; got {gate!r}")
+    return GATES[gate](dim, num_experts) if top_k is None else GATES[gate](dim, num_experts, top_k)
+
+
+def named_experts(
+    experts: str | Callable[[], nn.Module], dim: int, hidden: int, num_experts: int, bias: bool, seed: int
+) -> Experts:
+    """The experts, routed."""
+    if isinstance(experts, str):
+        return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
+    return ModuleExperts(experts, num_experts, seed)
+
+
+def named_shared(
+    experts: str | Callable[[], nn.Module], dim: int, hidden: int, number: int, bias: bool
+) -> nn.Module | None:
+    """As many experts of that kind for all tokens, None for none."""
+    if not number:
+        return None
+    return FeedForward(dim, number * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, number)
