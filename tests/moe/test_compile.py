@@ -56,6 +56,24 @@ def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
         torch.testing.assert_close(compiled.eval()(tokens(32)), layer.eval()(tokens(32)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"gate": gate} for gate in ("sigmoid", "expert_choice", "cosine", "sinkhorn")),
+        {"free_experts": ["null", "identity", "constant"], "weight_on": "input"},
+    ],
+    ids=str,
+)
+def test_further_gates_in_one_graph(options):
+    layer, counter = build(**options), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for ours, same in zip(step(layer, compiled, tokens(32)), step(layer, layer, tokens(32)), strict=True):
+        torch.testing.assert_close(ours, same)
+    assert counter.frame_count == 1
+    if options.get("gate") == "sigmoid":
+        assert layer.gate.load.sum() == 2 * 2 * 2 * 32  # of both steps
+
+
 def test_loads_change_from_step_to_step_without_compiling_again():
     layer, counter = build(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)

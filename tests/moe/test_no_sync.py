@@ -22,6 +22,9 @@ LAYERS = {
     "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
     "shared, bias, z-loss": {"shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
     "sequence": {"balance": "sequence"},
+    "two balances": {"balance": {"global": 1.0, "sequence": 0.1}},
+    "free experts": {"free_experts": ["null", "identity", "constant"], "capacity_factor": 1.1},
+    "weight on the input": {"weight_on": "input"},
     **{f"gate {name}": {"gate": name} for name in GATES},
 }
 KERNELS = ["torch", "triton"]
