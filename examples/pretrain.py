@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch.wire import WIRES, Wire
 from turnout.models import GPT, GPTConfig, checkpoint
-from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe import MoE, aux_loss, balance_biases, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
 STOPPED = 143  # what a shell calls ended by SIGTERM
 
@@ -153,6 +153,7 @@ def train(job: Job, ep: int, text: tuple[Tensor, Tensor], device: torch.device) 
         sync_gradients(model, mesh)
         norm = clip_grad_norm_(model, 1.0)
         optimizer.step()
+        balance_biases(model)
         optimizer.zero_grad()
         stopping = stop.answer() and step + 1 < job.steps
         seconds += time.perf_counter() - start

@@ -47,11 +47,12 @@ def by_hand(layer, x, limit=None, on_input=False):
 def same(layer, x, wanted):
     y = layer(x)
     leaves = (x, *layer.parameters())
-    grads = [torch.autograd.grad((v * drawn(*v.shape, seed=1)).sum(), leaves) for v in (y, wanted)]
+    seed = drawn(*wanted.shape, seed=1)
+    grads = [torch.autograd.grad((v * seed).sum(), leaves, retain_graph=True) for v in (y, wanted)]
     return close(y, wanted, 1e-11) and all(close(a, w, 1e-10) for a, w in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+@pytest.mark.parametrize("capacity_factor", [None, 0.2])
 def test_free_experts_as_in_the_reference(capacity_factor):
     layer, x = built(free_experts=KINDS, capacity_factor=capacity_factor), drawn(T, D).requires_grad_()
     limit = None if capacity_factor is None else reference.capacity_limit(capacity_factor, 2, T, E)
