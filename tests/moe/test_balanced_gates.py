@@ -49,7 +49,7 @@ def same(actual, wanted, leaves, tol=1e-10):
 # ---- sigmoid
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.data())
 def test_sigmoid_as_in_the_reference(data):
     groups, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
@@ -168,7 +168,7 @@ def test_all_ranks_keep_the_bias_of_one():
 # ---- expert choice
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.data())
 def test_expert_choice_as_in_the_reference(data):
     E, T = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 8))
@@ -247,7 +247,7 @@ def length(values):
 # ---- sinkhorn
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(st.data())
 def test_sinkhorn_as_in_the_reference(data):
     E, T, iterations = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))

@@ -56,6 +56,7 @@ def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
         torch.testing.assert_close(compiled.eval()(tokens(32)), layer.eval()(tokens(32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
