@@ -17,6 +17,7 @@ from .compressed import CompressedDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
+from .mesh import Meshes
 from .node import NodeDispatcher
 from .ops import decode, encode
 from .overlap import OverlapDispatcher
@@ -33,6 +34,7 @@ __all__ = [
     "FlatDispatcher",
     "HierarchicalDispatcher",
     "LocalDispatcher",
+    "Meshes",
     "NodeDispatcher",
     "OverlapDispatcher",
     "Plan",

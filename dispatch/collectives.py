@@ -247,24 +247,24 @@ def _check_rows(x: Tensor, rows: int, what: str) -> None:
         raise ValueError(f"{what}: x must be [{rows}, ...] on this rank, as sizes says; got {tuple(x.shape)}")
 
 
-def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum over the ranks of a group, for objectives that are the *mean over ranks* of equal terms.
+def all_reduce(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> Tensor:
+    """Sum over the ranks of a group, for objectives that every rank computes alike from the sum.
 
-    Every rank computes the same objective from the sum, and gradients are averaged over the W ranks
-    afterwards; so the gradient that reaches this rank's part is W times the one that arrives here. Each
-    rank can do that alone: no collective in the backward.
+    Afterwards gradients are either `averaged` over the W ranks, which have parts of the batch, or summed, where
+    ranks have parts of one sequence. So the gradient that reaches this rank's part is W times the one that arrives
+    here, or that one. Each rank can do that alone: no collective in the backward.
     """
-    return _AllReduce.apply(x, group)  # pyright: ignore[reportReturnType]
+    return _AllReduce.apply(x, group, averaged)  # pyright: ignore[reportReturnType]
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.size = dist.get_world_size(group)
+    def forward(ctx, x, group, averaged):
+        ctx.factor = dist.get_world_size(group) if averaged else 1
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.size, None
+        return grad * ctx.factor, None, None

@@ -1,16 +1,93 @@
 """The axes of a DeviceMesh, told by name.
 
 "ep": the ranks that share the experts; it may be given as "node" and "local". "edp": the ranks that repeat
-them. "etp": the ranks that hold slices of the same experts. Along all of these, ranks have parts of the batch
-of their own.
+them. "etp": the ranks that hold slices of the same experts. Along all of these, ranks have tokens of their own.
+`Meshes` adds the axes of the dense part, over the same ranks: "dp" has parts of the batch, "tp" parts of each sequence.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 EP, EDP, ETP, NODE, LOCAL = "ep", "edp", "etp", "node", "local"
+PP, DP, TP = "pp", "dp", "tp"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The ranks of a job in two orders: a dense mesh, and one for experts whose axes are folded over dp and tp.
+
+    Attributes:
+        dense: axes "pp", "dp", "tp".
+        experts: axes "pp", "edp", "ep" (or "node" and "local" in its place), "etp"; edp * ep * etp = dp * tp.
+        tokens: "dp_tp", one axis: the ranks of a pipeline stage, each of which has tokens of its own.
+    """
+
+    dense: DeviceMesh
+    experts: DeviceMesh
+    tokens: DeviceMesh
+
+    @classmethod
+    def of(
+        cls, device_type: str, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, ranks_per_node: int | None = None
+    ) -> Meshes:
+        """Meshes over all ranks of the default group; every rank must call it. dp and edp are what remains.
+
+        Ranks next to each other lie along tp, then dp, then pp, as in PTD-P (arXiv:2104.04473, section 3.2):
+        tensor parallelism, which talks most, stays in a node. Both meshes are views of one, so that DTensors
+        on either can be combined (FSDP2 over "edp" of a parameter split over "ep").
+
+        Args:
+            device_type: "cuda" or "cpu".
+            pp, tp: pipeline stages; ranks that split a layer and its sequences.
+            ep: ranks that share the experts of a layer; may span dp and tp.
+            etp: ranks that split each expert.
+            ranks_per_node: torchrun's LOCAL_WORLD_SIZE. Where ep spans several whole nodes of several ranks, its
+                axis is given as "node" and "local"; None: never.
+
+        Raises:
+            ValueError: sizes that do not multiply to the number of ranks, naming them.
+        """
+        ranks = dist.get_world_size()
+        for name, size in {"pp": pp, "tp": tp, "ep": ep, "etp": etp}.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        if ranks % (pp * tp):
+            raise ValueError(
+                f"pp={pp} x tp={tp} = {pp * tp} does not divide the {ranks} ranks; start a multiple of {pp * tp} ranks"
+            )
+        stage = ranks // pp
+        if stage % (ep * etp):
+            raise ValueError(
+                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={stage // tp} x tp={tp} = {stage} ranks of a "
+                f"pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
+            )
+        spread = {EP: ep}
+        if ranks_per_node is not None and (nodes := _whole_nodes(ep, etp, ranks_per_node)):
+            spread = {NODE: nodes, LOCAL: ep // nodes}
+        world = init_device_mesh(device_type, (ranks,), mesh_dim_names=("world",))
+        dense = _fold(world, {PP: pp, DP: stage // tp, TP: tp})
+        experts = _fold(world, {PP: pp, EDP: stage // (ep * etp), **spread, ETP: etp})
+        return cls(dense, experts, dense[DP, TP]._flatten(f"{DP}_{TP}"))
+
+
+def _whole_nodes(ep: int, etp: int, ranks_per_node: int) -> int:
+    """Nodes that the ranks of "ep" fill, 0 unless they fill several whole ones with several ranks of theirs on each."""
+    if ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node must be positive; got {ranks_per_node}")
+    nodes, rest = divmod(ep * etp, ranks_per_node)
+    local = ranks_per_node // etp
+    return nodes if rest == 0 and nodes > 1 and ranks_per_node % etp == 0 and local > 1 else 0
+
+
+def _fold(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+    assert math.prod(sizes.values()) == world.size()
+    return world._unflatten(0, tuple(sizes.values()), tuple(sizes))
 
 
 def names(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -56,8 +133,15 @@ def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
     return mesh.get_group(NODE), mesh.get_group(LOCAL)
 
 
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes along which ranks have parts of the batch."""
+def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:
+    """The mesh with the axes of the experts."""
+    return mesh.experts if isinstance(mesh, Meshes) else mesh
+
+
+def token_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
+    """The axes along which ranks have tokens of their own."""
+    if isinstance(mesh, Meshes):
+        return mesh.tokens
     axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL, ETP))
     if not axes:
         raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
@@ -68,9 +152,27 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[axes]
 
 
-def data_group(mesh: DeviceMesh) -> ProcessGroup | None:
-    """All ranks that have a part of the batch; None if that is this one alone."""
-    data = data_mesh(mesh)
-    if data.size() == 1:
+def token_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
+    """All ranks that have tokens of their own; None if that is this one alone."""
+    return _group(token_mesh(mesh))
+
+
+def data_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
+    """The axes along which ranks have parts of the batch: the loss is averaged over them."""
+    return mesh.dense[DP] if isinstance(mesh, Meshes) else token_mesh(mesh)
+
+
+def data_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
+    """The ranks that have parts of the batch, with this rank's part of each sequence; None if that is this one."""
+    return _group(data_mesh(mesh))
+
+
+def sequence_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
+    """The ranks that have parts of the same sequences; None if that is this one alone."""
+    return _group(mesh.dense[TP]) if isinstance(mesh, Meshes) else None
+
+
+def _group(mesh: DeviceMesh) -> ProcessGroup | None:
+    if mesh.size() == 1:
         return None
-    return data.get_group() if data.ndim == 1 else data._flatten("_".join(names(data))).get_group()
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten("_".join(names(mesh))).get_group()

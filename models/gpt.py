@@ -134,7 +134,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        size = config.dim // config.heads
+        self.size = size = config.dim // config.heads
         self.query = nn.Linear(config.dim, self.heads * size, bias=False)
         self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
@@ -146,9 +146,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, D]; cos and sin as `rotary` gives them."""
-        q = rotate(rearrange(self.query(x), "b s (h d) -> b h s d", h=self.heads), cos, sin)
-        k = rotate(rearrange(self.key(x), "b s (h d) -> b h s d", h=self.kv_heads), cos, sin)
-        v = rearrange(self.value(x), "b s (h d) -> b h s d", h=self.kv_heads)
+        # by size: the heads that are here may be a part of all (`tensor_parallel`)
+        q = rotate(rearrange(self.query(x), "b s (h d) -> b h s d", d=self.size), cos, sin)
+        k = rotate(rearrange(self.key(x), "b s (h d) -> b h s d", d=self.size), cos, sin)
+        v = rearrange(self.value(x), "b s (h d) -> b h s d", d=self.size)
         y = self.core(q, k, v, causal=True, grouped=self.kv_heads != self.heads)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 

@@ -1,7 +1,8 @@
 """After backward: gradients synchronised, clipped, and handed to an optimizer.
 
 A parameter says by its own type and mesh with whom it is shared: an expert's is a DTensor on the axis
-"ep", a dense one is a plain tensor, or a DTensor of the wrapper (FSDP2) that reduces it.
+"ep", one of a tensor-parallel part a DTensor on "tp", another a plain tensor, or a DTensor of the wrapper (FSDP2)
+that reduces it.
 """
 
 from __future__ import annotations
@@ -17,32 +18,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..dispatch import mesh as axes
+from ..dispatch.mesh import Meshes
 
 
-def sync_gradients(model: nn.Module, mesh: DeviceMesh, dense: bool = True) -> None:
+def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = True) -> None:
     """After backward, without FSDP: make gradients those of the mean over ranks of every rank's loss.
 
-    Expert gradients are summed over "edp" (over "ep" they were summed on the way back), dense ones over
-    all ranks of the mesh; both are divided by the number of ranks. Absent gradients count as zeros. What a
-    wrapper reduces by itself (FSDP2's DTensors) is left alone.
+    Expert gradients are summed over "edp" (over "ep" they were summed on the way back), those of matrices split over
+    "tp" over "dp", others over all ranks that have tokens of their own; all are divided by the number of ranks
+    that have parts of the batch. Absent gradients count as zeros. What a wrapper reduces by itself (FSDP2's DTensors)
+    is left alone.
 
     Args:
         model, mesh: as given to `parallelize`.
         dense: False where something else reduces the dense gradients, such as DDP.
     """
-    edp = axes.axis(mesh, axes.EDP)
-    experts, others = [], []
+    edp = axes.axis(axes.of_experts(mesh), axes.EDP)
+    experts, split, others = [], [], []
     for p in model.parameters():
         if not p.requires_grad:
             continue
         held_by = axes.names(p.device_mesh) if isinstance(p, DTensor) else None
-        if held_by is None and dense:
-            others.append(p)
-        elif held_by is not None and {axes.EP, axes.NODE} & set(held_by) and axes.EDP not in held_by:
+        if held_by is not None and {axes.EP, axes.NODE} & set(held_by) and axes.EDP not in held_by:
             experts.append(p)
+        elif dense and held_by == (axes.TP,) and not _is_whole(p):
+            split.append(p)
+        elif dense and held_by in (None, (axes.TP,)):
+            others.append(p)
     ranks = axes.data_mesh(mesh).size()
     _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)
-    _reduce(others, axes.data_group(mesh), ranks)
+    _reduce(split, axes.data_group(mesh), ranks)
+    _reduce(others, axes.token_group(mesh), ranks)
 
 
 @torch.no_grad()
@@ -85,6 +91,10 @@ def _held(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) or all(placed.is_replicate() for placed in tensor.placements)
+
+
 def _zero(p: Tensor) -> Tensor:
     return torch.zeros((), device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
 
@@ -103,6 +113,8 @@ def _reduce(parameters: list[nn.Parameter], group: ProcessGroup | None, divisor:
     grads = []
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if isinstance(p, DTensor) and _is_whole(p):
+            p.grad = _summed_part(p, p.grad)
         grads.append(_held(p.grad))
     if group is not None:
         for bucket in _buckets(grads):
@@ -112,6 +124,19 @@ def _reduce(parameters: list[nn.Parameter], group: ProcessGroup | None, divisor:
                 g.copy_(reduced.view_as(g))
     for g in grads:
         g.div_(divisor)
+
+
+def _summed_part(p: DTensor, grad: Tensor) -> Tensor:
+    """A gradient of a parameter that is whole on each rank: this rank's part of the sum, laid out as the sum will be.
+
+    DTensor leaves parts of a sum (`Partial`) as they are. What it did sum is shared out again, so that all ranks take
+    part in one reduction whatever they hold.
+    """
+    assert isinstance(grad, DTensor)
+    part = _held(grad)
+    if _is_whole(grad):
+        part = part / grad.device_mesh.size()
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
 
 
 def _buckets(grads: list[Tensor], limit: int = 1 << 25) -> list[list[Tensor]]:

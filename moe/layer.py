@@ -18,7 +18,7 @@ from ..dispatch.plan import Plan
 from .capacity import POLICIES, capacity, capacity_limit
 from .experts import Experts, FeedForwardExperts, ModuleExperts
 from .gates import GATES, Gate
-from .losses import BALANCE, balance_loss, z_loss
+from .losses import BALANCE, balance_loss, mean_over_split, z_loss
 from .routing import Routing
 from .shared import FeedForward, Sum
 from .stats import Stats
@@ -102,7 +102,8 @@ class MoE(nn.Module):
         self.experts = _experts(experts, dim, hidden, num_experts, bias, seed)
         self.shared = _shared(experts, dim, hidden, shared_experts, bias)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets both
+        self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
+        self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
         self._forget()
 
     recompute: bool = False  # compute what is inside the experts again in the backward, instead of keeping it
@@ -207,12 +208,14 @@ class MoE(nn.Module):
     def _loss(self, routing: Routing, sequences: int) -> Tensor | None:
         """The weighted losses of one forward."""
         group = self.balance_group if self.training and self.balance != "local" else None
-        weighted = []
+        split, weighted = self.sequence_group, []
         if self.aux_loss_weight:
-            terms = [] if self.gate.balances_itself else [balance_loss(routing, self.balance, sequences, group)]
-            weighted += [self.aux_loss_weight * term for term in (*terms, *routing.losses.values())]
+            terms = [mean_over_split(own, split) for own in routing.losses.values()]
+            if not self.gate.balances_itself:
+                terms.append(balance_loss(routing, self.balance, sequences, group, split))
+            weighted += [self.aux_loss_weight * term for term in terms]
         if self.z_loss_weight:
-            weighted.append(self.z_loss_weight * z_loss(routing, group))
+            weighted.append(self.z_loss_weight * z_loss(routing, group, split))
         return torch.stack(weighted).sum() if weighted else None
 
     def _forget(self) -> None:

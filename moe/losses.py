@@ -20,7 +20,11 @@ BALANCE = ("local", "global", "sequence")
 
 
 def balance_loss(
-    routing: Routing, over: str = "local", sequences: int = 1, group: ProcessGroup | None = None
+    routing: Routing,
+    over: str = "local",
+    sequences: int = 1,
+    group: ProcessGroup | None = None,
+    split: ProcessGroup | None = None,
 ) -> Tensor:
     """E * sum_e f_e P_e: 1 when tokens are spread evenly, E when all go to one expert.
 
@@ -30,15 +34,17 @@ def balance_loss(
 
     Args:
         routing: of this rank's tokens.
-        over: ``"local"``: this rank's tokens; changes with the number of ranks. ``"global"``: all tokens
-            of all ranks of `group` (arXiv:2501.11873). ``"sequence"``: one term per sequence, averaged
+        over: ``"local"``: the tokens of `split`; changes with the number of ranks. ``"global"``: all tokens
+            of all ranks of `group`, too (arXiv:2501.11873). ``"sequence"``: one term per sequence, averaged
             over the sequences of all ranks (DeepSeek-V3, arXiv:2412.19437, eq. 17-20). The last two do not
             depend on how tokens are spread over ranks.
         sequences: sequences on this rank; T is a multiple, tokens of one lying together.
         group: the ranks that share the batch; None is this rank alone.
+        split: the ranks that have parts of the same sequences, of equal length, and whose gradients are summed;
+            None is this rank alone.
 
     Returns:
-        A scalar, equal on all ranks for "global"; on a rank without tokens 0 for "local".
+        A scalar, equal on all ranks of `split`, and for "global" on all; on a rank without tokens 0 for "local".
     """
     if over not in BALANCE:
         raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {over!r}")
@@ -53,26 +59,30 @@ def balance_loss(
     mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
     chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
     tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
-    if over == "global":
-        sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), group)
+    if split is not None or over == "global":
+        sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
+        sums = _sum(sums, group if over == "global" else None)
         mass, chosen, tokens = sums[:, :E], sums[:, E:-1], sums[:, -1]
     share = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).detach()
     terms = E * (share * mass).sum(1) / tokens.clamp(min=1)
     if over != "sequence":
         return terms.sum()
-    return _mean_over_ranks(terms, tokens > 0, group)
+    counted = tokens > 0
+    return _mean_over_ranks(torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype), group)
 
 
-def z_loss(routing: Routing, group: ProcessGroup | None = None) -> Tensor:
+def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGroup | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2: keeps router logits small (ST-MoE, arXiv:2202.08906, eq. 5).
 
-    With a `group`, over the tokens of all its ranks.
+    With a `group`, or `split`, over the tokens of all their ranks; both as in `balance_loss`.
     """
     if routing.logits is None:
         raise ValueError("z_loss needs the router's logits, and this gate returns none: set z_loss_weight=0")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
-    return _mean_over_ranks(terms, counted, group)
+    sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])
+    total, number = _sum(sums, split, averaged=False)
+    return _mean_over_ranks(total, number, group)
 
 
 def cv_squared(amount: Tensor) -> Tensor:
@@ -85,17 +95,21 @@ def cv_squared(amount: Tensor) -> Tensor:
     return ((amount - mean) / mean.clamp(min=torch.finfo(amount.dtype).tiny)).square().mean()
 
 
-def _mean_over_ranks(terms: Tensor, counted: Tensor, group: ProcessGroup | None) -> Tensor:
-    """This rank's part of the mean of `terms` [n] where `counted`: the mean over ranks of the parts is that mean."""
-    number = counted.sum().to(terms.dtype)
+def mean_over_split(loss: Tensor, split: ProcessGroup | None) -> Tensor:
+    """The mean of a scalar over ranks whose gradients are summed."""
+    return loss if split is None else _sum(loss, split, averaged=False) / dist.get_world_size(split)
+
+
+def _mean_over_ranks(total: Tensor, number: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part of a mean, of its sum of `number` terms: the mean over ranks of the parts is that mean."""
     size = 1
     if group is not None:
         number, size = _sum(number, group), dist.get_world_size(group)
-    return torch.where(counted, terms, 0).sum() * size / number.clamp(min=1)
+    return total * size / number.clamp(min=1)
 
 
-def _sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    return x if group is None else all_reduce(x, group)
+def _sum(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> Tensor:
+    return x if group is None else all_reduce(x, group, averaged)
 
 
 def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:

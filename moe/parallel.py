@@ -22,6 +22,7 @@ from ..dispatch.compressed import CompressedDispatcher
 from ..dispatch.flat import FlatDispatcher
 from ..dispatch.hierarchical import HierarchicalDispatcher
 from ..dispatch.local import LocalDispatcher
+from ..dispatch.mesh import Meshes
 from ..dispatch.node import NodeDispatcher
 from ..dispatch.overlap import OverlapDispatcher
 from ..dispatch.profile import Profile
@@ -37,7 +38,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def parallelize(
     model: Model,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | Meshes,
     dispatcher: str | Dispatcher = "auto",
     profile: str | Path | Profile | None = None,
     overlap: int | Literal["auto"] | None = None,
@@ -53,7 +54,8 @@ def parallelize(
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, ``"edp"``, over which they are repeated, and ``"etp"``, over which the hidden
             width of each is split (`TensorParallelDispatcher`); each rank of it has a part of the batch.
-            Without an "ep" axis all experts stay where they are.
+            Without an "ep" axis all experts stay where they are. Or `Meshes`: with tp, each rank has a part of
+            every sequence of its part of the batch, which `tensor_parallel` sees to.
         dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
             (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these, in 1,
             2 or 4 chunks, by measured costs (`AutoDispatcher`; with "etp" in one); elsewhere it is flat, in one piece.
@@ -66,13 +68,21 @@ def parallelize(
 
     Raises:
         ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
-            fit, an overlap or a wire that is none or that the given `Dispatcher` has already.
+            fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
+            that tp ranks would repeat.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
+    everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
+    if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
+        raise ValueError(
+            'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
+            'tensor_parallel(model, meshes.dense["tp"]) first'
+        )
+    mesh = axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
-    ep, everyone = axes.axis(mesh, axes.EP), axes.data_group(mesh)
+    ep = axes.axis(mesh, axes.EP)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)
         if isinstance(dispatcher, LocalDispatcher):
@@ -80,7 +90,7 @@ def parallelize(
     _check_alike(model, everyone, overlap, wire)
     dispatchers: dict[float, Dispatcher] = {}  # what chooses by costs is shared by layers whose experts cost the same
     for name, layer in _moe_layers(model):
-        layer.balance_group = everyone
+        layer.balance_group, layer.sequence_group = batch, sequence
         if ep is None:
             continue
         if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
@@ -98,13 +108,14 @@ def parallelize(
     return model
 
 
-def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
+def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any) -> Model:
     """FSDP2 for the experts of a parallelized model, over the axis "edp", with the right divisor.
 
     Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
     over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
     batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
     """
+    averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
@@ -118,7 +129,7 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh, **options: Any) -> Model
                 "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
             )
         experts = cast(FSDPModule, fully_shard(layer.experts, mesh=edp, **options))
-        experts.set_gradient_divide_factor(float(axes.data_mesh(mesh).size()))
+        experts.set_gradient_divide_factor(float(averaged))
         # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
         experts.set_force_sum_reduction_for_comms(edp.size() > 1)
     return model
@@ -177,6 +188,10 @@ def _equipped(
     if wire is not None:
         dispatcher = CompressedDispatcher(dispatcher, wire)  # pyright: ignore[reportArgumentType]  # it raises TypeError
     return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
+
+
+def _split(p: Tensor, axis: str) -> bool:
+    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

@@ -1,0 +1,152 @@
+"""Tensor and sequence parallelism of a `GPT`, by DTensor (Megatron-LM, arXiv:1909.08053; arXiv:2205.05198).
+
+Between blocks a rank of the axis "tp" has its part of every sequence, [B, S / tp, D]. Attention and dense
+perceptrons gather the sequence, split their matrices by columns and then by rows, and scatter the sum. A mixture of
+experts gathers nothing: each rank routes its own tokens, so that none travels twice.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from ..moe.layer import MoE
+from .gpt import GPT, Block
+
+
+def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
+    """Split a model's matrices, vocabulary and sequences over the ranks of a mesh, in place; call it on every rank.
+
+    The ranks are given the same tokens [B, S], S a multiple of their number; logits come back split over the
+    vocabulary, as a DTensor [B, S, vocab], which `next_token_loss` takes as it is. Norms, routers and shared
+    experts stay whole on each rank, and their gradients are parts of a sum until `sync_gradients`. Call
+    `parallelize` after it, and FSDP after both.
+
+    Args:
+        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too. A stage of a
+            pipeline passes hidden states [B, S / tp, D] on.
+        mesh: one axis, named "tp": `Meshes.dense["tp"]`. With one rank the model stays as it is.
+
+    Raises:
+        ValueError: sizes that do not split; in forward, sequences that do not.
+    """
+    if mesh.mesh_dim_names != ("tp",):
+        raise ValueError(f'tensor_parallel needs a mesh with the one axis "tp"; got {mesh.mesh_dim_names}')
+    if mesh.size() == 1:
+        return model
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError("parameters are spread already: call tensor_parallel once, before parallelize and any FSDP")
+    _check(model, mesh.size())
+    for block in model.blocks:
+        if isinstance(block, Block):  # a stage of a pipeline has None for those of other stages
+            _split_block(block, mesh)
+    if model.embed is not None:
+        vocabulary = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+        _apply(model.embed, mesh, vocabulary)
+        model.embed.register_forward_pre_hook(partial(_check_length, mesh.size()))
+    if model.norm is not None:
+        _apply(model.norm, mesh, SequenceParallel())
+        gather = {"output_layouts": Shard(1), "desired_output_layouts": Replicate()}
+        _apply(model.norm, mesh, PrepareModuleOutput(**gather, use_local_output=False))  # logits become a DTensor
+    return model
+
+
+class OwnTokens(ParallelStyle):
+    """A module of any kind whose parameters are whole on every rank, and which runs on the rank's own tokens.
+
+    Parameters become replicated DTensors, so that optimizers, FSDP and checkpoints see one kind; while the module
+    runs they are plain. A gradient is this rank's part of a sum (`Partial`): it is added up once a step, not once
+    a micro-batch.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        whole = {}  # by parameter: one that is tied stays so
+        for p in module.parameters():
+            replica = DTensor.from_local(p.detach(), device_mesh, [Replicate()], run_check=False)
+            whole[p] = nn.Parameter(replica, requires_grad=p.requires_grad)
+        for part in module.modules():
+            part._parameters.update({name: whole[p] for name, p in part._parameters.items() if p is not None})
+        module.register_forward_pre_hook(_lay_out)
+        module.register_forward_hook(_put_back, always_call=True)
+        return module
+
+
+def _lay_out(module: nn.Module, args: Any) -> None:
+    for part in module.modules():
+        part.__dict__["_whole"] = dict(part._parameters)
+        for name, p in part._parameters.items():
+            if isinstance(p, DTensor):
+                part._parameters[name] = p.to_local(grad_placements=[Partial()])  # pyright: ignore[reportArgumentType]
+
+
+def _put_back(module: nn.Module, args: Any, output: Any) -> None:
+    for part in module.modules():
+        part._parameters.update(part.__dict__.pop("_whole", {}))
+
+
+def _split_block(block: Block, mesh: DeviceMesh) -> None:
+    gather = {"input_layouts": (Shard(1), None, None), "desired_input_layouts": (Replicate(), None, None)}
+    plan: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(use_local_output=True),
+        "attention": PrepareModuleInput(**gather),
+        **{f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")},
+        "attention.out": RowwiseParallel(output_layouts=Shard(1)),
+        "feed_forward_norm": SequenceParallel(use_local_output=True),
+    }
+    if isinstance(block.feed_forward, MoE):
+        plan["feed_forward.gate"] = OwnTokens()
+        if block.feed_forward.shared is not None:
+            plan["feed_forward.shared"] = OwnTokens()
+        block.feed_forward.register_forward_pre_hook(partial(_own_ids, mesh), with_kwargs=True)
+    else:
+        plan["feed_forward"] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        plan |= {f"feed_forward.{name}": ColwiseParallel() for name in ("up", "gate")}
+        plan["feed_forward.down"] = RowwiseParallel(output_layouts=Shard(1))
+    _apply(block, mesh, plan)
+
+
+def _own_ids(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of token ids and masks [B, S], the columns of this rank's tokens."""
+    for name in {"ids", "mask"} & kwargs.keys():
+        if kwargs[name] is not None:
+            kwargs[name] = kwargs[name].chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+    return args, kwargs
+
+
+def _apply(module: nn.Module, mesh: DeviceMesh, plan: ParallelStyle | dict[str, ParallelStyle]) -> None:
+    parallelize_module(module, mesh, plan, src_data_rank=None)  # weights are alike already: nothing is sent
+
+
+def _check(model: GPT, ranks: int) -> None:
+    """What does not split, before anything is."""
+    config = model.config
+    sizes = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads or config.heads}
+    if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.blocks):
+        sizes["top_k * hidden"] = config.top_k * config.hidden
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(
+                f"{name}={size} does not split over tp={ranks} ranks; use a multiple of {ranks}, or "
+                f"a tp that divides {size}"
+            )
+
+
+def _check_length(ranks: int, embed: nn.Module, args: tuple[Tensor, ...]) -> None:
+    length = args[0].shape[-1]
+    if length % ranks:
+        raise ValueError(
+            f"sequences of {length} tokens do not split over tp={ranks} ranks; pad or cut them to a multiple of {ranks}"
+        )
