@@ -94,17 +94,22 @@ class GPT(nn.Module):
 
     def active_parameters(self) -> int:
         """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
-        count = sum(p.numel() for p in self.parameters() if p.ndim > 1)
-        for layer in self.modules():
-            if isinstance(layer, MoE):
-                each = sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts
-                count -= each * (layer.num_experts - layer.top_k)
-        return count
+        return active_parameters(self)
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """Forward and backward: 6 per active parameter, and attention over `seq_len` positions unmasked."""
         seq_len = self.config.seq_len if seq_len is None else seq_len
         return 6 * self.active_parameters() + 12 * self.config.layers * self.config.dim * seq_len
+
+
+def active_parameters(module: nn.Module) -> int:
+    """Parameters of a module that a token meets in matrix products: of `MoE` layers top_k experts, and the router."""
+    count = sum(p.numel() for p in module.parameters() if p.ndim > 1)
+    for layer in module.modules():
+        if isinstance(layer, MoE):
+            each = sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts
+            count -= each * (layer.num_experts - layer.top_k)
+    return count
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ that reduces it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -52,16 +52,25 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, stages: ProcessGroup | None = None, counted: Collection[nn.Parameter] = ()
+) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before, a scalar.
 
     Exact for any mix of plain and DTensor parameters: every distinct shard counts once. Absent gradients
     count as zeros. All ranks must call it.
+
+    Args:
+        model: the model, or in a pipeline this rank's stages of it in a `ModuleList`.
+        max_norm: of the gradients of the whole model.
+        stages: the ranks of a pipeline, that hold different stages; None: the model is not cut.
+        counted: parameters that are scaled, but are copies of others and do not count again.
     """
+    copies = {id(p) for p in counted}
     parameters = [p for p in model.parameters() if p.requires_grad]
     squares: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for p in parameters:
-        square = _zero(p) if p.grad is None else _held(p.grad).norm(dtype=_zero(p).dtype).square()
+        square = _zero(p) if p.grad is None or id(p) in copies else _held(p.grad).norm(dtype=_zero(p).dtype).square()
         squares.setdefault(_split_over(p), []).append(square)
     total = torch.zeros((), device=parameters[0].device if parameters else None)
     for groups, parts in squares.items():
@@ -69,6 +78,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
+    if stages is not None:
+        total = total.double()  # a stage may be of another dtype than the next
+        dist.all_reduce(total, group=stages)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
