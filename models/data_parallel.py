@@ -1,0 +1,93 @@
+"""Data parallelism: what each of the ranks that have parts of a batch keeps, and when they exchange gradients.
+
+The stages are those of ZeRO (arXiv:1910.02054, section 5). FSDP2 runs all but the first; dense parameters are split
+over the dense mesh's "dp", experts over "edp", on top of what "tp", "ep" and "etp" have split.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from ..dispatch import mesh as axes
+from ..dispatch.mesh import Meshes
+from ..moe.layer import MoE
+from ..moe.parallel import expert_parameters, fully_shard_experts
+from .gpt import GPT, Block
+
+Data = Literal["replicate", "zero1", "zero2", "fsdp"]
+
+
+def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = False, cpu_offload: bool = False) -> GPT:
+    """Share a model between the ranks along "dp" (experts: "edp"), in place; call it on every rank.
+
+    It comes last, after `tensor_parallel` and `parallelize`; then make the optimizer. On d ranks:
+
+    - ``"replicate"``: each rank has all; `sync_gradients` all-reduces gradients once a step.
+    - ``"zero1"``: the optimizer's state is split d ways. Parameters are whole during a step, gradients until the last
+      micro-batch; a step has one all-gather and one reduce-scatter, together the bytes of the all-reduce.
+    - ``"zero2"``: gradients are split as well, and so reduce-scattered after every micro-batch.
+    - ``"fsdp"``: ZeRO-3, parameters as well: a block is gathered before its forward and again before its backward.
+
+    Args:
+        model: a `GPT` or a stage of one.
+        meshes: those it was spread over.
+        how: as above. In a pipeline "zero2" and "fsdp" do as "zero1": a stage stays gathered during a step, whose
+            backwards come in halves.
+        bf16: compute in bfloat16 with float32 parameters ("master weights") and gradients: parameters travel and are
+            used in bfloat16, routers' in float32. Not with "replicate": use `torch.autocast` around the forward.
+        cpu_offload: parameters, gradients and the optimizer's state lie in the host's memory, and the optimizer steps
+            there. Not with "replicate". On GPUs clipping wants a group that has both,
+            ``init_process_group("cpu:gloo,cuda:nccl")``.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+    if how not in get_args(Data):
+        raise ValueError(f"data parallelism must be one of {', '.join(get_args(Data))}; got {how!r}")
+    if how == "replicate":
+        if bf16 or cpu_offload:
+            raise ValueError('bf16 and cpu_offload need FSDP2: use "zero1", "zero2" or "fsdp" in place of "replicate"')
+        return model
+    float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else float32
+    pinned = meshes.dense.device_type == "cuda"
+    options = {
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy(),
+    }
+    # experts that nobody else has are left as they are, unless FSDP2 does more for them than sharding
+    edp = axes.axis(meshes.experts, axes.EDP)
+    alone = edp is None or edp.size() == 1
+    if not alone or bf16 or cpu_offload:
+        fully_shard_experts(model, meshes, **options)
+    options |= {
+        "mesh": meshes.dense[axes.DP],
+        "reshard_after_forward": how == "fsdp",
+        "ignored_params": set(expert_parameters(model).values()),
+    }
+    for block in model.blocks:
+        if isinstance(block, Block):  # a stage has None for those of other stages
+            if bf16 and isinstance(block.feed_forward, MoE) and any(True for _ in block.feed_forward.gate.parameters()):
+                fully_shard(block.feed_forward.gate, **(options | {"mp_policy": float32}))
+            fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def begin_micro_batch(model: nn.Module, how: Data, last: bool) -> None:
+    """Before the forward of a micro-batch: whether its backward reduces gradients, and frees gathered parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last or how != "zero1", recurse=False)
+            module.set_reshard_after_backward(last or how == "fsdp", recurse=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without a backward has gathered: the next one shall see what was stepped or loaded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
