@@ -52,29 +52,31 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
         if bf16 or cpu_offload:
             raise ValueError('bf16 and cpu_offload need FSDP2: use "zero1", "zero2" or "fsdp" in place of "replicate"')
         return model
-    float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False)
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else float32
-    pinned = meshes.dense.device_type == "cuda"
-    options = {
-        "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy(),
-    }
-    # experts that nobody else has are left as they are, unless FSDP2 does more for them than sharding
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else exact
+    offload = CPUOffloadPolicy(meshes.dense.device_type == "cuda") if cpu_offload else OffloadPolicy()
     edp = axes.axis(meshes.experts, axes.EDP)
-    alone = edp is None or edp.size() == 1
-    if not alone or bf16 or cpu_offload:
-        fully_shard_experts(model, meshes, **options)
-    options |= {
-        "mesh": meshes.dense[axes.DP],
-        "reshard_after_forward": how == "fsdp",
-        "ignored_params": set(expert_parameters(model).values()),
-    }
+    if bf16 or cpu_offload or (edp is not None and edp.size() > 1):  # else FSDP2 has nothing to do for experts
+        fully_shard_experts(model, meshes, mp_policy=policy, offload_policy=offload)
+    experts = set(expert_parameters(model).values())
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy = policy) -> None:
+        fully_shard(
+            module,
+            mesh=meshes.dense[axes.DP],
+            reshard_after_forward=how == "fsdp",
+            mp_policy=policy,
+            offload_policy=offload,
+            ignored_params=experts,
+        )
+
     for block in model.blocks:
-        if isinstance(block, Block):  # a stage has None for those of other stages
-            if bf16 and isinstance(block.feed_forward, MoE) and any(True for _ in block.feed_forward.gate.parameters()):
-                fully_shard(block.feed_forward.gate, **(options | {"mp_policy": float32}))
-            fully_shard(block, **options)
-    fully_shard(model, **options)
+        if not isinstance(block, Block):
+            continue  # of another stage
+        if bf16 and isinstance(block.feed_forward, MoE) and len(list(block.feed_forward.gate.parameters())):
+            shard(block.feed_forward.gate, exact)
+        shard(block)
+    shard(model)
     return model
 
 

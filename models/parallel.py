@@ -88,7 +88,7 @@ class ParallelModel(nn.Module):
     """What a rank has of a model, and the steps it takes together with the others; made by `parallel_model`.
 
     Attributes:
-        parts: `GPT`s, or the stages that this rank runs; what `checkpoint.save` takes.
+        parts: the whole `GPT`, or the stages that this rank runs; what `checkpoint.save` takes.
     """
 
     def __init__(
@@ -103,8 +103,9 @@ class ParallelModel(nn.Module):
         super().__init__()
         if micro_batches < 1:
             raise ValueError(f"micro_batches must be positive; got {micro_batches}")
-        self.parts = nn.ModuleList(parts)
-        self.meshes, self.micro_batches, self.data, self.pipeline = meshes, micro_batches, data, pipeline
+        self.parts, self._held = parts, nn.ModuleList(parts)
+        self.meshes, self.micro_batches, self.pipeline = meshes, micro_batches, pipeline
+        self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
@@ -149,7 +150,7 @@ class ParallelModel(nn.Module):
         """Scale all gradients so that the norm of the whole model's is at most `max_norm`; returns the norm before."""
         if self.pipeline is not None:
             return self.pipeline.clip_grad_norm_(max_norm)
-        return clip_grad_norm_(self.parts, max_norm)
+        return clip_grad_norm_(self, max_norm)
 
     def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
         """The micro-batches in turn, on the whole model."""
