@@ -6,7 +6,7 @@ ranks, but for how a capacity sees tokens (`SHARDS`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -21,7 +21,7 @@ from turnout.moe import MoE, aux_loss, param_groups
 
 STEPS, MICRO_BATCHES, BATCH, LENGTH = 20, 2, 4, 8  # sequences in a micro-batch, of all ranks together
 CLIP = 0.5  # below most norms met here
-LOSSES, WEIGHTS = 1e-10, 1e-9  # largest differences; both are of order 1, and rounding is 1e-16
+LOSSES, WEIGHTS = 1e-10, 1e-9  # largest differences; both are of order 1, rounding of 1e-16
 
 MOE = {"aux_loss_weight": 0.1, "z_loss_weight": 1e-2, "shared_experts": 1}
 MODELS = {
@@ -40,13 +40,10 @@ class Case:
     axes: dict[str, int] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
 
-    def meshes(self) -> Meshes:
-        return Meshes.of("cpu", **self.axes)
-
-    def build(self, model: str) -> ParallelModel:
-        torch.manual_seed(0)
+    def build(self, model: str, seed: int = 0, **sizes: int) -> ParallelModel:
+        torch.manual_seed(seed)
         options = {"dtype": torch.float64, "micro_batches": MICRO_BATCHES, **self.options}
-        return parallel_model(config(model), self.meshes(), **options)
+        return parallel_model(replace(config(model), **sizes), Meshes.of("cpu", **self.axes), **options)
 
 
 CASES = {
@@ -85,9 +82,11 @@ def config(model: str) -> GPTConfig:
 
 
 def micro_batches(step: int) -> list[Tensor]:
-    """[BATCH, LENGTH + 1] each."""
+    """[BATCH, LENGTH + 1] each; no two tokens alike for the model: a capacity would choose between them by rounding."""
     generator = torch.Generator().manual_seed(step)
-    return list(torch.randint(16, (MICRO_BATCHES, BATCH, LENGTH + 1), generator=generator).unbind())
+    tokens = torch.randint(16, (MICRO_BATCHES, BATCH, LENGTH + 1), generator=generator)
+    tokens[:, :, 0] = torch.randperm(16, generator=generator)[:BATCH]
+    return list(tokens.unbind())
 
 
 @cache
@@ -95,7 +94,7 @@ def one_rank(model: str, shards: int = 1) -> tuple[GPT, Tensor]:
     """The trained model, and [STEPS, 3]: loss, balance losses, norm before clipping. Shards are seen one by one."""
     torch.manual_seed(0)
     gpt = GPT(config(model)).double()
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
     history = []
     for step in range(STEPS):
         seen = []
@@ -114,7 +113,7 @@ def one_rank(model: str, shards: int = 1) -> tuple[GPT, Tensor]:
 
 def train(model: ParallelModel) -> Tensor:
     """What `one_rank` returns, of many."""
-    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(param_groups(model), lr=3e-3)
     dp, history = model.meshes.dense["dp"], []
     for step in range(STEPS):
         mine = torch.cat([batch.chunk(dp.size())[dp.get_local_rank()] for batch in micro_batches(step)])
