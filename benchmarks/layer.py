@@ -2,19 +2,27 @@
 
     OMP_NUM_THREADS=1 python benchmarks/layer.py
     MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0 OMP_NUM_THREADS=1 python benchmarks/layer.py
+    OMP_NUM_THREADS=1 python benchmarks/layer.py --only dense bare layer --dtype bfloat16
+    OMP_NUM_THREADS=1 python benchmarks/layer.py --peak
 
 The second keeps glibc from handing memory back between steps, whose pages the kernel must fill with zeros again
 (other allocators do so by themselves): what is left is the layer's own time.
 
 Floors: `dense`, a perceptron of equal active FLOPs, and `bare`, the grouped matrix products and the
-activation alone, on rows already sorted. Alternatives that route as well: `index`, grouped_mm with plain
+activation alone, on rows already sorted; `all at once` is the layer as on other devices, where rows are encoded and
+every product is one of all experts. Alternatives that route as well: `index`, grouped_mm with plain
 index operations; `loop`, one product an expert; `bmm`, rows padded to the largest load. All run in turn
-in each round; medians over rounds, as ratios to `dense`; gradients are None before each run.
+in each round; medians over rounds, as ratios to the first; gradients are None before each run. Where a CPU has no
+products in bfloat16, torch's take 4 to 90 times as long as those of float32: `dense` is then in float32, and so are the
+floors and the layer inside, while `index`, `loop` and `bmm` are left out, at minutes a step.
+`--peak`: MiB that a step adds at its peak to layer and input, each in a fresh process.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from turnout.moe import MoE
+from turnout.moe.experts import FeedForwardExperts
+from turnout.moe.grouped_mm import computed, grouped_mm
 
 SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8)]  # T, D, H, E, k
 
@@ -49,7 +59,16 @@ def index(layer: MoE, x: Tensor) -> Tensor:
 def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
     ends = counts.cumsum(0).to(torch.int32)
     up, down = layer.experts.w_up, layer.experts.w_down
-    return F.grouped_mm(F.gelu(F.grouped_mm(rows, up, offs=ends)), down, offs=ends)
+    return grouped_mm(F.gelu(grouped_mm(rows, up, ends)), down, ends)
+
+
+def all_at_once(layer: MoE, x: Tensor) -> Tensor:
+    """The layer without the path that CPUs have of their own."""
+    by_expert, FeedForwardExperts._one_at_a_time = FeedForwardExperts._one_at_a_time, lambda *sizes: False
+    try:
+        return layer(x)
+    finally:
+        FeedForwardExperts._one_at_a_time = by_expert
 
 
 def loop(layer: MoE, x: Tensor) -> Tensor:
@@ -82,14 +101,18 @@ def contenders(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> di
     layer = MoE(D, H, E, k, experts="gelu").to(dtype)
     x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
     rows, rows_grad = torch.randn(T * k, D, dtype=dtype, requires_grad=True), torch.randn(T * k, D, dtype=dtype)
-    up = torch.randn(D, k * H, dtype=dtype, requires_grad=True)
-    down = torch.randn(k * H, D, dtype=dtype, requires_grad=True)
+    wide = computed(x)
+    up = torch.randn(D, k * H, dtype=wide, requires_grad=True)
+    down = torch.randn(k * H, D, dtype=wide, requires_grad=True)
+    dense, dense_grad = x.detach().to(wide).requires_grad_(), grad.to(wide)
     layer(x)
     counts = layer.stats.tokens_per_expert
-    tensors = [x, rows, up, down, *layer.parameters()]
-    routed = {"layer": layer, "index": partial(index, layer), "loop": partial(loop, layer), "bmm": partial(bmm, layer)}
+    tensors = [x, rows, up, down, dense, *layer.parameters()]
+    routed = {"layer": layer, "all at once": partial(all_at_once, layer)}
+    if wide == dtype:
+        routed |= {"index": partial(index, layer), "loop": partial(loop, layer), "bmm": partial(bmm, layer)}
     return {
-        "dense": timed(lambda: F.gelu(x @ up) @ down, grad, tensors),
+        "dense": timed(lambda: F.gelu(dense @ up) @ down, dense_grad, tensors),
         "bare": timed(lambda: grouped(layer, rows, counts), rows_grad, tensors),
         **{name: timed(partial(run, x), grad, tensors) for name, run in routed.items()},
     }
@@ -110,8 +133,8 @@ def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict
     return runs
 
 
-def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, all in turn in every round."""
+def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, all in turn in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-2, rounds):
         for name, run in runs.items():
@@ -119,31 +142,60 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float
             run()
             if counted >= 0:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
+
+
+def peak(run: Callable[[], None]) -> float:
+    """MiB that a process of its own gains while it runs this twice."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        with open("/proc/self/statm") as file:
+            before = int(file.read().split()[1]) * resource.getpagesize() / 1024
+        run()
+        run()
+        gained = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        os.write(writing, str(gained).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        gained = float(file.read())
+    os.waitpid(child, 0)
+    return gained
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", help="these of the contenders; ratios are to the first of them")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--minimum", action="store_true", help="the fastest round in place of the median: other work")
+    parser.add_argument("--peak", action="store_true", help="memory instead")
     parser.add_argument("--compile", action="store_true", help="the layer under torch.compile instead, to `layer`")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
+    typical = min if args.minimum else statistics.median
     for size in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
-            times = measure((compiled if args.compile else contenders)(*size, dtype), args.rounds)
-            base, *others = times
-            cells = {
-                "T, D, H, E, k": ", ".join(map(str, size)),
-                "dtype": str(dtype).removeprefix("torch."),
-                f"{base} ms": f"{times[base] * 1e3:.1f}",
-                **{name: f"{times[name] / times[base]:.2f}" for name in others},
-            }
-            if not args.compile:
-                cells["layer / bare"] = f"{times['layer'] / times['bare']:.2f}"
-                cells["layer / best other"] = f"{times['layer'] / min(times[n] for n in ('index', 'loop', 'bmm')):.2f}"
-            if (size, dtype) == (SIZES[0], torch.float32):
-                print("| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
-            print("| " + " | ".join(cells.values()) + " |", flush=True)
+        for dtype in args.dtype:
+            runs = (compiled if args.compile else contenders)(*size, getattr(torch, dtype))
+            runs = {name: run for name, run in runs.items() if name in (args.only or runs)}
+            cells = {"T, D, H, E, k": ", ".join(map(str, size)), "dtype": dtype}
+            if args.peak:
+                cells |= {f"{name} MiB": f"{peak(run):.0f}" for name, run in runs.items()}
+            else:
+                times = {name: typical(seconds) for name, seconds in measure(runs, args.rounds).items()}
+                base, *others = times
+                cells[f"{base} ms"] = f"{times[base] * 1e3:.1f}"
+                cells |= {name: f"{times[name] / times[base]:.2f}" for name in others}
+                if times.keys() >= {"bare", "layer"}:
+                    cells["layer / bare"] = f"{times['layer'] / times['bare']:.2f}"
+                plain = [times[name] for name in ("index", "loop", "bmm") if name in times]
+                if not args.compile and (plain or not args.only):
+                    cells["layer / best other"] = f"{times['layer'] / min(plain):.2f}" if plain else ""
+            if (size, dtype) == (SIZES[0], args.dtype[0]):
+                columns = list(cells)
+                print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+            print("| " + " | ".join(cells.get(column, "") for column in columns) + " |", flush=True)
 
 
 if __name__ == "__main__":

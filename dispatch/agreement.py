@@ -34,9 +34,10 @@ class Note:
         """The note for x [T, D] and weight [T, k], int64 [5] on x's device, without a host sync."""
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         padded = -1 if capacity is None else capacity
-        note = torch.tensor([_ACCEPTED, x.shape[1], _DTYPES.index(x.dtype), int(grad), padded], device=x.device)
-        note[0] = weight.isnan().any()
-        return note
+        state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED)
+        # Filled on the device: torch.tensor would copy from the host, and wait for all that the device still has to do.
+        known = (torch.full_like(state, n) for n in (x.shape[1], _DTYPES.index(x.dtype), int(grad), padded))
+        return torch.stack([state, *known])
 
     @classmethod
     def refusal(cls, device: torch.device) -> Tensor:

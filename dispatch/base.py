@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     receipt: Any
 
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # (rows, weight, counts) -> weighted rows [R, D]
+Experts = Callable[..., Tensor]  # (rows, weight, counts) -> weighted rows [R, D]
 
 
 class Dispatcher(ABC):

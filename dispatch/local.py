@@ -7,14 +7,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .agreement import check_weight
-from .base import Batch, Dispatcher
+from .base import Batch, Dispatcher, Experts
 from .ops import decode, encode, encode_weight
 from .plan import Plan
 
 
 @dataclass(frozen=True)
 class LocalDispatcher(Dispatcher):
-    """Encode, experts, decode. No collective and no host sync."""
+    """Encode, experts, decode. No collective and no host sync.
+
+    Experts that gather (`Experts.gathers`) read the tokens by the plan instead and sum up what they made of them.
+    """
+
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+        """The whole trip: x [T, D] -> y [T, D]."""
+        gathers = getattr(experts, "gathers", None)
+        if gathers is None or not gathers(x, plan):
+            return super().__call__(x, plan, weight, experts)
+        check_weight(weight)
+        return experts(x, encode_weight(weight, plan), plan.counts, plan)
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Rows [R, D] with ``R = T * k``, or ``E * capacity`` when padded; NaN weights raise ValueError on a CPU."""

@@ -1,9 +1,9 @@
 """encode: tokens -> rows.  decode: rows -> tokens, summed.  Each is the other's backward.
 
 Both are custom operators (`torch.ops.turnout.*`), so that autograd, `torch.compile` and another
-device's kernel see one node. Here they are written in plain PyTorch. Every output element is written
-once and sums run over a token's k rows in their order, in float32 or wider: the result does not depend
-on threads, and two runs agree to the bit.
+device's kernel see one node. Where `kernels` can serve the device and dtype they run its kernels, elsewhere
+plain PyTorch. Every output element is written once and sums run over a token's k rows in their order, in
+float32 or wider: the result does not depend on threads, and two runs agree to the bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
 from .plan import Plan
 
 
@@ -39,15 +40,12 @@ def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
         raise ValueError(f"rows must be [R, D] with the plan's R={plan.token.shape[0]}; got {tuple(rows.shape)}")
     if weight is None:
         return _decode(rows, plan.token, plan.slot)
-    weighted = rows * encode_weight(weight, plan).unsqueeze(1)
-    return _decode(weighted, plan.token, plan.slot).to(rows.dtype)
+    return _decode_weighted(rows, weight, plan.token, plan.slot)
 
 
 def encode_weight(weight: Tensor, plan: Plan) -> Tensor:
     """The weight of each row: weight [T, k] -> [R], 0 in empty rows. Differentiable."""
-    rows = plan.token.shape[0]
-    slot = torch.where(plan.slot < 0, rows, plan.slot).flatten()  # the dropped land in a row that is cut off
-    return weight.new_zeros(rows + 1).scatter(0, slot, weight.flatten())[:rows]
+    return _row_weight(weight, plan.slot, plan.token.shape[0])
 
 
 def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -62,19 +60,49 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return _gather(x, token)
+    return kernels.encode(x, token, slot) if kernels.moves(x) else _gather(x, token)
 
 
 @torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    return kernels.decode(rows, slot) if kernels.sums(rows) else _sum(rows, slot)
+
+
+@torch.library.custom_op("turnout::decode_weighted", mutates_args=())
+def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    if kernels.sums(rows):
+        return kernels.decode(rows, slot, weight)
+    return _sum(rows * _row_weight(_wide(weight), slot, len(rows)).unsqueeze(1), slot).to(rows.dtype)
+
+
+@torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
+def _decode_weighted_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
+) -> tuple[Tensor, Tensor]:
+    """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
+    if kernels.sums(rows):
+        return kernels.decode_backward(grad, rows, weight, token, slot)
+    grad = _wide(_gather(grad, token))
+    grad_rows = grad * _row_weight(_wide(weight), slot, len(rows)).unsqueeze(1)
+    dots = _gather((grad * rows).sum(1, keepdim=True), slot.flatten())
+    return grad_rows.to(rows.dtype), dots.view_as(slot).to(weight.dtype)
+
+
+def _sum(rows: Tensor, slot: Tensor) -> Tensor:
+    """y[t] = sum over j of rows[slot[t, j]]."""
     if slot.shape[1] == 1:
         return _gather(rows, slot.squeeze(1))
-    if rows.is_cuda or not len(rows):
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if rows.device.type != "cpu" or not len(rows):
+        wide = _wide(rows)
         return sum((_gather(wide, home) for home in slot.unbind(1)), wide.new_zeros(slot.shape[0], 1)).to(rows.dtype)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
     number = kept.sum(1)
     return torch.embedding_bag(rows, slot[kept], number.cumsum(0) - number, mode=0)[0]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -83,9 +111,15 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     if not len(x):
         return x.new_zeros(len(index), x.shape[1])
     rows = x.index_select(0, index.clamp(min=0))
-    if none.is_cuda or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
+    if none.device.type != "cpu" or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
         rows.masked_fill_(none.unsqueeze(1), 0)
     return rows
+
+
+def _row_weight(weight: Tensor, slot: Tensor, rows: int) -> Tensor:
+    """The weight of each of `rows` rows, 0 in those that no slot names."""
+    home = torch.where(slot < 0, rows, slot).flatten()  # the dropped land in a row that is cut off
+    return weight.new_zeros(rows + 1).scatter(0, home, weight.flatten())[:rows]
 
 
 @_encode.register_fake
@@ -98,8 +132,22 @@ def _(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return rows.new_empty(slot.shape[0], rows.shape[1])
 
 
+@_decode_weighted.register_fake
+def _(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    return rows.new_empty(slot.shape[0], rows.shape[1])
+
+
+@_decode_weighted_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
 def _keep_indices(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:])
+
+
+def _keep_all(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _encode_backward(ctx, grad: Tensor):
@@ -110,5 +158,18 @@ def _decode_backward(ctx, grad: Tensor):
     return _encode(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
+def _weighted_backward(ctx, grad: Tensor):
+    return *_decode_weighted_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+def _weighted_twice_backward(ctx, to_rows: Tensor, to_weight: Tensor):
+    """Both gradients are bilinear, so that theirs are the same two operators again."""
+    grad, rows, weight, *indices = ctx.saved_tensors
+    to_grad = _decode_weighted(to_rows, weight, *indices) + _decode_weighted(rows, to_weight, *indices)
+    return to_grad, *_decode_weighted_backward(grad, to_rows, to_weight, *indices), None, None
+
+
 _encode.register_autograd(_encode_backward, setup_context=_keep_indices)
 _decode.register_autograd(_decode_backward, setup_context=_keep_indices)
+_decode_weighted.register_autograd(_weighted_backward, setup_context=_keep_all)
+_decode_weighted_backward.register_autograd(_weighted_twice_backward, setup_context=_keep_all)

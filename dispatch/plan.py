@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
     """Assignments each expert receives: int64 [..., k] expert ids, -1 = none -> int64 [E].
@@ -59,15 +61,8 @@ class Plan:
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        flat = expert.flatten()
-        order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # the dropped behind the kept
-        counts = load(expert, num_experts)
-        row = torch.arange(flat.numel(), device=flat.device)
-        filled = row < counts.sum()
-        token = torch.where(filled, order // max(expert.shape[1], 1), -1)
-        slot = torch.empty_like(flat).scatter_(0, order, torch.where(filled, row, -1)).view_as(expert)
-        plan = cls(expert, token, slot, counts)
-        return plan if capacity is None else plan.padded(capacity)
+        token, slot, counts = _plan(expert, num_experts, capacity)
+        return cls(expert, token, slot, counts, capacity)
 
     def padded(self, capacity: int) -> Plan:
         """The same assignments with `capacity` rows for every expert, at least as many as now.
@@ -104,3 +99,30 @@ class Plan:
         place = torch.full((self.token.shape[0] + 1,), -1, device=order.device)  # its last is for slots of -1
         place = place.scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return replace(self, token=self.token[order], slot=place[self.slot])
+
+
+@torch.library.custom_op("turnout::plan", mutates_args=())
+def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    if kernels.places(expert, num_experts):
+        return kernels.plan(expert, num_experts, capacity)
+    return _sorted(expert, num_experts, capacity)
+
+
+def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """token, slot and counts in plain PyTorch."""
+    flat = expert.flatten()
+    order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # the dropped behind the kept
+    counts = load(expert, num_experts)
+    row = torch.arange(flat.numel(), device=flat.device)
+    filled = row < counts.sum()
+    token = torch.where(filled, order // max(expert.shape[1], 1), -1)
+    slot = torch.empty_like(flat).scatter_(0, order, torch.where(filled, row, -1)).view_as(expert)
+    plan = Plan(expert, token, slot, counts)
+    plan = plan if capacity is None else plan.padded(capacity)
+    return plan.token, plan.slot, plan.counts
+
+
+@_plan.register_fake
+def _(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = expert.numel() if capacity is None else num_experts * capacity
+    return expert.new_empty(rows), expert.new_empty(expert.shape), expert.new_empty(num_experts)

@@ -77,7 +77,6 @@ def parallel_model(
             stages,
             pp.get_group(),
             micro_batches,
-            loss_fn=next_token_loss,
             boundary=Boundary(config.dim, tp.get_group() if tp.size() > 1 else None),
             dtype=torch.bfloat16 if bf16 else None,
         )

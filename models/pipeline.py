@@ -11,12 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -26,9 +23,10 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 
 from ..moe.gradients import clip_grad_norm_
-from ..moe.layer import aux_loss
 from .boundary import Boundary
 from .gpt import GPT
+from .loss import next_token_loss
+from .stage import Stage, keep_gathered
 from .stages import Stages
 
 SCHEDULES: dict[str, Any] = {
@@ -66,7 +64,7 @@ class Pipeline:
         group: the ranks of the pipeline, in the order of the stages.
         micro_batches: in which a batch is cut, m. All schedules but gpipe want at least as many as ranks, P; the
             interleaved ones a multiple of m // P. The share of time a rank waits shrinks with it (docs/pipeline.md).
-        loss_fn: (logits of the last stage, targets) -> mean over the micro-batch, a scalar; None: cross entropy.
+        loss_fn: (logits of the last stage, targets) -> mean over the micro-batch, a scalar; None: `next_token_loss`.
         boundary: how hidden states travel, if several ranks split a stage; None: this rank has all of them.
         dtype: of hidden states between stages; None: that of the parameters.
 
@@ -92,11 +90,11 @@ class Pipeline:
             raise ValueError(
                 f"this rank runs stages {self.indices}, but was given {len(parts)} parts; use stages.build"
             )
-        self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self.loss_fn = next_token_loss if loss_fn is None else loss_fn
         self.boundary = Boundary(stages.config.dim) if boundary is None else boundary
         parameter = next(self.parts.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
-        self._schedule: tuple[tuple[int, int], Any, list[_Stage]] | None = None
+        self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
         self._losses: list[Tensor] = []  # of the step under way, without graphs
         self._weight = 1.0  # of a micro-batch in their mean
 
@@ -174,10 +172,10 @@ class Pipeline:
         own_copy = tied[-1:] if self.stages.rank_of(len(self.stages.blocks) - 1) == dist.get_rank(self.group) else []
         return clip_grad_norm_(self.parts, max_norm, self.group, own_copy)
 
-    def _prepare(self, batch: int, length: int) -> tuple[Any, list[_Stage]]:
+    def _prepare(self, batch: int, length: int) -> tuple[Any, list[Stage]]:
         """The schedule for micro-batches [batch, length]: its buffers have fixed shapes."""
         if self._schedule is None or self._schedule[0] != (batch, length):
-            _keep_gathered(self.parts)
+            keep_gathered(self.parts)
             config, number = self.stages.config, len(self.stages.blocks)
 
             def meta(*shape: int, **options: Any) -> Tensor:
@@ -186,7 +184,7 @@ class Pipeline:
             hidden = meta(*self.boundary.shape(batch, length), dtype=self.dtype, requires_grad=True)
             logits = meta(batch, length, config.vocab, dtype=self.dtype, requires_grad=True)
             stages = [
-                _Stage(
+                Stage(
                     part,
                     index,
                     number,
@@ -236,6 +234,8 @@ class Pipeline:
             return
         for p in tied:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if isinstance(p, DTensor):  # tensor parallel, a look-up leaves another placement than the head
+                p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
         grads = [_local(cast(Tensor, p.grad)) for p in tied]
         if len(grads) == 2:
             grads[0].add_(grads[1])
@@ -252,54 +252,8 @@ class Pipeline:
         grads[0].add_(theirs)
 
 
-class _Stage(PipelineStage):
-    """A stage that adds the gradients of its balance losses, and sends its part of hidden states."""
-
-    boundary: Boundary
-    weight: float  # of a micro-batch in the mean
-    aux: list[Tensor]  # balance losses of the micro-batches of a step, without graphs
-
-    def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
-        y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(self.submod)
-        self.aux.append(aux.detach())
-        if aux.requires_grad:
-            y = AddLoss.apply(y, aux * self.weight)
-        return y if self.is_last else self.boundary.leave(y)
-
-
-class AddLoss(torch.autograd.Function):
-    """x, unchanged; when its gradient comes, the loss gets one too, as if it had been added to the task's loss."""
-
-    @staticmethod
-    def forward(ctx, x, loss):
-        """x of any shape, loss a scalar."""
-        ctx.save_for_backward(loss)
-        return x.detach()  # not a view: zero-bubble schedules detach the output in place
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient of x, and 1."""
-        return grad, torch.ones_like(ctx.saved_tensors[0])
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean nats per token of logits [B, S, vocab] and targets int64 [B, S]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _keep_gathered(parts: nn.ModuleList) -> None:
-    """FSDP2 gathers parameters once a step: in a backward in two halves, those freed in between get no gradient."""
-    for part in parts:
-        sharded = [module for module in part.modules() if isinstance(module, FSDPModule)]
-        if sharded and not isinstance(part, FSDPModule):
-            raise ValueError("layers of a stage are sharded, and the stage is not: call fully_shard on it as well")
-        for module in sharded:
-            module.set_reshard_after_forward(False)
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

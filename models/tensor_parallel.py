@@ -57,6 +57,8 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
         vocabulary = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
         _apply(model.embed, mesh, vocabulary)
         model.embed.register_forward_pre_hook(partial(_check_length, mesh.size()))
+        model.embed.register_forward_pre_hook(_shard_gradient)
+        model.embed.register_forward_hook(_put_back, always_call=True)
     if model.norm is not None:
         _apply(model.norm, mesh, SequenceParallel())
         gather = {"output_layouts": Shard(1), "desired_output_layouts": Replicate()}
@@ -90,6 +92,14 @@ def _lay_out(module: nn.Module, args: Any) -> None:
         for name, p in part._parameters.items():
             if isinstance(p, DTensor):
                 part._parameters[name] = p.to_local(grad_placements=[Partial()])  # pyright: ignore[reportArgumentType]
+
+
+def _shard_gradient(embed: nn.Module, args: Any) -> None:
+    """The lookup alone would give each rank the gradient of all rows (torch 2.13): its backward goes through this."""
+    embed.__dict__["_whole"] = dict(embed._parameters)
+    weight = embed.weight
+    assert isinstance(weight, DTensor)
+    embed._parameters["weight"] = weight.redistribute(placements=weight.placements)  # pyright: ignore
 
 
 def _put_back(module: nn.Module, args: Any, output: Any) -> None:

@@ -19,7 +19,7 @@ def swiglu(up: Tensor, gate: Tensor) -> Tensor:
     Only the arguments are kept for the backward.
     """
     if torch.compiler.is_compiling():  # the compiler fuses this itself
-        return (F.silu(_wide(gate)) * _wide(up)).to(up.dtype)
+        return (F.silu(wide(gate)) * wide(up)).to(up.dtype)
     return _SwiGLU.apply(up, gate)  # pyright: ignore[reportReturnType]
 
 
@@ -35,8 +35,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, up, gate):
         ctx.save_for_backward(up, gate)
         out = torch.empty_like(up)
-        for o, u, g in _blocks(out, up, gate):
-            torch.mul(F.silu(_wide(g)), _wide(u), out=o)
+        for o, u, g in blocks(out, up, gate):
+            torch.mul(F.silu(wide(g)), wide(u), out=o)
         return out
 
     @staticmethod
@@ -44,10 +44,10 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         up, gate = ctx.saved_tensors
         to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
-        for to_u, to_g, d, u, g in _blocks(to_up, to_gate, grad, up, gate):
-            d, g = _wide(d), _wide(g)
+        for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
+            d, g = wide(d), wide(g)
             torch.mul(F.silu(g), d, out=to_u)
-            to_g.copy_(torch.ops.aten.silu_backward(d * _wide(u), g))
+            to_g.copy_(torch.ops.aten.silu_backward(d * wide(u), g))
         return to_up, to_gate
 
 
@@ -56,7 +56,7 @@ class _Weighted(torch.autograd.Function):
     def forward(ctx, rows, weight):
         ctx.save_for_backward(rows, weight)
         out = torch.empty_like(rows)
-        for o, r, w in _blocks(out, rows, weight.unsqueeze(1)):
+        for o, r, w in blocks(out, rows, weight.unsqueeze(1)):
             torch.mul(r, w, out=o)
         return out
 
@@ -65,18 +65,19 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight = ctx.saved_tensors
         to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
-        for to_r, to_w, d, r, w in _blocks(to_rows, to_weight, grad, rows, weight.unsqueeze(1)):
+        for to_r, to_w, d, r, w in blocks(to_rows, to_weight, grad, rows, weight.unsqueeze(1)):
             torch.mul(d, w, out=to_r)
             to_w.copy_((d.to(w.dtype) * r).sum(1))
         return to_rows, to_weight
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor, elements: int = _CACHE) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of every tensor, in blocks that fit a CPU's cache; elsewhere all rows at once."""
     rows = tensors[0]
-    step = max(1, _CACHE // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    step = max(1, elements // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
     return zip(*(t.split(step) for t in tensors), strict=True) if len(rows) else iter(())

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
+from .fused import KERNELS, check_kernel, fused
 from .grouped_mm import grouped_mm
+from .in_cache import pays, perceptrons
 from .stacked import held_slice, local
 
 
@@ -28,6 +31,10 @@ class Experts(nn.Module, ABC):
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
+
+    def gathers(self, x: Tensor, plan: Plan) -> bool:
+        """Whether `forward` takes these tokens and their plan, in place of rows: see `FeedForwardExperts.forward`."""
+        return False
 
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
@@ -98,6 +105,10 @@ class FeedForwardExperts(Experts):
     `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
     W_down (w a) = w W_down a.
 
+    `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias; not
+    run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+
     Args:
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
     """
@@ -109,6 +120,7 @@ class FeedForwardExperts(Experts):
         if activation not in ACTIVATIONS:
             raise ValueError(f"experts must be one of {', '.join(ACTIVATIONS)} or a factory; got {activation!r}")
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
+        self.kernel = "auto"
         self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
         if activation == "swiglu":
             self.sizes["gate"] = (dim, hidden)
@@ -118,35 +130,65 @@ class FeedForwardExperts(Experts):
             self.register_parameter(f"b_{name}", b)
         self.reset_parameters()
 
+    @property
+    def kernel(self) -> str:
+        """What computes the experts."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+        if kernel == "triton" and self.bias:
+            raise ValueError('kernel="triton" has no biases: build the experts with bias=False, or set kernel="torch"')
+        self._kernel = kernel
+
     def split_axes(self) -> dict[str, int]:
         """The hidden width; of `b_down`, the output's: each part adds its own piece."""
         inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
         return {name: inside[name] for name, _ in self.named_parameters()}
 
-    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """See `Experts.forward`. One grouped matrix product a layer; empty experts cost nothing."""
-        ends = counts.cumsum(0).to(torch.int32)
-        up = self._linear("up", rows, ends)
-        if self.activation == "swiglu":
-            hidden = swiglu(up, self._linear("gate", rows, ends))
-        else:
-            hidden = ACTIVATIONS[self.activation](up)
-        if self.hidden < self.dim:
-            return self._linear("down", weighted(hidden, weight), ends, weight)
-        return weighted(self._linear("down", hidden, ends), weight)
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
+        """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-    def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The layer `name`; rows that are weighted already want their bias weighted as well."""
-        y = grouped_mm(rows, self._tensor(f"w_{name}", rows), ends)
+        One grouped matrix product a layer, or on a CPU one expert at a time (`pays`); empty experts cost nothing.
+        """
+        if self.kernel == "triton":
+            check_kernel(self.kernel, rows)
+            w_gate = self._tensor("w_gate", rows) if self.activation == "swiglu" else None
+            w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
+            return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
+        up, down, *gate = (self._layer(name, rows) for name in self.sizes)
+        if plan is not None or self._one_at_a_time(rows, len(weight), len(counts)):
+            return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = _linear(rows, ends, *up)
+        hidden = swiglu(hidden, _linear(rows, ends, *gate[0])) if gate else ACTIVATIONS[self.activation](hidden)
+        if self.hidden < self.dim:
+            return _linear(weighted(hidden, weight), ends, *down, weight)
+        return weighted(_linear(hidden, ends, *down), weight)
+
+    def gathers(self, x: Tensor, plan: Plan) -> bool:
+        """Triton's kernels always do; on a CPU, dropless, where one expert at a time is faster."""
+        if self.kernel == "triton":
+            return True
+        return plan.capacity is None and self._one_at_a_time(x, len(plan.token), len(plan.counts))
+
+    def _one_at_a_time(self, x: Tensor, rows: int, experts: int) -> bool:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return pays(rows, experts, self.dim, self.hidden)
+
+    def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""
+        weight = self._tensor(f"w_{name}", rows)
         if not self.bias:
-            return y
-        expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
-        bias = self._tensor(f"b_{name}", rows)[expert.clamp(max=len(ends) - 1)]
-        if bias.shape[1] < y.shape[1]:  # of experts split inside, this rank's part
+            return weight, None
+        bias = self._tensor(f"b_{name}", rows)
+        if bias.shape[1] < weight.shape[2]:  # of experts split inside, this rank's part
             held = held_slice(getattr(self, f"b_{name}"))[1]
-            bias = F.pad(bias, (held.start, y.shape[1] - held.stop))
-        bias = torch.where((expert < len(ends)).unsqueeze(1), bias, 0)  # by branch: past the end stands anything
-        return (y + (bias if weight is None else bias * weight.unsqueeze(1))).to(rows.dtype)
+            bias = F.pad(bias, (held.start, weight.shape[2] - held.stop))
+        return weight, bias
 
     def _tensor(self, name: str, rows: Tensor) -> Tensor:
         tensor = local(getattr(self, name))
@@ -168,6 +210,17 @@ class FeedForwardExperts(Experts):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+
+
+def _linear(rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """One layer of all experts; rows that are weighted already want their bias weighted as well."""
+    y = grouped_mm(rows, matrix, ends)
+    if bias is None:
+        return y
+    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
+    by_row = bias[expert.clamp(max=len(ends) - 1)]
+    by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
+    return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
 
 
 class ModuleExperts(Experts):

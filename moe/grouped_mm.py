@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +29,8 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """torch.nn.functional.grouped_mm takes no float64, 16-byte strides only, and compiles in bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
+    if computed(rows) != rows.dtype:
+        return False
     strides = (weight.shape[1], weight.shape[2], *weight.stride())  # those of rows, of the result, and its own
     return all(s == 1 or s * rows.element_size() % 16 == 0 for s in strides)
 
@@ -44,11 +49,40 @@ class _ContiguousGradient(torch.autograd.Function):
         )  # of nothing, any strides count as dense
 
 
+def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """The product of two matrices into `out`, or with `add` out plus it; of dtype `computed`, or of one to round to."""
+    dtype = computed(out)
+    a, b = a.to(dtype), b.to(dtype)
+    y = out.to(dtype) if add or out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    torch.addmm(y, a, b, out=y) if add else torch.mm(a, b, out=y)  # with `out` autocast leaves them alone
+    if y is not out:
+        out.copy_(y)
+
+
+def computed(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
+    return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
+
+
+@cache
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert and its rows."""
+    stops = ends.tolist()
+    return enumerate(map(slice, [0, *stops], stops))
+
+
 @torch.library.custom_op("turnout::grouped_mm", mutates_args=())
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     y = rows.new_zeros(rows.shape[0], weight.shape[2])
-    for e, (first, end) in enumerate(_spans(ends)):
-        torch.mm(rows[first:end], weight[e], out=y[first:end])
+    for e, span in spans(ends):
+        mm(rows[span], weight[e], out=y[span])
     return y
 
 
@@ -56,14 +90,9 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """The weight's gradient: rows [R, D], grad [R, H] -> [L, D, H]."""
     y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
-    for e, (first, end) in enumerate(_spans(ends)):
-        torch.mm(rows[first:end].T, grad[first:end], out=y[e])
+    for e, span in spans(ends):
+        mm(rows[span].T, grad[span], out=y[e])
     return y
-
-
-def _spans(ends: Tensor):
-    stops = ends.tolist()
-    return zip([0, *stops], stops, strict=False)
 
 
 @_grouped_mm.register_fake

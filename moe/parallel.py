@@ -162,6 +162,10 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
 
 
+def _split(p: Tensor, axis: str) -> bool:
+    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
+
+
 def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> None:
     number = isinstance(overlap, int) and not isinstance(overlap, bool) and overlap > 0
     if overlap not in (None, "auto") and not number:
@@ -188,10 +192,6 @@ def _equipped(
     if wire is not None:
         dispatcher = CompressedDispatcher(dispatcher, wire)  # pyright: ignore[reportArgumentType]  # it raises TypeError
     return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
-
-
-def _split(p: Tensor, axis: str) -> bool:
-    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:

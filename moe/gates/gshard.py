@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate, normalised
+from .base import Gate
+from .router import route
 
 
 class GShardGate(Gate):
@@ -24,9 +25,7 @@ class GShardGate(Gate):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
         logits = self.logits(x)
-        scores = logits.softmax(-1)
-        weight, expert = scores.topk(2)
-        weight = normalised(weight)
+        expert, weight, scores = route(logits, 2, normalize=True)
         routing = Routing(expert, weight, scores, logits)
         if not self.training:
             return routing

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate, jittered, normalised
+from .base import Gate, jittered
+from .router import route
 
 ORDERS = ("softmax_first", "choose_first")
 
@@ -39,10 +40,7 @@ class TopKGate(Gate):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]; scores are the softmax over all experts."""
         logits = self.logits(jittered(x, self.jitter) if self.training and self.jitter else x)
-        scores = logits.softmax(-1)
-        if self.order == "choose_first":
-            weight, expert = logits.topk(self.top_k)
-            return Routing(expert, weight.softmax(-1), scores, logits)
-        weight, expert = scores.topk(self.top_k)
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
-        return Routing(expert, normalised(weight) if normalize else weight, scores, logits)
+        # softmax over the chosen is their part of the softmax over all, normalised
+        expert, weight, scores = route(logits, self.top_k, normalize=normalize or self.order == "choose_first")
+        return Routing(expert, weight, scores, logits)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import assignments
 from turnout.dispatch import Plan
 from turnout.dispatch.blocks import invert, reorder
-from turnout.dispatch.plan import load
+from turnout.dispatch.plan import _plan, load
 
 
 def by_hand(expert, E):
@@ -126,3 +126,8 @@ def test_reorder_of_nothing():
     assert index.tolist() == []
     assert counts.shape == (3, 2)
     assert invert(index).tolist() == []
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_opcheck(capacity):
+    torch.library.opcheck(_plan, (torch.tensor([[0, 2], [-1, 1], [2, 0]]), 4, capacity))

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
-from turnout.models import GPT, GPTConfig
-from turnout.models.pipeline import Pipeline, cross_entropy
+from turnout.models import GPT, GPTConfig, next_token_loss
+from turnout.models.pipeline import Pipeline
 from turnout.models.stages import PER_RANK, Stages
 from turnout.moe import aux_loss, clip_grad_norm_
 
@@ -41,7 +41,7 @@ def one_rank(name: str, m: int) -> tuple[GPT, list[tuple[float, ...]]]:
     for step in range(STEPS):
         task = aux = torch.zeros((), dtype=torch.float64)
         for tokens, targets in zip(*(part.chunk(m) for part in batch(step)), strict=True):
-            loss = cross_entropy(model(tokens), targets) / m
+            loss = next_token_loss(model(tokens), targets) / m
             balance = aux_loss(model) / m
             (loss + balance).backward()
             task, aux = task + loss.detach(), aux + balance.detach()
@@ -94,7 +94,7 @@ def trained(name: str, schedule: str, m: int, oracle_m: int) -> None:
     pipeline.parts.eval()
     tokens, targets = batch(99, size=7)  # not a multiple of the micro-batches
     torch.testing.assert_close(
-        pipeline.evaluate(tokens, targets), cross_entropy(one(tokens), targets).detach(), rtol=1e-9, atol=0
+        pipeline.evaluate(tokens, targets), next_token_loss(one(tokens), targets).detach(), rtol=1e-9, atol=0
     )
 
 

@@ -12,10 +12,11 @@ from ranks import errors, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from turnout.models import GPT, GPTConfig
+from turnout.models import GPT, GPTConfig, next_token_loss
 from turnout.models.boundary import Boundary
-from turnout.models.pipeline import Pipeline, _Stage, cross_entropy
+from turnout.models.pipeline import Pipeline
 from turnout.models.recompute import recompute
+from turnout.models.stage import Stage
 from turnout.models.stages import PER_RANK, Stages, cut, flops
 from turnout.moe import aux_loss, fully_shard_experts, parallelize, sync_gradients
 
@@ -52,7 +53,7 @@ def gradients(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tor
     """Of the mean over micro-batches, on one rank."""
     model = whole_model()
     for tokens, targets in batches:
-        ((cross_entropy(model(tokens), targets) + aux_loss(model)) / len(batches)).backward()
+        ((next_token_loss(model(tokens), targets) + aux_loss(model)) / len(batches)).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -183,14 +184,14 @@ def sent(schedule, split):
 
         return counted
 
-    _Stage.get_fwd_send_ops = counting(_Stage.get_fwd_send_ops)
-    _Stage.get_bwd_send_ops = counting(_Stage.get_bwd_send_ops)
+    Stage.get_fwd_send_ops = counting(Stage.get_fwd_send_ops)
+    Stage.get_bwd_send_ops = counting(Stage.get_bwd_send_ops)
     boundary = Boundary(8, mesh.get_group("tp"), sequence_parallel=False) if split else None
     pipeline = build(schedule, mesh.get_group("pp"), 4, boundary=boundary)
     tokens, targets = batch(0)
     pipeline.step(tokens, targets)
     compare(pipeline, gradients(list(zip(tokens.chunk(4), targets.chunk(4), strict=True))))
-    expected = cross_entropy(whole_model().eval()(tokens), targets)
+    expected = next_token_loss(whole_model().eval()(tokens), targets)
     pipeline.parts.eval()
     torch.testing.assert_close(pipeline.evaluate(tokens, targets), expected.detach(), rtol=1e-9, atol=0)
     return number

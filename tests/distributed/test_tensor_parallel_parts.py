@@ -34,6 +34,7 @@ def stages():
     for part in parts:
         sync_gradients(part, meshes)
         for name, p in part.named_parameters():
+            assert p.grad.placements == p.placements, name
             grads[name] = whole(p.grad) + grads.get(name, 0)  # the embedding is in both
     for name, p in one.named_parameters():
         close(grads[name], p.grad, 1e-12, name)

@@ -37,7 +37,9 @@ def tensors_of(experts):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(7, 5), (8, 16)])  # one that torch's grouped_mm does not take, one it does
 @pytest.mark.parametrize("activation", KINDS)
-def test_as_in_the_reference(activation, size, bias, dtype):
+@pytest.mark.parametrize("at_once", [False, True])  # all experts, as on other devices
+def test_as_in_the_reference(at_once, activation, size, bias, dtype, monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: not at_once)
     experts = FeedForwardExperts(*size, 4, activation, bias, seed=3).to(dtype)
     rows, weight, counts = inputs(size[0], dtype)
     oracle = tensors_of(experts)

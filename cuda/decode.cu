@@ -1,0 +1,77 @@
+// decode: rows [R, D] -> tokens [T, D], a token the sum of its k rows, weighted or not; and the weighted one's backward.
+#include "rows.cuh"
+
+// Sums in float32, j = 0 .. k - 1; rows of nobody are not read. Products and sums are rounded one by one, so that the
+// result is the plain PyTorch one to the bit. `weight` is null where rows are weighted already.
+template <class T, class Chunk, int K>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
+           Chunk* __restrict__ y, long long num_tokens, int chunks, int k) {
+  using Values = Elements<T, Chunk>;
+  using Homes = Slots<K>;
+  const long long t = group_number();
+  if (t >= num_tokens) return;
+  const Homes homes(slot + t * k, k);
+  for (int c = threadIdx.x; c < chunks; c += blockDim.x) {
+    Values sum = Values::zero();
+    for (int first = 0; first < homes.size(); first += Homes::kAtOnce) {
+      Chunk chunk[Homes::kAtOnce];
+#pragma unroll
+      for (int i = 0; i < Homes::kAtOnce; i++)  // all loads before the first sum waits for one
+        if (homes[first + i] >= 0) chunk[i] = row_of(rows, homes[first + i], chunks)[c];
+#pragma unroll
+      for (int i = 0; i < Homes::kAtOnce; i++) {
+        if (homes[first + i] < 0) continue;
+        const Values row = Values::of(chunk[i]);
+        const float w = weight ? weight[t * k + first + i] : 1.0f;
+#pragma unroll
+        for (int e = 0; e < Values::N; e++) sum.value[e] = __fadd_rn(sum.value[e], __fmul_rn(row.value[e], w));
+      }
+    }
+    row_of(y, t, chunks)[c] = sum.chunk();
+  }
+}
+
+// grad_rows[slot[t, j]] = weight[t, j] * grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>, 0 where dropped.
+// A group is one warp: grad is read once for kAtOnce rows. Empty rows get zeros, as in encode.
+template <class T, class Chunk, int K>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_backward(const Chunk* __restrict__ grad, const Chunk* __restrict__ rows, const float* __restrict__ weight,
+                    const long long* __restrict__ token, const long long* __restrict__ slot,
+                    Chunk* __restrict__ grad_rows, float* __restrict__ grad_weight, long long num_tokens,
+                    long long num_rows, int chunks, int k) {
+  using Values = Elements<T, Chunk>;
+  using Homes = Slots<K>;
+  const long long t = group_number();
+  if (t >= num_tokens) return zero_empty_rows(token, grad_rows, t - num_tokens, num_rows, chunks);
+  const Homes homes(slot + t * k, k);
+  for (int first = 0; first < homes.size(); first += Homes::kAtOnce) {
+    float dot[Homes::kAtOnce] = {}, w[Homes::kAtOnce];
+#pragma unroll
+    for (int i = 0; i < Homes::kAtOnce; i++) w[i] = homes[first + i] >= 0 ? weight[t * k + first + i] : 0;
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) {
+      const Values g = Values::of(row_of(grad, t, chunks)[c]);
+      Chunk chunk[Homes::kAtOnce];
+#pragma unroll
+      for (int i = 0; i < Homes::kAtOnce; i++)
+        if (homes[first + i] >= 0) chunk[i] = row_of(rows, homes[first + i], chunks)[c];
+#pragma unroll
+      for (int i = 0; i < Homes::kAtOnce; i++) {
+        if (homes[first + i] < 0) continue;
+        const Values row = Values::of(chunk[i]);
+        Values product;
+#pragma unroll
+        for (int e = 0; e < Values::N; e++) {
+          dot[i] = fmaf(row.value[e], g.value[e], dot[i]);
+          product.value[e] = __fmul_rn(g.value[e], w[i]);
+        }
+        row_of(grad_rows, homes[first + i], chunks)[c] = product.chunk();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Homes::kAtOnce; i++) {
+      for (int lanes = 16; lanes > 0; lanes /= 2) dot[i] += __shfl_xor_sync(~0u, dot[i], lanes);
+      if (threadIdx.x == 0 && first + i < k) grad_weight[t * k + first + i] = dot[i];
+    }
+  }
+}

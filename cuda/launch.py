@@ -1,0 +1,160 @@
+"""Compile the kernels of this folder at run time and launch them: one function, `launch`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class Kernel(NamedTuple):
+    """Where a `__global__` function lies and what it takes: a letter for each parameter.
+
+    P a pointer, i an int (32 bits), q a long long (64 bits), f a float. Tests hold the letters against the C++.
+    """
+
+    source: str
+    signature: str
+
+
+KERNELS = {
+    "encode": Kernel("encode.cu", "PPPPqqii"),
+    "decode": Kernel("decode.cu", "PPPPqii"),
+    "decode_backward": Kernel("decode.cu", "PPPPPPPqqii"),
+    "plan_count": Kernel("plan.cu", "PPiii"),
+    "plan_place": Kernel("plan.cu", "PPPPPiiiii"),
+    "route": Kernel("router.cu", "PPPPPiiiii"),
+    "route_backward": Kernel("router.cu", "PPPPPiiiii"),
+}
+
+Argument = Tensor | int | float | None
+Packed = int | np.generic  # a pointer, or a number of the parameter's own width
+
+
+class Backend(Protocol):
+    """Runs a kernel on tensors of one type of device."""
+
+    def __call__(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Packed, ...],
+        shared: int,
+        device: torch.device,
+    ) -> None:
+        """Launch `kernel` with arguments that are packed already; see `launch`."""
+        ...
+
+
+def launch(
+    kernel: str, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Argument], shared: int = 0
+) -> None:
+    """Launch `kernel` on the device of its tensors, on torch's current stream there; does not wait for it.
+
+    Args:
+        kernel: the kernel's name in `KERNELS`, with its template arguments: ``"decode<float, uint4, 2>"``.
+        grid: blocks on up to three axes; with none on one of them nothing is launched.
+        block: threads of a block on up to three axes.
+        args: contiguous tensors or None (a null pointer), and numbers, in the order of the C++ parameters.
+        shared: bytes of dynamic shared memory of a block.
+
+    Raises:
+        ImportError: the tensors are CUDA tensors and CuPy is missing.
+        ValueError: the tensors are on several devices or not contiguous, or on a device that runs no kernels.
+    """
+    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    if len(devices) != 1:
+        raise ValueError(f"{kernel} needs all its tensors on one device; got {sorted(map(str, devices))}")
+    device = devices.pop()
+    if device.type not in backends:
+        raise ValueError(f"{kernel} runs on {' and '.join(backends)} tensors; got {device.type} ones")
+    signature = KERNELS[kernel.partition("<")[0]].signature
+    packed = tuple(_pack(kernel, letter, arg) for letter, arg in zip(signature, args, strict=True))
+    if 0 not in grid:
+        backends[device.type](kernel, grid, block, packed, shared, device)
+
+
+def available(device: torch.device) -> bool:
+    """Whether `launch` can serve this device. Where CUDA lacks CuPy, a warning says so once."""
+    if device.type == "cuda" and backends["cuda"] is launch_cupy:
+        return _has_cupy()
+    return device.type in backends
+
+
+def _pack(kernel: str, letter: str, arg: Argument) -> Packed:
+    if letter == "P":
+        if isinstance(arg, Tensor) and not arg.is_contiguous():
+            raise ValueError(f"{kernel} needs contiguous tensors; got strides {arg.stride()} of {tuple(arg.shape)}")
+        return 0 if arg is None else arg.data_ptr()  # type: ignore[union-attr]
+    return NUMBERS[letter](arg)
+
+
+NUMBERS: dict[str, Any] = {"i": np.int32, "q": np.int64, "f": np.float32}
+
+
+def launch_cupy(
+    kernel: str,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: tuple[Packed, ...],
+    shared: int,
+    device: torch.device,
+) -> None:
+    """The backend of CUDA tensors: NVRTC and the driver, through CuPy."""
+    with torch.cuda.device(device), _cupy().cuda.Stream.from_external(torch.cuda.current_stream(device)):
+        function = _function(kernel)
+        if shared and shared > function.max_dynamic_shared_size_bytes:  # above 48 KiB a kernel must ask
+            function.max_dynamic_shared_size_bytes = shared
+        function(grid, block, args, shared_mem=shared)
+
+
+backends: dict[str, Backend] = {"cuda": launch_cupy}  # by type of device; tests add one that runs kernels on the CPU
+
+
+@functools.cache
+def _function(kernel: str) -> Any:
+    """The compiled kernel. CuPy compiles for the device at hand and keeps the result in its cache on disk."""
+    source = (FOLDER / KERNELS[kernel.partition("<")[0]].source).read_text()
+    options = (f"-I{FOLDER}", "-std=c++17", f"-DTURNOUT_HEADERS=0x{_headers()}")
+    return _cupy().RawModule(code=source, options=options, name_expressions=(kernel,)).get_function(kernel)
+
+
+@functools.cache
+def _headers() -> str:
+    """A digest of all headers: CuPy's cache knows a source by its own text alone, not by what it includes."""
+    texts = (path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def _cupy() -> Any:
+    try:
+        import cupy  # only here: it takes half a second, and most processes launch no kernel
+    except ImportError as error:
+        raise ImportError(f'CUDA kernels need CuPy: pip install "turnout[{_extra()}]"') from error
+    return cupy
+
+
+@functools.cache
+def _has_cupy() -> bool:
+    if torch.version.cuda is None:  # ROCm calls its devices "cuda" too
+        return False
+    try:
+        _cupy()
+    except ImportError as error:
+        logging.getLogger(__name__).warning("%s. Until then these operators run in plain PyTorch.", error)
+        return False
+    return True
+
+
+def _extra() -> str:
+    return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda"

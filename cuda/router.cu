@@ -1,0 +1,129 @@
+// The router's step and its backward, a warp for each token, each one pass over memory.
+#include "common.cuh"
+
+namespace {
+
+constexpr float kTiny = 1.17549435e-38f, kLowest = -3.402823466e38f;  // the least normal float, the lowest one
+constexpr unsigned kNobody = 0xffffffffu;
+
+// A number whose order as an unsigned integer is that of the floats, NaN above all as in torch.topk; never 0.
+__device__ unsigned order_of(float x) {
+  if (x != x) return 0xffffffffu;
+  unsigned bits = __float_as_uint(x + 0.0f);  // -0 becomes 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ float warp_max(float x) {
+  for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+  return x;
+}
+
+__device__ float warp_sum(float x) {
+  for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+  return x;
+}
+
+// A candidate: `order` of the value it is chosen by, 0 = none; of equal ones the lower expert comes first.
+struct Candidate {
+  unsigned order, expert;
+};
+
+// The first behind `last` of this lane's candidates, the experts lane, lane + 32, ...
+__device__ Candidate next_best(const float* __restrict__ value, int E, Candidate last) {
+  Candidate best{0, 0};
+  for (int e = threadIdx.x % 32; e < E; e += 32) {
+    unsigned order = order_of(value[e]);
+    bool behind = order < last.order || (order == last.order && e > int(last.expert));
+    if (behind && order > best.order) best = {order, unsigned(e)};
+  }
+  return best;
+}
+
+}  // namespace
+
+// logits [T, E] -> scores [T, E], their softmax or sigmoid; expert [T, k], the k of highest score (plus bias
+// [E], if that is not null), highest first; weight [T, k], their scores, over their sum if `normalize`.
+// k <= 32. Without bias the logits themselves are compared: their order is that of the scores, and scores
+// that rounding makes equal are still told apart. Shared memory: a float [E] for each warp.
+//
+// A NaN logit: every softmax score of its token is NaN, or its own sigmoid score, which is then the first
+// chosen: one of the weights is NaN in both cases, as on a CPU, and no index leaves [0, E).
+__global__ void __launch_bounds__(128)
+route(const float* __restrict__ logits, const float* __restrict__ bias, long long* __restrict__ expert,
+      float* __restrict__ weight, float* __restrict__ scores, int T, int E, int k, int sigmoid, int normalize) {
+  SHARED_MEMORY(float, values);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  long long t = (long long)blockIdx.x * (blockDim.x / 32) + warp;
+  if (t >= T) return;
+  logits += t * E, scores += t * E;
+  float* value = values + warp * E;  // what experts are chosen by
+
+  float top = kLowest, sum = 0;
+#pragma unroll 4
+  for (int e = lane; e < E; e += 32) {
+    value[e] = logits[e];
+    top = fmaxf(top, value[e]);  // passes over NaN, which the sum then shows
+  }
+  if (!sigmoid) {
+    top = warp_max(top);
+    for (int e = lane; e < E; e += 32) sum += expf(value[e] - top);
+    sum = warp_sum(sum);
+  }
+  auto score = [&](float x) { return sigmoid ? 1 / (1 + expf(-x)) : expf(x - top) / sum; };
+  for (int e = lane; e < E; e += 32) {
+    float s = score(value[e]);
+    scores[e] = s;
+    if (bias) value[e] = s + bias[e];
+  }
+
+  // k rounds: the best of the lanes' best; the lane that had it looks for its next one.
+  Candidate mine = next_best(value, E, {0xffffffffu, kNobody});
+  unsigned chosen = 0;  // of the choice that this lane will write
+  float chosen_score = 0, total = 0;
+  for (int j = 0; j < k; j++) {
+    unsigned order = __reduce_max_sync(~0u, mine.order);
+    unsigned e = __reduce_min_sync(~0u, mine.order == order ? mine.expert : kNobody);
+    float s = score(logits[e]);
+    total += s;
+    if (lane == j) chosen = e, chosen_score = s;
+    if (mine.order == order && mine.expert == e) mine = next_best(value, E, mine);
+  }
+  if (lane < k) {
+    expert[t * k + lane] = chosen;
+    weight[t * k + lane] = normalize ? chosen_score / (total < kTiny ? kTiny : total) : chosen_score;
+  }
+}
+
+// From the gradients of weight [T, k] and scores [T, E] (null: zero) that of logits [T, E]. With g the whole
+// gradient of a score s: softmax s * (g - sum(g * s)), sigmoid s * (1 - s) * g. The chosen experts' g has a
+// second part, from their weights: lane j adds it for choice j.
+__global__ void __launch_bounds__(128)
+route_backward(const float* __restrict__ grad_weight, const float* __restrict__ grad_scores,
+               const long long* __restrict__ expert, const float* __restrict__ scores,
+               float* __restrict__ grad_logits, int T, int E, int k, int sigmoid, int normalize) {
+  int lane = threadIdx.x % 32;
+  long long t = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (t >= T) return;
+  scores += t * E, grad_logits += t * E;
+  if (grad_scores) grad_scores += t * E;
+
+  bool chooses = lane < k;
+  int e_chosen = chooses ? int(expert[t * k + lane]) : 0;
+  float s_chosen = chooses ? scores[e_chosen] : 0, g_chosen = chooses && grad_weight ? grad_weight[t * k + lane] : 0;
+  if (normalize) {  // weight = s / total: the gradient of s is (g - sum(g * weight)) / total
+    float sum = warp_sum(s_chosen), total = sum < kTiny ? kTiny : sum;
+    float mean = warp_sum(g_chosen * s_chosen) / total;
+    g_chosen = (g_chosen - (sum < kTiny ? 0 : mean)) / total;
+  }
+
+  float dot = 0;
+  if (!sigmoid) {
+    if (grad_scores)
+      for (int e = lane; e < E; e += 32) dot += grad_scores[e] * scores[e];
+    dot = warp_sum(dot + g_chosen * s_chosen);
+  }
+  auto gradient = [&](float s, float g) { return sigmoid ? s * (1 - s) * g : s * (g - dot); };
+  for (int e = lane; e < E; e += 32) grad_logits[e] = gradient(scores[e], grad_scores ? grad_scores[e] : 0);
+  __syncwarp();  // the chosen ones are written again, after this, by one lane each
+  if (chooses) grad_logits[e_chosen] = gradient(s_chosen, g_chosen + (grad_scores ? grad_scores[e_chosen] : 0));
+}

@@ -1,0 +1,82 @@
+// Rows in chunks: a chunk is what a thread moves at a time, 16 bytes (uint4), or one element where rows are not aligned.
+//
+// blockDim.x threads share a token (or a row) and blockDim.y of these groups a block. Offsets are 64 bits wide.
+#pragma once
+#include "common.cuh"
+
+constexpr int kThreads = 256;    // of a block, at most; __launch_bounds__(kThreads, 1), or ptxas saves registers and spills
+constexpr int kRowsAGroup = 32;  // rows one group looks at for empty ones
+
+// The number of this group in the grid.
+__device__ __forceinline__ long long group_number() {
+  return blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
+}
+
+// Row r of a matrix that has `chunks` chunks a row.
+template <class Chunk>
+__device__ __forceinline__ Chunk* row_of(Chunk* matrix, long long r, int chunks) {
+  return matrix + r * chunks;
+}
+
+// N elements of type T from a chunk, as floats, and back.
+template <class T, class Chunk>
+struct Elements {
+  static constexpr int N = sizeof(Chunk) / sizeof(T);
+  float value[N];
+
+  __device__ static Elements zero() {
+    Elements e;
+#pragma unroll
+    for (int i = 0; i < N; i++) e.value[i] = 0;
+    return e;
+  }
+  __device__ static Elements of(const Chunk chunk) {  // by value: loaded whole, not element by element
+    T raw[N];
+    memcpy(raw, &chunk, sizeof chunk);
+    Elements e;
+#pragma unroll
+    for (int i = 0; i < N; i++) e.value[i] = to_float(raw[i]);
+    return e;
+  }
+  __device__ Chunk chunk() const {
+    T raw[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) raw[i] = from_float<T>(value[i]);
+    Chunk chunk;
+    memcpy(&chunk, raw, sizeof chunk);
+    return chunk;
+  }
+};
+
+// The row of each of a token's k assignments, -1 = none. Known at compile time (K > 0) they stay in registers.
+template <int K>
+struct Slots {
+  static constexpr int kAtOnce = K;  // rows whose loads are under way together
+  long long row[K];
+  __device__ Slots(const long long* slot, int) {
+#pragma unroll
+    for (int j = 0; j < K; j++) row[j] = slot[j];
+  }
+  __device__ long long operator[](int j) const { return row[j]; }
+  __device__ int size() const { return K; }
+};
+
+template <>
+struct Slots<0> {
+  static constexpr int kAtOnce = 4;
+  const long long* slot;
+  int k;
+  __device__ Slots(const long long* slot, int k) : slot(slot), k(k) {}
+  __device__ long long operator[](int j) const { return j < k ? slot[j] : -1; }
+  __device__ int size() const { return k; }
+};
+
+// Zeroes the empty ones (token -1) among the group's rows; the others belong to tokens, which write them.
+template <class Chunk>
+__device__ void zero_empty_rows(const long long* token, Chunk* rows, long long group, long long num_rows, int chunks) {
+  const long long first = group * kRowsAGroup;
+  for (long long r = first; r < first + kRowsAGroup && r < num_rows; r++) {
+    if (token[r] >= 0) continue;
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) row_of(rows, r, chunks)[c] = Chunk{};
+  }
+}

@@ -1,0 +1,146 @@
+"""A router's step: logits -> scores, the k best experts, their weights. One kernel each way on a CUDA device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...cuda.launch import available, launch
+from .base import normalised
+
+SCORES = ("softmax", "sigmoid")
+
+
+def route(
+    logits: Tensor, k: int, score: str = "softmax", normalize: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k experts of highest score, best first: logits [T, E] -> expert int64 [T, k], weight [T, k], scores [T, E].
+
+    Weight and scores have the dtype of the logits, float32 or float64, and are differentiable in them.
+    Experts are compared by logit, whose order is that of the scores, so that scores which rounding makes
+    equal are told apart; of equal logits a CUDA device takes the lowest expert first, a CPU any
+    (`torch.topk`). A NaN logit gives its token a NaN weight.
+
+    Args:
+        logits: [T, E].
+        k: experts a token picks, 1 to E.
+        score: ``"softmax"`` over all E, or ``"sigmoid"`` of each logit (DeepSeek-V3, arXiv:2412.19437).
+        normalize: divide a token's k weights by their sum.
+        bias: [E], added to the scores when they are compared, and nowhere else (same paper, eq. 16): no gradient.
+
+    >>> expert, weight, _ = route(torch.tensor([[0.0, 3.0, 1.0]]), 2, "sigmoid", bias=torch.tensor([9.0, 0.0, 0.0]))
+    >>> expert.tolist(), weight.tolist()
+    ([[0, 1]], [[0.5, 0.9525741338729858]])
+    """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
+    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"logits must be [T, E] with k={k} at least 1 and at most E; got {tuple(logits.shape)}")
+    if bias is not None:
+        if bias.shape != logits.shape[1:]:
+            raise ValueError(f"bias must be [E], E={logits.shape[1]}; got {tuple(bias.shape)}")
+        bias = bias.detach().to(logits.dtype)
+    step = _route if logits.dtype == torch.float32 else plain
+    weight, scores, expert = step(logits, bias, k, score == "sigmoid", normalize)
+    return expert, weight, scores
+
+
+def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`route` in plain PyTorch, in any dtype, differentiable twice: what the kernels are held against.
+
+    Returns weight, scores, expert: `torch.library.opcheck` adds up gradients from the first on.
+    """
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    expert = (logits if bias is None else scores + bias).topk(k).indices
+    weight = scores.gather(1, expert)
+    return normalised(weight) if normalize else weight, scores, expert
+
+
+def plain_backward(
+    grad_weight: Tensor | None,
+    grad_scores: Tensor | None,
+    expert: Tensor,
+    scores: Tensor,
+    sigmoid: bool,
+    normalize: bool,
+) -> Tensor:
+    """The gradient of the logits from those of weight [T, k] and scores [T, E], None standing for zeros."""
+    grad = torch.zeros_like(scores) if grad_scores is None else grad_scores
+    if grad_weight is not None:
+        if normalize:  # weight = score / total
+            score, tiny = scores.gather(1, expert), torch.finfo(scores.dtype).tiny
+            total = score.sum(-1, keepdim=True)
+            mean = (grad_weight * score).sum(-1, keepdim=True) / total.clamp(min=tiny)
+            grad_weight = (grad_weight - torch.where(total < tiny, 0, mean)) / total.clamp(min=tiny)
+        grad = grad.scatter_add(1, expert, grad_weight)
+    if sigmoid:
+        return grad * scores * (1 - scores)
+    return scores * (grad - (grad * scores).sum(-1, keepdim=True))
+
+
+# Of `router.cu`: a warp for each token, whose lanes write one choice each, and which keeps E floats in shared memory,
+# of which a block may take 96 KiB (from 48 on by consent; 99 are the least of any device since sm_80).
+WARPS, MOST_CHOICES, SHARED_FLOATS = 4, 32, 24000
+
+
+def _has_kernel(scores: Tensor, k: int) -> bool:
+    return k <= MOST_CHOICES and scores.shape[1] <= SHARED_FLOATS and available(scores.device)
+
+
+@torch.library.custom_op("turnout::route", mutates_args=())
+def _route(
+    logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_kernel(logits, k):
+        return plain(logits, bias, k, sigmoid, normalize)
+    (T, E), logits = logits.shape, logits.contiguous()
+    expert = logits.new_empty(T, k, dtype=torch.int64)
+    weight, scores = logits.new_empty(T, k), logits.new_empty(T, E)
+    warps = min(WARPS, SHARED_FLOATS // E)
+    args = logits, None if bias is None else bias.contiguous(), expert, weight, scores, T, E, k, sigmoid, normalize
+    launch("route", (-(-T // warps),), (32 * warps,), args, 4 * warps * E)
+    return weight, scores, expert
+
+
+@torch.library.custom_op("turnout::route_backward", mutates_args=())
+def _route_backward(
+    grad_weight: Tensor | None,
+    grad_scores: Tensor | None,
+    expert: Tensor,
+    scores: Tensor,
+    sigmoid: bool,
+    normalize: bool,
+) -> Tensor:
+    (T, E), k = scores.shape, expert.shape[1]
+    if not _has_kernel(scores, k):
+        return plain_backward(grad_weight, grad_scores, expert, scores, sigmoid, normalize)
+    grad_logits = scores.new_empty(T, E)
+    args = grad_weight, grad_scores, expert, scores, grad_logits, T, E, k, sigmoid, normalize
+    launch("route_backward", (-(-T // WARPS),), (32 * WARPS,), args)
+    return grad_logits
+
+
+@_route.register_fake
+def _(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = logits.shape[0], k
+    return logits.new_empty(shape), logits.new_empty(logits.shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@_route_backward.register_fake
+def _(grad_weight, grad_scores, expert, scores, sigmoid, normalize) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, scores, expert = output
+    ctx.sigmoid, ctx.normalize = inputs[3:]
+    ctx.save_for_backward(expert, scores)
+    ctx.set_materialize_grads(False)  # zeros [T, E] where no balance loss asks for the scores
+
+
+def _backward(ctx, grad_weight: Tensor | None, grad_scores: Tensor | None, _):
+    grads = (None if grad is None else grad.contiguous() for grad in (grad_weight, grad_scores))
+    return _route_backward(*grads, *ctx.saved_tensors, ctx.sigmoid, ctx.normalize), None, None, None, None
+
+
+_route.register_autograd(_backward, setup_context=_keep)

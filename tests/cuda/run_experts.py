@@ -1,0 +1,133 @@
+"""Run the experts' Triton kernels, forward and backward, and save what went in and came out.
+
+    TRITON_INTERPRET=1 python run_experts.py results.pt            on a CPU, by Triton's interpreter
+    python run_experts.py results.pt --device cuda
+
+A process of its own: Triton asks for its interpreter when it is first imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from turnout.dispatch import OverlapDispatcher, Plan
+from turnout.dispatch.ops import encode_weight
+from turnout.moe import MoE
+from turnout.moe.fused import fused
+
+NAN = float("nan")
+WAYS = ("plain", "overlapped", "compiled")
+D, H, E = 24, 40, 4  # tiles are 16 wide under the interpreter
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens of which `expert` [T, k] tells the experts; without `plan` rows that lie sorted already."""
+
+    expert: list[list[int]]
+    activation: str = "swiglu"
+    dtype: torch.dtype = torch.float32
+    capacity: int | None = None
+    plan: bool = True
+
+
+RAGGED = [[0, 2], [2, 3], [2, -1], [2, 0], [-1, -1], [3, 2]] * 3  # nobody goes to 1; 12 rows to 2, 4 to 0, 5 to 3
+CASES = {
+    "ragged": Case(RAGGED),
+    "padded": Case(RAGGED[:6], "gelu", capacity=7),
+    "all on one": Case([[3]] * 37, "relu"),
+    "nothing": Case([[-1]] * 3),
+    "sorted rows": Case(RAGGED[:9], plan=False),
+    "sorted rows, gelu": Case(RAGGED[:6], "gelu", plan=False),
+    "float16": Case(RAGGED[:6], dtype=torch.float16),
+}
+ON_A_GPU = {"bfloat16": Case(RAGGED, dtype=torch.bfloat16)}  # which the interpreter rounds towards zero
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(case: Case, device: str) -> dict:
+    plan = Plan.of(torch.tensor(case.expert), E, case.capacity)
+    rows = len(plan.token) if not case.plan else len(case.expert)
+    names = ["w_up", "w_down", "w_gate"][: 3 if case.activation == "swiglu" else 2]
+    shapes = {"w_up": (E, D, H), "w_gate": (E, D, H), "w_down": (E, H, D)}
+    given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) / 5 for i, n in enumerate(names)}}
+    given = {name: t.to(case.dtype) for name, t in given.items()}
+    weight = encode_weight(random(*plan.slot.shape, seed=8).abs(), plan)
+    grad = random(rows, D, seed=9).to(case.dtype)
+    if not case.plan:
+        for t in (given["x"], grad, weight):
+            t[int(plan.counts.sum()) :] = NAN  # rows of nobody
+    leaves = {n: t.to(device).requires_grad_() for n, t in {**given, "weight": weight}.items()}
+    on_device = Plan(*(t.to(device) for t in (plan.expert, plan.token, plan.slot, plan.counts)), plan.capacity)
+    weights = (leaves["w_up"], leaves.get("w_gate"), leaves["w_down"], case.activation)
+    y = fused(leaves["x"], leaves["weight"], on_device.counts, *weights, on_device if case.plan else None)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
+    return {
+        "given": {**given, "weight": weight},
+        "activation": case.activation,
+        "token": plan.token if case.plan else None,
+        "counts": plan.counts,
+        "grad": grad,
+        "y": y.detach().cpu(),
+        "grads": {name: g.cpu() for name, g in zip(leaves, grads, strict=True)},
+    }
+
+
+def layer(kernel: str, device: str, way: str) -> list[torch.Tensor]:
+    """A whole layer: output and gradients."""
+    torch.manual_seed(0)
+    moe = MoE(16, 24, 3, 2, capacity_factor=1.0, seed=1).to(device)
+    moe.experts.kernel = kernel
+    if way == "overlapped":  # rows come sorted then
+        moe.dispatcher = OverlapDispatcher(moe.dispatcher, 2)
+    x = random(2, 4, 16, seed=3).to(device).requires_grad_()
+    forward = torch.compile(moe, backend="aot_eager", fullgraph=True) if way == "compiled" else moe
+    y = forward(x)
+    y.square().mean().backward()
+    return [t.detach().cpu() for t in (y, x.grad, *(p.grad for p in moe.parameters()))]
+
+
+def frozen(device: str) -> list[torch.Tensor]:
+    """The output without and with a graph, and the gradient of x alone: as with everything, computed first."""
+    torch.manual_seed(0)
+    moe = MoE(16, 16, 2, 1, experts="relu", seed=1).to(device)
+    moe.experts.kernel = "triton"
+    x = random(3, 16, seed=3).to(device).requires_grad_()
+    y = moe(x)
+    (everything,) = torch.autograd.grad(y.sum(), x)
+    moe.requires_grad_(False)
+    again = moe(x)
+    again.sum().backward()
+    with torch.no_grad():
+        without = moe(x)
+    return [t.detach().cpu() for t in (y, again, without, everything, x.grad)]
+
+
+def check_operator(device: str) -> str:
+    plan = Plan.of(torch.tensor([[1], [0], [1]], device=device), 2)
+    x, weight, w = random(3, 16, seed=0), torch.ones(3), random(2, 16, 16, seed=1)
+    x, weight, w = (t.to(device).requires_grad_() for t in (x, weight, w))
+    ends = plan.counts.cumsum(0).to(torch.int32)
+    other = w.detach().clone().requires_grad_()
+    given = (x, weight, ends, plan.token, plan.slot, w, None, other, "relu", True)
+    torch.library.opcheck(torch.ops.turnout.experts.default, given)
+    return "well formed"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    device = arguments.device
+    cases = CASES if device == "cpu" else CASES | ON_A_GPU
+    results = {"cases": {name: run(case, device) for name, case in cases.items()}}
+    results["layers"] = {way: [layer(kernel, device, way) for kernel in ("torch", "triton")] for way in WAYS}
+    results["frozen"] = frozen(device)
+    results["operator"] = check_operator(device)
+    torch.save(results, arguments.results)

@@ -1,0 +1,221 @@
+"""The experts' Triton kernels: run by Triton's interpreter, and compiled for GPUs that are not here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from reference import close, expert_ffn
+from turnout.cuda.tiles import Tiles
+from turnout.dispatch import Plan
+from turnout.moe import MoE, aux_loss
+from turnout.moe.experts import FeedForwardExperts, ModuleExperts
+
+HERE = Path(__file__).parent
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+CASES = ["ragged", "padded", "all on one", "nothing", "sorted rows", "sorted rows, gelu", "float16", "bfloat16"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def python(script: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, str(HERE / script), *arguments]
+    result = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=needs_gpu)])
+def results(request, tmp_path_factory):
+    """What the kernels made of everything in `run_experts.py`, in a process of their own."""
+    file = tmp_path_factory.mktemp("experts") / "results.pt"
+    if request.param == "cuda":
+        python("run_experts.py", str(file), "--device", "cuda")
+    else:
+        python("run_experts.py", str(file), TRITON_INTERPRET="1")
+    return torch.load(file)
+
+
+def by_hand(case):
+    """Output and gradients in float64, and which rows of x and weight are somebody's."""
+    given = {name: t.double().requires_grad_() for name, t in case["given"].items()}
+    owner = [e for e, n in enumerate(case["counts"].tolist()) for _ in range(n)]
+    token = list(range(len(owner))) if case["token"] is None else case["token"].tolist()[: len(owner)]
+    y = [row * 0 for row in given["x"]]
+    for r, (e, t) in enumerate(zip(owner, token, strict=True)):
+        if t >= 0:
+            y[t] = y[t] + given["weight"][r] * expert_ffn(given["x"][t], given, e, case["activation"])
+    real = slice(len(owner)) if case["token"] is None else slice(None)
+    y = torch.stack(y)
+    grads = torch.autograd.grad(y[real], list(given.values()), case["grad"].double()[real], materialize_grads=True)
+    filled = torch.tensor([r for r, t in enumerate(token) if t >= 0], dtype=torch.int64)
+    return y, dict(zip(given, grads, strict=True)), real, filled
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_as_by_hand(name, results):
+    if name not in results["cases"]:
+        pytest.skip("the interpreter rounds bfloat16 towards zero")
+    case = results["cases"][name]
+    y, grads, real, filled = by_hand(case)
+    dtype = case["given"]["x"].dtype
+    tol = TOLERANCE[dtype]
+    assert case["y"].dtype == dtype
+    assert close(case["y"][real], y[real], tol)
+    for key, exact in grads.items():
+        actual = case["grads"][key]
+        places = {"x": real, "weight": filled}.get(key, slice(None))
+        assert actual.dtype == case["given"][key].dtype
+        assert close(actual[places], exact[places], tol), key
+        if key.startswith("w_"):
+            empty = (case["counts"] == 0).nonzero().flatten()
+            assert not actual[empty].any(), f"an expert without rows has a gradient of {key}"
+            if name != "nothing":
+                assert exact.any()
+                assert not close(actual.roll(1, 0), exact, 1e-2)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "overlapped", "compiled"])
+def test_a_layer_is_the_same_on_either_kernel(way, results):
+    for plain, triton in zip(*results["layers"][way], strict=True):
+        assert plain.any()
+        assert close(triton, plain, 3e-6)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_only_what_is_wanted(results):
+    y, again, without, everything, alone = results["frozen"]
+    assert torch.equal(y, again)
+    assert torch.equal(y, without)
+    assert torch.equal(everything, alone)
+    assert alone.any()
+
+
+@needs_triton
+@pytest.mark.slow
+def test_operator_is_well_formed(results):
+    assert results["operator"] == "well formed"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "product"), [(80, "mma.sync"), (90, "wgmma.mma"), (100, "tcgen05.mma")])
+def test_kernels_compile_without_spills(arch, product, tmp_path):
+    lines = [
+        json.loads(line)
+        for line in python("compile_experts.py", str(arch), TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    ]
+    assert [line["kernel"] for line in lines] == ["up", "down", "down, backward", "hidden", "weight"]
+    for line in lines:
+        assert line["spilled"] == 0, line
+        assert line["product"] == product, line
+        assert line["asynchronous"] > 0, f"gathered rows are not prefetched: {line}"
+        assert line["shared"] <= (99 if arch == 80 else 227) * 1024, line
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 8], [0, 0, 0], [0, 16, 16], [5], [1, 2, 3, 4]])
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_tiles_cover_each_row_once(ends, size, spare):
+    expert, start, _ = Tiles.of(torch.tensor(ends, dtype=torch.int32), ends[-1] + spare, size)
+    covered = [
+        (row, e)
+        for e, first in zip(expert.tolist(), start.tolist(), strict=True)
+        if e >= 0
+        for row in range(first, min(first + size, ends[e]))
+    ]
+    starts = [0, *ends[:-1]]
+    assert covered == [(row, e) for e, end in enumerate(ends) for row in range(starts[e], end)]
+
+
+def test_no_rows_are_kept_for_the_backward(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    T, D, H, k = 64, 48, 32, 4
+    kept = {}
+    for kernel in ("torch", "triton"):
+        layer = MoE(D, H, 8, k).to("meta", torch.bfloat16)
+        layer.experts.kernel = kernel
+        kept[kernel] = found = {}  # shapes of activations, by storage
+
+        def keep(t, found=found):
+            if not isinstance(t, torch.nn.Parameter):
+                found[t.untyped_storage()._cdata] = t.shape
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            layer(torch.zeros(T, D, device="meta", dtype=torch.bfloat16, requires_grad=True))
+    shapes = {kernel: list(found.values()) for kernel, found in kept.items()}
+    assert shapes["torch"].count((T * k, D)) == 1
+    assert shapes["torch"].count((T * k, H)) > 2
+    assert (T * k, D) not in shapes["triton"]
+    assert shapes["triton"].count((T * k, H)) == 2, "up and gate"
+
+
+def test_choosing_a_kernel():
+    experts = FeedForwardExperts(8, 16, 4)
+    assert experts.kernel == "auto"
+    x, plan = torch.zeros(2, 8), Plan.of(torch.tensor([[0], [1]]), 4)
+    assert not experts.gathers(x, plan)
+    experts.kernel = "triton"
+    assert experts.gathers(x, plan)
+    with pytest.raises(ValueError, match="kernel must be one of auto, torch, triton; got 'cutlass'"):
+        experts.kernel = "cutlass"
+    with pytest.raises(ValueError, match="has no biases"):
+        FeedForwardExperts(8, 16, 4, bias=True).kernel = "triton"
+    assert not ModuleExperts(lambda: torch.nn.Linear(4, 4), 2).gathers(x, plan)
+
+
+def test_triton_is_not_used_where_it_cannot_be():
+    layer = MoE(8, 16, 4)
+    layer.experts.kernel = "triton"
+    with pytest.raises(TypeError, match=r'takes float32, bfloat16 or float16; got torch.float64: set kernel="torch"'):
+        layer.double()(torch.randn(3, 8, dtype=torch.float64))
+    error, words = (ModuleNotFoundError, "needs Triton") if needs_triton.args[0] else (ValueError, "for CUDA devices")
+    with pytest.raises(error, match=words):
+        layer.float()(torch.randn(3, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_a_padded_step_fits_a_cuda_graph(kernel):
+    if kernel == "torch" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch's grouped_mm itself waits there")
+    torch.manual_seed(0)
+    layer = MoE(64, 128, 8, 2, capacity_factor=1.25, pad=True).to("cuda", torch.bfloat16)
+    layer.experts.kernel = kernel
+    x = torch.randn(96, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        layer.zero_grad(set_to_none=False)
+        y = layer(x)
+        (y.float().square().mean() + aux_loss(layer)).backward()
+        return y
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and makes the gradients' memory
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = [y.clone(), *(p.grad.clone() for p in layer.parameters())]
+    y = step()
+    for actual, expected in zip(replayed, [y, *(p.grad for p in layer.parameters())], strict=True):
+        assert torch.equal(actual, expected)

@@ -1,0 +1,54 @@
+"""A pipeline of stages whose layers, sequences and experts are split over tensor-parallel ranks."""
+
+import pytest
+import torch
+from ranks import run
+from torch.distributed.tensor import DTensor
+from turnout.dispatch.mesh import Meshes
+from turnout.models import GPT, Boundary, GPTConfig, Pipeline, Stages, next_token_loss, tensor_parallel
+from turnout.moe import aux_loss, clip_grad_norm_, parallelize, sync_gradients
+
+LOSSES = {"aux_loss_weight": 0.3, "balance": "global"}
+CONFIG = GPTConfig(vocab=24, dim=8, layers=4, heads=2, hidden=8, seq_len=6, num_experts=4, moe=LOSSES)
+
+
+def stepped(schedule):
+    meshes = Meshes.of("cpu", pp=2, tp=2, ep=2)
+    group = meshes.dense.get_group("pp")
+    torch.manual_seed(0)
+    stages = Stages.of(CONFIG, schedule, 2)
+    parts = [part.double() for part in stages.build(meshes.dense.get_local_rank("pp"))]
+    for part in parts:
+        tensor_parallel(part, meshes.dense["tp"])
+        parallelize(part, meshes)
+    pipeline = Pipeline(parts, stages, group, 4, next_token_loss, Boundary(8, meshes.dense.get_group("tp")))
+    tokens = torch.randint(24, (8, 7), generator=torch.Generator().manual_seed(0))
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    losses = pipeline.step(tokens, targets)
+    for part in parts:
+        sync_gradients(part, meshes)
+    norm = pipeline.clip_grad_norm_(0.1)
+
+    torch.manual_seed(0)
+    one, task, aux = GPT(CONFIG).double(), 0.0, 0.0
+    for x, y in zip(tokens.chunk(4), targets.chunk(4), strict=True):
+        loss, balance = next_token_loss(one(x), y) / 4, aux_loss(one) / 4
+        (loss + balance).backward()
+        task, aux = task + float(loss.detach()), aux + float(balance.detach())
+    assert (float(losses.task), float(losses.aux)) == pytest.approx((task, aux), rel=1e-9)
+    assert float(norm) == pytest.approx(float(clip_grad_norm_(one, 0.1)), rel=1e-9)
+    expected = {name: p.grad for name, p in one.named_parameters()}
+    for part in parts:
+        for name, p in part.named_parameters():
+            grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=lambda t, n=name: f"{n}: {t}")
+    one.eval()
+    pipeline.parts.eval()
+    assert float(pipeline.evaluate(tokens, targets)) == pytest.approx(
+        float(next_token_loss(one(tokens), targets).detach())
+    )
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_a_step_is_that_of_one_rank(schedule):
+    run(4, stepped, schedule)

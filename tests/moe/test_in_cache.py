@@ -1,0 +1,80 @@
+"""Experts one at a time on a CPU: the same as all at once, with less kept; half precision without units for it."""
+
+import pytest
+import torch
+from reference import close
+from turnout.dispatch.local import LocalDispatcher
+from turnout.dispatch.plan import Plan
+from turnout.moe.experts import FeedForwardExperts
+from turnout.moe.grouped_mm import grouped_mm
+from turnout.moe.in_cache import pays
+
+HALVES = [torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+def test_rows_gathered_expert_by_expert(activation, bias, dtype, monkeypatch):
+    chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
+    plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
+    experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
+    toward, results = random(5, 8, seed=2, dtype=dtype), []
+    for trip in (dispatcher, super(LocalDispatcher, dispatcher).__call__):
+        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, first=not results: first)
+        experts.zero_grad()
+        x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        y = trip(x, plan, weight, experts)
+        y.backward(toward)
+        results.append([y, x.grad, weight.grad, *(p.grad for p in experts.parameters())])
+    for gathered, apart in zip(*results, strict=True):
+        assert gathered.dtype == apart.dtype
+        assert close(gathered, apart, TOLERANCE[dtype])
+    assert not results[0][0][3].any(), "a token of nobody's"
+
+
+def test_gathered_rows_are_not_kept():
+    experts, kept = FeedForwardExperts(8, 16, 4, "gelu"), []
+    plan = Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)
+    x, weight = random(10, 8, dtype=torch.float32).requires_grad_(), torch.ones(10, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        LocalDispatcher()(x, plan, weight, experts)
+    assert 10 * 8 in kept, "the tokens"
+    assert 40 * 8 not in kept, "a row for each choice"
+    assert kept.count(40 * 16) == 1, "of the hidden rows one copy"
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_with_and_without_units_for_it(dtype, emulated, monkeypatch):
+    monkeypatch.setattr("turnout.moe.grouped_mm._emulated", lambda dtype: emulated and dtype in HALVES)
+    rows, matrix = random(9, 8, dtype=dtype), random(3, 8, 16, seed=1, dtype=dtype)
+    ends, toward = torch.tensor([4, 4, 9], dtype=torch.int32), random(9, 16, seed=2, dtype=dtype)
+    exact = [t.double().requires_grad_() for t in (rows, matrix)]
+    expected = torch.cat([exact[0][:4] @ exact[1][0], exact[0][4:] @ exact[1][2]])
+    expected.backward(toward.double())
+    rows, matrix = rows.requires_grad_(), matrix.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the products in float32
+        y = grouped_mm(rows, matrix, ends)
+    y.backward(toward)
+    rounding = torch.finfo(dtype).eps
+    for ours, theirs in ((y, expected), (rows.grad, exact[0].grad), (matrix.grad, exact[1].grad)):
+        assert ours.dtype == dtype
+        assert close(ours, theirs, rounding)
+
+
+def test_one_at_a_time_where_it_pays():
+    assert pays(rows=32768, experts=64, dim=512, hidden=256)
+    assert not pays(rows=4096, experts=8, dim=256, hidden=512), "little memory"
+    assert not pays(rows=1 << 17, experts=4096, dim=64, hidden=64), "32 rows an expert"

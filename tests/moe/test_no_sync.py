@@ -1,0 +1,121 @@
+"""On one rank the host never waits for the device: shown on the meta device, where there is nothing to wait for.
+
+A tensor there has no values, so that whatever asks for one raises: `.item()`, `bool`, `nonzero`, a boolean index, a
+copy. With a GPU the same is asked of CUDA itself.
+"""
+
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from turnout.cuda.tiles import Tiles
+from turnout.dispatch import ops
+from turnout.dispatch.agreement import Note
+from turnout.moe import MoE, aux_loss
+from turnout.moe.gates import GATES
+
+LAYERS = {
+    "ragged": {},
+    "capped": {"capacity_factor": 1.1},
+    "padded": {"capacity_factor": 1.25, "pad": True},
+    "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
+    "shared, bias, z-loss": {"shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
+    "sequence": {"balance": "sequence"},
+    **{f"gate {name}": {"gate": name} for name in GATES},
+}
+KERNELS = ["torch", "triton"]
+
+
+def step(device: str, kernel: str = "torch", masked: bool = False, **options) -> None:
+    """Forward, losses, statistics, backward."""
+    layer = MoE(32, 64, 8, **options).to(device, torch.bfloat16)
+    layer.experts.kernel = kernel
+    x = torch.randn(2, 24, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.zeros(2, 24, dtype=torch.int64, device=device)
+    mask = torch.ones(2, 24, dtype=torch.bool, device=device) if masked else None
+    with waiting_forbidden(device):
+        y = layer(x, mask=mask, ids=ids)
+        assert layer.stats.tokens_per_expert.device.type == device
+        (y.float().square().mean() + aux_loss(layer)).backward()
+    assert x.grad is not None
+    assert all(p.grad is not None for p in layer.experts.parameters())
+
+
+@contextmanager
+def waiting_forbidden(device: str):
+    """Copies from the host wait as well: `torch.tensor` on a device is one that meta would not notice."""
+    refuse = mock.Mock(side_effect=RuntimeError("torch.tensor copies from the host and waits"))
+    with mock.patch.object(torch, "tensor", refuse):
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=["as operators", "written out"])
+def operators(request, monkeypatch):
+    """On meta only the shapes of an operator's result are made; written out, what it does is run as well."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    if request.param == "written out":
+        for name in ("_encode", "_decode"):
+            monkeypatch.setattr(ops, name, getattr(ops, name)._init_fn)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_never_waits(name, masked, operators):
+    step("meta", masked=masked, **LAYERS[name])
+
+
+@pytest.mark.parametrize("name", ["ragged", "capped", "padded", "padded, gelu, by position"])
+def test_the_layer_never_waits_with_triton(name, operators):
+    step("meta", "triton", masked=True, **LAYERS[name])
+
+
+def test_a_note_for_the_other_ranks_is_made_without_waiting():
+    x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(4, 2, device="meta")
+    with waiting_forbidden("meta"):
+        assert Note.tensor(x, weight, None).device.type == "meta"
+
+
+def test_rows_are_cut_into_tiles_without_waiting():
+    ends = torch.zeros(5, dtype=torch.int32, device="meta")
+    with waiting_forbidden("meta"):
+        assert Tiles.of(ends, 64, 16).expert.shape == (9,)
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.isnan().any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x.unique(),
+        lambda x: torch.ones(3, device=x.device).repeat_interleave(x.long()),
+        lambda x: torch.tensor([1.0], device=x.device),
+    ],
+)
+def test_waiting_is_seen(waits):
+    x = torch.ones(3, device="meta")
+    with waiting_forbidden("meta"), pytest.raises((RuntimeError, NotImplementedError)):
+        waits(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_never_waits_for_a_gpu(name, kernel):
+    if kernel == "torch" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch's grouped_mm itself waits there")
+    if kernel == "triton" and LAYERS[name].get("bias"):
+        pytest.skip("no biases")
+    step("cuda", kernel, masked=True, **LAYERS[name])
