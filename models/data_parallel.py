@@ -6,10 +6,10 @@ over the dense mesh's "dp", experts over "edp", on top of what "tp", "ep" and "e
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..dispatch import mesh as axes
@@ -37,8 +37,8 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
         meshes: those it was spread over.
         how: as above. In a pipeline "zero2" and "fsdp" do as "zero1": a stage stays gathered during a step, whose
             backwards come in halves.
-        bf16: compute in bfloat16 with float32 parameters ("master weights") and gradients: parameters travel and are
-            used in bfloat16, routers' in float32. Not with "replicate": use `torch.autocast` around the forward.
+        bf16: compute in bfloat16 from float32 parameters ("master weights"), with gradients summed in float32. With
+            "replicate" by `torch.autocast`; else parameters, but those of routers, travel and are used in bfloat16.
         cpu_offload: parameters, gradients and the optimizer's state lie in the host's memory, and the optimizer steps
             there. Not with "replicate". On GPUs clipping wants a group that has both,
             ``init_process_group("cpu:gloo,cuda:nccl")``.
@@ -49,22 +49,23 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
     if how not in get_args(Data):
         raise ValueError(f"data parallelism must be one of {', '.join(get_args(Data))}; got {how!r}")
     if how == "replicate":
-        if bf16 or cpu_offload:
-            raise ValueError('bf16 and cpu_offload need FSDP2: use "zero1", "zero2" or "fsdp" in place of "replicate"')
-        return model
+        if cpu_offload:
+            raise ValueError('cpu_offload needs FSDP2: use "zero1", "zero2" or "fsdp" in place of "replicate"')
+        return _autocast(model, meshes.dense.device_type) if bf16 else model
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else exact
     offload = CPUOffloadPolicy(meshes.dense.device_type == "cuda") if cpu_offload else OffloadPolicy()
     edp = axes.axis(meshes.experts, axes.EDP)
     if bf16 or cpu_offload or (edp is not None and edp.size() > 1):  # else FSDP2 has nothing to do for experts
-        fully_shard_experts(model, meshes, mp_policy=policy, offload_policy=offload)
+        options = {"mp_policy": policy, "offload_policy": offload, "reshard_after_forward": how == "fsdp"}
+        fully_shard_experts(model, meshes, **options)
     experts = set(expert_parameters(model).values())
 
-    def shard(module: nn.Module, policy: MixedPrecisionPolicy = policy) -> None:
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy = policy, free: bool = how == "fsdp") -> None:
         fully_shard(
             module,
             mesh=meshes.dense[axes.DP],
-            reshard_after_forward=how == "fsdp",
+            reshard_after_forward=free,
             mp_policy=policy,
             offload_policy=offload,
             ignored_params=experts,
@@ -74,9 +75,9 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
         if not isinstance(block, Block):
             continue  # of another stage
         if bf16 and isinstance(block.feed_forward, MoE) and len(list(block.feed_forward.gate.parameters())):
-            shard(block.feed_forward.gate, exact)
+            shard(block.feed_forward.gate, exact, free=False)  # FSDP2 cannot tell when the backward of a routing begins
         shard(block)
-    shard(model)
+    shard(model, free=False)  # the head: its backward follows at once
     return model
 
 
@@ -93,3 +94,15 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _autocast(model: GPT, device_type: str) -> GPT:
+    forward = model.forward
+
+    def cast(*args: Any, **options: Any) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16):
+            y = forward(*args, **options)
+        return y.float()
+
+    model.forward = cast
+    return model

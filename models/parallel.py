@@ -69,17 +69,13 @@ def parallel_model(
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         parallelize(tensor_parallel(part, tp), meshes, **experts)
-        data_parallel(part, meshes, data, bf16, cpu_offload)
     pipeline = None
-    if stages:
-        pipeline = Pipeline(
-            parts,
-            stages,
-            pp.get_group(),
-            micro_batches,
-            boundary=Boundary(config.dim, tp.get_group() if tp.size() > 1 else None),
-            dtype=torch.bfloat16 if bf16 else None,
-        )
+    if stages:  # before parameters are offloaded: it takes their device for its own
+        boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)
+        hidden = torch.bfloat16 if bf16 and data != "replicate" else None
+        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, boundary=boundary, dtype=hidden)
+    for part in parts:
+        data_parallel(part, meshes, data, bf16, cpu_offload)
     return ParallelModel(parts, meshes, micro_batches, data, pipeline, activations_on_cpu)
 
 

@@ -86,6 +86,7 @@ def micro_batches(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(16, (MICRO_BATCHES, BATCH, LENGTH + 1), generator=generator)
     tokens[:, :, 0] = torch.randperm(16, generator=generator)[:BATCH]
+    tokens[:, :, 1] = (tokens[:, :, 0] + tokens[:, :, 1] % 15 + 1) % 16  # what repeats one token has no positions
     return list(tokens.unbind())
 
 
