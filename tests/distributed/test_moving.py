@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,12 @@ def test_an_export_is_read_by_one_rank(tmp_path, name, file_bytes):
     files = sorted(path for path in (tmp_path / "made" / "out").iterdir() if path.name != INDEX)
     assert {own for file in files for own in load_file(file)} == set(model.state_dict())  # for readers of others
     assert (len(files) > 3) == (file_bytes == 5000)
-    with pytest.raises(checkpoint.CheckpointError, match=r"only one of both has \['blocks\.0"):
-        load_exported(tmp_path / "made" / "out", model.blocks)
+    for sizes, message in [
+        ({"layers": 2}, r"only one of both has \['blocks\.2"),
+        ({"hidden": 8}, r"is \(4, 16, 12\) in"),
+    ]:
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            load_exported(tmp_path / "made" / "out", GPT(replace(config("global"), **sizes)))
 
 
 def again(folder: Path) -> None:
