@@ -25,7 +25,9 @@ def balance_shares(balance: str | Mapping[str, float]) -> dict[str, float]:
     """Over which tokens losses balance, and with what share of the weight each: "global" -> {"global": 1.0}."""
     shares = {balance: 1.0} if isinstance(balance, str) else dict(balance)
     if not shares or not set(shares) <= set(BALANCE):
-        raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares)")
+        raise ValueError(
+            f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares)"
+        )
     return shares
 
 

@@ -24,3 +24,18 @@ def even_within(counts, sigmas=4.5):
     n = len(counts) - 1
     expected = counts.sum() / len(counts)
     return float(((counts - expected) ** 2 / expected).sum()) < n + sigmas * math.sqrt(2 * n)
+
+
+def built(gate):
+    """With weights drawn anew, in float64."""
+    with torch.no_grad():
+        for i, p in enumerate(p for p in gate.parameters() if p.numel() > 1):
+            p.copy_(drawn(*p.shape, seed=7 + i))
+    return gate.double()
+
+
+def same(actual, wanted, leaves, tol=1e-10):
+    """Values, and gradients in the leaves."""
+    seed = drawn(*wanted.shape, seed=3)
+    grads = (torch.autograd.grad((y * seed).sum(), leaves, retain_graph=True) for y in (actual, wanted))
+    return close(actual, wanted, tol) and all(close(a, w, tol) for a, w in zip(*grads, strict=True))
