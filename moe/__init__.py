@@ -5,6 +5,7 @@ from .capacity import capacity, capacity_limit
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
+    BiasedGate,
     CosineGate,
     ExpertChoiceGate,
     Gate,
@@ -27,6 +28,7 @@ from .scaler import GradScaler
 from .stats import Stats
 
 __all__ = [
+    "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",
     "Experts",

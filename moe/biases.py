@@ -7,22 +7,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from .gates.sigmoid import SigmoidGate
+from .gates.biased import BiasedGate
 from .layer import MoE
 
 
 @torch.no_grad()
 def balance_biases(model: nn.Module) -> None:
-    """Move the bias of every `SigmoidGate` of a model by one step, from the loads of the forwards since the last call.
+    """Move the bias of every `BiasedGate` of a model by one step, from the loads of the forwards since the last call.
 
     Call it once a step on every rank, with or without gradient accumulation or a pipeline; or let the optimizer
     do so: ``optimizer.register_step_post_hook(lambda *_: balance_biases(model))``. Loads are summed over the ranks
     that `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
     (DDP must not copy rank 0's loads over those of the others: ``broadcast_buffers=False``.)
     """
-    gates: dict[tuple[ProcessGroup | None, ...], list[SigmoidGate]] = {}
+    gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
     for layer in model.modules():
-        if isinstance(layer, MoE) and isinstance(layer.gate, SigmoidGate):
+        if isinstance(layer, MoE) and isinstance(layer.gate, BiasedGate):
             gates.setdefault((layer.balance_group, layer.sequence_group), []).append(layer.gate)
     for groups, alike in gates.items():
         loads = torch.cat([gate.load for gate in alike])

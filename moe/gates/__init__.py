@@ -1,6 +1,7 @@
 """Gates by name. A gate of your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
 
 from .base import Gate
+from .biased import BiasedGate
 from .cosine import CosineGate
 from .expert_choice import ExpertChoiceGate
 from .gshard import GShardGate
@@ -29,6 +30,7 @@ GATES: dict[str, type[Gate]] = {
 
 __all__ = [
     "GATES",
+    "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",
     "GShardGate",

@@ -1,0 +1,61 @@
+"""A bias on the choice that follows the load: balance without a loss."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.plan import load
+from ..routing import Routing
+from .base import Gate
+
+
+class BiasedGate(Gate, ABC):
+    """A gate that chooses by score + bias, and keeps loads even with the bias (arXiv:2408.15664, algorithm 1).
+
+    Each training forward adds to `load`; `update_bias`, once a step, moves the bias of every expert by `rate`, up
+    where it got less than the mean, down where more. On many ranks call `balance_biases(model)`, which sums up
+    loads first. A subclass uses `bias` in its choice, and nowhere else.
+
+    Args:
+        dim, num_experts, top_k: see `Gate`.
+        rate: the bias's step; 0 leaves it as it is.
+    """
+
+    balances_itself = True
+    bias: Tensor  # float32 [E], saved in checkpoints
+    load: Tensor  # int64 [E], assignments since the last update
+
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2, rate: float = 1e-3) -> None:
+        super().__init__(dim, num_experts, top_k)
+        self.rate = rate
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the router as `nn.Linear` does, the bias with zeros."""
+        super().reset_parameters()
+        for buffer in self.buffers():
+            nn.init.zeros_(buffer)
+
+    @torch.no_grad()
+    def observe(self, routing: Routing) -> None:
+        """Count where tokens went."""
+        self.load += load(routing.expert, self.num_experts)
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """bias += rate * sign(mean load - load); the count starts again at 0."""
+        self.bias += self.rate * (self.load.sum() - self.load * self.num_experts).sign()
+        self.load.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasedGate:
+        """As in `nn.Module`, but ``.to(bfloat16)`` leaves the bias float32: a step would be lost in its rounding."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != bias.dtype and not self.bias.is_meta:
+            self.bias = bias.to(self.bias.device)
+        return self
