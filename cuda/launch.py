@@ -138,7 +138,8 @@ def _headers() -> str:
 
 def _cupy() -> Any:
     try:
-        import cupy  # only here: it takes half a second, and most processes launch no kernel
+        # only here: it takes half a second, and most processes launch no kernel
+        import cupy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f'CUDA kernels need CuPy: pip install "turnout[{_extra()}]"') from error
     return cupy

@@ -111,7 +111,7 @@ def in_bf16(name, data):
 
 
 @pytest.mark.parametrize("data", ["replicate", "fsdp"])
-@pytest.mark.parametrize("name", ["dp2", "ep2", "pp2 1f1b"])
+@pytest.mark.parametrize("name", ["dp2", "ep2", "pp2 1f1b", "tp2"])
 def test_bfloat16_with_master_weights(name, data):
     run(2, in_bf16, name, data)
 
@@ -123,9 +123,9 @@ def offloaded(name, data):
     compare(model, 1e-12)
 
 
-@pytest.mark.parametrize("data", ["zero1", "fsdp"])
-def test_parameters_in_the_hosts_memory(data):
-    run(2, offloaded, "dp2", data)
+@pytest.mark.parametrize(("name", "data"), [("dp2", "zero1"), ("dp2", "fsdp"), ("pp2 dp2 fsdp", "zero1")])
+def test_parameters_in_the_hosts_memory(name, data):
+    run(CASES[name].ranks, offloaded, name, data)
 
 
 def activations(name):
