@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch import Meshes
+from turnout.dispatch import mesh as axes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 OUT = -1  # what the operation returns
@@ -81,13 +81,15 @@ class Traffic(TorchDispatchMode):
 def axes_of(meshes: Meshes) -> dict[str, str]:
     """Names of groups -> of the axes they are of. Axes over all ranks are of one group and so of one name, "dp=ep"."""
     names: dict[str, str] = {}
-    for mesh in (meshes.dense, meshes.experts, meshes.tokens):
+    for mesh in (meshes.dense, meshes.experts):
         for axis in mesh.mesh_dim_names or ():
-            of_axis: DeviceMesh = mesh[axis]
-            if of_axis.size() > 1:
-                group = of_axis.get_group().group_name
-                known = names[group].split("=") if group in names else []
-                names[group] = "=".join(dict.fromkeys([*known, axis]))
+            group = mesh[axis].get_group()
+            if group.size() > 1:
+                known = names[group.group_name].split("=") if group.group_name in names else []
+                names[group.group_name] = "=".join(dict.fromkeys([*known, axis]))
+    if (ep := axes.axis(meshes.experts, axes.EP)) is not None and ep.size() > 1:
+        names.setdefault(ep.get_group().group_name, axes.EP)  # of "node" and "local" together
+    names.setdefault(meshes.tokens.get_group().group_name, "dp_tp")
     names.setdefault(dist.group.WORLD.group_name, "all")  # pyright: ignore[reportOptionalMemberAccess]
     return names
 
