@@ -114,7 +114,7 @@ def fit(name: str, ranks: int) -> tuple[dict, int]:
     [
         ("laptop", {"pp": 2, "tp": 2, "ep": 2}, 0.01),
         ("one_node", {"dp": 8, "ep": 8}, 1),
-        ("cluster", {"pp": 4, "dp": 64, "tp": 2, "edp": 2, "node": 8, "local": 8}, 4),
+        ("cluster", {"pp": 4, "dp": 64, "tp": 2, "edp": 16, "ep": 8}, 8),
     ],
 )
 def test_files_fit_the_ranks_they_are_for(name, sizes, gigabytes):
