@@ -72,7 +72,8 @@ def train(
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
-    losses = model.step(tokens[:, :-1], tokens[:, 1:], scaler.get_scale())
+    scale = scaler.scale(torch.ones((), device=tokens.device))  # 1 without float16
+    losses = model.step(tokens[:, :-1], tokens[:, 1:], float(scale))
     scaler.unscale_(optimizer)
     norm = model.clip_grad_norm_(max_norm)
     scaler.step(optimizer)

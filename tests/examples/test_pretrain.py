@@ -53,6 +53,24 @@ def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_ra
 
 
 @pytest.mark.slow
+def test_a_mesh_of_other_axes_goes_on_with_it(tmp_path, text, one_rank):
+    whole, _ = one_rank
+    before = "--pp 2 --tp 2 --ep 2 --micro-batches 2 --save-every 3 --keep 1".split()
+    stopped = run(tmp_path, "--steps", "6", "--data", text, *before, ranks=4)
+    figures = result(stopped)
+    assert figures["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert figures["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-4)
+    assert figures["mesh"] == {"pp": 2, "tp": 2, "ep": 2, "etp": 1}
+    assert {"pp send", "tp all_gather", "ep all_to_all"} <= figures["sent_bytes"].keys()
+
+    nine = result(run(tmp_path / "nine", "--steps", "9", "--data", text))
+    after = ["--resume", "--data-parallel", "zero1", "--peak-tflops", "1"]
+    resumed = result(run(tmp_path, "--steps", "9", "--data", text, *after, ranks=2))
+    assert 0 < resumed["mfu"] == pytest.approx(resumed["tflops_per_s"] / 2)
+    assert resumed["loss"] == pytest.approx(nine["loss"], rel=1e-2)  # its first steps had the learning rates of six
+
+
+@pytest.mark.slow
 def test_rows_in_chunks_and_in_fewer_bytes_teach_the_same(tmp_path, text, one_rank):
     whole, _ = one_rank
     flags = ("--overlap", "2", "--wire", "bf16")
