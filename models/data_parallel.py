@@ -16,7 +16,8 @@ from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from ..moe.layer import MoE
 from ..moe.parallel import expert_parameters, fully_shard_experts
-from .gpt import GPT, Block
+from .blocks import Block
+from .gpt import GPT
 
 Data = Literal["replicate", "zero1", "zero2", "fsdp"]
 
