@@ -12,7 +12,7 @@ from turnout.dispatch import Meshes
 from turnout.moe import GradScaler
 
 pytestmark = pytest.mark.slow
-TINY = "--batch 8 --seq 8 --dim 16 --heads 4 --layers 4 --hidden 12 --experts 4 --eval-size 8 --warmup 1 --steps 4 --lr 2e-2"
+TINY = "--batch 8 --seq 8 --dim 16 --heads 4 --layers 4 --hidden 12 --experts 4 --eval-size 8 --steps 4 --lr 2e-2"
 TEXT = torch.arange(2000).mul(37).remainder(251).add(torch.arange(2000) // 100).remainder(256).to(torch.uint8)
 MESHES = [
     (2, "--tp 2"),
@@ -29,7 +29,7 @@ MESHES = [
 
 def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """[steps + 1]: the loss of each step over all ranks, and bits per held-out byte."""
-    job = options.parse([*TINY.split(), *flags.split()]).fit(dist.get_world_size())
+    job = options.parse([*TINY.split(), "--warmup", "1", *flags.split()]).fit(dist.get_world_size())
     meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp)
     model = steps.build(job, meshes, dtype)
     optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=job.fp16)
