@@ -92,6 +92,11 @@ def test_data_parallel_sends_gradients_and_zero_no_more():
         assert sent == {"dp=edp reduce_scatter": model / 2, "dp=edp all_gather": model / 2}
 
 
+def test_gradients_in_a_pipeline_go_along_dp():
+    for sent, model in run(4, step, "--dense --pp 2 --ep 1 --micro-batches 2"):
+        assert sent["dp all_reduce"] == model
+
+
 def test_a_pipeline_sends_hidden_states_and_the_gradient_of_the_embedding():
     for sent, _ in run(2, step, "--dense --pp 2 --micro-batches 4"):
         assert sent["pp send"] == HIDDEN + 4 * 256 * H
