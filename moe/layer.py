@@ -39,13 +39,13 @@ class MoE(nn.Module):
         gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"random"``,
             ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
-            called once per expert.
+            called once per expert, or `Experts` of your own; in these two `hidden` is not looked at.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
         eval_capacity_factor: the same in eval mode; None: as in training.
         drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
         pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
-        shared_experts: experts that every token visits as well.
+        shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
             (`balance_loss`). For "sequence", x is [..., S, D]. Gates with losses of their own instead
@@ -67,11 +67,11 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int | None = None,
         gate: str | Gate = "topk",
-        experts: str | Callable[[], nn.Module] = "swiglu",
+        experts: str | Callable[[], nn.Module] | Experts = "swiglu",
         capacity_factor: float | None = None,
         drop_policy: str = "score",
         pad: bool = False,
-        shared_experts: int = 0,
+        shared_experts: int | nn.Module = 0,
         bias: bool = False,
         balance: str = "local",
         eval_capacity_factor: float | None = None,
@@ -270,17 +270,27 @@ def _gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Ga
 
 
 def _experts(
-    experts: str | Callable[[], nn.Module], dim: int, hidden: int, num_experts: int, bias: bool, seed: int
+    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, num_experts: int, bias: bool, seed: int
 ) -> Experts:
+    if isinstance(experts, Experts):
+        if experts.num_experts != num_experts:
+            raise ValueError(f"num_experts={num_experts}, but the given experts are {experts.num_experts}")
+        return experts
     if isinstance(experts, str):
         return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
     return ModuleExperts(experts, num_experts, seed)
 
 
-def _shared(experts: str | Callable[[], nn.Module], dim: int, hidden: int, number: int, bias: bool) -> nn.Module | None:
-    if not number:
+def _shared(
+    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, shared: int | nn.Module, bias: bool
+) -> nn.Module | None:
+    if isinstance(shared, nn.Module):
+        return shared
+    if not shared:
         return None
-    return FeedForward(dim, number * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, number)
+    if isinstance(experts, Experts):
+        raise ValueError(f"shared_experts={shared} of what kind? Beside experts of your own, pass a module")
+    return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
 
 
 def _autocast(tokens: Tensor) -> Tensor:
