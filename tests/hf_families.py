@@ -29,11 +29,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": 4, "router_jitter_noise": 0.1}),
     "qwen2_moe": (
         "Qwen2Moe",
-        {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3},
+        {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+        },
     ),
     "qwen3_moe": (
         "Qwen3Moe",
-        {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "head_dim": 8,
+        },
     ),
     "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}),
     "deepseek_v2": (

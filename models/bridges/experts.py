@@ -18,7 +18,7 @@ from ...moe.stacked import local_as
 
 
 class FusedExperts(Experts):
-    """Gated perceptrons whose gate and up matrices are one tensor; nothing is copied, the parameters stay where they are.
+    """Gated perceptrons whose gate and up matrices are one tensor; nothing is copied, parameters stay where they are.
 
     `module` is the family's: it has `gate_up_proj` [E, 2H, D] and `down_proj` [E, D, H], or, `transposed`,
     [E, D, 2H] and [E, H, D]; biases `gate_up_proj_bias` [E, 2H] and `down_proj_bias` [E, D], or neither; and either

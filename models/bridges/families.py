@@ -46,7 +46,7 @@ def mixtral(block: Block) -> Parts:
 
 
 def phimoe(block: Block) -> Parts:
-    """SparseMixer always picks two. Noise twice in training: here, and again in the router, which writes to its input."""
+    """SparseMixer picks two, whatever k says. Noise twice in training: the router's own goes to its input, in place."""
     gate = RouterGate(block.router, block.router.weight, 2)
     return Parts(gate, FusedExperts(block.experts), jitter=block.input_jitter_noise)
 

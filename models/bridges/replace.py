@@ -29,9 +29,10 @@ class BridgedMoE(MoE):
     def __init__(self, block: nn.Module, parts: Parts) -> None:
         E = parts.experts.num_experts
         shared = 0 if parts.shared is None else parts.shared
+        own = {"gate": parts.gate, "experts": parts.experts, "shared_experts": shared}
         super().__init__(
-            parts.gate.dim, 1, E, gate=parts.gate, experts=parts.experts, shared_experts=shared, aux_loss_weight=0.0, seed=0
-        )
+            parts.gate.dim, hidden=1, num_experts=E, aux_loss_weight=0.0, seed=0, **own
+        )  # 1: not looked at
         self.jitter, self.pair = parts.jitter, parts.pair
         self._block = (block,)  # in a tuple: not a submodule. Its tensors are those of the parts, spread or not
         self.train(block.training)
@@ -68,7 +69,8 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
         ValueError: no MoE block, or one without an adapter; the model is then as it was.
     """
     adapters = adapters or {}
-    found = [(parent, name, block, _adapter(path, block, adapters)) for path, parent, name, block in _blocks(model, adapters)]
+    blocks = _blocks(model, adapters)
+    found = [(parent, name, block, _adapter(path, block, adapters)) for path, parent, name, block in blocks]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no MoE block that is known or has `experts`: pass "

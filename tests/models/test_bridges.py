@@ -102,22 +102,29 @@ def test_what_was_trained_is_given_back(family):
     assert any("experts" in name and not torch.equal(start[name], got[name]) for name in got)
 
 
-def test_generation_and_recomputation_and_half_precision():
+def test_recomputation():
     original, ours = tiny("mixtral"), replace_moe(tiny("mixtral"))
-    prompt = batch("mixtral")["input_ids"][:1]
     for model in (original, ours):
-        model.train()
-        model.gradient_checkpointing_enable()
+        model.train().activation_checkpointing_enable()
         torch.manual_seed(1)
         model(**batch("mixtral")).loss.backward()
-        model.gradient_checkpointing_disable()
-        model.eval()
-    texts = [model.generate(prompt, max_new_tokens=5, do_sample=False) for model in (original, ours)]
-    assert torch.equal(*texts)
-    half = [model.bfloat16()(prompt).logits.float() for model in (original, ours)]
-    assert difference(*half) < 0.02
     expected, got = gradients(original), gradients(restore_moe(ours))
-    assert [name for name in expected if difference(expected[name], got[name]) > 0.01] == []  # rounded by bfloat16()
+    assert [name for name in expected if difference(expected[name], got[name]) > TOLERANCE] == []
+
+
+def test_generation():
+    original, ours = tiny("mixtral"), replace_moe(tiny("mixtral"))
+    prompt = batch("mixtral")["input_ids"][:1]
+    texts = [model.generate(prompt, max_new_tokens=5, do_sample=False) for model in (original, ours)]
+    assert texts[0].shape == (1, 14)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4"])
+def test_half_precision(family):
+    original, ours = tiny(family), replace_moe(tiny(family))
+    expected, got = (model.bfloat16()(**batch(family)).logits.float() for model in (original, ours))
+    assert difference(expected, got) < 0.02
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -175,7 +182,9 @@ def test_an_adapter_of_the_users_own_comes_first():
     kind = type(model.model.layers[0].mlp)
 
     def adapter(block):
-        return Parts(RouterGate(block.gate, block.gate.weight, block.gate.top_k), FusedExperts(block.experts), block.experts)
+        return Parts(
+            RouterGate(block.gate, block.gate.weight, block.gate.top_k), FusedExperts(block.experts), block.experts
+        )
 
     replace_moe(model, {kind: adapter})
     assert all(layer.shared is not None for layer in layers(model))
