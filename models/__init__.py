@@ -1,20 +1,39 @@
-"""Models built from the layer. Start at `gpt.py`."""
+"""Models built from the layer. Start at `gpt.py`; `blocks.py` is what it shares with `bert.py` and `t5.py`.
 
+On many ranks start at `parallel.py`.
+"""
+
+from .bert import BERT, BERTConfig
 from .boundary import Boundary
+from .data_parallel import data_parallel
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
+from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
+from .parallel import ParallelModel, parallel_model
 from .pipeline import Pipeline
 from .recompute import recompute
 from .stages import Stages
+from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
 
 __all__ = [
+    "BERT",
     "GPT",
+    "OBJECTIVES",
+    "T5",
+    "BERTConfig",
     "Boundary",
     "GPTConfig",
+    "Objective",
+    "ParallelModel",
     "Pipeline",
     "Stages",
+    "T5Config",
+    "corrupt_spans",
+    "data_parallel",
+    "mask_tokens",
     "next_token_loss",
+    "parallel_model",
     "recompute",
     "tensor_parallel",
 ]

@@ -1,9 +1,13 @@
 """Checkpoints that any number of ranks can read, and that are read whole or not at all.
 
-torch.distributed.checkpoint keeps the contents. Expert weights are DTensors in global expert order, so that a
-checkpoint of 4 ranks loads on 2; the rest is the same on every rank and saved once. A checkpoint is written under
-another name, with the checksum of each file, and renamed when all of it has reached the disk. What fails on one
-rank is raised on all of them; so all ranks call each function here, `newest` excepted.
+torch.distributed.checkpoint keeps the contents. What is spread over ranks are DTensors, experts in global order, and
+what stages of a pipeline hold goes by the names of the whole model: a checkpoint of one mesh loads on any other.
+The rest is the same on every rank and saved once. A checkpoint is written under another name, with the checksum of
+each file, and renamed when all of it has reached the disk. What fails on one rank is raised on all of them; so all
+ranks call each function here, `newest` excepted.
+
+`model` is a module, or the stages of a pipeline that this rank runs, in a list (`ParallelModel.parts`). One optimizer
+has the parameters of all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +34,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as _read
 from torch.distributed.checkpoint.state_dict_saver import save as _write
 from torch.optim import Optimizer
 
+from .together import CheckpointError, on_first, together
+
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by position: groups differ between meshes
+_NUMBER = re.compile(r"^((?:state|param_groups)\.)?\d+\.")  # of a module in a list of them, before its names
+_Model = nn.Module | Sequence[nn.Module]
 _Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says which and why."""
 
 
 class DamagedError(CheckpointError):
@@ -52,7 +56,7 @@ class Loaded(NamedTuple):
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
+    folder: Path, model: _Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
 ) -> Path:
     """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
 
@@ -65,7 +69,7 @@ def save(
     """
     final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
     rank = dist.get_rank()
-    if _on_first(final.exists) and _intact(final):
+    if on_first(final.exists) and _intact(final):
         raise CheckpointError(f"{final} exists already; resume from it, or choose another folder")
 
     def begin() -> str:
@@ -93,13 +97,13 @@ def save(
         aside.rename(final)
         _sync(folder)
 
-    contents = {"step": step, "extra": _on_first(begin)}
+    contents = {"step": step, "extra": on_first(begin)}
     try:
-        _write(contents | _state(model, optimizer), checkpoint_id=aside)
+        _write(contents | _of_the_whole(_state(model, optimizer)), checkpoint_id=aside)
     except CheckpointException as error:  # not an Exception
         raise CheckpointError(f"{aside} cannot be written: {_cause(error)}") from None
-    files = {name: entry for share in _together(write_own) for name, entry in share.items()}
-    _on_first(finish)
+    files = {name: entry for share in together(write_own) for name, entry in share.items()}
+    on_first(finish)
     return final
 
 
@@ -108,7 +112,7 @@ def newest(folder: Path) -> Path | None:
     return next(iter(_complete(folder)), None)
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Loaded:
+def load(path: Path, model: _Model, optimizer: Optimizer) -> Loaded:
     """Read a checkpoint into a model and an optimizer, on any mesh; the model's gradients are dropped.
 
     Raises:
@@ -118,21 +122,24 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Loaded:
     files, own = _verify(path), []
     if dist.get_world_size() == sum(name.startswith("rank-") for name in files):
         file = path / f"rank-{dist.get_rank()}.pt"
-        _together(lambda: own.append(torch.load(file, map_location="cpu", weights_only=True)))
+        together(lambda: own.append(torch.load(file, map_location="cpu", weights_only=True)))
     optimizer.zero_grad()  # gradients would keep an optimizer that never stepped from getting its state
-    fresh, state = not optimizer.state, _state(model, optimizer) | {"step": 0, "extra": ""}
+    fresh, mine = not optimizer.state, _state(model, optimizer)
+    state = _of_the_whole(mine) | {"step": 0, "extra": ""}
+    names = {name for everyones in together(lambda: list(state["model"])) for name in everyones}
     try:
-        _read(state, checkpoint_id=path, planner=_WholeModel())
+        _read(state, checkpoint_id=path, planner=_WholeModel(names))
     except CheckpointException as error:
         if fresh:
             optimizer.state.clear()
         raise CheckpointError(f"{path} does not load: is it of a model of other sizes? {_cause(error)}") from None
-    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(model, optimizer, **parts, options=_BY_NAME)
+    read = {kind: {name: state[kind][_whole_name(name)] for name in values} for kind, values in mine.items()}
+    parts = {"model_state_dict": read["model"], "optim_state_dict": read["optimizer"]}
+    set_state_dict(_listed(model), optimizer, **parts, options=_BY_NAME)
     return Loaded(state["step"], json.loads(state["extra"]), own[0] if own else None)
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer) -> Loaded | None:
+def load_newest(folder: Path, model: _Model, optimizer: Optimizer) -> Loaded | None:
     """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
 
     Rank 0 logs a warning for each damaged one passed over; they stay where they are.
@@ -141,7 +148,7 @@ def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer) -> Loaded 
         CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
     """
     damaged = []
-    for path in _on_first(lambda: _complete(folder)):
+    for path in on_first(lambda: _complete(folder)):
         try:
             return load(path, model, optimizer)
         except DamagedError as error:
@@ -161,7 +168,7 @@ def prune(folder: Path, keep: int) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep must be positive; got {keep}")
-    paths = _on_first(lambda: _complete(folder))
+    paths = on_first(lambda: _complete(folder))
     intact = next((path for path in paths if _intact(path)), None) if len(paths) > keep else None
     for path in paths[keep:] if intact and dist.get_rank() == 0 else []:
         try:
@@ -179,9 +186,9 @@ def _complete(folder: Path) -> list[Path]:
 
 def _verify(path: Path) -> _Files:
     """Its files, found to be what was written; each rank reads a share of them."""
-    files = _on_first(lambda: _read_manifest(path / "checksums.json"))
+    files = on_first(lambda: _read_manifest(path / "checksums.json"))
     share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-    _together(lambda: [_check(path / name, files[name]) for name in share])
+    together(lambda: [_check(path / name, files[name]) for name in share])
     return files
 
 
@@ -241,16 +248,35 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=_BY_NAME), strict=True))
+def _listed(model: _Model) -> nn.ModuleList:
+    return nn.ModuleList([model] if isinstance(model, nn.Module) else model)
+
+
+def _state(model: _Model, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """By names that begin with the number of a module; those of the optimizer's values by a kind before it."""
+    states = get_state_dict(_listed(model), optimizer, options=_BY_NAME)
+    return dict(zip(("model", "optimizer"), states, strict=True))
+
+
+def _whole_name(name: str) -> str:
+    return _NUMBER.sub(r"\1", name)
+
+
+def _of_the_whole(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Without the numbers; what two stages have, the embedding, is there once."""
+    return {kind: {_whole_name(name): value for name, value in values.items()} for kind, values in state.items()}
 
 
 class _WholeModel(DefaultLoadPlanner):
     """Refuses a checkpoint of more than the model has; by default a small model would read its part of it."""
 
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = {f"model.{name}" for name in names}  # on all ranks
+
     def create_local_plan(self) -> LoadPlan:
         saved = self.metadata.state_dict_metadata if self.metadata else {}
-        if left := [name for name in saved if name.startswith("model.") and name not in self.state_dict]:
+        if left := [name for name in saved if name.startswith("model.") and name not in self.names]:
             raise ValueError(f"the model has no {left[0].removeprefix('model.')}")
         return super().create_local_plan()
 
@@ -258,24 +284,3 @@ class _WholeModel(DefaultLoadPlanner):
 def _cause(error: CheckpointException) -> str:
     rank = min(error.failures)
     return f"rank {rank}: {error.failures[rank][0]}"
-
-
-def _on_first(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0: others may still see the folder as it was."""
-    return _together(lambda: work() if dist.get_rank() == 0 else None)[0]
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns on each rank. If it raises on any, all raise the same CheckpointError."""
-    value = raised = None
-    try:
-        value = work()
-    except Exception as error:  # of any kind: the others wait
-        text = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        raised = error if isinstance(error, CheckpointError) else CheckpointError(text)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (value, raised))
-    for _, error in outcomes:
-        if error:
-            raise error
-    return [value for value, _ in outcomes]

@@ -12,10 +12,12 @@ from torch.distributed.tensor.parallel import loss_parallel
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats, a scalar: logits [B, S, vocab], targets int64 [B, S], the token after each.
 
+    Taken in float32 or wider.
     Logits split over the vocabulary, as `tensor_parallel` leaves them, are never gathered: the ranks exchange
     a largest logit, a sum and the target's logit per token (Megatron-LM, arXiv:1909.08053, section 3).
     """
-    flat, targets = logits.flatten(0, 1), targets.flatten()
+    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.flatten()
     if isinstance(flat, DTensor):
         return _SplitCrossEntropy.apply(flat, targets)  # pyright: ignore[reportReturnType]
     return F.cross_entropy(flat, targets)

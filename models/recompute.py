@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.layer import MoE
+from .dropout import Part, own_numbers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,16 +34,43 @@ class Blocks(nn.ModuleList):
 
 
 class Core(nn.Module):
-    """What is between the projections of attention."""
+    """What is between the projections of attention: softmax(q k / sqrt(size)) v, and the dropout of its weights.
+
+    Attributes:
+        part: of all heads that this rank holds, for `Dropout`; `tensor_parallel` says so.
+    """
 
     recompute: bool = False
+    part: Part = Part()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, grouped: bool = False) -> Tensor:
-        """q, k, v [B, heads, S, size] -> [B, heads, S, size]; `grouped`: k and v have fewer heads (GQA)."""
-        attend = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=grouped)
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        grouped: bool = False,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """q [B, heads, S, size], k and v [B, heads, M, size] -> [B, heads, S, size].
+
+        `grouped`: k and v have fewer heads (GQA). `mask`: bool, or float to add to the scores, broadcast to
+        [B, heads, S, M]; not together with `causal`.
+        """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(attend, q, k, v, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return attend(q, k, v)
+            return checkpoint(self._attend, q, k, v, causal, grouped, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._attend(q, k, v, causal, grouped, mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, grouped: bool, mask: Tensor | None) -> Tensor:
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        if not self.training or not self.dropout:
+            return attend(q, k, v)
+        with own_numbers(self.part, q.device):
+            return attend(q, k, v, dropout_p=self.dropout)
 
 
 def recompute(model: Model, what: Literal["none", "full", "selective"] = "full", every: int | str = 1) -> Model:

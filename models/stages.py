@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .gpt import GPT, GPTConfig, active_parameters
+from .blocks import active_parameters
+from .gpt import GPT, GPTConfig
 
 PER_RANK = {  # stages on one rank: at least, at most
     "gpipe": (1, 1),

@@ -24,7 +24,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..moe.layer import MoE
-from .gpt import GPT, Block
+from .blocks import Block
+from .dropout import Dropout, Part
+from .gpt import GPT
+from .recompute import Core
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
@@ -34,6 +37,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     vocabulary, as a DTensor [B, S, vocab], which `next_token_loss` takes as it is. Norms, routers and shared
     experts stay whole on each rank, and their gradients are parts of a sum until `sync_gradients`. Call
     `parallelize` after it, and FSDP after both.
+
+    With dropout, seed torch alike on these ranks and otherwise along dp: each then drops elements of its own part
+    (`turnout.models.dropout`).
 
     Args:
         model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too. A stage of a
@@ -50,6 +56,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError("parameters are spread already: call tensor_parallel once, before parallelize and any FSDP")
     _check(model, mesh.size())
+    for module in model.modules():
+        if isinstance(module, Dropout | Core):  # all that is dropped is split: sequences, or heads
+            module.part = Part(mesh.get_local_rank(), mesh.size())
     for block in model.blocks:
         if isinstance(block, Block):  # a stage of a pipeline has None for those of other stages
             _split_block(block, mesh)

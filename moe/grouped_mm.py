@@ -40,7 +40,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y):
-        return y.view_as(y)
+        return y.detach()  # not a view: FSDP2 warns of experts that return one
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -242,3 +242,36 @@ def load_stats(chosen, kept, E):
         "entropy": -sum(p * math.log(p) for p in shares if p) / math.log(max(E, 2)),
         "imbalance": max(shares) * E,
     }
+
+
+def turned(vector, position, base=10_000.0):
+    """Rotary positions: pair (i, i + size / 2) as a complex number, turned by position * base^(-2 i / size)."""
+    half = len(vector) // 2
+    pairs = torch.complex(vector[:half], vector[half:])
+    angles = [position * base ** (-2 * i / len(vector)) for i in range(half)]
+    pairs = pairs * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles])
+    return torch.cat([pairs.real, pairs.imag])
+
+
+def attention(x, memory, weights, heads, kv_heads, allowed=None, bias=None, rotary=False):
+    """x [S, D] reads memory [M, D] -> [S, D]; weights: query, key, value, out as [out, in] matrices.
+
+    `allowed(i, j)`: whether query i may attend to key j. `bias(h, i, j)`: what is added to their score.
+    """
+    q, k, v = x @ weights["query"].T, memory @ weights["key"].T, memory @ weights["value"].T
+    size = q.shape[1] // heads
+    rows = []
+    for i in range(len(x)):
+        parts = []
+        for h in range(heads):
+            of = slice((h * kv_heads // heads) * size, (h * kv_heads // heads + 1) * size)
+            query, score = q[i, h * size : (h + 1) * size], {}
+            for j in range(len(memory)):
+                if allowed is None or allowed(i, j):
+                    key = k[j, of]
+                    a, b = (turned(query, i), turned(key, j)) if rotary else (query, key)
+                    score[j] = (a * b).sum() / math.sqrt(size) + (0 if bias is None else bias(h, i, j))
+            total = sum(s.exp() for s in score.values())
+            parts.append(sum(s.exp() / total * v[j, of] for j, s in score.items()))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows) @ weights["out"].T

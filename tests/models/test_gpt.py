@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from turnout.models import GPT, GPTConfig
-from turnout.models.gpt import rotary, rotate
+from turnout.models.blocks import rotary, rotate
 from turnout.moe import MoE, aux_loss
 
 SMALL = GPTConfig(vocab=32, dim=16, layers=2, heads=2, hidden=12, seq_len=10, num_experts=4)
