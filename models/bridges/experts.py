@@ -26,9 +26,13 @@ class FusedExperts(Experts):
 
     Args:
         weight_first: the gate's weight multiplies the rows that enter the expert, not those that leave it (Llama 4).
+
+    Raises:
+        ValueError: tensors of other names or shapes, as in quantised models.
     """
 
     def __init__(self, module: nn.Module, transposed: bool = False, weight_first: bool = False) -> None:
+        self._check(module, transposed)
         num_experts = len(next(module.parameters()))
         super().__init__(num_experts, seed=0)
         self.module, self.transposed, self.weight_first = module, transposed, weight_first
@@ -56,6 +60,22 @@ class FusedExperts(Experts):
         """Make the family's module whole again, in its own layout; collective where the experts are spread."""
         gather(self.module)
 
+    @staticmethod
+    def _check(module: nn.Module, transposed: bool) -> None:
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        gate_up, down = (shapes.get(name, ()) for name in ("gate_up_proj", "down_proj"))
+        if len(gate_up) == len(down) == 3:
+            (E, wide, dim), (also_E, also_dim, hidden) = gate_up, down
+            if transposed:
+                dim, wide, hidden, also_dim = wide, dim, also_dim, hidden
+            if (E, dim, wide) == (also_E, also_dim, 2 * hidden):
+                return
+        layout = "[E, D, 2H] and [E, H, D]" if transposed else "[E, 2H, D] and [E, D, H]"
+        raise ValueError(
+            f"{type(module).__name__} must have gate_up_proj and down_proj, {layout}; it has {shapes}: say "
+            f"transposed={not transposed}, or write Experts of its own (docs/bridges.md)"
+        )
+
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         matrix, bias = local_as(self.module.get_parameter(name), rows), getattr(self.module, f"{name}_bias", None)
         matrix = matrix if self.transposed else matrix.mT
@@ -81,6 +101,10 @@ class DbrxExperts(FusedExperts):
         for name, p in list(module.named_parameters()):
             _put(module, name, p, lambda t: t.unflatten(0, (num_experts, -1)))
         super().__init__(module)
+
+    @staticmethod
+    def _check(module: nn.Module, transposed: bool) -> None:
+        pass  # unflattened above
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.up`."""

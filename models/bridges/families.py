@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import DbrxExperts, FusedExperts, ListedExperts
-from .gates import DbrxGate, Llama4Gate, RouterGate, SwitchTransformersGate
+from .gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .parts import Parts
 
 Block = Any  # attributes of transformers' modules are not typed
@@ -46,8 +46,8 @@ def mixtral(block: Block) -> Parts:
 
 
 def phimoe(block: Block) -> Parts:
-    """SparseMixer picks two, whatever k says. Noise twice in training: the router's own goes to its input, in place."""
-    gate = RouterGate(block.router, block.router.weight, 2)
+    """Noise twice in training: here, and in the router, which writes its own to its input."""
+    gate = PhimoeGate(block.router, block.router.weight, 2)
     return Parts(gate, FusedExperts(block.experts), jitter=block.input_jitter_noise)
 
 

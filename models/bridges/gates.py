@@ -22,12 +22,13 @@ class RouterGate(Gate):
     Args:
         router: x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k].
         weight: of its projection, [E, D].
-        top_k: experts a token picks, k; may be changed if the router has a `top_k`.
+        top_k: experts a token picks, k; may be changed if the router has a `top_k` (and `changes_k`).
         score: ``"softmax"`` or ``"sigmoid"``: how logits become the scores of statistics and of our balance loss,
             which a bridged layer leaves out unless its `aux_loss_weight` is set.
     """
 
     learned = False  # the router is; there is no `weight` besides
+    changes_k = True  # the router heeds its `top_k`
 
     def __init__(self, router: nn.Module, weight: Tensor, top_k: int, score: str = "softmax") -> None:
         if score not in SCORES:
@@ -58,10 +59,16 @@ class RouterGate(Gate):
     def top_k(self, top_k: int) -> None:
         router = self._modules.get("router")  # none yet in the constructor
         if router is not None and top_k != self._top_k:
-            if not hasattr(router, "top_k"):
-                raise ValueError(f"{type(router).__name__} picks {self._top_k} experts and has no top_k to change")
-            router.top_k = top_k
+            if not self.changes_k or not hasattr(router, "top_k"):
+                raise ValueError(f"{type(router).__name__} always picks {self._top_k}; top_k={top_k} is not to be had")
+            router.top_k = top_k  # pyright: ignore[reportArgumentType]
         self._top_k = top_k
+
+
+class PhimoeGate(RouterGate):
+    """PhiMoE: SparseMixer picks two, whatever the router's `top_k` says."""
+
+    changes_k = False
 
 
 class Llama4Gate(RouterGate):

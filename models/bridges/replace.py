@@ -71,13 +71,14 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
     adapters = adapters or {}
     blocks = _blocks(model, adapters)
     found = [(parent, name, block, _adapter(path, block, adapters)) for path, parent, name, block in blocks]
-    if not found:
+    layers = [(parent, name, BridgedMoE(block, adapter(block))) for parent, name, block, adapter in found]
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE block that is known or has `experts`: pass "
             "adapters={its class: a function block -> Parts}; docs/bridges.md says how to write one"
         )
-    for parent, name, block, adapter in found:
-        setattr(parent, name, BridgedMoE(block, adapter(block)))
+    for parent, name, layer in layers:
+        setattr(parent, name, layer)
     return model
 
 

@@ -149,6 +149,21 @@ def test_fewer_experts_a_token():
     assert int(layers(ours)[0].stats.tokens_per_expert.sum()) == 27
 
 
+@pytest.mark.parametrize("family", ["phimoe", "switch_transformers"])
+def test_a_number_of_choices_that_is_fixed(family):
+    layer = layers(replace_moe(tiny(family)))[0]
+    with pytest.raises(ValueError, match="top_k=3 is not to be had"):
+        layer.top_k = 3
+
+
+def test_another_layout_is_refused():
+    experts = tiny("qwen3_moe").model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r"\[E, D, 2H\] and \[E, H, D\].*say transposed=False"):
+        FusedExperts(experts, transposed=True)
+    with pytest.raises(ValueError, match="Linear must have gate_up_proj and down_proj"):
+        FusedExperts(nn.Linear(2, 2))
+
+
 def test_experts_can_be_initialised_again():
     for family in ("gpt_oss", "dbrx", "switch_transformers"):
         layer = layers(replace_moe(tiny(family)))[0]
