@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = "--steps 1000 --batch 16 --seq 128 --warmup 50 --eval-every 250 --eval-size 512 --save-every 1000"
+BUDGET = (
+    "--balance global --steps 1000 --batch 16 --seq 128 --warmup 50 --eval-every 250 --eval-size 512 --save-every 1000"
+)
 RATES = (1e-3, 2e-3, 4e-3)  # tried for both, with seed 0; the best one is used
 SEEDS = (0, 1, 2)
 MODELS = {"dense": "--dense", "MoE": ""}

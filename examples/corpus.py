@@ -56,10 +56,17 @@ def read(files: list[tuple[str, Path]], sequence: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in (train, held_out))
 
 
-def batch(data: Tensor, seed: int, step: int, size: int, sequence: int, rank: int, ranks: int) -> Tensor:
-    """This rank's part, int64 [size / ranks, sequence + 1], of a step's batch, which (seed, step) alone draw."""
+def batch(
+    data: Tensor, seed: int, step: int, size: int, sequence: int, rank: int, ranks: int, micro_batches: int = 1
+) -> Tensor:
+    """This rank's part, int64 [size / ranks, sequence + 1], of a step's batch, which (seed, step) alone draw.
+
+    The batch is cut into micro-batches first and each of these over the ranks: a micro-batch is the same sequences
+    on any number of ranks.
+    """
     starts = np.random.default_rng([seed, step]).integers(0, len(data) - sequence, size)
-    return windows(data, torch.from_numpy(starts[rank * size // ranks : (rank + 1) * size // ranks]), sequence)
+    mine = torch.from_numpy(starts).view(micro_batches, ranks, -1)[:, rank]
+    return windows(data, mine.flatten(), sequence)
 
 
 def held_out(data: Tensor, size: int, sequence: int, rank: int, ranks: int) -> Tensor:

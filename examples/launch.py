@@ -19,10 +19,11 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 LAUNCHED = "WORLD_SIZE" in os.environ
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+RANKS_PER_NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager
-def process_group(timeout: timedelta = timedelta(seconds=45)) -> Iterator[torch.device]:
+def process_group(timeout: timedelta) -> Iterator[torch.device]:
     """The group of all ranks, and this rank's device. What waits longer than `timeout` for another rank raises."""
     if device := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch.distributed.tensor import DTensor
+from turnout.models import ParallelModel
 
 
 @dataclass
@@ -17,11 +19,13 @@ class Log:
     dropped: list[float] = field(default_factory=list)  # share of assignments
     imbalance: list[float] = field(default_factory=list)  # largest load over the mean, the worst layer's
     tokens: list[list[list[int]]] = field(default_factory=list)  # [entry][MoE layer][expert]
+    usage: list[dict[str, Any]] = field(default_factory=list)  # `Meter.read`
     val_step: list[int] = field(default_factory=list)
     val_bpb: list[float] = field(default_factory=list)  # bits per held-out byte
 
-    def add(self, step: int, loss: float, tokens: list[list[int]], dropped: float) -> None:
+    def add(self, step: int, usage: dict[str, Any], loss: float, tokens: list[list[int]], dropped: float) -> None:
         self.step.append(step)
+        self.usage.append(usage)
         self.loss.append(loss)
         self.tokens.append(tokens)
         self.dropped.append(dropped)
@@ -87,20 +91,26 @@ class Board:
     def __init__(self, writer) -> None:
         self.writer = writer
 
-    def step(self, log: Log, model: nn.Module, further: dict[str, float]) -> None:
+    def step(self, log: Log, model: ParallelModel, further: dict[str, float]) -> None:
         step = log.step[-1]
         scalars = {"loss": log.loss[-1], "dropped": log.dropped[-1], "imbalance": log.imbalance[-1], **further}
         for name, value in scalars.items():
             self.writer.add_scalar(f"train/{name}", value, step)
+        usage = log.usage[-1] | {f"sent bytes/{key}": n for key, n in log.usage[-1]["sent_bytes"].items()}
+        for name, value in usage.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(f"usage/{name}", value, step)
         for index, counts in enumerate(log.tokens[-1]):  # one bucket an expert
             self.writer.add_histogram_raw(
                 f"tokens per expert/MoE layer {index + 1}", min=0, max=len(counts) - 1, num=sum(counts),
                 sum=sum(e * n for e, n in enumerate(counts)), sum_squares=sum(e * e * n for e, n in enumerate(counts)),
                 bucket_limits=[e + 0.5 for e in range(len(counts))], bucket_counts=counts, global_step=step,
             )  # fmt: skip
-        for name, weight in model.named_parameters():
-            if ".gate." in name:
-                self.writer.add_histogram(f"router/{name}", weight.detach(), step)
+        for part in model.parts:  # what this rank has of them
+            for name, weight in part.named_parameters():
+                if ".gate." in name:
+                    held = weight.to_local() if isinstance(weight, DTensor) else weight
+                    self.writer.add_histogram(f"router/{name}", held.detach(), step)
 
     def held_out(self, log: Log) -> None:
         self.writer.add_scalar("held out/bits per byte", log.val_bpb[-1], log.val_step[-1])

@@ -40,11 +40,12 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_resume_goes_on_to_the_bit(tmp_path, text, ranks):
-    whole = result(run(tmp_path / "whole", *LONG, "--data", text, ranks=ranks))
+@pytest.mark.parametrize(("ranks", "mesh"), [(1, ""), (2, ""), (2, "--pp 2 --micro-batches 2")])
+def test_sigterm_saves_and_resume_goes_on_to_the_bit(tmp_path, text, ranks, mesh):
+    flags = ("--data", text, *mesh.split())
+    whole = result(run(tmp_path / "whole", *LONG, *flags, ranks=ranks))
     out = tmp_path / "stopped"
-    job = start(out, "--data", text, ranks=ranks)
+    job = start(out, *flags, ranks=ranks)
     wait_for_a_checkpoint(out, job)
     job.send_signal(signal.SIGTERM)  # under torchrun to the launcher, which passes it on
     _, log = job.communicate(timeout=60)
@@ -52,7 +53,7 @@ def test_sigterm_saves_and_resume_goes_on_to_the_bit(tmp_path, text, ranks):
     stopped = saved(out)[-1]
     assert f"stopped by SIGTERM after step {stopped}" in log
     assert stopped < 150
-    resumed = result(run(out, *LONG, "--data", text, "--resume", ranks=ranks))
+    resumed = result(run(out, *LONG, *flags, "--resume", ranks=ranks))
     same = ("loss", "val_bpb", "imbalance", "dropped")
     assert [resumed[key] for key in same] == [whole[key] for key in same]
 

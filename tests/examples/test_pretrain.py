@@ -1,5 +1,6 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_ra
     resumed = result(run(more, "--steps", "6", "--data", text, "--resume"))
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert resumed["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_other_axes_goes_on_with_it(tmp_path, text, one_rank):
+    whole, _ = one_rank
+    flags = ("--steps", "6", "--data", text, "--micro-batches", "2")
+    many = result(run(tmp_path, *flags, "--pp", "2", "--tp", "2", "--ep", "2", "--save-every", "3", ranks=4))
+    assert many["mesh"] == {"pp": 2, "tp": 2, "ep": 2, "etp": 1}
+    assert {"pp send", "tp all_gather", "ep all_to_all"} <= many["sent_bytes"].keys()
+    shutil.rmtree(tmp_path / "step-6")  # as if it had been stopped after step 3
+    fewer = result(run(tmp_path, *flags, "--data-parallel", "zero1", "--peak-tflops", "1", "--resume", ranks=2))
+    assert 0 < fewer["mfu"] == pytest.approx(fewer["tflops_per_s"] / 2)
+    for figures in (many, fewer):
+        assert figures["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert figures["val_bpb"] == pytest.approx(whole["val_bpb"], rel=1e-4)
 
 
 @pytest.mark.slow

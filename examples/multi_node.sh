@@ -1,0 +1,15 @@
+#!/bin/bash
+# A job on several nodes without a scheduler: start this on each node, from the root of the repository.
+#   NODES=2 HEAD=node0:29500 bash examples/multi_node.sh --config examples/configs/one_node.toml --ep 16
+# HEAD is one of the nodes, by a name that all know, and a free port there; --out a folder that all nodes see.
+set -euo pipefail
+
+: "${NODES:?how many nodes take part}" "${HEAD:?name:port of one of them}"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarted ranks must not find the addresses of the ones before
+
+exec torchrun \
+  --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" \
+  --rdzv-id "${JOB:-pretrain}" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+  --max-restarts 3 --shutdown-timeout 240 \
+  examples/pretrain.py "$@"

@@ -1,0 +1,77 @@
+"""Steps of the main job on meshes of many shapes: the losses are those of one rank."""
+
+from functools import cache
+
+import options
+import pytest
+import steps
+import torch
+import torch.distributed as dist
+from ranks import run
+from turnout.dispatch import Meshes
+from turnout.moe import GradScaler
+
+pytestmark = pytest.mark.slow
+TINY = "--batch 8 --seq 8 --dim 16 --heads 4 --layers 4 --hidden 12 --experts 4 --eval-size 8 --steps 4 --lr 2e-2"
+TEXT = torch.arange(2000).mul(37).remainder(251).add(torch.arange(2000) // 100).remainder(256).to(torch.uint8)
+MESHES = [
+    (2, "--tp 2"),
+    (2, "--ep 1 --data-parallel zero1"),
+    (2, "--ep 2 --micro-batches 2 --recompute full"),
+    (2, "--pp 2 --micro-batches 4 --schedule gpipe"),
+    (2, "--pp 2 --micro-batches 2 --schedule zbv"),
+    (4, "--ep 2 --etp 2 --micro-batches 2"),
+    (4, "--tp 2 --ep 2 --micro-batches 2 --data-parallel fsdp"),
+    (4, "--pp 2 --tp 2 --ep 2 --micro-batches 4 --schedule interleaved1f1b"),
+    (8, "--pp 2 --tp 2 --ep 2 --micro-batches 2 --schedule 1f1b --data-parallel zero2"),
+]
+
+
+def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[steps + 1]: the loss of each step over all ranks, and bits per held-out byte."""
+    job = options.parse([*TINY.split(), "--warmup", "1", *flags.split()]).fit(dist.get_world_size())
+    meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp)
+    model = steps.build(job, meshes, dtype)
+    optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=job.fp16)
+    seen = []
+    for step in range(job.steps):
+        tokens = steps.batch(job, TEXT, step, meshes)
+        losses, _ = steps.train(model, optimizer, scaler, tokens, job.lr_at(step))
+        loss, loads, dropped = steps.gather(model, losses.task)
+        assert (dropped > 0) == (job.capacity_factor > 0)
+        assert [sum(layer) for layer in loads] == [job.batch * job.seq * job.top_k // job.micro_batches] * 2
+        seen.append(loss)
+    return torch.tensor([*seen, steps.evaluate(model, TEXT, job)], dtype=torch.float64)
+
+
+@cache
+def one_rank(flags: str = "") -> torch.Tensor:
+    return run(1, train, flags)[0]
+
+
+@pytest.mark.parametrize(("ranks", "flags"), MESHES)
+def test_losses_do_not_depend_on_the_mesh(ranks, flags):
+    for seen in run(ranks, train, flags):
+        torch.testing.assert_close(seen, one_rank(), rtol=0, atol=1e-9)
+    assert (one_rank()[1:-1] < one_rank()[0] - 0.02).all()  # it learns
+
+
+@pytest.mark.parametrize("balance", ["global", "local"])
+def test_other_balance_losses_are_of_a_micro_batch(balance):
+    flags = f"--balance {balance} --aux-weight 1"
+    assert (one_rank(f"{flags} --micro-batches 2") - one_rank(flags)).abs().max() > 1e-6
+    many = run(2, train, f"{flags} --micro-batches 2")[0]
+    same = (many - one_rank(f"{flags} --micro-batches 2")).abs().max() < 1e-9
+    assert same == (balance == "global")  # a micro-batch has the same sequences on any mesh
+
+
+@pytest.mark.parametrize("how", ["--bf16", "--fp16", "--bf16 --data-parallel fsdp"])
+def test_half_precision_stays_near(how):
+    flags = f"{how} --pp 2 --tp 2 --micro-batches 2"
+    seen = run(4, train, flags, torch.float32)[0]
+    error = (seen - one_rank()).abs().max()
+    assert 1e-6 < error < 0.05
+
+
+def test_capacity_drops():
+    run(2, train, "--capacity-factor 0.5")

@@ -1,0 +1,158 @@
+"""The main job's flags, files of them, and the scripts that start it on many nodes."""
+
+import os
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import options
+import pytest
+import torch
+import torch.distributed as dist
+from main_job import ROOT
+from options import Job
+from ranks import run
+from torch.distributed.run import get_args_parser
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from turnout.dispatch import Meshes
+from turnout.dispatch import mesh as axes
+from turnout.models import GPT, Stages, tensor_parallel
+
+CONFIGS = {"laptop": 4, "one_node": 8, "cluster": 512}  # ranks
+SCRIPTS = {"slurm": "cluster", "multi_node": "one_node"}
+
+
+def of(name: str) -> Path:
+    return ROOT / "examples" / "configs" / f"{name}.toml"
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in (ROOT / "examples" / "configs").iterdir()} == set(CONFIGS)
+    assert {path.stem for path in (ROOT / "examples").glob("*.sh")} == set(SCRIPTS)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('steps = 7\nmicro-batches = 4\nbf16 = true\nlr = 1\ndata = ["a", "b"]\ntensorboard = true\n')
+    job = options.parse(["--config", str(file), "--steps", "9", "--no-bf16", "--tp", "2"])
+    assert job == Job(steps=9, micro_batches=4, lr=1, data=("a", "b"), tensorboard=True, tp=2)
+    assert options.parse([]) == Job()
+    assert options.parse(["--data", "a", "b"]).data == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layer = 3\nsteps = 1\nwidth = 2", "unknown layer, width; the keys are the flags, aux_weight, "),
+        ("steps = 1.5", "steps is int; got 1.5"),
+        ("bf16 = 1", "bf16 is bool; got 1"),
+        ('data = "text"', r"data is tuple; got 'text'"),
+        ("steps =", "Invalid value"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, text, message):
+    file = tmp_path / "job.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        options.parse(["--config", str(file)])
+    assert str(file) in str(error.value)
+
+
+def test_no_file():
+    with pytest.raises(ValueError, match=r"--config nowhere\.toml: .*No such file"):
+        options.parse(["--config", "nowhere.toml"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "message"),
+    [
+        ("--pp 3", 4, r"the number of ranks (4) must be a multiple of 3 = pp x tp"),
+        ("--ep 3", 4, r"dp x tp, the ranks of one of 1 stages, (4) must be a multiple of 3 = ep x etp"),
+        ("--ep 8 --experts 4", 8, r"--experts (4) must be a multiple of 8 = ep"),
+        ("--micro-batches 3", 1, r"--batch (32) must be a multiple of 3 = dp x micro-batches"),
+        ("--eval-size 3", 2, r"--eval-size (3) must be a multiple of 2 = dp"),
+        ("--schedule dualpipe", 1, "'dualpipe' will not do: --schedule one of gpipe, 1f1b, interleaved1f1b"),
+        ("--data-parallel ddp", 1, "'ddp' will not do: --data-parallel one of replicate, zero1, zero2, fsdp"),
+        ("--micro-batches 0", 1, "--micro-batches must be positive; got 0"),
+        ("--bf16 --fp16", 1, "--bf16 or --fp16, not both"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, ranks, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        options.parse(flags.split()).fit(ranks)
+
+
+@pytest.mark.parametrize(("ranks", "flags", "ep"), [(4, "", 4), (6, "", 2), (8, "--pp 2 --etp 2", 2), (4, "--ep 1", 1)])
+def test_ep_is_what_divides_ranks_and_experts(ranks, flags, ep):
+    assert options.parse(["--batch", "24", "--eval-size", "24", *flags.split()]).fit(ranks).ep == ep
+
+
+def fit(name: str, ranks: int) -> tuple[dict, int]:
+    """Sizes of the axes and bytes of this rank's parameters, on ranks of which only this one exists."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    job = options.parse(["--config", str(of(name))]).fit(ranks)
+    meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=8)
+    with torch.device("meta"):
+        parts = Stages.of(job.config(), job.schedule, job.pp).build(0) if job.pp > 1 else [GPT(job.config())]
+    for part in parts:
+        tensor_parallel(part, meshes.dense["tp"])
+    sizes = dict(zip(axes.names(meshes.dense), meshes.dense.shape, strict=True))
+    sizes |= dict(zip(axes.names(meshes.experts), meshes.experts.shape, strict=True))
+    held = 0
+    for part in parts:
+        for name, p in part.named_parameters():
+            own = p.to_local() if isinstance(p, DTensor) else p
+            held += own.nbytes // (job.ep * job.etp if ".experts." in name else 1)
+    return {axis: size for axis, size in sizes.items() if size > 1}, held
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "gigabytes"),
+    [
+        ("laptop", {"pp": 2, "tp": 2, "ep": 2}, 0.01),
+        ("one_node", {"dp": 8, "ep": 8}, 1),
+        ("cluster", {"pp": 4, "dp": 64, "tp": 2, "edp": 16, "ep": 8}, 8),
+    ],
+)
+def test_files_fit_the_ranks_they_are_for(name, sizes, gigabytes):
+    ((found, held),) = run(1, fit, name, CONFIGS[name])
+    assert found == sizes
+    assert gigabytes / 10 < held / 1e9 < gigabytes
+
+
+TOOLS = {"torchrun": 'echo "torchrun $@"', "srun": 'exec "$@"', "scontrol": "echo node0; echo node1"}
+
+
+@pytest.mark.parametrize(("script", "config"), SCRIPTS.items())
+def test_scripts_start_the_job_with_flags_it_has(tmp_path, script, config):
+    for tool, body in TOOLS.items():
+        (tmp_path / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    file = ROOT / "examples" / f"{script}.sh"
+    assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
+    flags = [*([] if script == "slurm" else ["--config", str(of(config))]), "--seed", "3"]
+    (tmp_path / "out" / "step-100").mkdir(parents=True)
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **{"NODES": "2", "HEAD": "node0:29500", "OUT": str(tmp_path / "out")},
+        **{"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"},
+    }
+    done = subprocess.run(["bash", str(file), *flags], cwd=ROOT, env=given, capture_output=True, text=True, check=True)
+    launcher, _, job = done.stdout.strip().partition(" examples/pretrain.py ")
+    parsed = get_args_parser().parse_args([*launcher.split()[1:], "job.py"])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "node0:29500")
+    found = options.parse(job.split())
+    assert found == replace(
+        options.parse(["--config", str(of(config))]),
+        seed=3,
+        **({"out": str(tmp_path / "out"), "resume": True} if script == "slurm" else {}),
+    )
+
+
+def test_a_script_says_what_it_wants():
+    done = subprocess.run(["bash", str(ROOT / "examples" / "multi_node.sh")], capture_output=True, text=True, env={})
+    assert done.returncode
+    assert "how many nodes take part" in done.stderr
