@@ -17,7 +17,7 @@ from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
 from .grouped_mm import grouped_mm
 from .in_cache import pays, perceptrons
-from .stacked import held_slice, local
+from .stacked import held_slice, local, local_as
 
 
 class Experts(nn.Module, ABC):
@@ -162,11 +162,11 @@ class FeedForwardExperts(Experts):
         if plan is not None or self._one_at_a_time(rows, len(weight), len(counts)):
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = _linear(rows, ends, *up)
-        hidden = swiglu(hidden, _linear(rows, ends, *gate[0])) if gate else ACTIVATIONS[self.activation](hidden)
+        hidden = grouped_linear(rows, ends, *up)
+        hidden = swiglu(hidden, grouped_linear(rows, ends, *gate[0])) if gate else ACTIVATIONS[self.activation](hidden)
         if self.hidden < self.dim:
-            return _linear(weighted(hidden, weight), ends, *down, weight)
-        return weighted(_linear(hidden, ends, *down), weight)
+            return grouped_linear(weighted(hidden, weight), ends, *down, weight)
+        return weighted(grouped_linear(hidden, ends, *down), weight)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
         """Triton's kernels always do; on a CPU, dropless, where one expert at a time is faster."""
@@ -191,12 +191,7 @@ class FeedForwardExperts(Experts):
         return weight, bias
 
     def _tensor(self, name: str, rows: Tensor) -> Tensor:
-        tensor = local(getattr(self, name))
-        if tensor.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
-            return tensor.to(rows.dtype)
-        raise TypeError(
-            f"tokens are {rows.dtype} and expert weights {tensor.dtype}: convert one, or use torch.autocast"
-        )
+        return local_as(getattr(self, name), rows)
 
     def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
         initial = {}
@@ -212,8 +207,13 @@ class FeedForwardExperts(Experts):
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
 
 
-def _linear(rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    """One layer of all experts; rows that are weighted already want their bias weighted as well."""
+def grouped_linear(
+    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
+
+    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    """
     y = grouped_mm(rows, matrix, ends)
     if bias is None:
         return y

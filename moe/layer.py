@@ -43,13 +43,13 @@ class MoE(nn.Module):
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
             ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
-            called once per expert.
+            called once per expert, or `Experts` of your own; in these two `hidden` is not looked at.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
         eval_capacity_factor: the same in eval mode; None: as in training.
         drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
         pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
-        shared_experts: experts that every token visits as well.
+        shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
             (`balance_loss`), or several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of
@@ -75,11 +75,11 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int | None = None,
         gate: str | Gate = "topk",
-        experts: str | Callable[[], nn.Module] = "swiglu",
+        experts: str | Callable[[], nn.Module] | Experts = "swiglu",
         capacity_factor: float | None = None,
         drop_policy: str = "score",
         pad: bool = False,
-        shared_experts: int = 0,
+        shared_experts: int | nn.Module = 0,
         bias: bool = False,
         balance: str | Mapping[str, float] = "local",
         eval_capacity_factor: float | None = None,

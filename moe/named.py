@@ -24,18 +24,26 @@ def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) 
 
 
 def named_experts(
-    experts: str | Callable[[], nn.Module], dim: int, hidden: int, num_experts: int, bias: bool, seed: int
+    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, num_experts: int, bias: bool, seed: int
 ) -> Experts:
-    """The experts, routed."""
+    """The experts, routed, or those that were given."""
+    if isinstance(experts, Experts):
+        if experts.num_experts != num_experts:
+            raise ValueError(f"num_experts={num_experts}, but the given experts are {experts.num_experts}")
+        return experts
     if isinstance(experts, str):
         return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
     return ModuleExperts(experts, num_experts, seed)
 
 
 def named_shared(
-    experts: str | Callable[[], nn.Module], dim: int, hidden: int, number: int, bias: bool
+    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, shared: int | nn.Module, bias: bool
 ) -> nn.Module | None:
-    """As many experts of that kind for all tokens, None for none."""
-    if not number:
+    """As many experts of that kind for all tokens, None for none; or the module that was given."""
+    if isinstance(shared, nn.Module):
+        return shared
+    if not shared:
         return None
-    return FeedForward(dim, number * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, number)
+    if isinstance(experts, Experts):
+        raise ValueError(f"shared_experts={shared} of what kind? Beside experts of your own, pass a module")
+    return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -10,6 +11,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 def local(tensor: Tensor) -> Tensor:
     """The part of a stacked tensor that lies here; differentiable."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_as(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The part of a stacked tensor that lies here, in the dtype of rows: that of the tensor, or autocast's."""
+    held = local(tensor)
+    if held.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
+        return held.to(rows.dtype)
+    raise TypeError(f"tokens are {rows.dtype} and expert weights {held.dtype}: convert one, or use torch.autocast")
 
 
 def held_slice(tensor: Tensor) -> tuple[slice, ...]:

@@ -234,6 +234,17 @@ def test_shared_experts():
     assert close(made(x, none), first(x) + second(x), 1e-12)
 
 
+def test_experts_and_shared_modules_of_ones_own():
+    named = MoE(8, 12, 4, shared_experts=2, seed=1)
+    given = MoE(8, 1, 4, gate=named.gate, experts=named.experts, shared_experts=named.shared)
+    x = torch.randn(5, 8)
+    assert torch.equal(named(x), given(x))
+    with pytest.raises(ValueError, match="num_experts=2, but the given experts are 4"):
+        MoE(8, 12, 2, experts=named.experts)
+    with pytest.raises(ValueError, match="shared_experts=2 of what kind"):
+        MoE(8, 12, 4, experts=named.experts, shared_experts=2)
+
+
 def test_a_gate_of_ones_own():
     class Sigmoid(Gate):
         def forward(self, x):

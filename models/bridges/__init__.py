@@ -1,0 +1,7 @@
+"""Bridges to Hugging Face models (`turnout[hf]`). Start at `replace.py`."""
+
+from .experts import FusedExperts, ListedExperts
+from .gates import RouterGate
+from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+
+__all__ = ["BridgedMoE", "FusedExperts", "ListedExperts", "Parts", "RouterGate", "replace_moe", "restore_moe"]
