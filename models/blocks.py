@@ -37,7 +37,7 @@ class Config:
     top_k: int = 2
     norm: str = "rms"  # or "layer"
     dropout: float = 0.0  # of embeddings, of attention's weights, and of what a block adds to the residual stream
-    moe: dict[str, Any] = field(default_factory=dict)  # further arguments of `MoE`
+    moe: dict = field(default_factory=dict)  # further arguments of `MoE`, by name
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads or self.heads
