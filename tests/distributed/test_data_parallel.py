@@ -17,6 +17,8 @@ from turnout.dispatch import Meshes
 from turnout.models import GPT, ParallelModel, next_token_loss, parallel, parallel_model
 from turnout.moe import GradScaler, MoE, aux_loss, param_groups
 
+pytestmark = pytest.mark.sampled
+
 EXACT = {"dtype": torch.float64}
 
 

@@ -17,6 +17,8 @@ from turnout.models import GPT, ParallelModel, checkpoint
 from turnout.models.export import INDEX, export, load_exported
 from turnout.moe import param_groups
 
+pytestmark = pytest.mark.sampled
+
 ONE = Case(1)
 PAIRS = [
     ("pp2 zbv", ONE),

@@ -19,6 +19,8 @@ from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, ParallelModel, next_token_loss, parallel_model
 from turnout.moe import MoE, aux_loss, param_groups
 
+pytestmark = pytest.mark.sampled
+
 STEPS, MICRO_BATCHES, BATCH, LENGTH = 20, 2, 4, 8  # sequences in a micro-batch, of all ranks together
 CLIP = 0.5  # below most norms met here
 LOSSES, WEIGHTS = 1e-10, 1e-9  # largest differences; both are of order 1, rounding of 1e-16

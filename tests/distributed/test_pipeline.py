@@ -12,6 +12,8 @@ from turnout.models.pipeline import Pipeline
 from turnout.models.stages import PER_RANK, Stages
 from turnout.moe import aux_loss, clip_grad_norm_
 
+pytestmark = pytest.mark.sampled
+
 LOSSES = {"aux_loss_weight": 0.3, "z_loss_weight": 0.1}
 DENSE = GPTConfig(vocab=24, dim=8, layers=5, heads=2, hidden=8, seq_len=6, moe_every=0)
 SPARSE = replace(DENSE, moe_every=2, num_experts=4, moe=LOSSES)

@@ -11,7 +11,7 @@ from ranks import run
 from turnout.dispatch import Meshes
 from turnout.moe import GradScaler
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 TINY = "--batch 8 --seq 8 --dim 16 --heads 4 --layers 4 --hidden 12 --experts 4 --eval-size 8 --steps 4 --lr 2e-2"
 TEXT = torch.arange(2000).mul(37).remainder(251).add(torch.arange(2000) // 100).remainder(256).to(torch.uint8)
 MESHES = [
