@@ -43,6 +43,7 @@ def tokens(T: int) -> torch.Tensor:
     return torch.randn(2, T, 16, generator=torch.Generator().manual_seed(T))
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
@@ -56,6 +57,7 @@ def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
         torch.testing.assert_close(compiled.eval()(tokens(32)), layer.eval()(tokens(32)))
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
