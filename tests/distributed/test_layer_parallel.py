@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, OverlapDispatcher
 from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
 
+pytestmark = pytest.mark.sampled
+
 MESHES = [(1, 2), (1, 4), (2, 2), (4, 1)]
 SHARDS = {2: [[6, 3], [0, 5]], 4: [[5, 0, 9, 3], [4, 4, 4, 4]]}
 

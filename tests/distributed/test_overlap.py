@@ -23,6 +23,8 @@ from turnout.dispatch import (
 )
 from turnout.moe import MoE, fully_shard_experts, parallelize, sync_gradients
 
+pytestmark = pytest.mark.sampled
+
 UNEVEN = [7, 0, 9, 1]
 
 

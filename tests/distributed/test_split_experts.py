@@ -14,6 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from turnout.dispatch import DispatchError, LocalDispatcher, OverlapDispatcher, TensorParallelDispatcher
 from turnout.moe import MoE, aux_loss, clip_grad_norm_, fully_shard_experts, parallelize
 
+pytestmark = pytest.mark.sampled
+
 MESHES = [((1, 2), ("ep", "etp")), ((2, 2), ("ep", "etp")), ((1, 4), ("ep", "etp")), ((2, 1, 2), ("edp", "ep", "etp"))]
 BY_NODE = ((2, 1, 2), ("node", "local", "etp"))
 

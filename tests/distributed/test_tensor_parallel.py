@@ -23,6 +23,8 @@ from turnout.moe import (
     sync_gradients,
 )
 
+pytestmark = pytest.mark.sampled
+
 BATCH, LENGTH, STEPS = 4, 8, 3
 SIZES = {"vocab": 16, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "seq_len": LENGTH}
 MOE = {"balance": "global", "shared_experts": 1, "z_loss_weight": 1e-2, "aux_loss_weight": 1e-1}
