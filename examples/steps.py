@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import corpus
 import torch
@@ -12,7 +11,8 @@ from options import Job
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
-from turnout.models import GPT, ParallelModel, parallel_model
+from turnout.models import ParallelModel, parallel_model
+from turnout.models.data_parallel import computed_in
 from turnout.models.gpt import Block
 from turnout.models.pipeline import Losses
 from turnout.moe import GradScaler, MoE, balance_biases, param_groups
@@ -34,20 +34,8 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         wire=job.wire or None,
     )
     for part in model.parts if job.fp16 else ():
-        in_float16(part, meshes.dense.device_type)
+        computed_in(torch.float16, part, meshes.dense.device_type)
     return model
-
-
-def in_float16(part: GPT, device_type: str) -> None:
-    """Compute a part under autocast. Not the whole step: a backward under autocast would round what it should not."""
-    forward = part.forward
-
-    def cast(*args: Any, **options: Any) -> Tensor:
-        with torch.autocast(device_type, torch.float16):
-            y = forward(*args, **options)
-        return y.float()
-
-    part.forward = cast
 
 
 def adamw(model: ParallelModel, lr: float) -> AdamW:

@@ -52,7 +52,7 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
     if how == "replicate":
         if cpu_offload:
             raise ValueError('cpu_offload needs FSDP2: use "zero1", "zero2" or "fsdp" in place of "replicate"')
-        return _autocast(model, meshes.dense.device_type) if bf16 else model
+        return computed_in(torch.bfloat16, model, meshes.dense.device_type) if bf16 else model
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else exact
     offload = CPUOffloadPolicy(meshes.dense.device_type == "cuda") if cpu_offload else OffloadPolicy()
@@ -97,11 +97,15 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _autocast(model: GPT, device_type: str) -> GPT:
+def computed_in(dtype: torch.dtype, model: GPT, device_type: str) -> GPT:
+    """Run the forward of a model, or a stage of one, under autocast to `dtype`, in place; it returns float32.
+
+    Not the whole step: a backward under autocast would round what it should not.
+    """
     forward = model.forward
 
     def cast(*args: Any, **options: Any) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16):
+        with torch.autocast(device_type, dtype):
             y = forward(*args, **options)
         return y.float()
 

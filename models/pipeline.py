@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 
 from ..moe.gradients import clip_grad_norm_
+from ..moe.stacked import local
 from .boundary import Boundary
 from .gpt import GPT
 from .loss import next_token_loss
@@ -236,7 +237,7 @@ class Pipeline:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if isinstance(p, DTensor):  # tensor parallel, a look-up leaves another placement than the head
                 p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
-        grads = [_local(cast(Tensor, p.grad)) for p in tied]
+        grads = [local(cast(Tensor, p.grad)) for p in tied]
         if len(grads) == 2:
             grads[0].add_(grads[1])
             grads[1].copy_(grads[0])
@@ -250,10 +251,6 @@ class Pipeline:
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
         grads[0].add_(theirs)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

@@ -80,6 +80,7 @@ def _work(rank: int, ranks: int, folder: str, conn, fn: Callable, args: tuple, p
             place(rank)
         store = dist.FileStore(os.path.join(folder, "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=patience))
+        dist.barrier()  # a rank that fails and leaves at once would break off the others' connecting
         outcome = fn(*args), None, ""
         dist.barrier()
     except BaseException as error:
