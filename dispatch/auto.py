@@ -24,6 +24,7 @@ from .overlap import OverlapDispatcher
 from .plan import Plan
 from .profile import DEGREES, Choice, Message, Profile
 from .steps import Steps
+from .traced import outside
 from .wire import Wire, row_bytes
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class AutoDispatcher(SteppedDispatcher):
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip, in as many chunks as chosen: x [T, D] -> y [T, D]."""
+        if torch.compiler.is_compiling():
+            return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
 
     def refuse(self, num_experts: int, device: torch.device) -> None:

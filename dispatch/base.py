@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .plan import Plan
 from .steps import Ready, Steps, finish, refuse
+from .traced import outside
 
 
 class Batch(NamedTuple):
@@ -55,8 +56,18 @@ class Dispatcher(ABC):
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip: x [T, D] -> y [T, D]."""
+        if torch.compiler.is_compiling() and not self.is_static(plan):
+            batch = outside(self._dispatch_dynamic, x, plan, weight)
+            return outside(self.combine, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
         batch = self.dispatch(x, plan, weight)
         return self.combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt)
+
+    def _dispatch_dynamic(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
+        """`dispatch` for experts that are compiled, once for any number of rows."""
+        batch = self.dispatch(x, plan, weight)
+        torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
+        torch._dynamo.maybe_mark_dynamic(batch.weight, 0)
+        return batch
 
     def refuse(self, num_experts: int, device: torch.device) -> None:  # noqa: B027
         """Tell the other ranks that this one has failed before its dispatch, so that none waits for it."""
@@ -75,6 +86,10 @@ class Dispatcher(ABC):
         """`refuse` as steps: those of `dispatch_steps` up to where rows would leave."""
         yield Ready()
         self.refuse(num_experts, device)
+
+    def is_static(self, plan: Plan) -> bool:
+        """Whether the shapes of a trip follow from those of its plan: `torch.compile` can then have it in its graph."""
+        return False
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .failure import named
+from .traced import Arrived, exchange
 from .wire import Wire, pack, unpack
 
 
@@ -59,7 +60,7 @@ def all_to_all_start(
     recv: list[int] | None = None,
     group: ProcessGroup | None,
     wire: Wire | None = None,
-) -> Travel:
+) -> Travel | Arrived:
     """`all_to_all` in two halves, for what can be computed in between; differentiable.
 
     In the backward the halves change roles: the gradients start where the forward waited and are waited for
@@ -74,7 +75,10 @@ def all_to_all_start(
     Args:
         tensors, send, recv, group, wire: as in `all_to_all`.
     """
-    leg = _Leg(send, recv, group, wire if tensors[0].is_floating_point() else None, tensors[0].dtype)
+    wire = wire if tensors[0].is_floating_point() else None
+    if torch.compiler.is_compiling():
+        return exchange(tensors, send, recv, group, wire)
+    leg = _Leg(send, recv, group, wire, tensors[0].dtype)
     return Travel(leg, _Start.apply(leg, *tensors))  # pyright: ignore[reportArgumentType]
 
 

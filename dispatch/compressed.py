@@ -49,6 +49,10 @@ class CompressedDispatcher(SteppedDispatcher):
         """As `inner`, with smaller rows."""
         return self._compressed(self.inner.combine_steps(rows, receipt))
 
+    def is_static(self, plan: Plan) -> bool:
+        """As `inner`."""
+        return self.inner.is_static(plan)
+
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """As `inner`."""
         return self.inner.refuse_steps(num_experts, device)

@@ -55,8 +55,9 @@ class FlatDispatcher(SteppedDispatcher):
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes, unless all are equal; rows; and the order in which the experts want them."""
-        if plan.capacity is not None and self.equal_tokens:
-            return (yield from self._dispatch_padded(x, plan, weight))
+        return (self._dispatch_padded if self.is_static(plan) else self._dispatch_sized)(x, plan, weight)
+
+    def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
         came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan.capacity))
         if capacity is not None:
@@ -86,6 +87,10 @@ class FlatDispatcher(SteppedDispatcher):
         plan, send, recv, order, inverse = receipt
         (rows,) = yield Rows((permute(rows, inverse, order),), recv, send, self.group)
         return decode(rows, plan)
+
+    def is_static(self, plan: Plan) -> bool:
+        """Where equal tokens are promised, a padded plan."""
+        return self.equal_tokens and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """A note of refusal in place of sizes."""

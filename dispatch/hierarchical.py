@@ -108,14 +108,17 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes of both exchanges, unless all are equal; then the rows through both."""
-        if plan.capacity is None or not self.equal_tokens:
-            note = Note.tensor(x, weight, plan.capacity)
-            sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note)
-            if capacity is None:
-                return (yield from self._carry(x, plan, weight, sizes))
-            plan = plan.padded(capacity)
-        sizes = _Sizes.even(self._by_rank(plan.counts), rows=plan.token.shape[0])
+        return (self._dispatch_padded if self.is_static(plan) else self._dispatch_sized)(x, plan, weight)
+
+    def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        note = Note.tensor(x, weight, plan.capacity)
+        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note)
+        if capacity is not None:
+            return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         return (yield from self._carry(x, plan, weight, sizes))
+
+    def _dispatch_padded(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
+        return self._carry(x, plan, weight, _Sizes.even(self._by_rank(plan.counts), rows=plan.token.shape[0]))
 
     def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
         """Rows [R, D] back by the way they came, summed per token -> [T, D]."""
@@ -123,6 +126,10 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         (rows,) = yield Rows((permute(rows, *receipt.last[::-1]),), recv, send, self.node)
         (rows,) = yield Rows((permute(rows, *receipt.middle[::-1]),), recv_inside, send_inside, self.local)
         return decode(rows, receipt.plan)
+
+    def is_static(self, plan: Plan) -> bool:
+        """Where equal tokens are promised, a padded plan."""
+        return self.equal_tokens and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """A note of refusal in place of sizes."""

@@ -27,6 +27,10 @@ class LocalDispatcher(Dispatcher):
         check_weight(weight)
         return experts(x, encode_weight(weight, plan), plan.counts, plan)
 
+    def is_static(self, plan: Plan) -> bool:
+        """Always."""
+        return True
+
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Rows [R, D] with ``R = T * k``, or ``E * capacity`` when padded; NaN weights raise ValueError on a CPU."""
         check_weight(weight)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .collectives import Travel, all_to_all_start, exchange_sizes
+from .traced import Arrived
 from .wire import Wire
 
 Result = TypeVar("Result")
@@ -58,7 +59,7 @@ class Rows(NamedTuple):
     group: ProcessGroup
     wire: Wire | None = None  # how the first tensor travels
 
-    def start(self) -> Travel:
+    def start(self) -> Travel | Arrived:
         """Send them on their way."""
         return all_to_all_start(*self.tensors, send=self.send, recv=self.recv, group=self.group, wire=self.wire)
 

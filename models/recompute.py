@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from math import sqrt
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..dispatch.traced import outside
 from ..moe.layer import MoE
 from .dropout import Part, own_numbers
 
@@ -28,8 +30,11 @@ class Blocks(nn.ModuleList):
         held = iter([block for block in self if block is not None])
         if not self.segment or not torch.is_grad_enabled():
             return _through(held, x, *context)
+        again: Callable[..., Any] = partial(checkpoint, _through, use_reentrant=False)
+        if torch.compiler.is_compiling() and not _forgets():
+            again = partial(outside, again)
         while segment := list(islice(held, self.segment)):
-            x = checkpoint(_through, segment, x, *context, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            x = again(segment, x, *context)
         return x
 
 
@@ -102,6 +107,16 @@ def recompute(model: Model, what: Literal["none", "full", "selective"] = "full",
         elif isinstance(part, MoE | Core):
             part.recompute = what == "selective"
     return model
+
+
+@torch.compiler.assume_constant_result
+def _forgets() -> bool:
+    """Whether a compiled backward leaves out what a forward does beside computing, as it must: record losses and loads.
+
+    Otherwise `torch.compile` does not take a recomputed mixture of experts into its graph. Blocks compiled by themselves
+    would record a second time, so none of them is.
+    """
+    return getattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", False)
 
 
 def _through(blocks: Any, x: Tensor, *context: Any) -> Tensor:

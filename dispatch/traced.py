@@ -1,0 +1,62 @@
+"""What `torch.compile` can see of a trip, and what it has to leave out.
+
+Its graphs hold collectives whose shapes are known when they are made (`exchange`). They hold no handle of an exchange
+under way, and no shape that the host reads from a device in each step: such trips are taken `outside`, between graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .wire import Wire, pack, unpack
+
+Result = TypeVar("Result")
+
+
+class Arrived(NamedTuple):
+    """An exchange in a graph, in place of a `collectives.Travel`: the compiler says when to wait."""
+
+    tensors: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What came."""
+        return self.tensors
+
+
+def exchange(
+    tensors: tuple[Tensor, ...],
+    send: list[int] | None,
+    recv: list[int] | None,
+    group: ProcessGroup | None,
+    wire: Wire | None,
+) -> Arrived:
+    """`collectives.all_to_all_start` inside a graph; an error on the wire is the backend's own there."""
+    first, *others = tensors
+    came = (_Exchange.apply(first, send, recv, group, wire), *(_Exchange.apply(t, send, recv, group) for t in others))
+    return Arrived(came)  # pyright: ignore[reportArgumentType]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, send, recv, group, wire=None):
+        ctx.back = recv, send, group, wire and "bf16"
+        rows = (x if wire is None else pack(x, wire)).contiguous()
+        came = rows.new_empty(rows.shape[0] if recv is None else sum(recv), *rows.shape[1:])
+        dist.all_to_all_single(came, rows, recv, send, group=group)
+        return came if wire is None else unpack(came, wire, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Exchange.apply(grad, *ctx.back), None, None, None, None
+
+
+@torch.compiler.disable(reason="sizes or state of this step, which no graph can hold")
+def outside(run: Callable[..., Result], *args) -> Result:
+    """run(*args) between two graphs."""
+    return run(*args)

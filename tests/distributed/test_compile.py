@@ -1,0 +1,100 @@
+"""torch.compile with experts on two ranks: what is in a graph, what is not, and the results of the layer as it is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcomes
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher
+from turnout.moe import MoE, aux_loss, parallelize
+
+RANKS, WIDTH = 2, 16
+PADDED = {"capacity_factor": 1.25, "pad": True}
+# axes; arguments of the layer; of parallelize; graphs and breaks in a forward
+CASES: dict[str, tuple[tuple[str, ...], dict, dict, int, int]] = {
+    "padded, equal tokens": (("ep",), PADDED, {"dispatcher": "equal"}, 1, 0),
+    "padded, 2dh": (("node", "local"), PADDED, {"dispatcher": "equal"}, 1, 0),
+    "padded, fp8": (("ep",), PADDED, {"dispatcher": "equal", "wire": "fp8"}, 1, 0),
+    "ragged": (("ep",), {}, {"dispatcher": "flat"}, 3, 2),
+    "padded": (("ep",), PADDED, {"dispatcher": "flat"}, 3, 2),
+    "ragged, node": (("node", "local"), {}, {"dispatcher": "node"}, 3, 2),
+    "overlapped": (("ep",), {}, {"dispatcher": "flat", "overlap": 2}, 2, 1),
+    "auto": (("node", "local"), {}, {"dispatcher": "auto", "overlap": 1}, 2, 1),
+}
+
+
+def on_ranks(fn, *args) -> list:
+    """`run` with patience: one rank may compile long after the other has."""
+    results = outcomes(RANKS, fn, *args, timeout=500, patience=400)
+    assert not any(error for _, error, _ in results), "\n".join(trace for *_, trace in results)
+    return [value for value, *_ in results]
+
+
+def build(axes: tuple[str, ...], options: dict, how: dict) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(WIDTH, 32, 8, 2, balance="global", **options)
+    mesh = init_device_mesh("cpu", (1, RANKS) if len(axes) > 1 else (RANKS,), mesh_dim_names=axes)
+    if how["dispatcher"] == "equal":
+        kind = HierarchicalDispatcher.of(mesh, equal_tokens=True) if len(axes) > 1 else None
+        how = {**how, "dispatcher": kind or FlatDispatcher(mesh.get_group(), equal_tokens=True)}
+    return parallelize(layer, mesh, **how)
+
+
+def step(layer: nn.Module, forward, x: Tensor) -> list[Tensor]:
+    """Output, loss of balance, gradients of x and of what this rank holds."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = forward(x)
+    balance = aux_loss(layer)
+    (y.square().mean() + balance).backward()
+    grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in layer.parameters()]
+    return [y.detach(), balance.detach(), x.grad, *grads]
+
+
+def compiled_steps(axes, options, how, fullgraph: bool) -> tuple[int, int]:
+    rank, layer = dist.get_rank(), build(axes, options, how)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=fullgraph)
+    counters.clear()
+    time.sleep(rank)  # ranks do not compile at the same time
+    for number in range(5):
+        x = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(10 * number + rank))
+        with torch.no_grad():  # loads change, and how many rows a rank receives
+            layer.gate.weight.normal_(generator=torch.Generator().manual_seed(number))
+        for ours, same in zip(step(layer, compiled, x), step(layer, layer, x), strict=True):
+            torch.testing.assert_close(ours, same)
+    return counter.frame_count, sum(counters["graph_break"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_as_it_is_and_compiled_once(case):
+    *made_of, graphs, breaks = case
+    assert on_ranks(compiled_steps, *made_of, not breaks) == [(graphs, breaks)] * RANKS
+
+
+def one_rank_is_given_nonsense(axes, options, how) -> str:
+    layer = build(axes, options, how)
+    compiled = torch.compile(layer, backend="eager")
+    compiled(torch.randn(24, WIDTH))
+    try:
+        compiled(torch.randn(24, WIDTH + dist.get_rank()))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_reaches_the_other():
+    axes, options, how, *_ = CASES["ragged"]
+    waiting, failed = on_ranks(one_rank_is_given_nonsense, axes, options, how)
+    assert f"(..., {WIDTH})" in failed
+    assert "rank 1 of the expert group: raised an error" in waiting
