@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .base import Batch, SteppedDispatcher
 from .plan import Plan
-from .steps import Result, Rows, Steps
+from .steps import Result, Rows, Steps, returned
 from .wire import WIRES, Wire
 
 
@@ -68,5 +68,5 @@ class CompressedDispatcher(SteppedDispatcher):
             try:
                 ask = steps.send(answer)
             except StopIteration as end:
-                return end.value
+                return returned(end)
             answer = yield ask._replace(wire=self.wire) if isinstance(ask, Rows) else ask

@@ -85,13 +85,18 @@ def finish(steps: Steps[Result]) -> Result:
         try:
             ask = steps.send(answer)
         except StopIteration as end:
-            return end.value
+            return returned(end)
         if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
             answer = ask.start().wait()
         else:
             (answer,) = ask.answer([ask])  # pyright: ignore[reportArgumentType]
+
+
+def returned(end: StopIteration) -> Any:
+    """What a generator returned: `end.value`, by a name that `torch.compile` knows."""
+    return end.args[0] if end.args else None
 
 
 def prepare(trips: Sequence[Steps]) -> None:
@@ -135,7 +140,7 @@ def interleave(trips: Sequence[Steps[Result]]) -> list[Result]:
             try:
                 ask = trips[place].send(answer)
             except StopIteration as end:
-                done[place] = end.value
+                done[place] = returned(end)
                 continue
             assert isinstance(ask, Rows)
             still.append((place, ask.start()))

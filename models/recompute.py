@@ -113,7 +113,7 @@ def recompute(model: Model, what: Literal["none", "full", "selective"] = "full",
 def _forgets() -> bool:
     """Whether a compiled backward leaves out what a forward does beside computing, as it must: record losses and loads.
 
-    Otherwise `torch.compile` does not take a recomputed mixture of experts into its graph. Blocks compiled by themselves
+    Otherwise `torch.compile` takes no recomputed mixture of experts into its graph. Blocks compiled by themselves
     would record a second time, so none of them is.
     """
     return getattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", False)

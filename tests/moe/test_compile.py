@@ -90,7 +90,28 @@ def test_loads_change_from_step_to_step_without_compiling_again():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("pad", [False, True], ids=["ragged", "padded"])
+def test_recomputed_under_autocast_with_a_length_marked_as_dynamic(pad):
+    """One graph from the first step on. That it is a whole one says, too, that nobody waits for numbers on the host."""
+    layer, counter = build(**LAYERS["padded" if pad else "ragged"]), CompileCounterWithBackend("aot_eager")
+    layer.recompute = True
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for T in (32, 20, 33):
+        x, results = tokens(T), []
+        torch._dynamo.mark_dynamic(x, 1)
+        for forward in (compiled, layer):
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = forward(x).square().mean() + aux_loss(layer)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in layer.parameters())])
+        for ours, same in zip(*results, strict=True):
+            torch.testing.assert_close(ours, same, atol=1e-3, rtol=2e-2)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on its first use of inductor
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("options", [LAYERS["ragged"], LAYERS["padded"]], ids=["ragged", "padded"])
