@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .plan import Plan
 from .steps import Ready, Steps, finish, refuse
-from .traced import outside
+from .traced import Sealed, outside
 
 
 class Batch(NamedTuple):
@@ -57,17 +57,20 @@ class Dispatcher(ABC):
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip: x [T, D] -> y [T, D]."""
         if torch.compiler.is_compiling() and not self.is_static(plan):
-            batch = outside(self._dispatch_dynamic, x, plan, weight)
-            return outside(self.combine, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
+            batch = outside(self._dispatch_sealed, x, plan, weight)
+            return outside(self._combine_sealed, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
         batch = self.dispatch(x, plan, weight)
         return self.combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt)
 
-    def _dispatch_dynamic(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """`dispatch` for experts that are compiled, once for any number of rows."""
-        batch = self.dispatch(x, plan, weight)
-        torch._dynamo.maybe_mark_dynamic(batch.rows, 0)
-        torch._dynamo.maybe_mark_dynamic(batch.weight, 0)
-        return batch
+    def _dispatch_sealed(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
+        """`dispatch` for experts that are compiled: once, for any number of rows and any receipt."""
+        rows, weight, counts, receipt = self.dispatch(x, plan, weight)
+        for tensor in (rows, weight):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return Batch(rows, weight, counts, Sealed(receipt))
+
+    def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
+        return self.combine(rows, receipt.content)
 
     def refuse(self, num_experts: int, device: torch.device) -> None:  # noqa: B027
         """Tell the other ranks that this one has failed before its dispatch, so that none waits for it."""

@@ -7,7 +7,7 @@ under way, and no shape that the host reads from a device in each step: such tri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return _Exchange.apply(grad, *ctx.back), None, None, None, None
+
+
+class Sealed:
+    """Hides from `torch.compile` what changes from step to step: of what it sees it checks every number and size."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
 
 
 @torch.compiler.disable(reason="sizes or state of this step, which no graph can hold")

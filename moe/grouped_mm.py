@@ -64,9 +64,14 @@ def computed(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
+    return _asked(dtype)
+
+
+@cache
+def _asked(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
