@@ -318,7 +318,8 @@ def test_factor_for_gives_any_rule_its_rows(page, k, experts):
 @pytest.mark.parametrize("policy", ["position", "score"])
 def test_with_one_choice_position_is_megablocks_order_and_score_is_tutels_batch_priority(policy):
     layer, x = MoE(D, H, E, top_k=1, capacity_factor=1.0, drop_policy=policy).double(), drawn(T, D, seed=8)
-    scores = (x @ layer.gate.get_parameter("weight").T).softmax(1)
+    layer.load_state_dict(layer.state_dict() | {"gate.weight": drawn(E, D)})
+    scores = (x @ drawn(E, D).T).softmax(1)
     order = range(T) if policy == "position" else sorted(range(T), key=lambda t: -float(scores[t].max()))
     kept = in_order([(t, best(scores[t], 1)[0]) for t in order], capacity_limit(1.0, 1, T, E))
     assert 0 < len(kept) < T
