@@ -30,10 +30,10 @@ CASES: dict[str, tuple[tuple[str, ...], dict, dict, int]] = {
     "padded, 2dh": (("node", "local"), PADDED, {"dispatcher": "equal"}, 1),
     "padded, fp8": (("ep",), PADDED, {"dispatcher": "equal", "wire": "fp8"}, 1),
     "ragged": (("ep",), {}, {"dispatcher": "flat"}, 3),
-    "padded": (("ep",), PADDED, {"dispatcher": "flat"}, 3),
     "ragged, node": (("node", "local"), {}, {"dispatcher": "node"}, 3),
-    "overlapped": (("ep",), {}, {"dispatcher": "flat", "overlap": 2}, 2),
     "auto": (("node", "local"), {}, {"dispatcher": "auto", "overlap": 1}, 2),
+    "overlapped": (("ep",), {}, {"dispatcher": "flat", "overlap": 2}, 2),
+    "padded, uneven": (("ep",), PADDED, {"dispatcher": "flat"}, 3),
 }
 
 

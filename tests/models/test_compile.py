@@ -11,7 +11,7 @@ from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config, recom
 from turnout.models.loss import next_token_loss
 from turnout.moe import MoE, aux_loss
 
-SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 12, "seq_len": 12, "num_experts": 4}
+SIZES = {"dim": 16, "layers": 1, "heads": 2, "hidden": 12, "seq_len": 12, "num_experts": 4, "moe_every": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def step(model: nn.Module, forward, ids: torch.Tensor) -> list[torch.Tensor | No
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.25, "pad": True}], ids=["ragged", "padded"])
 def test_gpt_learns_as_it_is_in_at_most_three_graphs(options):
     """20 steps of AdamW, whose loads change as routers learn, with batches of changing shape."""
@@ -54,7 +55,7 @@ def test_gpt_learns_as_it_is_in_at_most_three_graphs(options):
             torch.testing.assert_close(ours, same, atol=1e-4, rtol=1e-4)
         for optimizer in optimizers:
             optimizer.step()
-        loads.add(tuple(model.blocks[1].feed_forward.stats.tokens_per_expert.tolist()))
+        loads.add(tuple(model.blocks[0].feed_forward.stats.tokens_per_expert.tolist()))
     assert len(loads) == 20
     assert counter.frame_count <= 3
 
@@ -100,13 +101,14 @@ def test_recomputed_blocks(what, in_graph):
 
 @pytest.mark.slow
 @pytest.mark.sampled
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe"])
 def test_bridged_models_in_one_graph(family):
     pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
     from hf_families import batch, tiny
     from turnout.models.bridges import replace_moe
 
-    model, asked = replace_moe(tiny(family)), batch(family)
+    layers = 2 if family == "deepseek_v3" else 1  # the first of that is dense
+    model, asked = replace_moe(tiny(family, num_hidden_layers=layers)), batch(family)
     asked.pop("output_router_logits", None)  # transformers records them by hooks that break graphs
     assert any(isinstance(module, MoE) for module in model.modules())
     results = []

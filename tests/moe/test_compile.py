@@ -49,7 +49,7 @@ def tokens(T: int) -> torch.Tensor:
 def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
     layer, counter = build(**options), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    for T in (32, 32, 48, 20, 64, 32, 33):  # the second size makes the length dynamic, no later one compiles again
+    for T in (32, 48, 20, 33):  # the second size makes the length dynamic, no later one compiles again
         for ours, same in zip(step(layer, compiled, tokens(T)), step(layer, layer, tokens(T)), strict=True):
             torch.testing.assert_close(ours, same)
     assert counter.frame_count <= 2
@@ -90,7 +90,9 @@ def test_loads_change_from_step_to_step_without_compiling_again():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["ragged", "padded"])
+@pytest.mark.sampled
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", [True, False], ids=["padded", "ragged"])
 def test_recomputed_under_autocast_with_a_length_marked_as_dynamic(pad):
     """One graph from the first step on. That it is a whole one says, too, that nobody waits for numbers on the host."""
     layer, counter = build(**LAYERS["padded" if pad else "ragged"]), CompileCounterWithBackend("aot_eager")
