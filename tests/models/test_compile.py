@@ -45,7 +45,7 @@ def step(model: nn.Module, forward, ids: torch.Tensor) -> list[torch.Tensor | No
 def test_gpt_learns_as_it_is_in_at_most_three_graphs(options):
     """20 steps of AdamW, whose loads change as routers learn, with batches of changing shape."""
     plain, model = gpt(moe=options), gpt(moe=options)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")  # other tests are of what is made of the graphs
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (plain, model)]
     loads = set()
@@ -101,21 +101,22 @@ def test_recomputed_blocks(what, in_graph):
 
 @pytest.mark.slow
 @pytest.mark.sampled
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe"])
-def test_bridged_models_in_one_graph(family):
+@pytest.mark.parametrize("families", [["mixtral"], ["deepseek_v3"], ["gpt_oss", "qwen3_moe"]], ids=str)
+def test_bridged_models_in_one_graph(families):
     pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
     from hf_families import batch, tiny
     from turnout.models.bridges import replace_moe
 
-    layers = 2 if family == "deepseek_v3" else 1  # the first of that is dense
-    model, asked = replace_moe(tiny(family, num_hidden_layers=layers)), batch(family)
-    asked.pop("output_router_logits", None)  # transformers records them by hooks that break graphs
-    assert any(isinstance(module, MoE) for module in model.modules())
-    results = []
-    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        loss = forward(**asked).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for same, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, same, atol=1e-5, rtol=1e-4)
+    for family in families:
+        layers = 2 if family == "deepseek_v3" else 1  # the first of that is dense
+        model, asked = replace_moe(tiny(family, num_hidden_layers=layers)), batch(family)
+        asked.pop("output_router_logits", None)  # transformers records them by hooks that break graphs
+        assert any(isinstance(module, MoE) for module in model.modules())
+        results = []
+        for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            model.zero_grad()
+            loss = forward(**asked).loss
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        for same, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, same, atol=1e-5, rtol=1e-4)
