@@ -100,9 +100,6 @@ class MoE(nn.Module):
         balance_shares(balance)
         if pad and capacity_factor is None:
             raise ValueError("pad=True gives every expert its full capacity: set capacity_factor as well")
-        for factor in (capacity_factor, eval_capacity_factor):
-            if factor is not None:
-                capacity_limit(factor, 1, 1, 1)  # a bad one is named here, not in the first step
         seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
 
         self.dim, self.num_experts = dim, num_experts
@@ -158,6 +155,24 @@ class MoE(nn.Module):
         if not 1 <= top_k <= self._choices:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self._choices}")
         self.gate.top_k = top_k
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """Capacity in training, None = dropless; may be set between steps."""
+        return _factor(self._capacity)
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        self._capacity = _written(factor)
+
+    @property
+    def eval_capacity_factor(self) -> float | None:
+        """Capacity in eval mode, None = as in training; may be set between steps."""
+        return _factor(self._eval_capacity)
+
+    @eval_capacity_factor.setter
+    def eval_capacity_factor(self, factor: float | None) -> None:
+        self._eval_capacity = _written(factor)
 
     @property
     def stats(self) -> Stats:
@@ -280,6 +295,17 @@ def aux_loss(model: nn.Module) -> Tensor:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+def _written(factor: float | None) -> str | None:
+    """A capacity factor as text, which is a constant to `torch.compile`; a float that changes would be none."""
+    if factor is not None:
+        capacity_limit(factor, 1, 1, 1)  # a bad one is named here, not in the next step
+    return None if factor is None else str(factor)
+
+
+def _factor(written: str | None) -> float | None:
+    return None if written is None else float(written)
 
 
 def _weighted_before(experts: Experts, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -90,6 +90,13 @@ def test_20_steps_of_other_loads_and_lengths_take_two_graphs():
     assert counter.frame_count == 2
 
 
+def test_what_is_set_between_steps():
+    layer = build(**LAYERS["padded"])
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for layer.capacity_factor, layer.top_k in [(1.25, 2), (0.9, 2), (0.7, 1), (1.25, 2)]:
+        torch.testing.assert_close(compiled(tokens(32)), layer(tokens(32)))
+
+
 @pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize("pad", [True, False], ids=["padded", "ragged"])
