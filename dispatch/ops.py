@@ -58,6 +58,11 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _encode(rows, order, inverse.unsqueeze(1))
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return kernels.encode(x, token, slot) if kernels.moves(x) else _gather(x, token)
@@ -72,7 +77,7 @@ def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if kernels.sums(rows):
         return kernels.decode(rows, slot, weight)
-    return _sum(rows * _row_weight(_wide(weight), slot, len(rows)).unsqueeze(1), slot).to(rows.dtype)
+    return _sum(rows * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1), slot).to(rows.dtype)
 
 
 @torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
@@ -82,8 +87,8 @@ def _decode_weighted_backward(
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
     if kernels.sums(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
-    grad = _wide(_gather(grad, token))
-    grad_rows = grad * _row_weight(_wide(weight), slot, len(rows)).unsqueeze(1)
+    grad = wide(_gather(grad, token))
+    grad_rows = grad * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1)
     dots = _gather((grad * rows).sum(1, keepdim=True), slot.flatten())
     return grad_rows.to(rows.dtype), dots.view_as(slot).to(weight.dtype)
 
@@ -93,16 +98,11 @@ def _sum(rows: Tensor, slot: Tensor) -> Tensor:
     if slot.shape[1] == 1:
         return _gather(rows, slot.squeeze(1))
     if rows.device.type != "cpu" or not len(rows):
-        wide = _wide(rows)
-        return sum((_gather(wide, home) for home in slot.unbind(1)), wide.new_zeros(slot.shape[0], 1)).to(rows.dtype)
+        terms = wide(rows)
+        return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
     number = kept.sum(1)
     return torch.embedding_bag(rows, slot[kept], number.cumsum(0) - number, mode=0)[0]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32, or float64 if it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
