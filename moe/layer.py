@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -248,7 +249,22 @@ class MoE(nn.Module):
         self._losses_done = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # For deepcopy and pickle: neither can copy a loss with its graph.
+        if self.dispatcher.groups or self.balance_group or self.sequence_group:
+            raise TypeError(
+                "a layer spread over ranks has process groups, which cannot be pickled: save model.state_dict(), or "
+                "use turnout.models.checkpoint (copy.deepcopy works: the copy shares the groups)"
+            )
+        return self._state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoE:
+        for module in self.modules():
+            memo |= {id(value): value for value in vars(module).values() if isinstance(value, ProcessGroup)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ = deepcopy(self._state(), memo)
+        return copied
+
+    def _state(self) -> dict[str, Any]:
+        # What can be copied: not a loss with its graph.
         return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": True}
 
 
