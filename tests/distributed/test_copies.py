@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
 from turnout.dispatch import Meshes, Profile
 from turnout.dispatch.profile import Flop, Link
-from turnout.models import GPTConfig, parallel_model
+from turnout.models import GPT, GPTConfig, parallel_model
+from turnout.models.data_parallel import computed_in
 from turnout.moe import aux_loss, parallelize, sync_gradients
 from turnout.moe.stacked import local
 
@@ -95,3 +96,16 @@ def test_weights_are_averaged():
 
 def test_a_copy_of_a_pipeline_runs_its_own_stages():
     run(2, copied_in_a_pipeline)
+
+
+def test_a_copy_under_autocast_has_its_own_weights():
+    model = computed_in(
+        torch.bfloat16, GPT(GPTConfig(vocab=16, dim=16, layers=1, heads=2, hidden=12, seq_len=8)), "cpu"
+    )
+    tokens = torch.arange(8).unsqueeze(0)
+    y, other = model(tokens), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(other(tokens), y)
+    assert not torch.equal(model(tokens), y)
