@@ -41,8 +41,8 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
     finally:
         dist.destroy_process_group()
         # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process ("terminate called
-        # without an active exception", torch 2.13); it ends with its group. Meshes lie in cycles and hold theirs. (Those
-        # that DTensor's caches keep stay on; here they get the time to let go.)
+        # without an active exception", torch 2.13); it ends with its group. Meshes lie in cycles and hold groups.
+        # (Those that DTensor's caches keep stay; they have this time to let go.)
         gc.collect()
 
 

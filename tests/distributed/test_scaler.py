@@ -20,6 +20,16 @@ from turnout.moe.parallel import expert_parameters, fully_shard_experts
 from turnout.moe.stacked import local
 
 
+def finish(scaler: GradScaler, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+    """The end of a step, and the scale of the next."""
+    scaler.unscale_(optimizer)
+    clip_grad_norm_(model, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return scaler.get_scale()
+
+
 def trained(steps: int, spoil: int | None = None, half: bool = True) -> tuple[list[float], list[torch.Tensor]]:
     """Scales after each step and final parameters; in step `spoil` an expert's gradient of rank 1 overflows."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("edp", "ep"))
@@ -36,12 +46,7 @@ def trained(steps: int, spoil: int | None = None, half: bool = True) -> tuple[li
         if number == spoil and dist.get_rank() == 1:
             model[1].experts.w_up.grad._local_tensor[0, 0, 0] = float("inf")
         sync_gradients(model, mesh)
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
+        scales.append(finish(scaler, optimizer, model))
     return scales, [whole(p) for p in model.parameters()]
 
 
@@ -100,12 +105,7 @@ def steps(compute: str, spoil: int | None = None, skip: int | None = None):
         losses.append(float(step(tokens, float(scaler.scale(torch.ones(()))))))
         if number == spoil and dist.get_rank() == 1:
             local(next(iter(expert_parameters(model).values())).grad).flatten()[0] = float("inf")
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
+        scales.append(finish(scaler, optimizer, model))
     parameters = [whole(p) for p in model.parameters()]
     return losses, scales, parameters, [p - was for p, was in zip(parameters, start, strict=True)]
 
