@@ -10,7 +10,6 @@ from torch import Tensor
 GRID, FAR = 2**40, 2**61  # scores become integers up to GRID, so that all sums are exact and far below FAR
 
 
-@torch.library.custom_op("turnout::assign", mutates_args=())
 def assign(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """One expert a token, equally many tokens an expert, the largest sum of scores: [T, E] -> int64 [T].
 
@@ -25,15 +24,20 @@ def assign(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> assign(torch.tensor([[3.0, 1.0], [9.0, 2.0], [5.0, 4.0], [8.0, 0.0]])).tolist()
     [1, 0, 1, 0]
     """
-    host = scores.detach().cpu()
+    return _assign(scores.detach(), mask)
+
+
+@torch.library.custom_op("turnout::assign", mutates_args=())
+def _assign(scores: Tensor, mask: Tensor | None) -> Tensor:
+    host = scores.cpu()
     real = torch.arange(len(host)) if mask is None else mask.cpu().nonzero().squeeze(1)
     expert = torch.full((len(host),), -1)
     expert[real] = _assigned(_on_grid(host[real]))
     return expert.to(scores.device)
 
 
-@assign.register_fake
-def _(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+@_assign.register_fake
+def _(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape[:1], dtype=torch.int64)
 
 

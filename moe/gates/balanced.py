@@ -36,6 +36,6 @@ class BalancedGate(Gate):
         """Route tokens x [T, D]; in training one where `mask`, bool [T], is False has no expert."""
         logits = self.logits(x)
         scores = logits.sigmoid()
-        expert = (assign(logits.detach(), mask) if self.training else logits.argmax(1)).unsqueeze(1)
+        expert = (assign(logits, mask) if self.training else logits.argmax(1)).unsqueeze(1)
         weight = scores.gather(1, expert.clamp(min=0))
         return Routing(expert, self.scaled(weight), scores, logits).keep(expert >= 0)
