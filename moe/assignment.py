@@ -30,8 +30,8 @@ def assign(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("turnout::assign", mutates_args=())
 def _assign(scores: Tensor, mask: Tensor | None) -> Tensor:
     host = scores.cpu()
-    real = torch.arange(len(host)) if mask is None else mask.cpu().nonzero().squeeze(1)
-    expert = torch.full((len(host),), -1)
+    real = torch.arange(len(host), device="cpu") if mask is None else mask.cpu().nonzero().squeeze(1)
+    expert = torch.full((len(host),), -1, device="cpu")
     expert[real] = _assigned(_on_grid(host[real]))
     return expert.to(scores.device)
 
@@ -66,7 +66,7 @@ def _assigned(value: Tensor) -> Tensor:
     (T, E), price = value.shape, _prices(value)
     expert = (value - price).argmax(1)
     seats = -(-T // E)  # an expert's; E * seats - T stay free, at most one of an expert, at first where it costs least
-    free = torch.zeros(E, dtype=torch.bool)
+    free = torch.zeros_like(price, dtype=torch.bool)
     free[price.argsort()[: E * seats - T]] = True
     over = torch.bincount(expert, minlength=E) + free - seats
     loss, token = (torch.stack(each) for each in zip(*(_moves(value, expert, e) for e in range(E)), strict=True))
@@ -88,7 +88,7 @@ def _assigned(value: Tensor) -> Tensor:
 def _prices(value: Tensor) -> Tensor:
     """Of each expert, int64 [E]: with them nearly equally many tokens gain most from each."""
     if not len(value):
-        return torch.zeros(value.shape[1], dtype=torch.int64)
+        return value.new_zeros(value.shape[1])
     plan, sharpness = value / GRID * 8, 8
     for _ in range(3):  # the sharper, the more even, and the slower without a start that is nearly even
         plan, sharpness = sinkhorn(4 * plan, iterations=8), 4 * sharpness
@@ -99,14 +99,14 @@ def _moves(value: Tensor, expert: Tensor, e: int) -> tuple[Tensor, Tensor]:
     """Of the tokens of expert e: the least loss in moving one to each expert, and which, int64 [E] both."""
     mine = (expert == e).nonzero().squeeze(1)
     if not len(mine):
-        return torch.full(value.shape[1:], FAR), torch.full(value.shape[1:], -1)
+        return value.new_full(value.shape[1:], FAR), value.new_full(value.shape[1:], -1)
     loss, place = (value[mine, e : e + 1] - value[mine]).min(0)
     return loss, mine[place]
 
 
 def _path(loss: Tensor, over: Tensor) -> list[int]:
     """Experts on the way of least loss from one that has too many to one that has too few (Bellman and Ford)."""
-    distance, before = torch.where(over > 0, 0, FAR), torch.arange(len(over))
+    distance, before = torch.where(over > 0, 0, FAR), torch.arange(len(over), device=over.device)
     while True:
         through, last = (distance.unsqueeze(1) + loss).min(0)
         nearer = through < distance
