@@ -51,7 +51,8 @@ class MoE(nn.Module):
         drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
         pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
         shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
-        residual: weigh these against the others with a learned softmax for each token (`Residual`), not as a plain sum.
+        residual: weigh these against the others by a learned softmax for each token (DeepSpeed's form of PR-MoE,
+            arXiv:2201.05596), in place of a plain sum.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
             (`balance_loss`), or several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of
