@@ -64,11 +64,11 @@ def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
     """The layer without the path that CPUs have of their own."""
-    by_expert, FeedForwardExperts._one_at_a_time = FeedForwardExperts._one_at_a_time, lambda *sizes: False
+    by_group, FeedForwardExperts._few_at_a_time = FeedForwardExperts._few_at_a_time, lambda *args: False
     try:
         return layer(x)
     finally:
-        FeedForwardExperts._one_at_a_time = by_expert
+        FeedForwardExperts._few_at_a_time = by_group
 
 
 def loop(layer: MoE, x: Tensor) -> Tensor:
