@@ -20,14 +20,16 @@ from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, blocks, wide
 from .grouped_mm import computed, mm
 
-_LARGE = 1 << 25  # bytes: from here on glibc maps a buffer anew each time, whatever was freed before
+_LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
 _GROUP = 1 << 21  # elements of a group's widest buffer, of which there are four: 8 MiB each in float32
 Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
 
 
 def pays(rows: Tensor, number: int, width: int) -> bool:
-    """Whether groups are faster for `number` rows of this width, of the dtype of rows: where each buffer of all
-    experts would be faulted in page by page. Smaller ones an allocator keeps; what groups make again is then lost.
+    """Whether groups are faster for `number` rows of this width, of the dtype of rows.
+
+    They are where the rows of all experts are a buffer that is faulted in page by page, each time. Smaller ones are
+    kept, and then what groups make again in the backward costs more than it saves.
     """
     return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE
 
@@ -59,15 +61,14 @@ def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
     >>> [group.sizes for group in groups(torch.tensor([3, 0, 2, 9, 1]), width=4, elements=20)]
     [[3, 0, 2], [9], [1]]
     """
-    found: list[Group] = []
-    first = 0
-    for e, size in enumerate(counts.tolist()):
-        if found and (first + size - found[-1].rows.start) * width <= elements:
-            rows, experts, sizes = found.pop()
-        else:
-            rows, experts, sizes = slice(first, first), slice(e, e), []
-        first += size
-        found.append(Group(slice(rows.start, first), slice(experts.start, e + 1), [*sizes, size]))
+    sizes, found = counts.tolist(), []
+    e = row = 0
+    while e < len(sizes):
+        last, end = e + 1, row + sizes[e]
+        while last < len(sizes) and (end + sizes[last] - row) * width <= elements:
+            last, end = last + 1, end + sizes[last]
+        found.append(Group(slice(row, end), slice(e, last), sizes[e:last]))
+        e, row = last, end
     return found
 
 
