@@ -151,7 +151,7 @@ class FeedForwardExperts(Experts):
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
         """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-        One grouped matrix product a layer, or on a CPU one expert at a time (`pays`); empty experts cost nothing.
+        One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         if self.kernel == "triton":
             check_kernel(self.kernel, rows)
@@ -159,7 +159,7 @@ class FeedForwardExperts(Experts):
             w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
             return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
         up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-        if plan is not None or self._one_at_a_time(rows, len(weight), len(counts)):
+        if plan is not None or self._few_at_a_time(rows, len(weight)):
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = grouped_linear(rows, ends, *up)
@@ -169,15 +169,11 @@ class FeedForwardExperts(Experts):
         return weighted(grouped_linear(hidden, ends, *down), weight)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Triton's kernels always do; on a CPU, dropless, where one expert at a time is faster."""
-        if self.kernel == "triton":
-            return True
-        return plan.capacity is None and self._one_at_a_time(x, len(plan.token), len(plan.counts))
+        """Triton's kernels always do; on a CPU, dropless, where a few experts at a time are faster."""
+        return self.kernel == "triton" or (plan.capacity is None and self._few_at_a_time(x, len(plan.token)))
 
-    def _one_at_a_time(self, x: Tensor, rows: int, experts: int) -> bool:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return pays(rows, experts, self.dim, self.hidden)
+    def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
+        return not torch.compiler.is_compiling() and pays(x, rows, max(self.dim, self.hidden))
 
     def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""
