@@ -81,9 +81,10 @@ class _Perceptrons(torch.autograd.Function):
         room, dtype = (_most(counts), w_down.shape[1]), computed(rows)
         hidden, *slopes = (rows.new_empty(room, dtype=dtype) for _ in range(1 + number))
         take_x, take_y = _taker(rows, counts, ctx.plan), _taker(rows, counts, ctx.plan)
+        learns = any(t is not None for t in to_up[::2])  # frozen experts do not look at their rows again
         for e, span in spans(counts.cumsum(0)):
-            x, y, w = take_x(rows, span), take_y(grad, span), weight[span].unsqueeze(1)
-            h, *dus = (t[: len(x)] for t in (hidden, *slopes))
+            x, y, w = take_x(rows, span) if learns else None, take_y(grad, span), weight[span].unsqueeze(1)
+            h, *dus = (t[: len(y)] for t in (hidden, *slopes))
             mm(y, w_down[e].T, out=dus[0])
             for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before), elements=_BLOCK):
                 d, us_ = wide(both[0]), map(wide, both[number:])
@@ -102,7 +103,7 @@ class _Perceptrons(torch.autograd.Function):
                 matrix, to_matrix, to_bias = up[2 * j], to_up[2 * j], to_up[2 * j + 1]
                 if to_rows is not None:
                     mm(du, matrix[e].T, out=to_rows.at(span), add=j > 0)
-                if to_matrix is not None:
+                if to_matrix is not None and x is not None:
                     mm(x.T, du, out=to_matrix[e])
                 if to_bias is not None:
                     to_bias[e] = du.sum(0)
