@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ class Experts(nn.Module, ABC):
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
-        self.register_module("lora", None)  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
+        self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
         """Whether `forward` takes these tokens and their plan, in place of rows: see `FeedForwardExperts.forward`."""
@@ -56,7 +55,9 @@ class Experts(nn.Module, ABC):
     def adapted(self, name: str, y: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         """y [R, out], rows [R, in] times the matrix `name`, with what its adapter adds; `ends` as in `grouped_mm`."""
         adapter = None if self.lora is None else self.lora[name]
-        return adapter.beside(y, rows, partial(grouped_mm, ends=ends)) if isinstance(adapter, LowRank) else y
+        if not isinstance(adapter, LowRank):
+            return y
+        return adapter.beside(y, rows, lambda x, matrix: grouped_mm(x, matrix.to(x.dtype), ends))
 
     @abstractmethod
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

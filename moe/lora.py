@@ -18,10 +18,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool = True) -> Model:
     """Freeze a model, and put low-rank adapters beside the matrices of its experts and routers, in place.
 
-    Each matrix W [in, out] of each expert gets A [in, r] and B [r, out], and x W becomes x W + alpha / r (x A) B
-    (LoRA, Hu et al. 2021, arXiv:2106.09685). B is 0: at first nothing changes. A B is never formed, so that frozen
-    experts have neither gradients nor anything like them. Adapters are part of the experts: `parallelize` spreads them,
-    `sync_gradients`, `clip_grad_norm_` and FSDP treat them alike.
+    Each matrix W [in, out] of each expert gets A [in, r] and B [out, r], and x W becomes x W + alpha / r (x A) B^T
+    (LoRA, Hu et al. 2021, arXiv:2106.09685). B is 0: at first nothing changes. A B^T is never formed, so that frozen
+    experts have neither gradients nor anything of their size. Adapters are part of the experts: `parallelize` spreads
+    them, `sync_gradients`, `clip_grad_norm_` and FSDP treat them alike.
 
     Call it before or after `parallelize`, before FSDP and the optimizer. Everything in `model` is frozen but the
     adapters; unfreeze what else is to be trained afterwards. On a CPU experts no longer run one at a time.

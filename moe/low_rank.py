@@ -14,9 +14,9 @@ from .stacked import held_slice, local, seeded
 
 
 class LowRank(nn.Module):
-    """x W becomes x W + scale (x A) B, W being frozen (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """x W becomes x W + scale (x A) B^T, W being frozen (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-    `a` [in, r] is drawn evenly within 1 / sqrt(in), `b` [r, out] is 0 at first. Beside matrices stacked over experts
+    `a` [in, r] is drawn evenly within 1 / sqrt(in), `b` [out, r] is 0 at first. Beside matrices stacked over experts
     both are stacked as well, and DTensors where those are: expert e starts alike at every world size.
 
     Args:
@@ -33,7 +33,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.transposed, self.scale, self.seed, self.merged = transposed, scale, seed, False
         fan_in, fan_out = matrix.shape[-2:] if not transposed else matrix.shape[:-3:-1]
-        self.a, self.b = (nn.Parameter(_like(matrix, shape)) for shape in ((fan_in, rank), (rank, fan_out)))
+        self.a, self.b = (nn.Parameter(_like(matrix, shape)) for shape in ((fan_in, rank), (fan_out, rank)))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -51,24 +51,23 @@ class LowRank(nn.Module):
             a.copy_(drawn[held[-2:]])
 
     def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """y = x W -> x W + scale (x A) B, by a `product` of rows and a matrix."""
+        """y = x W -> x W + scale (x A) B^T, by a `product` of rows and a matrix."""
         if self.merged:
             return y
-        a, b = (local(t).to(x.dtype) for t in (self.a, self.b))
-        return y + product(product(x, a) * self.scale, b)
+        return y + product(product(x, local(self.a)) * self.scale, local(self.b).mT)
 
     @torch.no_grad()
     def merge(self, matrix: Tensor, sign: int) -> None:
         """Add the product to the matrix, or with `sign` -1 take it out; one expert at a time, rounded once."""
         each = (local(t) if t.ndim == 3 else local(t).unsqueeze(0) for t in (matrix, self.a, self.b))
         for w, a, b in zip(*each, strict=True):
-            change = wide(a) @ wide(b) * (sign * self.scale)
+            change = wide(a) @ wide(b).T * (sign * self.scale)
             w.copy_(wide(w) + (change.T if self.transposed else change))
         self.merged = sign > 0
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"rank={self.b.shape[-2]}, scale={self.scale}{', merged' if self.merged else ''}"
+        return f"rank={self.b.shape[-1]}, scale={self.scale}{', merged' if self.merged else ''}"
 
 
 def _like(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -41,7 +41,7 @@ class Gate(nn.Module, ABC):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
-        self.register_module("lora", None)  # an adapter beside `weight`: see `add_lora`
+        self.lora = None  # an adapter beside `weight`: see `add_lora`
         if self.learned:
             self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
