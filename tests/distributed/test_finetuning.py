@@ -26,12 +26,14 @@ from turnout.moe.stacked import held_slice, local
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), MoE(WIDTH, 12, EXPERTS, 4, bias=True, balance="global")).double()
+    moe = MoE(WIDTH, 12, EXPERTS, 4, bias=True, balance="global")
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), moe, nn.Linear(WIDTH, WIDTH)).double()
 
 
 def dense() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), FeedForward(WIDTH, 24, bias=True)).double()
+    block = FeedForward(WIDTH, 24, bias=True)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), block, nn.Linear(WIDTH, WIDTH)).double()
 
 
 def upcycled() -> list[tuple[float, torch.Tensor]]:
