@@ -85,6 +85,8 @@ def _plan(
     for what, given in {"shared_experts": layer.shared, "free_experts": layer.free}.items():
         if given is not None:
             raise ValueError(f"{where} has {what}, which add to what the copies compute: build it without")
+    if layer.experts.lora is not None:
+        raise ValueError(f"{where} has adapters: upcycle it before add_lora")
     if layer.weight_on != "output":
         raise ValueError(f'{where} weighs what enters its experts, which is no weighted sum: set weight_on="output"')
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):

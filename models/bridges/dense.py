@@ -28,13 +28,13 @@ def replace_dense(
 ) -> Model:
     """Put an upcycled `MoE` in the place of every n-th feed-forward block of a dense model, in place.
 
-    A block has Linear layers ``up_proj``, ``down_proj`` and maybe ``gate_proj``, as those of Llama, Mistral, Qwen3 and
-    Gemma, or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did (`upcycle`); the routers are
+    A block has Linear layers ``up_proj``, ``down_proj`` and maybe ``gate_proj``, as those of Llama, Mistral, Qwen2
+    and Qwen3, or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did (`upcycle`); the routers are
     new. Its loss knows nothing of them: add `aux_loss(model)`. On the meta device there is nothing to copy: layers
     are replaced alone, and `upcycle(model, dense)` fills them when there are values.
 
     Args:
-        model: of transformers, or any module that holds such blocks; built alike on every rank.
+        model: of transformers, or any module that holds such blocks; built alike on every rank, under one `torch.manual_seed`.
         num_experts, top_k: of each layer: all shards of all copies, and how many of them a token picks.
         every: blocks n, 2n, ... are replaced, counted from 1.
         granularity: experts hold 1/granularity of a block each, so that `num_experts` and `top_k` are multiples of it.
@@ -42,27 +42,40 @@ def replace_dense(
         options: further arguments of `MoE`.
 
     Raises:
-        ValueError: no such block, or one that cannot be replaced, and why; earlier ones then are already.
+        ValueError: no such block, or one that cannot be replaced, and why; the model is then as it was.
     """
+    if every < 1 or granularity < 1:
+        raise ValueError(f"every and granularity must be positive; got {every} and {granularity}")
     blocks = list(_blocks(model))
-    chosen = blocks[every - 1 :: every]
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has {len(blocks)} blocks that are known: none is the {every}-th")
-    for parent, name, block in chosen:
-        tensors, activation = dense_tensors(block)
-        (dim, hidden), like = tensors["w_up"].shape, tensors["w_up"]
-        kind = named_activation(tensors, activation)
-        if kind is None or hidden % granularity:
-            raise ValueError(
-                f"{name} is {dim} x {hidden} with {activation}: experts are swiglu, gelu or relu, "
-                f"and granularity={granularity} must divide the width"
-            )
-        with torch.device(like.device):
-            bias = any(each.startswith("b_") for each in tensors)
-            layer = MoE(dim, hidden // granularity, num_experts, top_k, experts=kind, bias=bias, **options)
-        layer = layer.to(like.dtype).train(block.training)
-        setattr(parent, name, layer if like.is_meta else upcycle(layer, block, noise, reset, scale))
+    if len(blocks) < every:
+        raise ValueError(
+            f"{type(model).__name__} has {len(blocks)} dense blocks that are known: none is number {every}"
+        )
+    layers = []
+    for parent, name, block in blocks[every - 1 :: every]:
+        layer = _layer(block, num_experts, top_k, granularity, options)
+        if not any(p.is_meta for p in block.parameters()):
+            upcycle(layer, block, noise, reset, scale)
+        layers.append((parent, name, layer))
+    for parent, name, layer in layers:
+        setattr(parent, name, layer)
     return model
+
+
+def _layer(block: nn.Module, num_experts: int, top_k: int, granularity: int, options: dict[str, Any]) -> MoE:
+    """A layer whose experts are of the block's kind, where the block is."""
+    tensors, activation = dense_tensors(block)
+    (dim, hidden), like = tensors["w_up"].shape, tensors["w_up"]
+    kind = named_activation(tensors, activation)
+    if kind is None:
+        gated = "gated by " if "w_gate" in tensors else ""
+        raise ValueError(f"{type(block).__name__} is {gated}{activation}: experts are swiglu, gelu or relu")
+    if hidden % granularity:
+        raise ValueError(f"{type(block).__name__} is {hidden} wide, which granularity={granularity} does not divide")
+    bias = any(each.startswith("b_") for each in tensors)
+    with torch.device(like.device):
+        layer = MoE(dim, hidden // granularity, num_experts, top_k, experts=kind, bias=bias, **options)
+    return layer.to(like.dtype).train(block.training)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

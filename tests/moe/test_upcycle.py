@@ -209,3 +209,25 @@ def test_a_dense_model_of_hugging_face(family, options):
             layer.gate.reset_parameters()
     upcycle(late, build())
     assert close(late(input_ids=ids).logits, before.logits, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, {}, "gated by"),
+        ({}, {"every": 3}, "has 2 dense blocks"),
+        ({}, {"every": 0}, "positive"),
+        ({}, {"granularity": 5}, "48 wide"),
+        ({}, {"top_k": 1}, "add up to"),
+    ],
+    ids=str,
+)
+def test_a_dense_model_of_hugging_face_that_cannot_be_replaced(config, options, says):
+    transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
+    from turnout.models.bridges import replace_dense
+
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=64, **sizes, **config))
+    with pytest.raises(ValueError, match=says):
+        replace_dense(model, **{"num_experts": 4, **options})
+    assert not any(isinstance(m, MoE) for m in model.modules())
