@@ -29,12 +29,13 @@ def replace_dense(
     """Put an upcycled `MoE` in the place of every n-th feed-forward block of a dense model, in place.
 
     A block has Linear layers ``up_proj``, ``down_proj`` and maybe ``gate_proj``, as those of Llama, Mistral, Qwen2
-    and Qwen3, or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did (`upcycle`); the routers are
-    new. Its loss knows nothing of them: add `aux_loss(model)`. On the meta device there is nothing to copy: layers
-    are replaced alone, and `upcycle(model, dense)` fills them when there are values.
+    and Qwen3, or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did (`upcycle`); routers are
+    new, and the model's loss knows nothing of them: add `aux_loss(model)`. On the meta device there is nothing to copy:
+    blocks are replaced, and `upcycle(model, dense)` fills them once there are values.
 
     Args:
-        model: of transformers, or any module that holds such blocks; built alike on every rank, under one `torch.manual_seed`.
+        model: of transformers, or any module that holds such blocks; alike on every rank, and under one
+            `torch.manual_seed`.
         num_experts, top_k: of each layer: all shards of all copies, and how many of them a token picks.
         every: blocks n, 2n, ... are replaced, counted from 1.
         granularity: experts hold 1/granularity of a block each, so that `num_experts` and `top_k` are multiples of it.
