@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from .experts import Experts
 from .gates import Gate
 from .layer import MoE
 from .low_rank import LowRank
@@ -57,13 +58,23 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     return model
 
 
-def merge_lora(model: Model) -> Model:
+def merge_lora(model: Model, keep: bool = True) -> Model:
     """Add all adapters of a model to the matrices they stand beside, in place; the function stays the same.
 
-    It then costs what it cost without them, in any kernel. Adapters are kept, out of use, for `unmerge_lora`.
-    Every rank calls it, without FSDP. Matrices in half precision are rounded, by what `unmerge_lora` does not undo.
+    It then costs what it cost without them, in any kernel. Every rank calls it, without FSDP. Matrices in half
+    precision are rounded, by what `unmerge_lora` does not undo.
+
+    Args:
+        model: what `add_lora` was given.
+        keep: adapters stay, out of use, for `unmerge_lora`; a checkpoint does not say that they are merged. False: they
+            are gone, and the model has the parameters it had before `add_lora`, frozen still.
     """
-    return _merge(model, 1)
+    _merge(model, 1)
+    for module in [] if keep else list(model.modules()):
+        if isinstance(module, Experts | Gate) and module.lora is not None:
+            del module.lora
+            module.lora = None
+    return model
 
 
 def unmerge_lora(model: Model) -> Model:

@@ -41,6 +41,7 @@ class LowRank(nn.Module):
         """Draw `a`, and make `b` zero."""
         if self.a.is_meta:
             return
+        self.merged = False
         local(self.b).zero_()
         held, bound = held_slice(self.a), 1 / math.sqrt(self.a.shape[-2])
         stacked = local(self.a) if self.a.ndim == 3 else local(self.a).unsqueeze(0)

@@ -63,6 +63,7 @@ def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, 
     for target, value in rest:
         local(target).copy_(_whole(value)[held_slice(target)])
     for layer, tensors, groups, factor in plans:
+        tensors = {name: _whole(t) for name, t in tensors.items()}  # of one block at a time
         _group_rows(layer.gate, groups)
         for place, expert in enumerate(layer.experts.owned):
             generator = seeded(layer.experts.seed, f"{expert}/upcycle")
@@ -80,7 +81,7 @@ def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, 
 def _plan(
     name: str, layer: MoE, dense: Dense, reset: float, scale: float | None
 ) -> tuple[dict[str, Tensor], int, float]:
-    """Whole tensors of the dense block by the names of an expert's, shards G, and the factor of down projections."""
+    """Tensors of the dense block by the names of an expert's, shards G, and the factor of down projections."""
     where = name or "the layer"
     for what, given in {"shared_experts": layer.shared, "free_experts": layer.free}.items():
         if given is not None:
@@ -111,7 +112,6 @@ def _plan(
 
 def _feed_forward(where: str, experts: FeedForwardExperts, dense: Dense) -> tuple[dict[str, Tensor], int]:
     tensors, activation = dense_tensors(dense)
-    tensors = {name: _whole(t) for name, t in tensors.items()}
     wanted = {name for name, _ in experts.named_parameters()}
     missing = {name for name in wanted if name.startswith("w_")} - tensors.keys()
     if missing or tensors.keys() - wanted:
@@ -144,7 +144,7 @@ def _as_they_are(where: str, experts: Experts, dense: Dense) -> dict[str, Tensor
     shapes = {name: tuple(t.shape[1:]) for name, t in _stacked(experts)}
     if {name: tuple(t.shape) for name, t in own.items()} != shapes:
         raise ValueError(f"an expert of {where} has {shapes}, the dense block is of another kind")
-    return {name: _whole(t) for name, t in own.items()}
+    return own
 
 
 def _share(where: str, gate: Gate, groups: int) -> float:

@@ -89,6 +89,9 @@ def test_merged_and_unmerged(dtype):
     assert close(moe(tokens(dtype=dtype)), y, tolerance)
     with pytest.raises(ValueError, match="not merged"):
         unmerge_lora(moe)
+    merge_lora(moe, keep=False)
+    assert moe.state_dict().keys() == layer(bias=True).state_dict().keys()
+    assert close(moe(tokens(dtype=dtype)), y, tolerance)
 
 
 class Made(TorchDispatchMode):
