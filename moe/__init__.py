@@ -5,6 +5,7 @@ from .capacity import capacity, capacity_limit
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
+    BalancedGate,
     BiasedGate,
     CosineGate,
     ExpertChoiceGate,
@@ -30,6 +31,7 @@ from .stats import Stats
 from .upcycle import upcycle
 
 __all__ = [
+    "BalancedGate",
     "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",
