@@ -22,11 +22,13 @@ from .gates import (
 )
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE, aux_loss
+from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
 from .scaler import GradScaler
 from .stats import Stats
+from .upcycle import upcycle
 
 __all__ = [
     "BalancedGate",
@@ -49,6 +51,7 @@ __all__ = [
     "Stats",
     "SwitchGate",
     "TopKGate",
+    "add_lora",
     "aux_loss",
     "balance_biases",
     "balance_loss",
@@ -57,8 +60,12 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",
+    "lora_parameters",
+    "merge_lora",
     "parallelize",
     "param_groups",
     "sync_gradients",
+    "unmerge_lora",
+    "upcycle",
     "z_loss",
 ]

@@ -119,10 +119,12 @@ class _Perceptrons(torch.autograd.Function):
         dtype = computed(rows)
         hidden, *slopes = (rows.new_empty(most, w_down.shape[1], dtype=dtype) for _ in range(1 + number))
         take_x, take_y = _taker(rows, most, ctx.plan), _taker(rows, most, ctx.plan)
+        learns = any(t is not None for t in to_up[::2])  # frozen experts do not look at their rows again
         for span, few, sizes in ctx.turns:
-            x, y, w = take_x(rows, span), take_y(grad, span), weight[span].unsqueeze(1)
-            h, *dus = (t[: len(x)] for t in (hidden, *slopes))
-            xs, ys, hs = (t.split(sizes) for t in (x, y, h))
+            y, w = take_y(grad, span), weight[span].unsqueeze(1)
+            xs = take_x(rows, span).split(sizes) if learns else ()
+            h, *dus = (t[: len(y)] for t in (hidden, *slopes))
+            ys, hs = y.split(sizes), h.split(sizes)
             products(ys, w_down[few].mT, dus[0].split(sizes))
             for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
                 d = wide(both[0])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..low_rank import LowRank
 from ..routing import Routing
 
 
@@ -34,12 +35,14 @@ class Gate(nn.Module, ABC):
     balances_itself = False
     takes_mask = False
     takes_ids = False
+    lora: LowRank | None
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
+        self.lora = None  # an adapter beside `weight`: see `add_lora`
         if self.learned:
             self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
@@ -51,7 +54,8 @@ class Gate(nn.Module, ABC):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E], float32 or wider, whatever the model's dtype and autocast say."""
-        return projected(x, self.weight)
+        logits = projected(x, self.weight)
+        return logits if self.lora is None else self.lora.beside(logits, x, lambda x, a: projected(x, a.T))
 
     def scaled(self, weight: Tensor) -> Tensor:
         """Weights times `scale`; at 1, as it mostly is, without a kernel for it."""
