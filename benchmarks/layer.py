@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/layer.py
     MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0 OMP_NUM_THREADS=1 python benchmarks/layer.py
     OMP_NUM_THREADS=1 python benchmarks/layer.py --only dense bare layer --dtype bfloat16
+    OMP_NUM_THREADS=1 python benchmarks/layer.py --processor --only bare layer "all at once"
     OMP_NUM_THREADS=1 python benchmarks/layer.py --peak
 
 The second keeps glibc from handing memory back between steps, whose pages the kernel must fill with zeros again
@@ -15,6 +16,7 @@ index operations; `loop`, one product an expert; `bmm`, rows padded to the large
 in each round; medians over rounds, as ratios to the first; gradients are None before each run. Where a CPU has no
 products in bfloat16, torch's take 4 to 90 times as long as those of float32: `dense` is then in float32, and so are the
 floors and the layer inside, while `index`, `loop` and `bmm` are left out, at minutes a step.
+`--processor`: the processor's time in place of the clock's, for one thread on a machine that others load as well.
 `--peak`: MiB that a step adds at its peak to layer and input, each in a fresh process.
 """
 
@@ -64,11 +66,11 @@ def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
     """The layer without the path that CPUs have of their own."""
-    by_expert, FeedForwardExperts._one_at_a_time = FeedForwardExperts._one_at_a_time, lambda *sizes: False
+    by_group, FeedForwardExperts._few_at_a_time = FeedForwardExperts._few_at_a_time, lambda *args: False
     try:
         return layer(x)
     finally:
-        FeedForwardExperts._one_at_a_time = by_expert
+        FeedForwardExperts._few_at_a_time = by_group
 
 
 def loop(layer: MoE, x: Tensor) -> Tensor:
@@ -133,15 +135,17 @@ def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict
     return runs
 
 
-def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def measure(
+    runs: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each, all in turn in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-2, rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if counted >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -170,11 +174,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these of the contenders; ratios are to the first of them")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--minimum", action="store_true", help="the fastest round in place of the median: other work")
+    parser.add_argument("--processor", action="store_true", help="time of the processor, not of the clock: other work")
     parser.add_argument("--peak", action="store_true", help="memory instead")
     parser.add_argument("--compile", action="store_true", help="the layer under torch.compile instead, to `layer`")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
     typical = min if args.minimum else statistics.median
+    clock = time.process_time if args.processor else time.perf_counter
     for size in SIZES:
         for dtype in args.dtype:
             runs = (compiled if args.compile else contenders)(*size, getattr(torch, dtype))
@@ -183,7 +189,7 @@ def main() -> None:
             if args.peak:
                 cells |= {f"{name} MiB": f"{peak(run):.0f}" for name, run in runs.items()}
             else:
-                times = {name: typical(seconds) for name, seconds in measure(runs, args.rounds).items()}
+                times = {name: typical(seconds) for name, seconds in measure(runs, args.rounds, clock).items()}
                 base, *others = times
                 cells[f"{base} ms"] = f"{times[base] * 1e3:.1f}"
                 cells |= {name: f"{times[name] / times[base]:.2f}" for name in others}

@@ -5,6 +5,7 @@ from .capacity import capacity, capacity_limit
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
+    BalancedGate,
     BiasedGate,
     CosineGate,
     ExpertChoiceGate,
@@ -21,13 +22,16 @@ from .gates import (
 )
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE, aux_loss
+from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
 from .scaler import GradScaler
 from .stats import Stats
+from .upcycle import upcycle
 
 __all__ = [
+    "BalancedGate",
     "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",
@@ -47,6 +51,7 @@ __all__ = [
     "Stats",
     "SwitchGate",
     "TopKGate",
+    "add_lora",
     "aux_loss",
     "balance_biases",
     "balance_loss",
@@ -55,8 +60,12 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",
+    "lora_parameters",
+    "merge_lora",
     "parallelize",
     "param_groups",
     "sync_gradients",
+    "unmerge_lora",
+    "upcycle",
     "z_loss",
 ]

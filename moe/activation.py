@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch.ops import wide
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
-_CACHE = 1 << 16  # elements of a block: small enough for its temporaries to stay in a core's cache
+_CACHE = 1 << 18  # elements of a block: a few of them fit a core's cache, and the calls on each do not weigh
 
 
 def swiglu(up: Tensor, gate: Tensor) -> Tensor:
@@ -71,13 +73,8 @@ class _Weighted(torch.autograd.Function):
         return to_rows, to_weight
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def blocks(*tensors: Tensor, elements: int = _CACHE) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of every tensor, in blocks that fit a CPU's cache; elsewhere all rows at once."""
     rows = tensors[0]
-    step = max(1, elements // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    step = max(1, _CACHE // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
     return zip(*(t.split(step) for t in tensors), strict=True) if len(rows) else iter(())

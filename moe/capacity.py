@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dispatch.plan import load
 from .routing import Routing
@@ -28,6 +28,25 @@ def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int) -> 
     above, below = _as_written(factor)
     limit = -(-above * top_k * tokens // (below * num_experts))
     return max(limit, 1) if tokens else 0
+
+
+def factor_of(name: str) -> property:
+    """A layer's attribute for a capacity factor, or None, kept under `name` as text.
+
+    To `torch.compile` a text is a constant; a float that changes would be a variable, of which nothing follows. A bad
+    factor raises ValueError when it is set, not in the next step.
+    """
+
+    def get(layer: nn.Module) -> float | None:
+        written = getattr(layer, name)
+        return None if written is None else float(written)
+
+    def put(layer: nn.Module, factor: float | None) -> None:
+        if factor is not None:
+            capacity_limit(factor, 1, 1, 1)
+        setattr(layer, name, None if factor is None else str(factor))
+
+    return property(get, put)
 
 
 @torch.compiler.assume_constant_result

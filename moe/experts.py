@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
 from .grouped_mm import grouped_mm
 from .in_cache import pays, perceptrons
-from .stacked import held_slice, local, local_as
+from .low_rank import LowRank
+from .stacked import held_slice, local, local_as, seeded
 
 
 class Experts(nn.Module, ABC):
@@ -28,9 +28,12 @@ class Experts(nn.Module, ABC):
     from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
     """
 
+    lora: nn.ModuleDict | None
+
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
+        self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
         """Whether `forward` takes these tokens and their plan, in place of rows: see `FeedForwardExperts.forward`."""
@@ -39,6 +42,22 @@ class Experts(nn.Module, ABC):
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
         raise ValueError(f"{type(self).__name__} cannot be split inside an expert: use a mesh with etp=1")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are computed beside the matrices: there are some, and they are not merged."""
+        return self.lora is not None and not all(adapter.merged for adapter in self.lora.values())
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """Stacked matrices that adapters may stand beside (`adapted`), and whether each is stored [E, out, in]."""
+        return {}
+
+    def adapted(self, name: str, y: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        """y [R, out], rows [R, in] times the matrix `name`, with what its adapter adds; `ends` as in `grouped_mm`."""
+        adapter = None if self.lora is None else self.lora[name]
+        if not isinstance(adapter, LowRank):
+            return y
+        return adapter.beside(y, rows, lambda x, matrix: grouped_mm(x, matrix.to(x.dtype), ends))
 
     @abstractmethod
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -54,12 +73,15 @@ class Experts(nn.Module, ABC):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the experts held here; call it after `to_empty` from the meta device."""
+        for adapter in self.modules():
+            if isinstance(adapter, LowRank):
+                adapter.reset_parameters()
         stacked = dict(self.named_parameters()) | dict(self.named_buffers())
+        stacked = {name: t for name, t in stacked.items() if not name.startswith("lora.")}
         if any(t.is_meta for t in stacked.values()):
             return
         for place, expert in enumerate(self.owned):
-            seed = hashlib.blake2b(f"{self.seed}/{expert}".encode(), digest_size=7).digest()
-            initial = self._initial(torch.Generator("cpu").manual_seed(int.from_bytes(seed)))
+            initial = self._initial(seeded(self.seed, f"{expert}"))
             for name, tensor in stacked.items():
                 if initial[name].shape != tensor.shape[1:]:
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
@@ -139,45 +161,57 @@ class FeedForwardExperts(Experts):
     def kernel(self, kernel: str) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+        if kernel == "triton" and self.adapts:
+            raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
         if kernel == "triton" and self.bias:
             raise ValueError('kernel="triton" has no biases: build the experts with bias=False, or set kernel="torch"')
         self._kernel = kernel
 
     def split_axes(self) -> dict[str, int]:
         """The hidden width; of `b_down`, the output's: each part adds its own piece."""
+        if self.adapts:
+            raise ValueError("experts with adapters cannot be split inside: merge_lora(model) first, or take etp=1")
         inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
-        return {name: inside[name] for name, _ in self.named_parameters()}
+        return {name: inside[name] for name, _ in self.named_parameters(recurse=False)}
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
         """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-        One grouped matrix product a layer, or on a CPU one expert at a time (`pays`); empty experts cost nothing.
+        One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         if self.kernel == "triton":
             check_kernel(self.kernel, rows)
             w_gate = self._tensor("w_gate", rows) if self.activation == "swiglu" else None
             w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
             return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
-        up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-        if plan is not None or self._one_at_a_time(rows, len(weight), len(counts)):
+        if plan is not None or self._few_at_a_time(rows, len(weight)):
+            up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = grouped_linear(rows, ends, *up)
-        hidden = swiglu(hidden, grouped_linear(rows, ends, *gate[0])) if gate else ACTIVATIONS[self.activation](hidden)
+        hidden = self._linear("up", rows, ends)
+        if self.activation == "swiglu":
+            hidden = swiglu(hidden, self._linear("gate", rows, ends))
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
         if self.hidden < self.dim:
-            return grouped_linear(weighted(hidden, weight), ends, *down, weight)
-        return weighted(grouped_linear(hidden, ends, *down), weight)
+            return self._linear("down", weighted(hidden, weight), ends, weight)
+        return weighted(self._linear("down", hidden, ends), weight)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Triton's kernels always do; on a CPU, dropless, where one expert at a time is faster."""
-        if self.kernel == "triton":
-            return True
-        return plan.capacity is None and self._one_at_a_time(x, len(plan.token), len(plan.counts))
+        """Triton's kernels always do; on a CPU, dropless, where a few experts at a time are faster."""
+        return self.kernel == "triton" or (plan.capacity is None and self._few_at_a_time(x, len(plan.token)))
 
-    def _one_at_a_time(self, x: Tensor, rows: int, experts: int) -> bool:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+    def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
+        if torch.compiler.is_compiling() or self.adapts:
             return False
-        return pays(rows, experts, self.dim, self.hidden)
+        return pays(x, rows, max(self.dim, self.hidden))
+
+    def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.adapted(name, grouped_linear(rows, ends, *self._layer(name, rows), weight), rows, ends)
 
     def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""

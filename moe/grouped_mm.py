@@ -111,7 +111,9 @@ def _(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
 
 
 def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    a, b, ends = inputs
+    needs_a, needs_b, *_ = ctx.needs_input_grad  # the gradient of each takes the other: frozen experts let rows go
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, ends)
 
 
 def _backward(ctx, grad: Tensor):
@@ -124,7 +126,9 @@ def _backward(ctx, grad: Tensor):
 
 def _weight_backward(ctx, grad: Tensor):
     rows, rows_grad, ends = ctx.saved_tensors
-    return _grouped_mm(rows_grad, grad.mT, ends), _grouped_mm(rows, grad, ends), None
+    to_rows = _grouped_mm(rows_grad, grad.mT, ends) if ctx.needs_input_grad[0] else None
+    to_grad = _grouped_mm(rows, grad, ends) if ctx.needs_input_grad[1] else None
+    return to_rows, to_grad, None
 
 
 _grouped_mm.register_autograd(_backward, setup_context=_save_inputs)

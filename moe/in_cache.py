@@ -1,30 +1,38 @@
-"""The experts' perceptrons on a CPU, one expert at a time: what lies between two products stays in the cache.
+"""The experts' perceptrons on a CPU, a few experts at a time: what lies between two products stays in the cache.
 
-Of the hidden rows, only what the activation is taken of is kept. The rest is made for one expert, used while
+Of the hidden rows, only what the activation is taken of is kept. The rest is made for a group of experts, used while
 it lies in the cache, and made again in the backward: that costs less than memory would, where every page of a
 large buffer has to be faulted in, written, and read again. Where an allocator keeps its pages, it saves memory alone.
+Groups, not single experts: gathers, sums and activations are then a few calls on many rows, however small an expert is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch.ops import wide
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, blocks, wide
-from .grouped_mm import computed, mm, spans
+from .activation import ACTIVATIONS, blocks
+from .grouped_mm import computed, mm
 
-_BLOCK = 1 << 18  # elements: a few temporaries of them fit a cache, and the calls that make them do not weigh
+_LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
+_GROUP = 1 << 21  # elements of a group's widest buffer, of which there are four: 8 MiB each in float32
 Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
 
 
-def pays(rows: int, experts: int, dim: int, hidden: int) -> bool:
-    """Whether one at a time is faster: rows take many pages, and experts work enough for the calls each needs."""
-    return rows * max(dim, hidden) >= 1 << 22 and rows * hidden >= experts << 16
+def pays(rows: Tensor, number: int, width: int) -> bool:
+    """Whether groups are faster for `number` rows of this width, of the dtype of rows.
+
+    They are where the rows of all experts are a buffer that is faulted in page by page, each time. Smaller ones are
+    kept, and then what groups make again in the backward costs more than it saves.
+    """
+    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE
 
 
 def perceptrons(
@@ -33,93 +41,130 @@ def perceptrons(
     """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
 
     `up` has one layer, or for "swiglu" two, the gate being the second. The gate's weight multiplies the hidden row:
-    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D], and so is what comes back: those of an expert
+    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D], and so is what comes back: those of a group
     are gathered when it is its turn, and all [R, D] never exist.
     """
     tensors = [tensor for layer in (down, *up) for tensor in layer]
     return _Perceptrons.apply(rows, weight, counts, activation, plan, *tensors)  # pyright: ignore[reportReturnType]
 
 
+class Group(NamedTuple):
+    """Experts that lie side by side, and their rows."""
+
+    rows: slice
+    experts: slice
+    sizes: list[int]  # rows of each expert
+
+
+def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
+    """All experts in order, as many to a group as have at most `elements` among rows of `width`, or one.
+
+    >>> [group.sizes for group in groups(torch.tensor([3, 0, 2, 9, 1]), width=4, elements=20)]
+    [[3, 0, 2], [9], [1]]
+    """
+    sizes, found = counts.tolist(), []
+    e = row = 0
+    while e < len(sizes):
+        last, end = e + 1, row + sizes[e]
+        while last < len(sizes) and (end + sizes[last] - row) * width <= elements:
+            last, end = last + 1, end + sizes[last]
+        found.append(Group(slice(row, end), slice(e, last), sizes[e:last]))
+        e, row = last, end
+    return found
+
+
 class _Perceptrons(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, counts, activation, plan, w_down, b_down, *up):
-        kept, most = any(ctx.needs_input_grad), _most(counts)
-        before = [rows.new_empty(len(weight) if kept else most, w_down.shape[1]) for _ in up[::2]]
-        hidden = rows.new_empty(most, w_down.shape[1], dtype=computed(rows))
-        out = _Out(rows, counts, plan)
-        take = _taker(rows, counts, plan)
-        for e, span in spans(counts.cumsum(0)):
+        kept, hidden_width = any(ctx.needs_input_grad), w_down.shape[1]
+        turns = groups(counts, max(w_down.shape[1:]), _GROUP)
+        most = _most(turns)
+        before = [rows.new_empty(len(weight) if kept else most, hidden_width) for _ in up[::2]]
+        hidden = rows.new_empty(most, hidden_width, dtype=computed(rows))
+        out = _Out(rows, most, plan)
+        take = _taker(rows, most, plan)
+        for span, few, sizes in turns:
             x, w = take(rows, span), weight[span].unsqueeze(1)
             h, us = hidden[: len(x)], [u[span] if kept else u[: len(x)] for u in before]
             for u, matrix, bias in zip(us, up[::2], up[1::2], strict=True):
-                mm(x, matrix[e], out=u)
+                products(x.split(sizes), matrix[few], u.split(sizes))
                 if bias is not None:
-                    u.add_(bias[e])
-            for h_, w_, *us_ in blocks(h, w, *us, elements=_BLOCK):
+                    for u_, b in zip(u.split(sizes), bias[few], strict=True):
+                        u_.add_(b)
+            for h_, w_, *us_ in blocks(h, w, *us):
                 torch.mul(_activated(activation, *map(wide, us_)), w_, out=h_)
             y = out.at(span)
-            mm(h, w_down[e], out=y)
+            products(h.split(sizes), w_down[few], y.split(sizes))
             if b_down is not None:
-                y.copy_(torch.addcmul(wide(y), w, wide(b_down[e])))
+                for y_, w_, b in zip(y.split(sizes), w.split(sizes), b_down[few], strict=True):
+                    y_.copy_(torch.addcmul(wide(y_), w_, wide(b)))
             out.add(span)
-        ctx.activation, ctx.plan = activation, plan
-        ctx.save_for_backward(rows, weight, counts, w_down, b_down, *up, *before)
+        ctx.activation, ctx.plan, ctx.turns = activation, plan, turns
+        ctx.save_for_backward(rows, weight, w_down, b_down, *up, *before)
         return out.done()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weight, counts, w_down, b_down, *rest = ctx.saved_tensors
+        rows, weight, w_down, b_down, *rest = ctx.saved_tensors
         number = len(rest) // 3  # of layers below the activation
         up, before = rest[: 2 * number], rest[2 * number :]
+        most = _most(ctx.turns)
         needed = iter(ctx.needs_input_grad)
-        to_rows = _Out(rows, counts, ctx.plan) if next(needed) else None
+        to_rows = _Out(rows, most, ctx.plan) if next(needed) else None
         to_weight = torch.zeros_like(weight)
         to_w_down, to_b_down, *to_up = (
             torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), [*needed][4:], strict=True)
         )
-        room, dtype = (_most(counts), w_down.shape[1]), computed(rows)
-        hidden, *slopes = (rows.new_empty(room, dtype=dtype) for _ in range(1 + number))
-        take_x, take_y = _taker(rows, counts, ctx.plan), _taker(rows, counts, ctx.plan)
-        for e, span in spans(counts.cumsum(0)):
-            x, y, w = take_x(rows, span), take_y(grad, span), weight[span].unsqueeze(1)
-            h, *dus = (t[: len(x)] for t in (hidden, *slopes))
-            mm(y, w_down[e].T, out=dus[0])
-            for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before), elements=_BLOCK):
-                d, us_ = wide(both[0]), map(wide, both[number:])
-                a, *slopes_ = _back(ctx.activation, d * w_, *us_)
+        dtype = computed(rows)
+        hidden, *slopes = (rows.new_empty(most, w_down.shape[1], dtype=dtype) for _ in range(1 + number))
+        take_x, take_y = _taker(rows, most, ctx.plan), _taker(rows, most, ctx.plan)
+        learns = any(t is not None for t in to_up[::2])  # frozen experts do not look at their rows again
+        for span, few, sizes in ctx.turns:
+            y, w = take_y(grad, span), weight[span].unsqueeze(1)
+            xs = take_x(rows, span).split(sizes) if learns else ()
+            h, *dus = (t[: len(y)] for t in (hidden, *slopes))
+            ys, hs = y.split(sizes), h.split(sizes)
+            products(ys, w_down[few].mT, dus[0].split(sizes))
+            for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
+                d = wide(both[0])
+                a, *slopes_ = _back(ctx.activation, d, *map(wide, both[number:]))
                 torch.mul(a, w_, out=h_)
                 dw_.copy_(a.mul_(d).sum(1))
                 for du_, slope in zip(both[:number], slopes_, strict=True):
-                    du_.copy_(slope)
+                    torch.mul(slope, w_, out=du_)
             if b_down is not None:
-                to_weight[span] += (wide(y) * b_down[e]).sum(1)
+                for dw_, y_, b in zip(to_weight[span].split(sizes), ys, b_down[few], strict=True):
+                    dw_ += (wide(y_) * b).sum(1)
             if to_b_down is not None:
-                to_b_down[e] = (y * w).sum(0)
+                for to_b, y_, w_ in zip(to_b_down[few], ys, w.split(sizes), strict=True):
+                    to_b.copy_((y_ * w_).sum(0))
             if to_w_down is not None:
-                mm(h.T, y, out=to_w_down[e])
+                products((h_.T for h_ in hs), ys, to_w_down[few])
             for j, du in enumerate(dus):
                 matrix, to_matrix, to_bias = up[2 * j], to_up[2 * j], to_up[2 * j + 1]
+                parts = du.split(sizes)
                 if to_rows is not None:
-                    mm(du, matrix[e].T, out=to_rows.at(span), add=j > 0)
+                    products(parts, matrix[few].mT, to_rows.at(span).split(sizes), add=j > 0)
                 if to_matrix is not None:
-                    mm(x.T, du, out=to_matrix[e])
+                    products((x_.T for x_ in xs), parts, to_matrix[few])
                 if to_bias is not None:
-                    to_bias[e] = du.sum(0)
+                    for to_b, part in zip(to_bias[few], parts, strict=True):
+                        to_b.copy_(part.sum(0))
             if to_rows is not None:
                 to_rows.add(span)
         return to_rows and to_rows.done(), to_weight, None, None, None, to_w_down, to_b_down, *to_up
 
 
 class _Out:
-    """Where an expert's rows [R, D] go: side by side, or with a plan into the sums of its tokens [T, D]."""
+    """Where a group's rows [R, D] go: side by side, or with a plan into the sums of its tokens [T, D]."""
 
-    def __init__(self, rows: Tensor, counts: Tensor, plan: Plan | None) -> None:
+    def __init__(self, rows: Tensor, most: int, plan: Plan | None) -> None:
         self.plan, self.dtype = plan, rows.dtype
         if plan is None:
             self.rows = torch.empty_like(rows)
         else:
-            self.rows = rows.new_empty(_most(counts), rows.shape[1], dtype=computed(rows))  # of one expert
+            self.rows = rows.new_empty(most, rows.shape[1], dtype=computed(rows))  # of one group
             self.sums = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def at(self, span: slice) -> Tensor:
@@ -127,7 +172,7 @@ class _Out:
         return self.rows[span] if self.plan is None else self.rows[: span.stop - span.start]
 
     def add(self, span: slice) -> None:
-        """They are written: no token is twice among them, so that sums have one order, that of the experts."""
+        """They are written: a token's rows are added up in the order of the experts."""
         if self.plan is not None:
             self.sums.index_add_(0, self.plan.token[span], wide(self.at(span)))
 
@@ -136,16 +181,22 @@ class _Out:
         return self.rows if self.plan is None else self.sums.to(self.dtype)
 
 
-def _most(counts: Tensor) -> int:
-    return int(counts.max()) if len(counts) else 0
+def products(a: Iterable[Tensor], b: Iterable[Tensor], out: Iterable[Tensor], add: bool = False) -> None:
+    """`mm` of each expert; an expert without rows has a product of zeros."""
+    for a_, b_, out_ in zip(a, b, out, strict=True):
+        mm(a_, b_, out=out_, add=add)
 
 
-def _taker(rows: Tensor, counts: Tensor, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
-    """A function of rows and a span, one expert's rows, good until its next call: with a plan they share memory."""
+def _most(turns: list[Group]) -> int:
+    return max((group.rows.stop - group.rows.start for group in turns), default=0)
+
+
+def _taker(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
+    """A function of rows and a span, one group's rows, good until its next call: with a plan they share memory."""
     dtype = computed(rows)
     if plan is None:
         return lambda rows, span: rows[span].to(dtype)
-    room = rows.new_empty(_most(counts), rows.shape[1])
+    room = rows.new_empty(most, rows.shape[1])
 
     def take(rows: Tensor, span: slice) -> Tensor:
         return torch.index_select(rows, 0, plan.token[span], out=room[: span.stop - span.start]).to(dtype)

@@ -1,7 +1,17 @@
 """Bridges to Hugging Face models (`turnout[hf]`). Start at `replace.py`."""
 
+from .dense import replace_dense
 from .experts import FusedExperts, ListedExperts
 from .gates import RouterGate
 from .replace import BridgedMoE, Parts, replace_moe, restore_moe
 
-__all__ = ["BridgedMoE", "FusedExperts", "ListedExperts", "Parts", "RouterGate", "replace_moe", "restore_moe"]
+__all__ = [
+    "BridgedMoE",
+    "FusedExperts",
+    "ListedExperts",
+    "Parts",
+    "RouterGate",
+    "replace_dense",
+    "replace_moe",
+    "restore_moe",
+]

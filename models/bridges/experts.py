@@ -56,8 +56,14 @@ class FusedExperts(Experts):
         """Hidden rows [R, H] -> rows [R, D]."""
         return self._linear("down_proj", hidden, ends)
 
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (self.module.get_parameter(name), not self.transposed) for name in ("gate_up_proj", "down_proj")}
+
     def give_back(self) -> None:
         """Make the family's module whole again, in its own layout; collective where the experts are spread."""
+        if self.adapts:
+            raise ValueError("the family's experts have no place for adapters: merge_lora(model) first")
         gather(self.module)
 
     @staticmethod
@@ -79,7 +85,8 @@ class FusedExperts(Experts):
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         matrix, bias = local_as(self.module.get_parameter(name), rows), getattr(self.module, f"{name}_bias", None)
         matrix = matrix if self.transposed else matrix.mT
-        return grouped_linear(rows, ends, matrix, None if bias is None else local_as(bias, rows))
+        y = grouped_linear(rows, ends, matrix, None if bias is None else local_as(bias, rows))
+        return self.adapted(name.rpartition(".")[2], y, rows, ends)
 
     def _fan_in(self, name: str) -> int:
         p = self.module.get_parameter(name.removesuffix("_bias"))
@@ -113,11 +120,16 @@ class DbrxExperts(FusedExperts):
 
     def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.down`."""
-        return grouped_linear(hidden, ends, local_as(self.module.get_parameter("mlp.w2"), hidden), None)
+        y = grouped_linear(hidden, ends, local_as(self.module.get_parameter("mlp.w2"), hidden), None)
+        return self.adapted("w2", y, hidden, ends)
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (self.module.get_parameter(f"mlp.{name}"), name != "w2") for name in ("w1", "v1", "w2")}
 
     def give_back(self) -> None:
         """See `FusedExperts.give_back`."""
-        gather(self.module)
+        super().give_back()
         for name, p in list(self.module.named_parameters()):
             _put(self.module, name, p, lambda t: t.flatten(0, 1))
 

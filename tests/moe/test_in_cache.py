@@ -1,4 +1,6 @@
-"""Experts one at a time on a CPU: the same as all at once, with less kept; half precision without units for it."""
+"""Experts a few at a time on a CPU: the same as all at once, with less kept; half precision without units for it."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -7,25 +9,26 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import grouped_mm
-from turnout.moe.in_cache import pays
+from turnout.moe.in_cache import groups, pays
 
 HALVES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time(monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def few_at_a_time(monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
-def test_rows_gathered_expert_by_expert(activation, bias, dtype, monkeypatch):
+def test_rows_gathered_group_by_group(activation, bias, dtype, monkeypatch):
+    monkeypatch.setattr("turnout.moe.in_cache._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
     plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
     experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
@@ -74,7 +77,23 @@ def test_half_precision_with_and_without_units_for_it(dtype, emulated, monkeypat
         assert close(ours, theirs, rounding)
 
 
-def test_one_at_a_time_where_it_pays():
-    assert pays(rows=32768, experts=64, dim=512, hidden=256)
-    assert not pays(rows=4096, experts=8, dim=256, hidden=512), "little memory"
-    assert not pays(rows=1 << 17, experts=4096, dim=64, hidden=64), "32 rows an expert"
+@pytest.mark.parametrize("elements", [1, 20, 10**9])
+@pytest.mark.parametrize("counts", [[], [0, 0], [3, 0, 2, 9, 1, 0], [0, 9, 0]])
+def test_groups_are_all_experts_in_order(counts, elements):
+    found = groups(torch.tensor(counts, dtype=torch.int64), 4, elements)
+    assert [size for group in found for size in group.sizes] == counts
+    assert [e for group in found for e in range(group.experts.start, group.experts.stop)] == list(range(len(counts)))
+    assert [r for group in found for r in range(group.rows.start, group.rows.stop)] == list(range(sum(counts)))
+    for group in found:
+        assert sum(group.sizes) == group.rows.stop - group.rows.start
+        assert 4 * sum(group.sizes) <= elements or len(group.sizes) == 1
+    for group, after in pairwise(found):
+        assert 4 * (sum(group.sizes) + after.sizes[0]) > elements, "one more would have had room"
+
+
+def test_a_few_at_a_time_where_buffers_are_large():
+    half, meta = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")
+    assert pays(torch.empty(0), 32768, width=512)
+    assert pays(half, 32768, width=512)
+    assert not pays(half, 8192, width=1024), "16 MiB"
+    assert not pays(meta, 32768, width=512), "another device"
