@@ -3,5 +3,16 @@
 from .experts import FusedExperts, ListedExperts
 from .gates import RouterGate
 from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+from .saving import restored, save_pretrained
 
-__all__ = ["BridgedMoE", "FusedExperts", "ListedExperts", "Parts", "RouterGate", "replace_moe", "restore_moe"]
+__all__ = [
+    "BridgedMoE",
+    "FusedExperts",
+    "ListedExperts",
+    "Parts",
+    "RouterGate",
+    "replace_moe",
+    "restore_moe",
+    "restored",
+    "save_pretrained",
+]
