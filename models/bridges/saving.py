@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..together import on_first
@@ -28,6 +29,9 @@ def restored(model: Model) -> Iterator[Model]:
         ValueError: nothing there that `replace_moe` put there.
     """
     layers = bridged_layers(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the root is whole, until `state_dict` shards it, which is too late
     modules = [*model.modules(), *(module for _, _, layer in layers for module in layer.block.modules())]
     before = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
     try:
