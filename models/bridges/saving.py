@@ -47,8 +47,8 @@ def restored(model: Model) -> Iterator[Model]:
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained` of the family's own model; the bridged one stays as it is, and spread as it is.
 
-    Rank 0 writes, and needs main memory for the whole model. Call it on every rank. `options` are those of transformers'
-    method: max_shard_size, push_to_hub, ...
+    Rank 0 writes, and needs main memory for the whole model. Call it on every rank. `options` are those of
+    transformers' method: max_shard_size, push_to_hub, ...
 
     Raises:
         ValueError: nothing there that `replace_moe` put there.
@@ -70,4 +70,3 @@ def _gather(model: nn.Module) -> None:
                 if p not in whole:
                     whole[p] = nn.Parameter(p.detach().full_tensor().to(device), requires_grad=p.requires_grad)
                 setattr(module, name, whole[p])
-
