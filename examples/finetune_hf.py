@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 4 examples/finetune_hf.py
     torchrun --standalone --nproc-per-node 4 examples/finetune_hf.py --family qwen3_moe --steps 50
-    python examples/finetune_hf.py --model path/of/a/checkpoint     # one rank, and weights that exist
+    python examples/finetune_hf.py --model runs/finetune_hf --steps 20     # go on with what it wrote, on one rank
 
-Without --model it is a small new model of the family, whose tokens are bytes: nothing is downloaded. The text is the
-source of the running Python's standard library, or --data. Losses do not depend on the number of ranks.
+The model is a small new one of the family, whose tokens are bytes: nothing is downloaded. The text is the source of the
+running Python's standard library, or --data. Losses do not depend on the number of ranks.
 """
 
 from __future__ import annotations
