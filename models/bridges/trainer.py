@@ -1,5 +1,8 @@
 """transformers' `Trainer` for models whose experts are spread. Needs accelerate, as it does (`turnout[hf]`)."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# (Trainer's attributes are typed as what they may be: None, DeepSpeed's, wrapped.)
+
 from __future__ import annotations
 
 import shutil
@@ -56,7 +59,7 @@ class MoETrainer(Trainer):
             )
         if self.args.fp16:
             raise ValueError("MoETrainer does not scale losses for float16: set bf16=True in place of fp16=True")
-        if not self.args.accelerator_config.even_batches:  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        if not self.args.accelerator_config.even_batches:
             raise ValueError(
                 "even_batches=False leaves ranks without a last batch, and the others wait for them: leave it True"
             )

@@ -35,6 +35,11 @@ def stacked(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     return {name: torch.stack([each[name] for each in sequences]) for name in sequences[0]}
 
 
+def nothing(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a rank without sequences takes: attention of transformers refuses an empty batch."""
+    return {name: t[:1] for name, t in batch.items()} | {"labels": torch.full((1, 9), -100)}
+
+
 def loop(spread: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """(Loss, gradient norm) of each step, and the weights at the end, on rank 0."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
@@ -51,6 +56,7 @@ def loop(spread: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tenso
         for batch, each in zip(batches, counts, strict=True):
             first = sum(each[:rank])
             mine = {name: t[first : first + each[rank]] for name, t in batch.items()} if spread else batch
+            mine = mine if len(mine["labels"]) else nothing(batch)
             loss = model(**mine, num_items_in_batch=tokens).loss
             (loss * world).backward()
             total += loss.detach()
