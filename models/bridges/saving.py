@@ -68,5 +68,5 @@ def _gather(model: nn.Module) -> None:
         for name, p in list(module.named_parameters(recurse=False)):
             if isinstance(p, DTensor):
                 if p not in whole:
-                    whole[p] = nn.Parameter(p.detach().full_tensor().to(device), requires_grad=p.requires_grad)
+                    whole[p] = nn.Parameter(p.full_tensor().to(device), requires_grad=p.requires_grad)
                 setattr(module, name, whole[p])
