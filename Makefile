@@ -1,9 +1,10 @@
 # Every target starts from a bare clone: it makes .venv first, and installs again when what defines it changes.
-#   make train ARGS="--steps 50"      make test ARGS="-k plan"      make test PYTHON=python3.12
+#   make train ARGS="--steps 50"      make test ARGS="-k plan"      make test PYTHON=python3.12      make test WORKERS=0
 # A .venv keeps the interpreter it was made with: `make clean` before choosing another.
 
 PYTHON ?= python3
 RANKS ?= 4
+WORKERS ?= 2
 ARGS ?=
 VENV := .venv
 
@@ -21,7 +22,8 @@ train: $(VENV)/train.stamp ## train the example model on 4 ranks
 	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain.py $(ARGS)
 
 test: lint ## lint, then all tests: what CI runs
-	$(VENV)/bin/pytest --durations=15 $(ARGS)
+	# a file's tests stay together and keep their order, so that their fixtures are made once
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 lint: $(VENV)/test.stamp ## ruff and pyright; changes nothing
 	$(VENV)/bin/ruff check

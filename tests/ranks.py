@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 
-def run(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[Any]:
+def run(ranks: int, fn: Callable, *args: Any, timeout: float = 240) -> list[Any]:
     """fn(*args) on every rank of a new group -> what each returned; raises with the traceback of each that failed."""
     results = outcomes(ranks, fn, *args, timeout=timeout)
     failed = [f"rank {rank}:\n{text}" for rank, (_, error, text) in enumerate(results) if error is not None]
@@ -25,7 +25,7 @@ def run(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[Any]:
     return [value for value, _, _ in results]
 
 
-def errors(ranks: int, fn: Callable, *args: Any, timeout: float = 60) -> list[str]:
+def errors(ranks: int, fn: Callable, *args: Any, timeout: float = 240) -> list[str]:
     """fn(*args) on every rank -> "TypeName: message" of what each raised, "" where it raised nothing."""
     return [error or "" for _, error, _ in outcomes(ranks, fn, *args, timeout=timeout)]
 
@@ -34,8 +34,8 @@ def outcomes(
     ranks: int,
     fn: Callable,
     *args: Any,
-    timeout: float = 60,
-    patience: float = 20,
+    timeout: float = 240,
+    patience: float = 40,
     place: Callable[[int], None] | None = None,
 ) -> list[tuple[Any, str | None, str]]:
     """(value, error, traceback) of each rank. Ranks that hang are killed, and named.

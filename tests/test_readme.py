@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -55,11 +56,19 @@ def test_python_blocks_run(path):
 @each([path for path in PAGES if any(blocks(path, kind) for kind in RANKS)])
 def test_torchrun_blocks_run(path, tmp_path):
     for ranks, code in [(ranks, code) for kind, ranks in RANKS.items() for code in blocks(path, kind)]:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         job = tmp_path / "job.py"
         job.write_text(code)
-        result = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr
+        done = script(job, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_block_of_the_readme_runs_under_torchrun(tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text(blocks(ROOT / "README.md", "python torchrun")[0])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @each(PAGES)

@@ -175,7 +175,7 @@ def wrong_width(profile: Profile) -> None:
 
 @pytest.mark.parametrize("profile", [PROFILES["node"], CHUNKS["node"]], ids=["in one piece", "in chunks"])
 def test_a_rank_that_raises_before_the_choice(profile):
-    found = errors(4, wrong_width, profile, timeout=30)
+    found = errors(4, wrong_width, profile)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
         assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
@@ -187,13 +187,13 @@ def bad(path) -> None:
 
 def test_a_bad_profile_is_an_error_on_every_rank(tmp_path):
     path = tmp_path / "profile.json"
-    for found in errors(4, bad, path, timeout=30):
+    for found in errors(4, bad, path):
         assert found.startswith("ValueError: [Errno 2] No such file")
     path.write_text("{}")
-    for found in errors(4, bad, path, timeout=30):
+    for found in errors(4, bad, path):
         assert found.startswith(f"ValueError: {path} is not a profile")
     Profile(4, 2, USUAL, USUAL).save(path)
-    for found in errors(4, bad, path, timeout=30):
+    for found in errors(4, bad, path):
         assert found.startswith("ValueError: the profile is of 4 nodes of 2 ranks, the mesh has 2 of 2")
 
 

@@ -123,7 +123,7 @@ TRANSPORTS = pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node", "flat
     ],
 )
 def test_every_rank_hears_of_it(fault, message, dispatcher):
-    found = errors(4, fault, dispatcher, timeout=30)
+    found = errors(4, fault, dispatcher)
     assert len(set(found)) == 1
     assert found[0].startswith(f"DispatchError: {message}"), found[0]
 
@@ -143,13 +143,13 @@ def test_every_rank_hears_of_it(fault, message, dispatcher):
     ],
 )
 def test_every_rank_raises(fault, message):
-    for error in errors(4, fault, timeout=30):
+    for error in errors(4, fault):
         assert error.startswith(f"ValueError: {message}"), error
 
 
 @TRANSPORTS
 def test_a_rank_that_raises_alone_takes_the_others_with_it(dispatcher):
-    found = errors(4, wrong_width, dispatcher, timeout=30)
+    found = errors(4, wrong_width, dispatcher)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
         assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")

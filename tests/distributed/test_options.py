@@ -158,7 +158,7 @@ def wrong(options: dict, wrap: str | None) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(options, wrap, message):
-    for found in errors(4, wrong, options, wrap, timeout=30):
+    for found in errors(4, wrong, options, wrap):
         assert found.startswith(message)
 
 
@@ -167,6 +167,6 @@ def unlike() -> None:
 
 
 def test_ranks_that_differ():
-    for found in errors(4, unlike, timeout=30):
+    for found in errors(4, unlike):
         assert found.startswith("ValueError: rank 3 has built other MoE layers than rank 0: ")
         assert "overlap=3, wire='bf16'" in found

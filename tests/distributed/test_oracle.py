@@ -154,7 +154,7 @@ def compare(case: Case, model: str, shards: int = 1) -> None:
     assert all((layer.stats.dropped > 0) == (layer.capacity_factor is not None) for layer in layers)
     assert (expected[:, 2] > CLIP).sum() > STEPS / 2
     assert expected[-5:, 0].mean() != expected[:5, 0].mean()
-    run(case.ranks, trains_as_one_rank, case, model, shards, timeout=300)
+    run(case.ranks, trains_as_one_rank, case, model, shards)
 
 
 @pytest.mark.parametrize("name", CASES)

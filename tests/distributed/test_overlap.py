@@ -119,7 +119,7 @@ def test_a_dispatcher_that_is_not_in_steps_goes_chunk_after_chunk():
 
 @pytest.mark.parametrize("dispatcher", ["plain", "in steps"])
 def test_after_a_refusal_all_ranks_are_in_step(dispatcher):
-    found = errors(4, refused_by_one, dispatcher, timeout=30)
+    found = errors(4, refused_by_one, dispatcher)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
         assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")

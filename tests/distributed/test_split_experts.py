@@ -108,7 +108,7 @@ def one_refuses(which: int, degree: int) -> None:
 @pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize("which", range(4))
 def test_all_ranks_hear_of_one_that_fails(which, degree):
-    for rank, error in enumerate(errors(4, one_refuses, which, degree, timeout=20)):
+    for rank, error in enumerate(errors(4, one_refuses, which, degree)):
         assert ("ValueError" if rank == which else DispatchError.__name__) in error
 
 
@@ -120,7 +120,7 @@ def one_differs() -> None:
 
 
 def test_slices_must_agree():
-    for error in errors(4, one_differs, timeout=20):
+    for error in errors(4, one_differs):
         assert "ranks differ in whether a backward will follow" in error
 
 

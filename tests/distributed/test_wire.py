@@ -55,7 +55,7 @@ def absent(phase: str) -> None:
 
 @pytest.mark.parametrize("phase", ["sizes", "payload"])
 def test_a_rank_that_is_dead(phase):
-    found = [error or "" for _, error, _ in outcomes(4, absent, phase, patience=PATIENCE, timeout=30)]
+    found = [error or "" for _, error, _ in outcomes(4, absent, phase, patience=PATIENCE)]
     assert found[2] == "process died"
     for rank in (0, 1, 3):
         start = f"DispatchError: the exchange of {phase} among ranks [0, 1, 2, 3] failed on rank {rank}: "
@@ -86,7 +86,7 @@ def trips(name: str, tokens: int, doomed: int | None, number: int = 1000) -> Non
 
 @NAMES
 def test_a_rank_that_dies_under_way(name):
-    found = outcomes(4, trips, name, 4096, 3, patience=PATIENCE, timeout=40)
+    found = outcomes(4, trips, name, 4096, 3, patience=PATIENCE)
     assert found[3][1] == "process died"
     words = [str(error) for rank, (_, error, _) in enumerate(found) if rank != 3]
     assert all(text.startswith("DispatchError: the exchange of ") for text in words), words
@@ -99,9 +99,7 @@ def test_a_rank_that_dies_under_way(name):
 def test_a_cable_that_is_pulled(name):
     with Cluster(2, rate=1e8, delay=2e-4) as cluster:
         threading.Timer(3, cluster.set, ("link", 1, 0)).start()
-        found = outcomes(
-            4, trips, name, 4096, None, patience=PATIENCE, timeout=60, place=lambda rank: cluster.enter(rank, 2)
-        )
+        found = outcomes(4, trips, name, 4096, None, patience=PATIENCE, place=lambda rank: cluster.enter(rank, 2))
     words = [str(error) for _, error, _ in found]
     assert all(text.startswith("DispatchError: the exchange of ") for text in words), words
 
@@ -113,5 +111,5 @@ def test_a_cable_that_is_pulled_for_a_second():
         for after, up in ((2, 0), (3, 1)):
             threading.Timer(after, cluster.set, ("link", 1, up)).start()
         place = lambda rank: cluster.enter(rank, 2)  # noqa: E731
-        found = outcomes(4, trips, "node", 1024, None, 60, patience=20, timeout=60, place=place)
+        found = outcomes(4, trips, "node", 1024, None, 60, place=place)
     assert [error for _, error, _ in found] == [None] * 4, found

@@ -1,10 +1,11 @@
 """Starting the main job in tests, small."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  forked ranks need not import it
+from scripts import script
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -14,10 +15,8 @@ TINY = (
 
 
 def run(out: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = [*LAUNCH, str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "examples/pretrain.py", *TINY.split(), "--out", str(out), *flags]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    return script(
+        ROOT / "examples" / "pretrain.py", *TINY.split(), "--out", str(out), *flags, ranks=ranks, alone=ranks == 1
     )
 
 

@@ -49,7 +49,7 @@ def test_sigterm_saves_and_resume_goes_on_to_the_bit(tmp_path, text, ranks, mesh
     job = start(out, *flags, ranks=ranks)
     wait_for_a_checkpoint(out, job)
     job.send_signal(signal.SIGTERM)  # under torchrun to the launcher, which passes it on
-    _, log = job.communicate(timeout=60)
+    _, log = job.communicate(timeout=200)
     assert job.returncode == 143 if ranks == 1 else job.returncode
     stopped = saved(out)[-1]
     assert f"stopped by SIGTERM after step {stopped}" in log
@@ -64,10 +64,10 @@ def test_a_killed_rank_is_started_again_and_loses_only_what_was_not_saved(tmp_pa
     wait_for_a_checkpoint(tmp_path, job)
     began = time.monotonic()
     os.kill(children(job)[-1], signal.SIGKILL)
-    _, log = job.communicate(timeout=100)
+    _, log = job.communicate(timeout=200)
     assert job.returncode == 0, log
     assert "going on after step" in log
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert saved(tmp_path)[-1] == 60
 
 
@@ -76,9 +76,9 @@ def test_without_restarts_a_killed_rank_ends_the_job_with_a_clear_message(tmp_pa
     wait_for_a_checkpoint(tmp_path, job)
     began = time.monotonic()
     os.kill(children(job)[0], signal.SIGKILL)
-    _, log = job.communicate(timeout=100)
+    _, log = job.communicate(timeout=200)
     assert job.returncode == 1
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert "--resume goes on from the newest checkpoint" in log
 
 
