@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,8 +55,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
         ValueError: nothing there that `replace_moe` put there.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
-    with restored(model):
-        write = lambda: model.save_pretrained(folder, **options)  # noqa: E731  # pyright: ignore[reportCallIssue]
+    with restored(model) as own:
+        write = partial(cast(Any, own).save_pretrained, folder, **options)
         on_first(write) if dist.is_initialized() else write()
 
 

@@ -20,7 +20,7 @@ def test_two_ranks_learn_the_same_and_transformers_reads_it(tmp_path, text):
     assert two["held_out_by_transformers"] == pytest.approx(two["held_out"], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "olmoe", "phimoe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_families_build_small(family):
     model = finetune_hf.build(finetune_hf.parse(["--family", family]))
     assert sum(p.numel() for p in model.parameters()) < 1e6
