@@ -96,7 +96,8 @@ class Saved:
         return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda box: box[0])
 
     def _keep(self, x: Tensor):
-        box = _Box([x])
+        # Not x itself: an operation's output would lead back to it, and half a backward does not break the circle.
+        box = _Box([x.detach()])
         if not isinstance(x, nn.Parameter):
             self.now, self.taken = self.now + x.nbytes, self.taken + x.nbytes
             self.most = max(self.most, self.now)
@@ -161,7 +162,7 @@ def theory(schedule: str, p: int, v: int, m: int) -> tuple[float, float]:
         "gpipe": ((p - 1) / m, m),
         "1f1b": ((p - 1) / m, min(m, p)),
         "interleaved1f1b": ((p - 1) / (m * v), min(m, p + (p - 1) / v)),
-        "interleaved_zb": ((p - 1) / (3 * m * v), min(m, p + (p - 1) / v)),
+        "interleaved_zb": ((p - 1) / (3 * m * v), min(m, p)),
         "zbv": (0, min(m, p)),
     }[schedule]
 

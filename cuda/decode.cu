@@ -2,7 +2,8 @@
 #include "rows.cuh"
 
 // Sums in float32, j = 0 .. k - 1; rows of nobody are not read. Products and sums are rounded one by one, so that the
-// result is the plain PyTorch one to the bit. `weight` is null where rows are weighted already.
+// result is the plain PyTorch one to the bit (a CPU's ties in bfloat16 apart: dispatch/ops.py). `weight` is null where
+// rows are weighted already.
 template <class T, class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, 1)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,

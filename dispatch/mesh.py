@@ -75,6 +75,9 @@ class Meshes:
         experts = _fold(world, {PP: pp, EDP: stage // (ep * etp), **spread, ETP: etp})
         return cls(dense, experts, dense[DP, TP]._flatten(f"{DP}_{TP}"))
 
+    def __deepcopy__(self, memo: dict) -> Meshes:
+        return self  # immutable, and of process groups
+
 
 def _whole_nodes(ep: int, etp: int, ranks_per_node: int) -> int:
     """Nodes that the ranks of "ep" fill, 0 unless they fill several whole ones with several ranks of theirs on each."""

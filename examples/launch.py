@@ -40,8 +40,9 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
         yield torch.device("cuda", torch.cuda.current_device()) if device else torch.device("cpu")
     finally:
         dist.destroy_process_group()
-        # Meshes lie in cycles and hold groups, whose threads must end before the interpreter does: one that lets go
-        # of a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
+        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process ("terminate called
+        # without an active exception", torch 2.13); it ends with its group. Meshes lie in cycles and hold groups.
+        # (Those that DTensor's caches keep stay; they have this time to let go.)
         gc.collect()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -41,40 +42,30 @@ class Boundary:
 
     def leave(self, x: Tensor) -> Tensor:
         """Hidden states of a stage -> what this rank sends, contiguous."""
-        return _Columns.apply(x, self.group) if self._whole() else x.contiguous()  # pyright: ignore[reportReturnType]
+        return cast(Tensor, _Columns.apply(x, self.group, False)) if self._whole() else x.contiguous()
 
     def arrive(self, x: Tensor) -> Tensor:
         """What this rank received -> hidden states of the stage."""
-        return _Whole.apply(x, self.group) if self._whole() else x  # pyright: ignore[reportReturnType]
+        return cast(Tensor, _Columns.apply(x, self.group, True)) if self._whole() else x
 
     def _whole(self) -> bool:
         return self.group is not None and not self.sequence_parallel and dist.get_world_size(self.group) > 1
 
 
 class _Columns(torch.autograd.Function):
-    """x [..., D], the same on all ranks -> this rank's columns [..., D / t]."""
+    """x [..., D], the same on all ranks, to this rank's columns [..., D / t]; `gathered`, the other way round.
+
+    Each is the other's backward: gradients of what all ranks have alike are alike, too.
+    """
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _own(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _gathered(grad, ctx.group), None
-
-
-class _Whole(torch.autograd.Function):
-    """Each rank's columns [..., D / t] -> x [..., D] on all ranks, whose gradients are equal as well."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx, x, group, gathered):
+        ctx.back = group, not gathered
+        return _gathered(x, group) if gathered else _own(x, group)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _own(grad, ctx.group), None
+        return _Columns.apply(grad, *ctx.back), None, None
 
 
 def _own(x: Tensor, group: ProcessGroup) -> Tensor:

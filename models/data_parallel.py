@@ -6,6 +6,8 @@ over the dense mesh's "dp", experts over "edp", on top of what "tp", "ep" and "e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -102,12 +104,11 @@ def computed_in(dtype: torch.dtype, model: GPT, device_type: str) -> GPT:
 
     Not the whole step: a backward under autocast would round what it should not.
     """
-    forward = model.forward
-
-    def cast(*args: Any, **options: Any) -> Tensor:
-        with torch.autocast(device_type, dtype):
-            y = forward(*args, **options)
-        return y.float()
-
-    model.forward = cast
+    model.forward = partial(_cast, model.forward, dtype, device_type)  # which a copy of the model copies as well
     return model
+
+
+def _cast(forward: Callable[..., Tensor], dtype: torch.dtype, device_type: str, *args: Any, **options: Any) -> Tensor:
+    with torch.autocast(device_type, dtype):
+        y = forward(*args, **options)
+    return y.float()

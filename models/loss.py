@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from ..dispatch.ops import wide
+
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats, a scalar: logits [B, S, vocab], targets int64 [B, S], the token after each.
@@ -16,7 +18,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Logits split over the vocabulary, as `tensor_parallel` leaves them, are never gathered: the ranks exchange
     a largest logit, a sum and the target's logit per token (Megatron-LM, arXiv:1909.08053, section 3).
     """
-    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = wide(logits.flatten(0, 1))
     targets = targets.flatten()
     if isinstance(flat, DTensor):
         return _SplitCrossEntropy.apply(flat, targets)  # pyright: ignore[reportReturnType]

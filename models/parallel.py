@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
@@ -19,6 +17,7 @@ from .boundary import Boundary
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
+from .offload import activations_on_cpu
 from .pipeline import Losses, Pipeline
 from .recompute import recompute as recomputing
 from .stages import Stages
@@ -59,7 +58,7 @@ def parallel_model(
         schedule, stages_per_rank: of the pipeline, as for `Stages.of`; without effect where pp = 1.
         data, bf16, cpu_offload: as for `data_parallel`.
         recompute: as for `recompute`.
-        activations_on_cpu: what the backward needs waits in the host's memory (`torch.autograd.graph.save_on_cpu`).
+        activations_on_cpu: what the backward needs, weights apart, waits in the host's memory.
         dtype: of the parameters.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire.
     """
@@ -121,7 +120,7 @@ class ParallelModel(nn.Module):
                 f"a batch of {len(tokens)} sequences does not split into {self.micro_batches} micro-batches; "
                 f"use a multiple of {self.micro_batches}"
             )
-        with self._saving():
+        with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
         return losses
@@ -158,11 +157,3 @@ class ParallelModel(nn.Module):
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
-
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
-        if not self.activations_on_cpu:
-            yield
-            return
-        with save_on_cpu(pin_memory=self.meshes.dense.device_type == "cuda"):
-            yield

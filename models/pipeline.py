@@ -7,6 +7,7 @@ stages that never see the task's loss, an embedding that two stages share, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -98,6 +99,12 @@ class Pipeline:
         self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
         self._losses: list[Tensor] = []  # of the step under way, without graphs
         self._weight = 1.0  # of a micro-batch in their mean
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        memo |= {id(group): group for group in (self.group, self.boundary.group)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ = deepcopy({**self.__dict__, "_schedule": None, "_losses": []}, memo)
+        return copied
 
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
         """Forward and backward of a batch, int64 [B, S] and its targets, given alike to all ranks of the pipeline.

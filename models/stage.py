@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from ..moe.layer import aux_loss
+from ..moe.layer import MoE, aux_loss
 from .boundary import Boundary
 
 
@@ -25,6 +25,9 @@ class Stage(PipelineStage):
         y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
         aux = aux_loss(self.submod)
         self.aux.append(aux.detach())
+        for layer in self.submod.modules():
+            if isinstance(layer, MoE):
+                layer._losses = []  # a backward in two halves frees no graph that something still refers to
         if aux.requires_grad:
             y = AddLoss.apply(y, aux * self.weight)
         return y if self.is_last else self.boundary.leave(y)

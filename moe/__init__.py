@@ -5,6 +5,7 @@ from .capacity import capacity, capacity_limit
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
+    BalancedGate,
     BiasedGate,
     CosineGate,
     ExpertChoiceGate,
@@ -28,6 +29,7 @@ from .scaler import GradScaler
 from .stats import Stats
 
 __all__ = [
+    "BalancedGate",
     "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch.ops import wide
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
 _CACHE = 1 << 16  # elements of a block: small enough for its temporaries to stay in a core's cache
 
@@ -69,11 +71,6 @@ class _Weighted(torch.autograd.Function):
             torch.mul(d, w, out=to_r)
             to_w.copy_((d.to(w.dtype) * r).sum(1))
         return to_rows, to_weight
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def blocks(*tensors: Tensor, elements: int = _CACHE) -> Iterator[tuple[Tensor, ...]]:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch.ops import wide
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, blocks, wide
+from .activation import ACTIVATIONS, blocks
 from .grouped_mm import computed, mm, spans
 
 _BLOCK = 1 << 18  # elements: a few temporaries of them fit a cache, and the calls that make them do not weigh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from .gates import Gate
 from .losses import balance_loss, balance_shares, mean_over_split, z_loss
 from .named import named_experts, named_gate, named_shared
 from .routing import Routing
+from .shared import Residual
 from .stats import Stats
 
 
@@ -37,11 +39,11 @@ class MoE(nn.Module):
         dim: model width D.
         hidden: hidden width H of each expert.
         num_experts: experts on all ranks together, E.
-        top_k: experts a token picks, k; None: what the gate picks by itself (switch, sinkhorn, random and hash 1,
-            others 2).
+        top_k: experts a token picks, k; None: what the gate picks by itself (switch, sinkhorn, base, random and
+            hash 1, others 2).
         gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (needs
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
-            ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
+            ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
             called once per expert, or `Experts` of your own; in these two `hidden` is not looked at.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
@@ -50,6 +52,8 @@ class MoE(nn.Module):
         drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
         pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
         shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
+        residual: weigh these against the others by a learned softmax for each token (DeepSpeed's form of PR-MoE,
+            arXiv:2201.05596), in place of a plain sum.
         bias: biases in the named experts.
         balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
             (`balance_loss`), or several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of
@@ -88,6 +92,7 @@ class MoE(nn.Module):
         z_loss_weight: float = 0.0,
         free_experts: Sequence[str] = (),
         weight_on: str = "output",
+        residual: bool = False,
     ) -> None:
         super().__init__()
         for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
@@ -112,7 +117,7 @@ class MoE(nn.Module):
         self.weight_on = weight_on
         self.gate = named_gate(gate, dim, num_experts + len(free_experts), top_k)
         self.experts = named_experts(experts, dim, hidden, num_experts, bias, seed)
-        self.shared = named_shared(experts, dim, hidden, shared_experts, bias)
+        self.shared = named_shared(experts, dim, hidden, shared_experts, bias, residual)
         self.free = FreeExperts(free_experts, dim) if free_experts else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
@@ -140,10 +145,12 @@ class MoE(nn.Module):
             raise
         tokens = _autocast(tokens)
         y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
-        if self.shared is not None:
-            y = y + self.shared(tokens)
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
+        if isinstance(self.shared, Residual):
+            y = self.shared(tokens, y)
+        elif self.shared is not None:
+            y = y + self.shared(tokens)
         y = y.to(x.dtype).reshape(x.shape)
         self._record(y, routing, (routed.expert >= 0) & (kept.expert < 0), sequences=x.shape[:-2].numel())
         return y
@@ -248,7 +255,22 @@ class MoE(nn.Module):
         self._losses_done = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # For deepcopy and pickle: neither can copy a loss with its graph.
+        if self.dispatcher.groups or self.balance_group or self.sequence_group:
+            raise TypeError(
+                "a layer spread over ranks has process groups, which cannot be pickled: save model.state_dict(), or "
+                "use turnout.models.checkpoint (copy.deepcopy works: the copy shares the groups)"
+            )
+        return self._state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoE:
+        for module in self.modules():
+            memo |= {id(value): value for value in vars(module).values() if isinstance(value, ProcessGroup)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ = deepcopy(self._state(), memo)
+        return copied
+
+    def _state(self) -> dict[str, Any]:
+        # What can be copied: not a loss with its graph.
         return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": True}
 
 

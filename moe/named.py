@@ -8,7 +8,7 @@ from torch import nn
 
 from .experts import Experts, FeedForwardExperts, ModuleExperts
 from .gates import GATES, Gate
-from .shared import FeedForward, Sum
+from .shared import FeedForward, Residual, Sum
 
 
 def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
@@ -37,9 +37,19 @@ def named_experts(
 
 
 def named_shared(
-    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, shared: int | nn.Module, bias: bool
+    experts: str | Callable[[], nn.Module] | Experts,
+    dim: int,
+    hidden: int,
+    shared: int | nn.Module,
+    bias: bool,
+    residual: bool = False,
 ) -> nn.Module | None:
-    """As many experts of that kind for all tokens, None for none; or the module that was given."""
+    """As many experts of that kind for all tokens, None for none; or the module that was given. Weighed if residual."""
+    if residual:
+        branch = named_shared(experts, dim, hidden, shared, bias)
+        if branch is None:
+            raise ValueError("residual=True weighs shared experts against the others: set shared_experts as well")
+        return Residual(branch, dim)
     if isinstance(shared, nn.Module):
         return shared
     if not shared:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ACTIVATIONS
+from .gates.base import projected
 
 
 class FeedForward(nn.Module):
@@ -28,6 +29,28 @@ class FeedForward(nn.Module):
         """x [..., D] -> [..., D]."""
         hidden = self.up(x)
         return self.down(self.act(hidden) if self.gate is None else self.act(self.gate(x)) * hidden)
+
+
+class Residual(nn.Module):
+    """A dense branch weighed against the routed experts, token by token (PR-MoE, Rajbhandari et al., arXiv:2201.05596).
+
+    c_1 routed + c_2 branch(x) with (c_1, c_2) = softmax(W x + b), W [2, D], learned: the form DeepSpeed gives to the
+    paper's residual MoE, whose sum is that of `shared_experts` alone. The softmax is in float32 or wider.
+
+    Args:
+        branch: [T, D] -> [T, D].
+        dim: model width D.
+    """
+
+    def __init__(self, branch: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.branch, self.coefficient = branch, nn.Linear(dim, 2)
+
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        """Tokens x [T, D] and what their experts made of them, [T, D] -> [T, D]."""
+        logits = projected(x, self.coefficient.weight)
+        share = (logits + self.coefficient.bias.to(logits.dtype)).softmax(-1)  # [T, 2]
+        return (share[:, :1] * routed + share[:, 1:] * self.branch(x)).to(routed.dtype)
 
 
 class Sum(nn.Module):

@@ -54,3 +54,23 @@ def free_expert(kind, x, vector=None, mix=None):
         return x
     power = [(row * x).sum().exp() for row in mix]
     return (power[0] * x + power[1] * vector) / (power[0] + power[1])
+
+
+def best_even(scores):
+    """The largest sum of scores [T, E] of any assignment whose loads are T / E rounded up or down; all are tried."""
+    T, E = scores.shape
+    sums = {(0,) * E: 0.0}  # by loads so far
+    for t in range(T):
+        longer = {}
+        for loads, total in sums.items():
+            for e in range(E):
+                key = (*loads[:e], loads[e] + 1, *loads[e + 1 :])
+                longer[key] = max(longer.get(key, -float("inf")), total + float(scores[t, e]))
+        sums = longer
+    return max(total for loads, total in sums.items() if min(loads) >= T // E and max(loads) <= -(-T // E))
+
+
+def residual(x, routed, branch, weight, bias):
+    """One token: softmax(weight x + bias) mixes what its experts and what a dense branch made of it."""
+    power = [((row * x).sum() + b).exp() for row, b in zip(weight, bias, strict=True)]
+    return (power[0] * routed + power[1] * branch) / (power[0] + power[1])

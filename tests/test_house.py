@@ -4,6 +4,8 @@ import ast
 import configparser
 import doctest
 import importlib
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ SOURCES = MODULES + sorted(p for room in ("tests", "examples", "benchmarks") for
 # What a module of the package may not import by an absolute name. Not `cuda`: that is NVIDIA's, ours is `..cuda`.
 OURS = {"turnout", "dispatch", "moe", "models", "examples", "benchmarks", "tests"}
 MAX_LINES = 320
+MAX_GATE = 50  # lines of code, without imports, docstrings, comments
+NO_GATES = {"__init__", "base", "biased", "router"}  # what several gates are made from
+GATES = sorted(path for path in (ROOT / "moe" / "gates").glob("*.py") if path.stem not in NO_GATES)
 MAY_READ_ENVIRONMENT: set[str] = set()  # files, relative to the root; for torchrun's own variables alone
 
 
@@ -83,6 +88,23 @@ def undocumented(source: str) -> list[str]:
     return ([] if ast.get_docstring(tree) else ["module"]) + list(visit(tree, ""))
 
 
+def code_lines(source: str) -> int:
+    """Lines with something on them that is neither an import nor a docstring nor a comment."""
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node = node.body[0]
+        elif not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        left_out.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    used: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            used.update(range(token.start[0], token.end[0] + 1))
+    return len(used - left_out)
+
+
 def test_the_package_under_test_is_this_checkout():
     assert Path(turnout.__file__).resolve() == ROOT / "__init__.py"
 
@@ -114,6 +136,23 @@ def test_the_import_rule_sees(path, source, finds):
 def test_files_are_short(path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_LINES, f"{lines} lines, the limit is {MAX_LINES}: is there a second idea inside?"
+
+
+@each(GATES)
+def test_a_gate_is_one_small_file(path):
+    lines = code_lines(path.read_text())
+    assert lines < MAX_GATE, f"{lines} lines of code, {MAX_GATE} are too many for a gate"
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ('"""A.\n\nB."""\nimport a\nfrom b import (\n    c,\n)\n\nx = [\n    1,  # one\n]\n# no\n', 3),
+        ('class A:\n    """B."""\n\n    def f(self) -> str:\n        """C."""\n        return """a\n\nb"""\n', 5),
+    ],
+)
+def test_lines_of_code_are_counted(source, lines):
+    assert code_lines(source) == lines
 
 
 @each(MODULES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...moe.activation import wide
+from ...dispatch.ops import wide
 from ...moe.gates import Gate
 from ...moe.routing import Routing
 

@@ -1,5 +1,6 @@
 """Gates by name. A gate of your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
 
+from .balanced import BalancedGate
 from .base import Gate
 from .biased import BiasedGate
 from .cosine import CosineGate
@@ -24,12 +25,14 @@ GATES: dict[str, type[Gate]] = {
     "expert_choice": ExpertChoiceGate,
     "cosine": CosineGate,
     "sinkhorn": SinkhornGate,
+    "base": BalancedGate,
     "random": RandomGate,
     "hash": HashGate,
 }
 
 __all__ = [
     "GATES",
+    "BalancedGate",
     "BiasedGate",
     "CosineGate",
     "ExpertChoiceGate",

@@ -27,6 +27,7 @@ class Gate(nn.Module, ABC):
         dim: model width D.
         num_experts: experts on all ranks together, E.
         top_k: experts a token picks, k. May be changed between steps.
+        scale: multiplies the weights, last of all ("routed scaling factor", DeepSeek-V3, arXiv:2412.19437).
     """
 
     learned = True
@@ -34,11 +35,11 @@ class Gate(nn.Module, ABC):
     takes_mask = False
     takes_ids = False
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
-        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
         if self.learned:
             self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
@@ -52,6 +53,10 @@ class Gate(nn.Module, ABC):
         """x [T, D] -> [T, E], float32 or wider, whatever the model's dtype and autocast say."""
         return projected(x, self.weight)
 
+    def scaled(self, weight: Tensor) -> Tensor:
+        """Weights times `scale`; at 1, as it mostly is, without a kernel for it."""
+        return weight if self.scale == 1 else weight * self.scale
+
     @abstractmethod
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
@@ -61,7 +66,8 @@ class Gate(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"
+        scale = "" if self.scale == 1 else f", scale={self.scale}"
+        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}{scale}"
 
 
 def uniform(weight: Tensor) -> None:
@@ -105,10 +111,10 @@ def distinct(draw: Tensor, num_experts: int) -> Tensor:
     return chosen
 
 
-def even(x: Tensor, expert: Tensor, num_experts: int) -> Routing:
-    """Of tokens x [T, D] to experts [T, k] that no score chose: weights 1/k, scores 1/E."""
+def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Routing:
+    """Of tokens x [T, D] to experts [T, k] that no score chose: weights scale/k, scores 1/E."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = torch.full(expert.shape, 1 / expert.shape[1], dtype=dtype, device=x.device)
+    weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
     scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
     return Routing(expert, weight, scores)
 

@@ -21,7 +21,7 @@ class BiasedGate(Gate, ABC):
     loads first. A subclass uses `bias` in its choice, and nowhere else.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         rate: the bias's step; 0 leaves it as it is.
     """
 
@@ -29,8 +29,8 @@ class BiasedGate(Gate, ABC):
     bias: Tensor  # float32 [E], saved in checkpoints
     load: Tensor  # int64 [E], assignments since the last update
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2, rate: float = 1e-3) -> None:
-        super().__init__(dim, num_experts, top_k)
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2, rate: float = 1e-3, scale: float = 1.0) -> None:
+        super().__init__(dim, num_experts, top_k, scale)
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)

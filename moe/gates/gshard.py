@@ -15,18 +15,21 @@ class GShardGate(Gate):
 
     The two weights are normalised to sum to 1; in training the second expert is kept with probability
     min(1, 2 * its weight), otherwise the token goes to the first alone. In eval it is always kept.
+
+    Args:
+        dim, num_experts, scale: see `Gate`.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2, scale: float = 1.0) -> None:
         if top_k != 2:
             raise ValueError(f"the gshard gate picks two experts a token; got top_k={top_k}, for others use 'topk'")
-        super().__init__(dim, num_experts, top_k=2)
+        super().__init__(dim, num_experts, top_k=2, scale=scale)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
         logits = self.logits(x)
         expert, weight, scores = route(logits, 2, normalize=True)
-        routing = Routing(expert, weight, scores, logits)
+        routing = Routing(expert, self.scaled(weight), scores, logits)
         if not self.training:
             return routing
         return routing.keep(~(torch.rand_like(weight) >= 2 * weight))  # the first weighs half at least: always kept

@@ -19,7 +19,7 @@ class HashGate(Gate):
     Pass the ids to the layer: ``moe(x, ids=ids)``.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         seed: of the table; layers of equal seed and E send an id to equal experts.
     """
 
@@ -27,15 +27,15 @@ class HashGate(Gate):
     balances_itself = True
     takes_ids = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, seed: int = 0) -> None:
-        super().__init__(dim, num_experts, top_k)
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, seed: int = 0, scale: float = 1.0) -> None:
+        super().__init__(dim, num_experts, top_k, scale)
         self.seed = seed
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:
         """Route tokens x [T, D] of `ids`, int64 [T]."""
         if ids is None:
             raise ValueError("the hash gate routes by token id: pass ids, int64 of x's leading shape: moe(x, ids=ids)")
-        return even(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts)
+        return even(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts, self.scale)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -21,15 +21,21 @@ class HierarchicalGate(Gate):
     that it lies on one rank where the ranks divide the groups.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         groups: G, a divisor of E; None: the largest one up to sqrt(E).
         top_groups: groups a token picks, a divisor of k; None: of those that fit the one nearest to sqrt(k).
     """
 
     def __init__(
-        self, dim: int, num_experts: int, top_k: int = 2, groups: int | None = None, top_groups: int | None = None
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        groups: int | None = None,
+        top_groups: int | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(dim, num_experts, top_k)
+        super().__init__(dim, num_experts, top_k, scale)
         if groups is None:
             groups = max(g for g in range(1, math.isqrt(num_experts) + 1) if num_experts % g == 0)
         if groups < 1 or num_experts % groups:
@@ -69,7 +75,8 @@ class HierarchicalGate(Gate):
         weight, order = (group_weight.unsqueeze(2) * weight).flatten(1).sort(dim=1, descending=True, stable=True)
         scores = outer.softmax(1).unsqueeze(2) * inner.softmax(2)
         logits = outer.unsqueeze(2) + inner
-        return Routing(expert.flatten(1).gather(1, order), weight, scores.flatten(1), logits.flatten(1))
+        expert, weight = expert.flatten(1).gather(1, order), self.scaled(weight)
+        return Routing(expert, weight, scores.flatten(1), logits.flatten(1))
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -26,15 +26,17 @@ class NoisyTopKGate(Gate):
     equal. In eval, an untrained one sends all tokens to the same k experts.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         noise_floor: the least standard deviation of the noise; the paper's code has 1e-2.
     """
 
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2, noise_floor: float = 1e-2) -> None:
-        super().__init__(dim, num_experts, top_k)
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int = 2, noise_floor: float = 1e-2, scale: float = 1.0
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, scale)
         if noise_floor <= 0:
             raise ValueError(f"noise_floor must be positive, for load divides by the noise; got {noise_floor}")
         self.noise_floor = noise_floor
@@ -61,7 +63,7 @@ class NoisyTopKGate(Gate):
         if mask is not None:
             gates, chance = (torch.where(mask.unsqueeze(1), each, 0) for each in (gates, chance))
         losses = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(chance.sum(0))}
-        return Routing(expert, weight, logits.softmax(-1), logits, losses)
+        return Routing(expert, self.scaled(weight), logits.softmax(-1), logits, losses)
 
 
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:

@@ -24,6 +24,6 @@ class RandomGate(Gate):
         """Route tokens x [T, D]."""
         E, k = self.num_experts, self.top_k
         if not self.training:
-            return even(x, hashed(torch.arange(len(x), device=x.device), E, k), E)
+            return even(x, hashed(torch.arange(len(x), device=x.device), E, k), E, self.scale)
         draw = torch.randint(2**62, (len(x), k), device=x.device)  # many times E: the remainder is even
-        return even(x, distinct(draw % (E - torch.arange(k, device=x.device)), E), E)
+        return even(x, distinct(draw % (E - torch.arange(k, device=x.device)), E), E, self.scale)

@@ -21,10 +21,9 @@ class SigmoidGate(BiasedGate):
     bias, have the largest sum. Group g is experts [g*E/G, (g+1)*E/G): G nodes make it "node-limited".
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         rate: the bias's step; 0 leaves it as it is.
         normalize: divide the k weights by their sum.
-        scale: multiplies the weights, after that ("routed scaling factor").
         groups, top_groups: G, a divisor of E, and how many of them a token may go to; None: all.
         balance_loss: let the layer add its balance loss, as the paper does with `balance="sequence"` and a
             weight of 1e-4.
@@ -42,13 +41,13 @@ class SigmoidGate(BiasedGate):
         top_groups: int | None = None,
         balance_loss: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts, top_k, rate)
+        super().__init__(dim, num_experts, top_k, rate, scale)
         top_groups = groups if top_groups is None else top_groups
         if groups < 1 or num_experts % groups or not 1 <= top_groups <= groups:
             raise ValueError(
                 f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} be one of 1 to it"
             )
-        self.normalize, self.scale = normalize, scale
+        self.normalize = normalize
         self.groups, self.top_groups, self.balances_itself = groups, top_groups, not balance_loss
 
     def forward(self, x: Tensor) -> Routing:
@@ -62,7 +61,7 @@ class SigmoidGate(BiasedGate):
             expert = allowed.topk(self.top_k).indices
             weight = scores.gather(1, expert)
             weight = normalised(weight) if self.normalize else weight
-        return Routing(expert, weight * self.scale, scores, logits)
+        return Routing(expert, self.scaled(weight), scores, logits)
 
 
 def in_groups(biased: Tensor, k: int, groups: int, top_groups: int) -> Tensor:

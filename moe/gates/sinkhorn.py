@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..assignment import sinkhorn
 from ..routing import Routing
 from .base import Gate, normalised
 
@@ -13,24 +13,24 @@ class SinkhornGate(Gate):
     """In training the k best of scores balanced by Sinkhorn's iteration (S-BASE, Clark et al. 2022, arXiv:2202.01169).
 
     Rows and columns of exp(logits) are scaled in turn until every token has as much in all as another, and every
-    expert as another: the transport plan with entropy, of which BASE's linear assignment (Lewis et al. 2021,
-    arXiv:2103.16716) is the sharp limit. It has no gradient and only makes the choice; weights are the softmax
-    of the plain logits, normalised over the k if k > 1. Columns come last, so the plan's loads are equal; those of
-    its best k nearly. In eval each token takes its own k best, as BASE has it.
+    expert as another: the transport plan with entropy, of which BASE's linear assignment (`BalancedGate`) is the sharp
+    limit. It has no gradient and only makes the choice; weights are the softmax of the plain logits, normalised over
+    the k if k > 1. Columns come last, so the plan's loads are equal; those of its best k nearly. In eval each token
+    takes its own k best, as BASE has it.
 
     The plan is over this rank's tokens: in training a token's experts depend on the others, later ones too, in
     eval they do not. No balance loss is added.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
+        dim, num_experts, top_k, scale: see `Gate`.
         iterations: of the scaling, a fixed number: to ask whether it has converged would wait for the device.
     """
 
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, iterations: int = 8) -> None:
-        super().__init__(dim, num_experts, top_k)
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, iterations: int = 8, scale: float = 1.0) -> None:
+        super().__init__(dim, num_experts, top_k, scale)
         if iterations < 1:
             raise ValueError(f"iterations must be positive; got {iterations}")
         self.iterations = iterations
@@ -42,14 +42,5 @@ class SinkhornGate(Gate):
         plan = sinkhorn(logits.detach(), self.iterations, mask) if self.training else logits.detach()
         expert = plan.topk(self.top_k).indices
         weight = scores.gather(1, expert)
-        return Routing(expert, normalised(weight) if self.top_k > 1 else weight, scores, logits)
-
-
-def sinkhorn(logits: Tensor, iterations: int, mask: Tensor | None = None) -> Tensor:
-    """Logits [T, E] -> logarithm of the plan [T, E], up to a constant: columns sum to 1, rows nearly to E / T."""
-    outside = None if mask is None else ~mask.unsqueeze(1)
-    for _ in range(iterations):
-        logits = logits - logits.logsumexp(1, keepdim=True)
-        real = logits if outside is None else logits.masked_fill(outside, -torch.inf)
-        logits = logits - real.logsumexp(0, keepdim=True)
-    return logits
+        weight = normalised(weight) if self.top_k > 1 else weight
+        return Routing(expert, self.scaled(weight), scores, logits)

@@ -1,5 +1,7 @@
 """Biases of sigmoid gates over data and tensor ranks, and over a pipeline's micro-batches: those of one rank."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from cases import close, whole
@@ -11,20 +13,20 @@ from turnout.models.stages import Stages
 from turnout.moe import aux_loss, balance_biases, parallelize, sync_gradients
 
 MOE = {"gate": "sigmoid", "free_experts": ["identity", "constant"], "balance": "global", "z_loss_weight": 1e-2}
-CONFIG = GPTConfig(vocab=16, dim=16, layers=2, heads=4, hidden=12, seq_len=8, moe_every=1, num_experts=4, moe=MOE)
+CONFIG = GPTConfig(vocab=16, dim=16, layers=1, heads=2, hidden=12, seq_len=8, moe_every=1, num_experts=4, moe=MOE)
 STEPS, MICRO = 2, 2
 
 
-def build() -> GPT:
+def build(config: GPTConfig = CONFIG) -> GPT:
     torch.manual_seed(0)
-    return quick(GPT(CONFIG).double())
+    return quick(GPT(config).double())
 
 
 def quick(model):
     """With biases that change the choice within a few steps."""
     for module in model.modules():
         if hasattr(module, "rate"):
-            module.rate = 0.05
+            module.rate = 0.02
     return model
 
 
@@ -66,10 +68,11 @@ def over_a_mesh():
 
 
 def in_a_pipeline():
-    one = build()
+    config = replace(CONFIG, layers=2)
+    one = build(config)
     train(one)
     torch.manual_seed(0)
-    stages = Stages.of(CONFIG, "1f1b", dist.get_world_size())
+    stages = Stages.of(config, "1f1b", dist.get_world_size())
     pipeline = Pipeline(
         [quick(part.double()) for part in stages.build(dist.get_rank())], stages, dist.group.WORLD, MICRO
     )

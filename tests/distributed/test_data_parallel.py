@@ -11,11 +11,11 @@ import torch.distributed as dist
 from cases import close, whole
 from ranks import errors, run
 from test_oracle import CASES, Case, config, micro_batches, one_rank
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch import Meshes
-from turnout.models import GPT, ParallelModel, next_token_loss, parallel, parallel_model
+from turnout.models import GPT, ParallelModel, next_token_loss, offload, parallel_model
 from turnout.moe import GradScaler, MoE, aux_loss, param_groups
+from turnout.moe.stacked import local
 
 pytestmark = pytest.mark.sampled
 
@@ -130,31 +130,25 @@ def test_parameters_in_the_hosts_memory(name, data):
     run(CASES[name].ranks, offloaded, name, data)
 
 
-def activations(name):
-    packed = []
+def activations(name, data):
+    def storage(x):
+        return local(x).untyped_storage()._cdata
 
-    def counting(pin_memory):
-        return saved_tensors_hooks(lambda t: packed.append(t.numel()) or t.clone(), lambda t: t)
+    def counting(x):
+        assert storage(x) not in {storage(p) for p in model.parameters()}  # those of FSDP2 as gathered
+        sent.append(x.numel())
+        return to_host(x)
 
-    parallel.save_on_cpu = counting
-    model = build(name, activations_on_cpu=True)
+    sent, to_host, offload.to_host = [], offload.to_host, counting
+    model = build(name, data=data, activations_on_cpu=True)
     model.step(*batch(model))
     compare(model, 1e-12)
-    return sum(packed)
+    return sum(sent)
 
 
-@pytest.mark.parametrize("name", ["dp2 fsdp", "pp2 zbv", "tp2"])
-def test_activations_in_the_hosts_memory(name):
-    assert min(run(2, activations, name)) > 10_000
-
-
-def test_activations_in_the_hosts_memory_by_torchs_own_hooks():
-    def real():
-        model = build("dp2", activations_on_cpu=True)
-        model.step(*batch(model))
-        compare(model, 1e-12)
-
-    run(2, real)
+@pytest.mark.parametrize(("name", "data"), [("dp2", "fsdp"), ("pp2 zbv", "replicate"), ("tp2", "replicate")])
+def test_activations_in_the_hosts_memory(name, data):
+    assert min(run(2, activations, name, data)) > 10_000
 
 
 def scaled(name):

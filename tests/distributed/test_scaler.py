@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,23 @@ from cases import EXPERTS, WIDTH, tokens, whole
 from ranks import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from turnout.dispatch import Meshes
+from turnout.models import GPT, GPTConfig, next_token_loss, parallel_model
+from turnout.models.data_parallel import computed_in
 from turnout.moe import GradScaler, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe.parallel import expert_parameters, fully_shard_experts
+from turnout.moe.stacked import local
+
+
+def finish(scaler: GradScaler, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+    """The end of a step, and the scale of the next."""
+    scaler.unscale_(optimizer)
+    clip_grad_norm_(model, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return scaler.get_scale()
 
 
 def trained(steps: int, spoil: int | None = None, half: bool = True) -> tuple[list[float], list[torch.Tensor]]:
@@ -28,12 +46,7 @@ def trained(steps: int, spoil: int | None = None, half: bool = True) -> tuple[li
         if number == spoil and dist.get_rank() == 1:
             model[1].experts.w_up.grad._local_tensor[0, 0, 0] = float("inf")
         sync_gradients(model, mesh)
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
+        scales.append(finish(scaler, optimizer, model))
     return scales, [whole(p) for p in model.parameters()]
 
 
@@ -49,6 +62,63 @@ def test_the_scale_grows_and_training_is_that_of_float32():
         assert scales == [256.0, 512.0, 512.0, 1024.0]
         for actual, wanted in zip(parameters, expected, strict=True):
             assert (actual - wanted).abs().max() < 2e-3 * max(1, wanted.abs().max())
+
+
+def gpt(compute: str) -> tuple[nn.Module, Callable[[torch.Tensor, float], torch.Tensor]]:
+    """A model on two ranks, and its step: (tokens, scale) -> loss.
+
+    `compute`: "float32"; "autocast" to float16; or "sharded", with FSDP2's float16 copies of float32 parameters.
+    """
+    config = GPTConfig(vocab=16, dim=16, layers=2, heads=2, hidden=24, seq_len=8, num_experts=4)
+    meshes = Meshes.of("cpu", ep=1 if compute == "sharded" else 2)
+    torch.manual_seed(0)
+    if compute != "sharded":
+        model = parallel_model(config, meshes)
+        if compute == "autocast":
+            computed_in(torch.float16, model.parts[0], "cpu")
+        return model, lambda tokens, scale: model.step(tokens[:, :-1], tokens[:, 1:], scale).task
+
+    model = parallelize(GPT(config), meshes)
+    policy = MixedPrecisionPolicy(torch.float16, torch.float32, cast_forward_inputs=False)
+    fully_shard_experts(model, meshes, mp_policy=policy)
+    fully_shard(model, mesh=meshes.tokens, mp_policy=policy, ignored_params=set(expert_parameters(model).values()))
+
+    def step(tokens, scale):
+        task = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+        ((task + aux_loss(model)) * scale).backward()
+        return task.detach()
+
+    return model, step
+
+
+def steps(compute: str, spoil: int | None = None, skip: int | None = None):
+    """Losses and scales of four steps, the last parameters, and how far they have come.
+
+    In step `spoil` gradients of rank 1's experts overflow, step `skip` is left out.
+    """
+    model, step = gpt(compute)
+    optimizer = torch.optim.SGD(param_groups(model), lr=0.5, momentum=0.9)
+    scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=2, enabled=compute != "float32")
+    start, losses, scales = [whole(p) for p in model.parameters()], [], []
+    for number in set(range(4)) - {skip}:
+        tokens = torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(number)).chunk(2)[dist.get_rank()]
+        losses.append(float(step(tokens, float(scaler.scale(torch.ones(()))))))
+        if number == spoil and dist.get_rank() == 1:
+            local(next(iter(expert_parameters(model).values())).grad).flatten()[0] = float("inf")
+        scales.append(finish(scaler, optimizer, model))
+    parameters = [whole(p) for p in model.parameters()]
+    return losses, scales, parameters, [p - was for p, was in zip(parameters, start, strict=True)]
+
+
+@pytest.mark.parametrize("compute", ["autocast", "sharded"])
+def test_a_gpt_in_float16_goes_on_after_an_overflow(compute):
+    ranks = zip(run(2, steps, compute, 1), run(2, steps, "float32", None, 1), strict=True)
+    for (losses, scales, parameters, _), (wanted, _, expected, moved) in ranks:
+        assert scales == [4096.0, 2048.0, 2048.0, 4096.0]
+        assert [losses[0], *losses[2:]] == pytest.approx(wanted, abs=2e-3)
+        for p, q, way in zip(parameters, expected, moved, strict=True):
+            assert p.dtype == torch.float32
+            assert (p - q).norm() < 0.05 * way.norm()
 
 
 def test_gradients_in_float16_are_refused():

@@ -110,6 +110,7 @@ OTHERS = {
     "every block": {"moe_every": 1, "kv_heads": 4},
     "hash": {"moe": {"gate": "hash", "z_loss_weight": 0.0}},
     "hierarchical": {"moe": {"gate": "hierarchical"}},
+    "residual": {"moe": {"residual": True}},
     "own experts": {"moe": {"experts": lambda: nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 16))}},
     "local balance": {"moe": {"balance": "local"}},  # over the tokens of the tp ranks together: those of one rank
 }

@@ -1,4 +1,4 @@
-"""Free experts, weights on the input, several balance losses: the layer against the reference."""
+"""Free and residual experts, weights on the input, several balance losses: the layer against the reference."""
 
 import pytest
 import ranks
@@ -103,6 +103,37 @@ def test_several_balance_losses():
         MoE(D, H, E, balance={"all": 1})
 
 
+@pytest.mark.parametrize("options", [{"shared_experts": 2}, {"shared_experts": 1, "free_experts": KINDS}], ids=str)
+def test_residual_experts_as_in_the_reference(options):
+    layer, x = built(residual=True, **options), drawn(T, D).requires_grad_()
+    mix, plain = layer.shared.coefficient, by_hand(layer, x)[0]
+    branch = layer.shared.branch(x)
+    rows = [reference_gates.residual(*each, mix.weight, mix.bias) for each in zip(x, plain, branch, strict=True)]
+    assert same(layer, x, torch.stack(rows))
+    assert not close(plain + branch, torch.stack(rows), 1e-2)
+    share = torch.stack(rows) - branch
+    assert close(share.norm(dim=1) / (plain - branch).norm(dim=1), (x @ mix.weight.T + mix.bias).softmax(1)[:, 0], 1e-9)
+    given = MoE(D, H, E, gate=layer.gate, experts=layer.experts, shared_experts=layer.shared.branch, residual=True)
+    given.shared.coefficient, given.free = mix, layer.free
+    assert torch.equal(given(x), layer(x))
+
+
+def test_residual_without_shared_experts():
+    with pytest.raises(ValueError, match="set shared_experts as well"):
+        MoE(D, H, E, residual=True)
+
+
+def test_residual_coefficients_are_float32_under_autocast():
+    layer, x = MoE(8, 8, E, shared_experts=1, residual=True, seed=0), drawn(T, 8, dtype=torch.float32)
+    seen = []
+    layer.shared.branch.register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert y.dtype == torch.float32
+    assert close(y, layer(x), 2e-2)
+
+
 def _spread(options):
     rank, halves = torch.distributed.get_rank(), drawn(2, T, D)
     one, many = (MoE(D, H, 4, 2, seed=0, balance="global", **options).double() for _ in range(2))
@@ -119,7 +150,9 @@ def _spread(options):
     )
 
 
-@pytest.mark.parametrize("options", [{"free_experts": KINDS}, {"weight_on": "input"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"free_experts": KINDS}, {"weight_on": "input"}, {"shared_experts": 1, "residual": True}], ids=str
+)
 def test_many_ranks_equal_one(options):
     torch.manual_seed(0)
     assert ranks.run(2, _spread, options) == [True, True]

@@ -25,7 +25,8 @@ LAYERS = {
     "two balances": {"balance": {"global": 1.0, "sequence": 0.1}},
     "free experts": {"free_experts": ["null", "identity", "constant"], "capacity_factor": 1.1},
     "weight on the input": {"weight_on": "input"},
-    **{f"gate {name}": {"gate": name} for name in GATES},
+    "residual": {"shared_experts": 1, "residual": True},
+    **{f"gate {name}": {"gate": name} for name in GATES if name != "base"},  # that one the host computes, and says so
 }
 KERNELS = ["torch", "triton"]
 
