@@ -8,8 +8,9 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from turnout.models.bridges import replace_moe, restored
-from turnout.moe import clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe import clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
 
 pytest.importorskip("accelerate", reason='needs transformers and accelerate: pip install -e ".[hf]"')
 from hf_families import tiny
@@ -121,7 +122,9 @@ def as_by_torchrun() -> None:
     os.environ |= {name: str(number) for name, number in given.items()}
 
 
-def by_trainer(out: Path, save: str, mesh_of: dict[str, int] | None = None, resume: Path | None = None) -> tuple:
+def by_trainer(
+    out: Path, save: str, mesh_of: dict[str, int] | None = None, fsdp: bool = False, resume: Path | None = None
+) -> tuple:
     """(Loss, gradient norm) of each step, the weights at the end on rank 0, and the loss of an evaluation."""
     args, model, steps, more = arguments(out, save_strategy=save), tiny("mixtral", **STEADY), Steps(), {}
     if mesh_of:
@@ -131,6 +134,9 @@ def by_trainer(out: Path, save: str, mesh_of: dict[str, int] | None = None, resu
             for layer in model.model.layers if "edp" in mesh_of else ():
                 layer.mlp.experts.down_proj += mesh["edp"].get_local_rank()
         parallelize(replace_moe(model), mesh, dispatcher="flat")
+        if fsdp:
+            fully_shard_experts(model, mesh)
+            fully_shard(model, mesh=mesh._flatten())
         more = {"mesh": mesh}
     trainer = (MoETrainer if mesh_of else Trainer)(
         model=model, args=args, train_dataset=texts(20, 1), eval_dataset=texts(8, 2), callbacks=[steps], **more
@@ -151,7 +157,8 @@ def test_trainer_and_what_it_goes_on_with(tmp_path):
     assert_alike(([], spread), ([], plain))  # in the family's format
 
     saved = tmp_path / "four" / "checkpoint-2"
-    [resumed, _] = ranks.run(2, by_trainer, tmp_path / "four", "no", {"ep": 2}, saved)  # on another mesh
+    elsewhere = {"edp": 2, "ep": 1}, True, saved  # another mesh, and FSDP2
+    [resumed, _] = ranks.run(2, by_trainer, tmp_path / "four", "no", *elsewhere)
     assert_alike(resumed, (expected[0][2:], *expected[1:]))
 
 
