@@ -54,7 +54,8 @@ def test_python_blocks_run(path):
 
 @pytest.mark.slow
 @each([path for path in PAGES if any(blocks(path, kind) for kind in RANKS)])
-def test_torchrun_blocks_run(path, tmp_path):
+def test_torchrun_blocks_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what they write
     for ranks, code in [(ranks, code) for kind, ranks in RANKS.items() for code in blocks(path, kind)]:
         job = tmp_path / "job.py"
         job.write_text(code)

@@ -4,6 +4,7 @@ from .dense import replace_dense
 from .experts import FusedExperts, ListedExperts
 from .gates import RouterGate
 from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+from .saving import restored, save_pretrained
 
 __all__ = [
     "BridgedMoE",
@@ -14,4 +15,6 @@ __all__ = [
     "replace_dense",
     "replace_moe",
     "restore_moe",
+    "restored",
+    "save_pretrained",
 ]

@@ -48,9 +48,13 @@ class BridgedMoE(MoE):
 
     def give_back(self) -> nn.Module:
         """The family's block, with the weights of now; where experts are spread, call it on every rank of theirs."""
-        (block,) = self._block
         getattr(self.experts, "give_back", lambda: gather(self.experts))()
-        return block.train(self.training)
+        return self.block.train(self.training)
+
+    @property
+    def block(self) -> nn.Module:
+        """The family's block; its own tensors may be laid out otherwise, until it is given back."""
+        return self._block[0]
 
 
 def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None = None) -> Model:
@@ -58,7 +62,7 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
 
     Routers, experts and shared experts are taken over, without a copy but for families that keep a module for each
     expert. Router logits are recorded as before, and the model's own auxiliary loss is computed from them. Then
-    `parallelize` spreads the experts. To save a checkpoint in the family's format, `restore_moe` first.
+    `parallelize` spreads the experts, and `save_pretrained` writes the family's format.
 
     Args:
         model: of transformers, or any module that holds blocks for which there are adapters.
@@ -83,13 +87,21 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
 
 
 def restore_moe(model: Model) -> Model:
-    """Undo `replace_moe`, in place, with the weights of now: `model.save_pretrained` then writes the family's format.
+    """Undo `replace_moe`, in place, with the weights of now.
 
-    Where experts are spread each rank gathers all of them: call it on every rank.
+    Where experts are spread each rank gathers all of them: call it on every rank. To write the family's format while
+    they are spread, and train on, there is `save_pretrained`.
 
     Raises:
         ValueError: nothing there that `replace_moe` put there.
     """
+    for parent, name, layer in bridged_layers(model):
+        setattr(parent, name, layer.give_back())
+    return model
+
+
+def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
+    """Parent, name in it, and layer: what `replace_moe` put there, or ValueError if that is nothing."""
     layers = [
         (parent, name, child)
         for parent in model.modules()
@@ -98,9 +110,7 @@ def restore_moe(model: Model) -> Model:
     ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that replace_moe put there")
-    for parent, name, layer in layers:
-        setattr(parent, name, layer.give_back())
-    return model
+    return layers
 
 
 def _known(block: nn.Module, adapters: Mapping[type[nn.Module], Adapter]) -> Adapter | None:
