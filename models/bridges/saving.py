@@ -27,9 +27,11 @@ def restored(model: Model) -> Iterator[Model]:
     training goes on. Call it on every rank.
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there.
+        ValueError: nothing there that `replace_moe` put there, or adapters (LoRA) that are not merged.
     """
     layers = bridged_layers(model)
+    if any(layer.experts.adapts for _, _, layer in layers):  # said before anything is gathered
+        raise ValueError("the family's format has no place for adapters: merge_lora(model) first")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the root is whole, until `state_dict` shards it, which is too late
@@ -52,7 +54,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
     transformers' method: max_shard_size, push_to_hub, ...
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there.
+        ValueError: nothing there that `replace_moe` put there, or adapters (LoRA) that are not merged.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
     with restored(model) as own:

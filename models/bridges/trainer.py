@@ -33,12 +33,14 @@ class MoETrainer(Trainer):
     """A `transformers.Trainer` for a model that went through `replace_moe` and `parallelize`; all else is Trainer's.
 
     The gradients of a step, accumulated over its micro-batches, are synchronised once, by `sync_gradients` in place of
-    DDP, and clipped by their exact norm. `save_model` writes the family's format (`restored`), whole, from rank 0.
-    What a checkpoint needs besides, to go on, are the spread tensors of model and optimizer (`models.checkpoint`),
-    which any number of ranks can read. Where other Trainers are derived from, derive from both, this one first.
+    DDP, and clipped by their exact norm. `save_model`, which every rank calls, writes the family's format, whole, from
+    rank 0 (`restored`). To go on, a checkpoint has the spread tensors of model and optimizer besides
+    (`models.checkpoint`), which any number of ranks can read. Where other Trainers are derived from, derive from both,
+    this one first.
 
     Not supported: DeepSpeed, and FSDP by Accelerate (`fully_shard_experts` and `fully_shard` come before the Trainer);
-    float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange.
+    float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange;
+    ``save_on_each_node``; ``save_only_model`` with ``load_best_model_at_end``; saving while there are adapters (LoRA).
 
     Args:
         mesh: as given to `parallelize`.
@@ -51,7 +53,7 @@ class MoETrainer(Trainer):
     def __init__(self, *args: Any, mesh: DeviceMesh | Meshes, **options: Any) -> None:
         super().__init__(*args, **options)
         self.mesh = mesh
-        bridged_layers(self.model)  # raises
+        layers = bridged_layers(self.model)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "MoETrainer goes with neither DeepSpeed nor Accelerate's FSDP: leave them out, and shard the model by "
@@ -62,6 +64,17 @@ class MoETrainer(Trainer):
         if not self.args.accelerator_config.even_batches:
             raise ValueError(
                 "even_batches=False leaves ranks without a last batch, and the others wait for them: leave it True"
+            )
+        if self.args.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node=True: rank 0 alone gets the whole model; save to a folder all nodes share"
+            )
+        if self.args.save_only_model and self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end=True reads what save_only_model=True leaves out: drop one of them")
+        if self.args.save_strategy != "no" and any(layer.experts.adapts for _, _, layer in layers):
+            raise ValueError(
+                'the family\'s format has no place for adapters: set save_strategy="no", and after training '
+                "merge_lora(model), then save_model"
             )
         if self.args.world_size != dist.get_world_size():
             raise ValueError(
@@ -84,12 +97,6 @@ class MoETrainer(Trainer):
             sync_gradients(self.model, self.mesh)
         return loss
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, with the family's own model; call it on every rank, as rank 0 alone has not got the weights."""
-        save = partial(super().save_model, output_dir, _internal_call)
-        with restored(self.model):
-            together(save)
-
     @torch.no_grad()
     def _start_alike(self) -> None:
         """Of what several ranks hold, the first one's: as DDP has it, for heads that each rank has drawn by itself."""
@@ -101,6 +108,11 @@ class MoETrainer(Trainer):
                 dist.broadcast(p, group=everyone, group_src=0)
             elif spread & {axes.EP, axes.NODE} and axes.EDP not in spread and copies is not None:
                 dist.broadcast(local(p), group=copies, group_src=0)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save = partial(super()._save, output_dir, state_dict)  # of `save_model`: what it pushes to the hub comes later
+        with restored(self.model):
+            together(save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder, step = Path(output_dir), self.state.global_step

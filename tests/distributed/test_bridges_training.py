@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from turnout.models.bridges import replace_moe, restored
-from turnout.moe import clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
+from turnout.moe import add_lora, clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
 
 pytest.importorskip("accelerate", reason='needs transformers and accelerate: pip install -e ".[hf]"')
 from hf_families import tiny
@@ -169,9 +169,13 @@ def refusals(out: Path) -> list[str]:
         (tiny("mixtral"), {}),
         (bridged, {"accelerator_config": {"even_batches": False}}),
         (bridged, {"save_only_model": True, "max_steps": 2}),
+        (bridged, {"save_on_each_node": True}),
+        (bridged, {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}),
+        (add_lora(replace_moe(tiny("mixtral")), 4), {}),
     ]:
         try:
-            trainer = MoETrainer(model=model, args=arguments(out, **more), mesh=mesh, train_dataset=texts(20, 1))
+            data = {"train_dataset": texts(20, 1), "eval_dataset": texts(8, 2)}
+            trainer = MoETrainer(model=model, args=arguments(out, **more), mesh=mesh, **data)
             trainer.train()
             trainer.train(resume_from_checkpoint=True)
         except ValueError as error:
@@ -180,7 +184,31 @@ def refusals(out: Path) -> list[str]:
 
 
 def test_what_trainer_cannot_do_is_said(tmp_path):
-    [(not_bridged, uneven, only_model)] = ranks.run(1, refusals, tmp_path)
+    [(not_bridged, uneven, only_model, each_node, best, adapters)] = ranks.run(1, refusals, tmp_path)
     assert "no layer that replace_moe put there" in not_bridged
     assert "even_batches=False leaves ranks without a last batch" in uneven
     assert "checkpoint-2 holds nothing that MoETrainer can go on with" in only_model
+    assert "rank 0 alone gets the whole model" in each_node
+    assert "save_only_model=True leaves out" in best
+    assert "no place for adapters" in adapters
+
+
+def push(out: Path) -> list[dict[str, torch.Tensor]]:
+    """What was in the folder each time that something was pushed."""
+    mesh, pushed = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)), []
+
+    class Pushing(MoETrainer):
+        def push_to_hub(self, **_):
+            self.save_model(_internal_call=True)  # as Trainer does first
+            pushed.append(load_file(out / "model.safetensors"))
+
+    model = parallelize(replace_moe(tiny("mixtral")), mesh)
+    trainer = Pushing(model=model, args=arguments(out), mesh=mesh, train_dataset=texts(20, 1))
+    trainer.args.push_to_hub = True
+    trainer.save_model()
+    return pushed
+
+
+def test_a_saved_model_is_pushed(tmp_path):
+    [[pushed]] = ranks.run(1, push, tmp_path)
+    torch.testing.assert_close(pushed["lm_head.weight"], tiny("mixtral").lm_head.weight)
