@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...moe.dense import dense_tensors, named_activation
+from ...moe.gates import Gate
 from ...moe.layer import MoE
 from ...moe.upcycle import upcycle
 
@@ -40,7 +42,7 @@ def replace_dense(
         every: blocks n, 2n, ... are replaced, counted from 1.
         granularity: experts hold 1/granularity of a block each, so that `num_experts` and `top_k` are multiples of it.
         noise, reset, scale: as in `upcycle`.
-        options: further arguments of `MoE`.
+        options: further arguments of `MoE`. Of a `Gate` each layer gets a copy of its own, initialised anew.
 
     Raises:
         ValueError: no such block, or one that cannot be replaced, and why; the model is then as it was.
@@ -56,6 +58,7 @@ def replace_dense(
     for parent, name, block in blocks[every - 1 :: every]:
         layer = _layer(block, num_experts, top_k, granularity, options)
         if not any(p.is_meta for p in block.parameters()):
+            _check_function(block)
             upcycle(layer, block, noise, reset, scale)
         layers.append((parent, name, layer))
     for parent, name, layer in layers:
@@ -74,9 +77,35 @@ def _layer(block: nn.Module, num_experts: int, top_k: int, granularity: int, opt
     if hidden % granularity:
         raise ValueError(f"{type(block).__name__} is {hidden} wide, which granularity={granularity} does not divide")
     bias = any(each.startswith("b_") for each in tensors)
+    if isinstance(gate := options.get("gate"), Gate):
+        options = options | {"gate": deepcopy(gate)}
+        options["gate"].reset_parameters()
     with torch.device(like.device):
         layer = MoE(dim, hidden // granularity, num_experts, top_k, experts=kind, bias=bias, **options)
-    return layer.to(like.dtype).train(block.training)
+    return layer.to(like).train(block.training)
+
+
+@torch.no_grad()
+def _check_function(block: nn.Module) -> None:
+    """Its parts do not say all (Falcon-H1 multiplies in between, BitNet normalises): tried on random tokens."""
+    tensors, activation = dense_tensors(block)
+    w_up, training = tensors["w_up"], block.training
+    x = torch.randn(16, len(w_up), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w_up)
+    expected = _perceptron(tensors, activation, x)
+    try:
+        y = block.eval()(x)
+    finally:
+        block.train(training)
+    if not (y - expected).norm() <= 0.05 * expected.norm():  # half precision, at a large width
+        raise ValueError(f"{type(block).__name__} computes more than {sorted(tensors)} and its activation say")
+
+
+def _perceptron(tensors: Mapping[str, Tensor], activation: Any, x: Tensor) -> Tensor:
+    hidden, *gate = (
+        x @ tensors[f"w_{name}"] + tensors.get(f"b_{name}", 0) for name in ("up", "gate") if f"w_{name}" in tensors
+    )
+    hidden = activation(gate[0]) * hidden if gate else activation(hidden)
+    return hidden @ tensors["w_down"] + tensors.get("b_down", 0)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -1,5 +1,6 @@
 """Upcycling: a dense model as a mixture of experts computes the same at first, and then learns."""
 
+import copy
 import re
 from dataclasses import replace
 
@@ -231,3 +232,27 @@ def test_a_dense_model_of_hugging_face_that_cannot_be_replaced(config, options, 
     with pytest.raises(ValueError, match=says):
         replace_dense(model, **{"num_experts": 4, **options})
     assert not any(isinstance(m, MoE) for m in model.modules())
+
+
+class Block(nn.Module):
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor, self.act_fn = factor, nn.SiLU()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 48), nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * self.factor
+
+
+def test_blocks_with_more_in_them_and_gates_of_ones_own():
+    from turnout.models.bridges import replace_dense
+
+    with pytest.raises(ValueError, match="computes more than"):
+        replace_dense(nn.Sequential(Block(), Block(factor=1.25)), 4)  # as in Falcon-H1
+    dense = nn.Sequential(Block(), Block()).to(torch.bfloat16).eval()
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    model = replace_dense(copy.deepcopy(dense), 4, gate=TopKGate(16, 4, 2))
+    assert close(model(x), dense(x), 1e-2)
+    first, second = (layer.gate.weight for layer in model)
+    assert first.dtype == torch.bfloat16
+    assert not torch.equal(first, second)
