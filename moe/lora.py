@@ -49,12 +49,12 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     for layer in layers.values():
         experts = layer.experts
         adapters = {
-            name: LowRank(matrix, transposed, rank, scale, experts.seed + place)
-            for place, (name, (matrix, transposed)) in enumerate(experts.matrices().items(), 1)
+            name: LowRank(matrix, transposed, rank, scale, experts.seed, name)
+            for name, (matrix, transposed) in experts.matrices().items()
         }
         experts.lora = nn.ModuleDict(adapters)
         if router and _linear(layer.gate):
-            layer.gate.lora = LowRank(layer.gate.weight, True, rank, scale, experts.seed)
+            layer.gate.lora = LowRank(layer.gate.weight, True, rank, scale, experts.seed, "router")
     return model
 
 
@@ -68,6 +68,9 @@ def merge_lora(model: Model, keep: bool = True) -> Model:
         model: what `add_lora` was given.
         keep: adapters stay, out of use, for `unmerge_lora`; a checkpoint does not say that they are merged. False: they
             are gone, and the model has the parameters it had before `add_lora`, frozen still.
+
+    Raises:
+        ValueError: no adapters, merged ones, or matrices split inside by FSDP.
     """
     _merge(model, 1)
     for module in [] if keep else list(model.modules()):
@@ -78,7 +81,11 @@ def merge_lora(model: Model, keep: bool = True) -> Model:
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Undo `merge_lora`, but for rounding: the adapters are computed beside the matrices, and may be trained, again."""
+    """Undo `merge_lora`, but for rounding: the adapters are computed beside the matrices, and may be trained, again.
+
+    Raises:
+        ValueError: no adapters, or none that are merged.
+    """
     return _merge(model, -1)
 
 

@@ -23,15 +23,15 @@ class LowRank(nn.Module):
         matrix: W, [in, out] or [E, in, out].
         transposed: it is stored as [out, in].
         rank, scale: r, and what the product is multiplied by.
-        seed: of `a`; equal on all ranks.
+        seed, name: `a` is drawn by them; equal on all ranks.
 
     Attributes:
         merged: the product is part of W now, and not computed beside it.
     """
 
-    def __init__(self, matrix: Tensor, transposed: bool, rank: int, scale: float, seed: int) -> None:
+    def __init__(self, matrix: Tensor, transposed: bool, rank: int, scale: float, seed: int, name: str) -> None:
         super().__init__()
-        self.transposed, self.scale, self.seed, self.merged = transposed, scale, seed, False
+        self.transposed, self.scale, self.seed, self.name, self.merged = transposed, scale, seed, name, False
         fan_in, fan_out = matrix.shape[-2:] if not transposed else matrix.shape[:-3:-1]
         self.a, self.b = (nn.Parameter(_like(matrix, shape)) for shape in ((fan_in, rank), (fan_out, rank)))
         self.reset_parameters()
@@ -44,11 +44,10 @@ class LowRank(nn.Module):
         self.merged = False
         local(self.b).zero_()
         held, bound = held_slice(self.a), 1 / math.sqrt(self.a.shape[-2])
-        stacked = local(self.a) if self.a.ndim == 3 else local(self.a).unsqueeze(0)
+        first, stacked = (held[0].start, local(self.a)) if self.a.ndim == 3 else (0, local(self.a).unsqueeze(0))
         for place, a in enumerate(stacked):
-            expert = held[0].start + place if self.a.ndim == 3 else "router"
             drawn = torch.empty(self.a.shape[-2:], device="cpu", dtype=torch.float32)
-            drawn.uniform_(-bound, bound, generator=seeded(self.seed, f"{expert}/low rank"))
+            drawn.uniform_(-bound, bound, generator=seeded(self.seed, f"{first + place}/low rank/{self.name}"))
             a.copy_(drawn[held[-2:]])
 
     def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -81,7 +81,8 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
             f"{type(model).__name__} has no MoE block that is known or has `experts`: pass "
             "adapters={its class: a function block -> Parts}; docs/bridges.md says how to write one"
         )
-    for parent, name, layer in layers:
+    for place, (parent, name, layer) in enumerate(layers):
+        layer.experts.seed = place  # what is drawn anew, or beside them (LoRA), differs from layer to layer
         setattr(parent, name, layer)
     return model
 

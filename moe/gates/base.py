@@ -48,9 +48,14 @@ class Gate(nn.Module, ABC):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the router as `nn.Linear` does: uniform within 1 / sqrt(D)."""
+        """Initialise the router as `nn.Linear` does: uniform within 1 / sqrt(D); and its adapter, if there is one."""
         if self.learned:
             uniform(self.weight)
+        self._reset_adapter()
+
+    def _reset_adapter(self) -> None:
+        if self.lora is not None:
+            self.lora.reset_parameters()
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E], float32 or wider, whatever the model's dtype and autocast say."""

@@ -47,8 +47,9 @@ class HierarchicalGate(Gate):
 
     def reset_parameters(self) -> None:
         """Initialise both levels as `nn.Linear` does."""
-        for weight in self.parameters():
+        for weight in self.parameters(recurse=False):
             uniform(weight)
+        self._reset_adapter()
 
     def picks(self) -> tuple[int, int]:
         """Groups a token picks, and experts in each."""

@@ -44,8 +44,9 @@ class NoisyTopKGate(Gate):
 
     def reset_parameters(self) -> None:
         """Initialise both matrices with zeros."""
-        for weight in self.parameters():
+        for weight in self.parameters(recurse=False):
             nn.init.zeros_(weight)
+        self._reset_adapter()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route tokens x [T, D]; scores are without noise. The losses leave out where `mask`, bool [T], is False."""

@@ -1,6 +1,7 @@
 """LoRA: thin matrices beside frozen ones compute and learn what the sum of both would, and cost no more than that."""
 
 import copy
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -192,8 +193,12 @@ def test_what_is_trained_and_where_it_starts():
     assert not any(adapter.b.any() for adapter in first.values())
     with torch.device("meta"):
         empty = add_lora(MoE(D, 24, E, seed=model[1].experts.seed), RANK)
-    empty.to_empty(device="cpu").experts.reset_parameters()
+    for p in empty.to_empty(device="cpu").parameters():
+        p.data.fill_(7)  # whatever was there
+    empty.experts.reset_parameters()
+    empty.gate.reset_parameters()
     assert close(empty.experts.lora["up"].a, first["up"].a, 1e-6)
+    assert not any(p.any() for name, p in lora_parameters(empty).items() if name.endswith(".b"))
 
 
 def test_what_does_not_go():
@@ -229,6 +234,8 @@ def test_experts_of_a_bridge(family):
     before = model(input_ids=ids).logits
     add_lora(replace_moe(model), RANK)
     assert close(model(input_ids=ids).logits, before, 1e-6)
+    drawn = [p for name, p in lora_parameters(model).items() if name.endswith(".a")]
+    assert not any(torch.equal(a, b) for a, b in combinations(drawn, 2)), "others in each layer"
     after = trained(model)(input_ids=ids).logits
     assert not close(after, before, 1e-2)
     after.square().mean().backward()
