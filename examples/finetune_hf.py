@@ -77,10 +77,8 @@ def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> 
     model = build(job).to(device)
     parallelize(replace_moe(model), mesh)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        layer.aux_loss_weight, layer.balance = (
-            job.aux_weight,
-            "sequence",
-        )  # for families without a loss of their own, too
+        layer.aux_loss_weight = job.aux_weight  # in place of the family's loss, if it has one
+        layer.balance = "sequence"
     optimizer = AdamW(param_groups(model), lr=job.lr, betas=(0.9, 0.95))
 
     losses, tokens = [], job.batch * job.seq  # of all ranks in a step: what a sum of losses is divided by
@@ -123,9 +121,7 @@ def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="mixtral", help="model_type of a causal language model in docs/bridges.md")
-    parser.add_argument(
-        "--model", help="a checkpoint of transformers, in place of a new model; its tokens are bytes, too"
-    )
+    parser.add_argument("--model", help="a checkpoint of transformers, in place of a new model; its tokens are bytes")
     parser.add_argument("--out", default="runs/finetune_hf", help="folder of the trained model")
     parser.add_argument("--data", nargs="+", help="text files and folders; none: the standard library's source")
     parser.add_argument("--steps", type=int, default=100)
