@@ -31,8 +31,10 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
         return False
     if computed(rows) != rows.dtype:
         return False
-    strides = (weight.shape[1], weight.shape[2], *weight.stride())  # those of rows, of the result, and its own
-    return all(s == 1 or s * rows.element_size() % 16 == 0 for s in strides)
+    size = rows.element_size()
+    if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included
+        return False
+    return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
 
 
 class _ContiguousGradient(torch.autograd.Function):

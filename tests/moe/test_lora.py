@@ -151,6 +151,15 @@ def test_no_adapters_one_expert_at_a_time(monkeypatch):
     assert close(merge_lora(moe)(tokens()), y, 1e-12)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_any_rank(rank):
+    moe = trained(add_lora(layer(dtype=torch.float32), rank))
+    y = moe(tokens(dtype=torch.float32))
+    y.square().mean().backward()
+    assert all(p.grad.any() for p in lora_parameters(moe).values())
+    assert close(merge_lora(moe)(tokens(dtype=torch.float32)), y, 1e-5)
+
+
 def test_half_precision_beside_float32_adapters():
     exact = trained(add_lora(layer(dtype=torch.float32), RANK))
     y = exact(tokens(dtype=torch.float32))
