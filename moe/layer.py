@@ -269,8 +269,8 @@ class MoE(nn.Module):
         return copied
 
     def _state(self) -> dict[str, Any]:
-        # What can be copied: not a loss with its graph.
-        return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": True}
+        # What can be copied: not a loss with its graph, nor what `compile` made of this very layer.
+        return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
 
 
 def aux_loss(model: nn.Module) -> Tensor:
