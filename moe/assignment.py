@@ -53,11 +53,12 @@ def sinkhorn(logits: Tensor, iterations: int, mask: Tensor | None = None) -> Ten
 
 def _on_grid(scores: Tensor) -> Tensor:
     """Scores [T, E] -> integers [T, E] from 0 to GRID."""
-    finite = scores[scores.isfinite()].double()
+    scores = scores.double() / 2  # the largest minus the least is finite then
+    finite = scores[scores.isfinite()]
     if not len(finite):
         return torch.zeros_like(scores, dtype=torch.int64)
     low, high = (float(each) for each in finite.aminmax())
-    scores = scores.double().nan_to_num(low, high, low)
+    scores = scores.nan_to_num(low, high, low)
     return ((scores - low) / max(high - low, torch.finfo(scores.dtype).tiny) * GRID).round().long()
 
 

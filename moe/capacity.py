@@ -43,6 +43,7 @@ def factor_of(name: str) -> property:
 
     def put(layer: nn.Module, factor: float | None) -> None:
         if factor is not None:
+            factor = float(factor)
             capacity_limit(factor, 1, 1, 1)
         setattr(layer, name, None if factor is None else str(factor))
 

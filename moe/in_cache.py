@@ -45,7 +45,8 @@ def perceptrons(
     are gathered when it is its turn, and all [R, D] never exist.
     """
     tensors = [tensor for layer in (down, *up) for tensor in layer]
-    return _Perceptrons.apply(rows, weight, counts, activation, plan, *tensors)  # pyright: ignore[reportReturnType]
+    graph = torch.is_grad_enabled()  # asked here: inside, it never is
+    return _Perceptrons.apply(rows, weight, counts, activation, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
 
 
 class Group(NamedTuple):
@@ -75,8 +76,8 @@ def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
 
 class _Perceptrons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, counts, activation, plan, w_down, b_down, *up):
-        kept, hidden_width = any(ctx.needs_input_grad), w_down.shape[1]
+    def forward(ctx, rows, weight, counts, activation, plan, graph, w_down, b_down, *up):
+        kept, hidden_width = graph and any(ctx.needs_input_grad), w_down.shape[1]
         turns = groups(counts, max(w_down.shape[1:]), _GROUP)
         most = _most(turns)
         before = [rows.new_empty(len(weight) if kept else most, hidden_width) for _ in up[::2]]
@@ -110,11 +111,11 @@ class _Perceptrons(torch.autograd.Function):
         number = len(rest) // 3  # of layers below the activation
         up, before = rest[: 2 * number], rest[2 * number :]
         most = _most(ctx.turns)
-        needed = iter(ctx.needs_input_grad)
-        to_rows = _Out(rows, most, ctx.plan) if next(needed) else None
+        needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        to_rows = _Out(rows, most, ctx.plan) if needs_rows else None
         to_weight = torch.zeros_like(weight)
         to_w_down, to_b_down, *to_up = (
-            torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), [*needed][4:], strict=True)
+            torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), needs, strict=True)
         )
         dtype = computed(rows)
         hidden, *slopes = (rows.new_empty(most, w_down.shape[1], dtype=dtype) for _ in range(1 + number))
@@ -153,7 +154,7 @@ class _Perceptrons(torch.autograd.Function):
                         to_b.copy_(part.sum(0))
             if to_rows is not None:
                 to_rows.add(span)
-        return to_rows and to_rows.done(), to_weight, None, None, None, to_w_down, to_b_down, *to_up
+        return to_rows and to_rows.done(), to_weight, None, None, None, None, to_w_down, to_b_down, *to_up
 
 
 class _Out:

@@ -178,6 +178,7 @@ class MoE(nn.Module):
         return self.num_experts + (0 if self.free is None else len(self.free))
 
     def _experts(self) -> Callable[..., Tensor]:
+        """What rows go through: the experts, the weight before or after them, recomputed or not."""
         experts = self.experts if self.weight_on == "output" else partial(_weighted_before, self.experts)
         if self.recompute and torch.is_grad_enabled():
             return partial(checkpoint, experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
@@ -269,8 +270,8 @@ class MoE(nn.Module):
         return copied
 
     def _state(self) -> dict[str, Any]:
-        # What can be copied: not a loss with its graph.
-        return {**self.__dict__, "_last": None, "_losses": [], "_losses_done": True}
+        # What can be copied: not a loss with its graph, nor what `compile` made of this very layer.
+        return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
 
 
 def aux_loss(model: nn.Module) -> Tensor:

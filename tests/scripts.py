@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -39,18 +40,17 @@ def script(path: Path, *argv: str, ranks: int = 1, alone: bool = False, timeout:
             started.append(context.Process(target=_run, args=(path, argv, env, out, err), daemon=True))
             started[-1].start()
         code, end = 0, time.monotonic() + timeout
-        while any(process.is_alive() for process in started):
-            code = next((process.exitcode for process in started if process.exitcode), 0)
-            if code:  # the others may wait for it
-                end = min(end, time.monotonic() + 5)
-            started[0].join(0.02)
-            if time.monotonic() > end:
-                break
-        hung = [rank for rank, process in enumerate(started) if process.is_alive()]
-        for process in started:
+        running = {process.sentinel: process for process in started}
+        while running and (left := end - time.monotonic()) > 0:
+            for ended in wait(list(running), left):
+                process = running.pop(ended)
+                process.join()
+                if process.exitcode and not code:
+                    code, end = process.exitcode, min(end, time.monotonic() + 5)  # the others may wait for it
+        hung = [rank for rank, process in enumerate(started) if process in running.values()]
+        for process in running.values():
             process.kill()
             process.join()
-        code = code or next((process.exitcode for process in started if process.exitcode), 0)
         done = CompletedProcess([str(path), *argv], code, out.read_text(), err.read_text())
     assert code or not hung, f"ranks {hung} hung for {timeout} s: {done.stderr}"
     return done

@@ -62,7 +62,7 @@ class HierarchicalGate(Gate):
                 f"groups={self.groups}, and top_k / top_groups of the {size} experts in each; "
                 + (f"use top_groups from {fit}" if fit else "use another top_k or other groups")
             )
-        top_groups = min(wanted, key=lambda g: abs(g - math.sqrt(self.top_k)))
+        top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(self.top_k)))[0]  # min(key=) breaks a graph
         return top_groups, self.top_k // top_groups
 
     def forward(self, x: Tensor) -> Routing:

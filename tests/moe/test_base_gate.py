@@ -76,6 +76,7 @@ def test_what_is_not_finite_and_what_is_little():
     assert (loads(expert, 4) == 2).all()
     assert expert[1] == 2
     assert expert[2] != 3
+    assert assign(torch.tensor([[1.7e308, -1.7e308], [0.0, 1e308]], dtype=torch.float64)).tolist() == [0, 1]
     far = torch.tensor([[1e30, -1e30], [0.0, 1.0], [1.0, 0.0], [-1e30, 1e30]])
     assert loads(assign(far), 2).tolist() == [2, 2]
     assert torch.equal(assign(far)[[0, 3]], torch.tensor([0, 1]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from turnout.moe import MoE, aux_loss
+from turnout.moe.gates import GATES
 
 LAYERS = {
     "ragged": {},
@@ -75,6 +76,19 @@ def test_further_gates_in_one_graph(options):
     assert counter.frame_count == 1
     if options.get("gate") == "sigmoid":
         assert layer.gate.load.sum() == 2 * 2 * 2 * 32  # of both steps
+
+
+@pytest.mark.sampled
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", GATES)
+def test_no_gate_breaks_the_graph(gate):
+    layer, x = MoE(16, 32, 4, gate=gate, seed=0), tokens(8)
+    options = {"mask": torch.arange(16).reshape(2, 8) % 3 > 0, "ids": torch.arange(16).reshape(2, 8)}
+    results = []
+    for forward in (torch.compile(layer, backend="eager", fullgraph=True), layer):
+        torch.manual_seed(0)
+        results.append(forward(x, **options))
+    torch.testing.assert_close(*results)
 
 
 def test_20_steps_of_other_loads_and_lengths_take_two_graphs():

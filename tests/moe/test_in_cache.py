@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from reference import close
+from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe.experts import FeedForwardExperts
@@ -97,3 +98,20 @@ def test_a_few_at_a_time_where_buffers_are_large():
     assert pays(half, 32768, width=512)
     assert not pays(half, 8192, width=1024), "16 MiB"
     assert not pays(meta, 32768, width=512), "another device"
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            self.elements = max([self.elements, *(t.numel() for t in (out,) if isinstance(t, torch.Tensor))])
+            return out
+
+    monkeypatch.setattr("turnout.moe.in_cache._GROUP", 10 * 16)
+    experts, plan = FeedForwardExperts(8, 16, 4, "gelu"), Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), Largest() as largest:
+            LocalDispatcher()(random(10, 8, dtype=torch.float32), plan, torch.ones(10, 4), experts)
+        assert (largest.elements >= 40 * 16) == gradients, "hidden rows of all experts"

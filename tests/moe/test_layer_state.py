@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ def test_copy_after_forward():
     assert close(aux_loss(layer), loss_of(layer, x), 1e-12)  # the copy took nothing away
     with pytest.raises(RuntimeError, match="no statistics yet"):
         copy.deepcopy(layer).stats.dropped.item()
+
+
+def test_copy_of_a_compiled_layer_is_its_own():
+    layer, x = built(), tokens(9)
+    layer.compile(backend="eager")
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        nn.init.zeros_(other.experts.w_down)
+        assert not other(x).any()
 
 
 @pytest.mark.parametrize("experts", ["swiglu", lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))])
