@@ -258,17 +258,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> 
     ranks have parts of one sequence. So the gradient that reaches this rank's part is W times the one that arrives
     here, or that one. Each rank can do that alone: no collective in the backward.
     """
-    return _AllReduce.apply(x, group, averaged)  # pyright: ignore[reportReturnType]
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, averaged):
-        ctx.factor = dist.get_world_size(group) if averaged else 1
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.factor, None, None
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group)
+    factor = dist.get_world_size(group) if averaged else 1
+    return total + factor * (x - x.detach())  # 0, with that gradient

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from .base import Batch, SteppedDispatcher
 from .plan import Plan
 from .steps import Result, Rows, Steps, returned
+from .traced import KEEPS_BACKWARDS
 from .wire import WIRES, Wire
 
 
@@ -50,8 +51,8 @@ class CompressedDispatcher(SteppedDispatcher):
         return self._compressed(self.inner.combine_steps(rows, receipt))
 
     def is_static(self, plan: Plan) -> bool:
-        """As `inner`."""
-        return self.inner.is_static(plan)
+        """As `inner`, from torch 2.13 on."""
+        return KEEPS_BACKWARDS and self.inner.is_static(plan)
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """As `inner`."""

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from .wire import Wire, pack, unpack
 
 Result = TypeVar("Result")
+# Before, a Function with a collective inside got another backward in the graph than its own (seen with torch 2.11).
+KEEPS_BACKWARDS = torch.__version__ >= "2.13"
 
 
 class Arrived(NamedTuple):
@@ -38,22 +41,26 @@ def exchange(
 ) -> Arrived:
     """`collectives.all_to_all_start` inside a graph; an error on the wire is the backend's own there."""
     first, *others = tensors
-    came = (_Exchange.apply(first, send, recv, group, wire), *(_Exchange.apply(t, send, recv, group) for t in others))
-    return Arrived(came)  # pyright: ignore[reportArgumentType]
+    came = _plain(first, send, recv, group) if wire is None else _Compressed.apply(first, send, recv, group, wire)
+    return Arrived((came, *(_plain(t, send, recv, group) for t in others)))  # pyright: ignore[reportArgumentType]
 
 
-class _Exchange(torch.autograd.Function):
+def _plain(x: Tensor, send: list[int] | None, recv: list[int] | None, group: ProcessGroup | None) -> Tensor:
+    return all_to_all_single_autograd(x.contiguous(), recv, send, group or dist.group.WORLD)  # pyright: ignore[reportArgumentType]
+
+
+class _Compressed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, send, recv, group, wire=None):
-        ctx.back = recv, send, group, wire and "bf16"
-        rows = (x if wire is None else pack(x, wire)).contiguous()
+    def forward(ctx, x, send, recv, group, wire):
+        ctx.back = recv, send, group, "bf16"
+        rows = pack(x, wire).contiguous()
         came = rows.new_empty(rows.shape[0] if recv is None else sum(recv), *rows.shape[1:])
         dist.all_to_all_single(came, rows, recv, send, group=group)
-        return came if wire is None else unpack(came, wire, x.dtype)
+        return unpack(came, wire, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Exchange.apply(grad, *ctx.back), None, None, None, None
+        return _Compressed.apply(grad, *ctx.back), None, None, None, None
 
 
 class Sealed:

@@ -261,6 +261,11 @@ class Pipeline:
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:
+    if stages.schedule in ("interleaved_zb", "zbv") and torch.__version__ < "2.13":
+        raise ValueError(
+            f"schedule {stages.schedule!r} needs torch 2.13: the backward in halves of {torch.__version__} does not "
+            "get through custom autograd functions, such as those of experts; take interleaved1f1b"
+        )
     ranks = dist.get_world_size(group)
     if stages.ranks != ranks:
         raise ValueError(f"the model was cut for {stages.ranks} ranks, and the group has {ranks}; cut it for {ranks}")

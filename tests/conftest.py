@@ -1,9 +1,13 @@
 """What every test runs under: one thread, and properties that give the same examples each time."""
 
 import os
+import sys
 from collections import Counter
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: it reads this once
+# Before torch, which reads these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # backward on a process with GPUs starts threads, and ranks are forked
 
 import hypothesis
 import pytest
