@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .activation import wide
+from ..dispatch.ops import wide
 from .stacked import held_slice, local, seeded
 
 

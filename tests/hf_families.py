@@ -21,6 +21,14 @@ COMMON = {
     "eos_token_id": 2,
     "attention_dropout": 0.0,
 }
+ROUTED = {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1}
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 
@@ -65,24 +73,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **MLA,
             **GROUPS,
-            "intermediate_size": 24,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 3,
-            "norm_topk_prob": True,
+            **ROUTED,
         },
     ),
     "glm4_moe": (
         "Glm4Moe",
         {
             **GROUPS,
-            "intermediate_size": 24,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 3,
-            "norm_topk_prob": True,
+            **ROUTED,
             "head_dim": 8,
         },
     ),
