@@ -31,6 +31,7 @@ def up(
     w_gate: Tensor | None,
     activation: str,
     save: bool,
+    size: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden rows [R, H], times weight [R], and what the backward wants of them.
 
@@ -39,6 +40,7 @@ def up(
         w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
         activation: "swiglu", "gelu" or "relu".
         save: whether a backward follows.
+        size: of the tiles, here and below; None: `blocks`.
 
     Returns:
         hidden; then up and gate before the activation, [R, H] each, empty where not asked for.
@@ -46,7 +48,7 @@ def up(
     (_, D, H), R = w_up.shape, len(weight)
     hidden = x.new_empty(R, H)
     before, gate = (x.new_empty(R if save and wanted else 0, H) for wanted in (True, w_gate is not None))
-    size = blocks("up", x, R // len(ends))
+    size = size or blocks("up", x, R // len(ends), (D, H))
     tiles = Tiles.of(ends, R, size.rows)
     up_kernel[(_programs(tiles, H, size),)](
         x, token, weight, w_up, w_up if w_gate is None else w_gate, *tiles, before, gate, hidden, len(tiles.expert),
@@ -55,7 +57,9 @@ def up(
     return hidden, before, gate
 
 
-def down(pairs: list[tuple[Tensor, Tensor]], ends: Tensor, transposed: bool = False) -> Tensor:
+def down(
+    pairs: list[tuple[Tensor, Tensor]], ends: Tensor, transposed: bool = False, size: Blocks | None = None
+) -> Tensor:
     """The sum over one or two pairs (a [R, K], b [L, K, N]) of a times its expert's b: [R, N].
 
     With `transposed`, b is [L, N, K].
@@ -64,7 +68,7 @@ def down(pairs: list[tuple[Tensor, Tensor]], ends: Tensor, transposed: bool = Fa
     R, K = a.shape
     N = b.shape[1 if transposed else 2]
     out = a.new_empty(R, N)
-    size = blocks("down", a, R // len(ends))
+    size = size or blocks("down", a, R // len(ends), (K, N))
     tiles = Tiles.of(ends, R, size.rows)
     down_kernel[(_programs(tiles, N, size),)](
         a, b, a2, b2, *tiles, out, len(tiles.expert),
@@ -82,6 +86,7 @@ def hidden_backward(
     up: Tensor,
     gate: Tensor,
     activation: str,
+    size: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Back through the down projection w_down [L, H, D] and the activation, from grad [T, D] or [R, D] (see `up`).
 
@@ -91,7 +96,7 @@ def hidden_backward(
     """
     (_, H, D), R = w_down.shape, len(weight)
     hidden, to_up, to_gate = (torch.empty_like(t) for t in (up, up, gate))
-    size = blocks("hidden", grad, R // len(ends))
+    size = size or blocks("hidden", grad, R // len(ends), (D, H))
     tiles = Tiles.of(ends, R, size.rows)
     to_weight = torch.zeros(-(-H // size.columns), R, device=grad.device)
     hidden_kernel[(_programs(tiles, H, size),)](
@@ -102,7 +107,12 @@ def hidden_backward(
 
 
 def weight_backward(
-    a: Tensor, others: list[Tensor], ends: Tensor, a_token: Tensor | None = None, b_token: Tensor | None = None
+    a: Tensor,
+    others: list[Tensor],
+    ends: Tensor,
+    a_token: Tensor | None = None,
+    b_token: Tensor | None = None,
+    size: Blocks | None = None,
 ) -> list[Tensor]:
     """Gradients of weights: per expert a^T b [L, K, N] for one or two b [R, N] in `others`; zeros without rows.
 
@@ -111,7 +121,7 @@ def weight_backward(
     b, c = others[0], others[-1]
     K, N = a.shape[1], b.shape[1]
     out = [a.new_empty(len(ends), K, N) for _ in others]
-    size = blocks("weight", a, 0)
+    size = size or blocks("weight", a, 0, (K, N))
     tiles = -(-K // size.rows) * -(-N // size.columns)
     weight_kernel[(tiles, len(ends))](
         a, b, c, a_token, b_token, ends, out[0], out[-1], K=K, N=N, GATHER_A=a_token is not None,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MANY = 64  # rows of an expert; more are many
+
 
 class Tiles(NamedTuple):
     """Which rows the programs of a grid over row tiles take.
@@ -56,11 +58,46 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks(kernel: str, x: Tensor, rows: int) -> Blocks:
-    """For a kernel over tensors like `x`, on its device, with `rows` rows an expert on average."""
+class Product(NamedTuple):
+    """A product as far as the best sizes of its tiles depend on it.
+
+    Attributes:
+        kernel: "up", "down", "hidden" or "weight".
+        device: the GPU's name.
+        dtype: of what is multiplied, as text.
+        shape: of an expert's matrix, as it lies in the product: [summed over, columns of the result]; of "weight", the
+            gradient's.
+        many: rows an expert, or few.
+    """
+
+    kernel: str
+    device: str
+    dtype: str
+    shape: tuple[int, int]
+    many: bool
+
+    @classmethod
+    def of(cls, kernel: str, x: Tensor, rows: int, shape: tuple[int, int]) -> Product:
+        """Over tensors like `x`, on its device, with `rows` rows an expert on average."""
+        return cls(kernel, device_name(x.device), str(x.dtype), shape, kernel == "weight" or rows > MANY)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or "cpu"."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
+
+
+# What was measured in this process, filled by `moe.autotune` alone. A fact about the machine, as a compiled kernel is.
+MEASURED: dict[Product, Blocks] = {}
+
+
+def blocks(kernel: str, x: Tensor, rows: int, shape: tuple[int, int] | None = None) -> Blocks:
+    """For a kernel as in `Product.of`: as measured where that was done for this `shape`, else `sizes`."""
+    if shape is not None and MEASURED and (found := MEASURED.get(Product.of(kernel, x, rows, shape))):
+        return found
     if x.device.type != "cuda":
         return Blocks(16, 16, 16, 4, 1)  # Triton's interpreter: the smallest, so that small inputs have many
-    return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > 64)
+    return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > MANY)
 
 
 def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:

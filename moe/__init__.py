@@ -1,5 +1,6 @@
 """The layer. Start at `layer.py`."""
 
+from .autotune import autotune
 from .biases import balance_biases
 from .capacity import capacity, capacity_limit
 from .experts import Experts
@@ -28,6 +29,7 @@ from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
 from .scaler import GradScaler
 from .stats import Stats
+from .tuning import Tuned, Tuning
 from .upcycle import upcycle
 
 __all__ = [
@@ -51,7 +53,10 @@ __all__ = [
     "Stats",
     "SwitchGate",
     "TopKGate",
+    "Tuned",
+    "Tuning",
     "add_lora",
+    "autotune",
     "aux_loss",
     "balance_biases",
     "balance_loss",

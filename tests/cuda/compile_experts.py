@@ -1,7 +1,8 @@
 """Compile the experts' Triton kernels for GPUs that are not here; print the resources of each as a line of JSON.
 
 python compile_experts.py 80 90 100
-python compile_experts.py 90 --all        in every size and dtype
+python compile_experts.py 90 --all               in every size and dtype
+python compile_experts.py 90 80 --candidates     in every size that `turnout.moe.autotune` tries: minutes
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from turnout.cuda import grouped_kernels as kernels
-from turnout.cuda.tiles import Blocks, sizes
+from turnout.cuda.tiles import Blocks, Product, sizes
+from turnout.cuda.tune import candidates
 
 D, H = 2048, 1024
 TYPES = {"num_m": "i32", "rows": "i32", "weight": "*fp32", "to_weight": "*fp32"}
@@ -63,17 +65,26 @@ def resources(key: str, constants: dict, blocks: Blocks, arch: int, dtype: str) 
     }
 
 
-def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
+def tried(key: str, dtype: str, major: int, many: bool, every_candidate: bool) -> list[Blocks]:
+    if not every_candidate:
+        return [sizes(key, 4 if dtype == "fp32" else 2, major, many)]
+    full = "torch.float32" if dtype == "fp32" else "torch.bfloat16"
+    return candidates(Product(key, "", full, (0, 0), many), major)
+
+
+def compile_all(archs: list[int], everything: bool, every_candidate: bool) -> Iterator[dict]:
     """What each kernel takes, in bfloat16 for many rows an expert; for few and in float32 as well if `everything`."""
+    everything = everything or every_candidate
     for arch in archs:
-        asked = [("bf16", 2, True)] + ([("bf16", 2, False), ("fp32", 4, True)] if everything else [])
-        for dtype, itemsize, many in asked:
+        for dtype, many in [("bf16", True)] + ([("bf16", False), ("fp32", True)] if everything else []):
             for name, key, constants in variants():
-                blocks = sizes(key, itemsize, arch // 10, many)
-                head = {"arch": arch, "dtype": dtype, "kernel": name, "blocks": list(blocks)}
-                yield head | resources(key, constants, blocks, arch, dtype)
+                for blocks in tried(key, dtype, arch // 10, many, every_candidate):
+                    head = {"arch": arch, "dtype": dtype, "kernel": name, "blocks": list(blocks)}
+                    yield head | resources(key, constants, blocks, arch, dtype)
 
 
 if __name__ == "__main__":
-    for found in compile_all([int(a) for a in sys.argv[1:] if a != "--all"], "--all" in sys.argv):
+    for found in compile_all(
+        [int(a) for a in sys.argv[1:] if a.isdigit()], "--all" in sys.argv, "--candidates" in sys.argv
+    ):
         print(json.dumps(found), flush=True)

@@ -1,0 +1,211 @@
+"""What there is to measure of the experts' kernels: their products at given sizes, and tiles to try for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import product as pairs
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles import Blocks, Product, sizes
+
+Run = Callable[[], object]
+
+
+class Shape(NamedTuple):
+    """Experts as one rank computes them.
+
+    Attributes:
+        tokens: T, of which each goes to `top_k` experts: T * k rows.
+        dim, hidden: D and H.
+        experts: L, those of this rank.
+        top_k: k.
+        activation, bias: as in the experts.
+        dtype: "float32", "bfloat16" or "float16".
+        gathers: whether rows are read from tokens by index, or lie sorted.
+    """
+
+    tokens: int
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+    activation: str
+    bias: bool
+    dtype: str
+    gathers: bool
+
+
+def drawn(shape: Shape, device: torch.device) -> Tensor:
+    """int64 [T, k]: experts of each token, k different ones, all equally likely; the same on every call."""
+    T, L, k = shape.tokens, shape.experts, shape.top_k
+    first = torch.randint(L, (T, 1), generator=torch.Generator(device).manual_seed(0), device=device)
+    return (first + torch.arange(k, device=device) * max(L // k, 1)) % L
+
+
+def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Blocks], object]]:
+    """Every product of a forward and a backward, as a function of its tiles, on random numbers.
+
+    What has one choice of tiles is one entry: the down projection and its way back, of square experts more.
+    """
+    from . import grouped
+
+    _, D, H, L, k, activation, _, dtype, gathers = shape
+    g = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device=device, dtype=getattr(torch, dtype))
+
+    expert, order = drawn(shape, device).flatten().sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(L, device=device), right=True).to(torch.int32)
+    R, gated = len(order), activation == "swiglu"
+    token = order // k if gathers else None
+    x, grad = (random(shape.tokens if gathers else R, D) for _ in range(2))
+    weight = torch.rand(R, generator=g, device=device)
+    w_up, w_down, hidden, up = random(L, D, H), random(L, H, D), random(R, H), random(R, H)
+    w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, up.new_empty(0, H))
+    back = [(up, w_up), (gate, w_gate)] if w_gate is not None else [(up, w_up)]
+    runs: list[tuple[str, tuple[int, int], Callable[[Blocks], object]]] = [
+        ("up", (D, H), lambda size: grouped.up(x, token, ends, weight, w_up, w_gate, activation, True, size=size)),
+        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], ends, size=size)),
+        ("down", (H, D), lambda size: grouped.down(back, ends, transposed=True, size=size)),
+        (
+            "hidden",
+            (D, H),
+            lambda size: grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation, size=size),
+        ),
+        ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], ends, b_token=token, size=size)),
+        (
+            "weight",
+            (D, H),
+            lambda size: grouped.weight_backward(x, [a for a, _ in back], ends, a_token=token, size=size),
+        ),
+    ]
+    together: dict[Product, list[Callable[[Blocks], object]]] = {}
+    for kernel, matrix, run in runs:
+        together.setdefault(Product.of(kernel, x, R // L, matrix), []).append(run)
+    return {product: partial(_each, these) for product, these in together.items()}
+
+
+def _each(runs: list[Callable[[Blocks], object]], size: Blocks) -> None:
+    for run in runs:
+        run(size)
+
+
+def attempts(shape: Shape, device: torch.device) -> dict[Product, dict[Blocks, Run]]:
+    """What runs each product of the experts in each of its `candidates`: compiled, but for those that fail.
+
+    Raises:
+        torch.OutOfMemoryError: the tensors, 6 L D H + 4 T k H numbers and a few [T, D], do not fit.
+    """
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    every = products(shape, device)
+    tried = {product: candidates(product, major) for product in every}
+    if device.type == "cuda":
+        few = products(shape._replace(tokens=1, experts=1, top_k=1), device)  # they compile to the same
+        compiled = zip(tried.values(), few.values(), strict=True)
+        _compile([partial(run, size) for found, run in compiled for size in found], device)
+    return {product: {size: partial(run, size) for size in tried[product]} for product, run in every.items()}
+
+
+def _compile(runs: Iterable[Run], device: torch.device) -> None:
+    def attempt(run: Run) -> None:
+        with torch.cuda.device(device), suppress(Exception):  # it fails again where it is timed
+            run()
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        list(pool.map(attempt, runs))
+
+
+def candidates(product: Product, major: int) -> list[Blocks]:
+    """Tiles to try on a GPU of compute capability `major` (0: in the interpreter), first those of `sizes`.
+
+    `tests/cuda/compile_experts.py --candidates` shows that none spills registers and all fit the shared memory.
+    """
+    if not major:
+        return [Blocks(16, 16, 16, 4, 1), Blocks(32, 16, 16, 4, 1)]
+    kernel, few = product.kernel, not product.many
+    if product.dtype == "torch.float32":
+        return [sizes(kernel, 4, major, product.many), *_FLOAT32]
+    found = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
+    if few:
+        found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
+    return list(dict.fromkeys([sizes(kernel, 2, major, product.many), *found]))
+
+
+_FLOAT32 = [Blocks(64, 64, 32, 8, 3), Blocks(64, 64, 16, 8, 4), Blocks(128, 64, 16, 8, 3)]
+_MEDIUM = {
+    "up": [
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 64, 64, 4, 3),
+        Blocks(64, 64, 32, 4, 4),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(128, 64, 64, 8, 2),
+    ],
+    "down": [
+        Blocks(128, 128, 32, 8, 3),
+        Blocks(128, 128, 32, 4, 3),
+        Blocks(128, 128, 64, 8, 2),
+        Blocks(128, 64, 64, 4, 3),
+        Blocks(64, 128, 32, 4, 4),
+        Blocks(64, 256, 32, 8, 3),
+    ],
+    "hidden": [
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(64, 64, 64, 4, 3),
+        Blocks(128, 64, 64, 8, 3),
+        Blocks(64, 64, 32, 8, 4),
+    ],
+    "weight": [
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(64, 64, 32, 4, 4),
+        Blocks(64, 64, 64, 4, 3),
+        Blocks(128, 64, 64, 8, 2),
+    ],
+}
+_LARGE = {
+    "up": [
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 128, 32, 8, 5),
+        Blocks(128, 64, 64, 4, 3),
+        Blocks(128, 64, 64, 8, 4),
+        Blocks(64, 128, 64, 4, 4),
+        Blocks(256, 64, 64, 8, 3),
+        Blocks(64, 256, 64, 8, 3),
+    ],
+    "down": [
+        Blocks(128, 256, 64, 8, 4),
+        Blocks(256, 128, 64, 8, 3),
+        Blocks(256, 128, 64, 8, 4),
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 4, 4),
+        Blocks(128, 128, 128, 8, 3),
+        Blocks(64, 256, 64, 4, 4),
+    ],
+    "hidden": [
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 128, 32, 8, 4),
+        Blocks(128, 64, 64, 4, 4),
+        Blocks(64, 128, 64, 4, 4),
+        Blocks(64, 128, 64, 8, 3),
+        Blocks(128, 64, 128, 8, 3),
+    ],
+    "weight": [
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 128, 32, 8, 4),
+        Blocks(128, 128, 128, 8, 2),
+        Blocks(128, 64, 64, 4, 4),
+        Blocks(64, 128, 64, 4, 4),
+        Blocks(256, 64, 64, 8, 3),
+        Blocks(64, 256, 64, 8, 3),
+    ],
+}
