@@ -87,7 +87,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
 
 
-# What was measured in this process, filled by `moe.autotune` alone. A fact about the machine, as a compiled kernel is.
+# What was measured in this process, filled by `moe.tuning` alone. A fact about the machine, as a compiled kernel is.
 MEASURED: dict[Product, Blocks] = {}
 
 

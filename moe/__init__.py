@@ -1,6 +1,5 @@
 """The layer. Start at `layer.py`."""
 
-from .autotune import autotune
 from .biases import balance_biases
 from .capacity import capacity, capacity_limit
 from .experts import Experts
@@ -29,7 +28,8 @@ from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
 from .scaler import GradScaler
 from .stats import Stats
-from .tuning import Tuned, Tuning
+from .tuned import Tuned, Tuning
+from .tuning import autotune
 from .upcycle import upcycle
 
 __all__ = [

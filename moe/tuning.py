@@ -1,132 +1,246 @@
-"""What `autotune` has measured: a table to read, and a file, so that a machine is measured once."""
+"""What computes the experts, and in which tiles: measured when it is asked for, on the GPU at hand."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
 
-from ..cuda import tiles, tune
-from ..cuda.tiles import Blocks, Product
-from ..cuda.tune import Shape
+from ..cuda import tune
+from ..cuda.tiles import MEASURED, Blocks, Product
+from ..cuda.tune import Run, Shape
+from ..dispatch.local import LocalDispatcher
+from ..dispatch.plan import Plan
+from .experts import FeedForwardExperts
+from .fused import check_kernel
+from .layer import MoE
+from .stacked import held_slice
+from .tuned import Machine, Name, Times, Tuned, Tuning, fastest, machine, read, write
 
 log = logging.getLogger(__name__)
-Name = TypeVar("Name", bound=Hashable)
-Times = dict[Name, float | str]  # milliseconds of each run, or how it failed
-Machine = dict[str, str]
+Clock = Callable[[Run], float]  # milliseconds of a run
 
 
-def fastest(times: Times[Name]) -> Name | None:
-    """The run of least time, of equal ones the first; None if all failed.
+class _Rank(NamedTuple):
+    """What ranks tell each other before anything is measured."""
 
-    >>> fastest({"torch": 1.5, "triton": 1.25, "other": "OutOfMemoryError: 3 GiB"})
-    'triton'
+    machine: Machine
+    wanted: list[tuple[Shape, str]]
+    known: list[Tuned]
+    wrong: str
+
+    @classmethod
+    def of(cls, device: torch.device, wanted: list[tuple[Shape, str]], tokens: int, file: Path | None) -> _Rank:
+        on, known = machine(device), []
+        wrong = "" if tokens > 0 else f"tokens={tokens}: give the number of tokens of a forward, at least 1"
+        if device.type == "meta":
+            wrong = "the model is on the meta device: call autotune when it has its tensors, after to_empty(device=...)"
+        try:
+            known = [] if file is None else read(file, on)
+        except (OSError, ValueError) as error:
+            wrong = wrong or str(error)
+        return cls(on, wanted, known, wrong)
+
+
+def autotune(
+    model: nn.Module,
+    tokens: int,
+    dtype: torch.dtype | None = None,
+    file: str | Path | None = None,
+    group: ProcessGroup | None = None,
+    clock: Clock | None = None,
+) -> Tuning:
+    """Choose what computes the experts of a model by measuring it: sets `experts.kernel` of every `MoE` in it.
+
+    Call it once before training, after `parallelize`; nothing is ever measured unasked. For each shape of experts it
+    times the tiles of Triton's kernels, keeps the fastest for the rest of the process, then times forward and backward
+    with "torch" and with "triton" and takes the faster. It works on random numbers beside the model, whose tensors it
+    leaves alone, and needs memory for one more layer with its gradients. Most of its time goes into compiling. Where
+    Triton's kernels cannot run the choice is "torch", and the result says why. Experts that are not one of the named
+    kinds have nothing to choose.
+
+    On many ranks it is a collective: a run counts as on the slowest rank, and one that fails on any rank has failed, so
+    that all choose the same.
+
+    Args:
+        model: anything with `MoE` layers, on its device.
+        tokens: T, the tokens of a forward on a rank (of a chunk, where travel overlaps with compute).
+        dtype: in which experts compute; None: autocast's where this call is under it, else that of their weights.
+        file: JSON. What it has, measured on the same GPU by the same versions, is not measured again; the rest is,
+            and then the file is written again (by the first rank, which alone reads it). Not used where ranks have
+            different GPUs or versions.
+        group: the ranks that train the model; None: all of them.
+        clock: what times a run; None: `triton.testing.do_bench`, the median.
+
+    Raises:
+        ValueError: no rank has such experts, no tokens, a file that holds something else; on all ranks.
     """
-    ran = {name: ms for name, ms in times.items() if isinstance(ms, float)}
-    return min(ran, key=ran.__getitem__) if ran else None
+    layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.experts, FeedForwardExperts)]
+    device = next((p.device for part in (*layers, model) for p in part.parameters()), torch.device("cpu"))
+    wanted = [] if device.type == "meta" else [_wanted(layer, tokens, dtype) for layer in layers]
+    reads = Path(file) if file is not None and _first(group) else None
+    everyone = _gathered(_Rank.of(device, wanted, tokens, reads), group)
+    if wrong := next((rank.wrong for rank in everyone if rank.wrong), ""):
+        raise ValueError(wrong)
+    asked = sorted({pair for rank in everyone for pair in rank.wanted})
+    if not asked:
+        raise ValueError(f"autotune chooses for experts of the named kinds, and {type(model).__name__} has none")
+    refused = {  # by a rank that has such experts and cannot
+        shape: f"rank {place}: {why}"
+        for place, rank in enumerate(everyone)
+        for shape, why in rank.wanted
+        if why and (shape, "") not in rank.wanted
+    }
+    alike = all(rank.machine == everyone[0].machine for rank in everyone)
+    known = {tuned.shape: tuned for tuned in everyone[0].known} if alike else {}
+    found, clock = {}, clock or _on_the_gpu
+    for shape, why in asked:
+        if reason := why or refused.get(shape):
+            tuned = Tuned(shape, why=reason)
+        else:
+            tuned = known.get(shape) or _measured(shape, device, group, clock)
+        found[shape, why] = tuned
+        _install(tuned.tiles)
+    for layer, pair in zip(layers, wanted, strict=True):
+        layer.experts.kernel = found[pair].kernel
+    new = {tuned.shape: tuned for tuned in found.values() if not tuned.why and tuned.shape not in known}
+    if reads is not None and alike and new:
+        try:
+            write(reads, everyone[0].machine, (known | new).values())
+        except OSError as error:  # no reason to end a job that this rank alone would see
+            log.warning("autotune could not write %s: %s", reads, error)
+    return Tuning(tuple(found.values()))
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What was measured for experts of one shape.
-
-    Attributes:
-        shape: their sizes on one rank.
-        times: ms of forward and backward by "torch" and by "triton", or how it failed; empty if not measured.
-        tiles: ms of each product of "triton" for each size of its tiles, or how it failed.
-        why: why nothing was measured.
-    """
-
-    shape: Shape
-    times: Times[str] = field(default_factory=dict)
-    tiles: dict[Product, Times[Blocks]] = field(default_factory=dict)
-    why: str = ""
-
-    @property
-    def kernel(self) -> str:
-        """The faster one; "torch" if neither was measured."""
-        return fastest(self.times) or "torch"
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `autotune` has chosen, a `Tuned` for each shape of experts; `print` shows a table."""
-
-    experts: tuple[Tuned, ...]
-
-    def __str__(self) -> str:
-        lines = ["| T, D, H, L, k | experts | torch ms | triton ms | kernel | |", "|---|---|---|---|---|---|"]
-        for tuned in self.experts:
-            times = [tuned.times.get(kernel, "") for kernel in ("torch", "triton")]
-            ms = " | ".join(f"{t:.3f}" if isinstance(t, float) else "failed" if t else "" for t in times)
-            why = tuned.why or "; ".join(t for t in times if t and isinstance(t, str))
-            what = f"{tuned.shape.activation}, {tuned.shape.dtype}"
-            lines.append(f"| {', '.join(map(str, tuned.shape[:5]))} | {what} | {ms} | {tuned.kernel} | {why} |")
-        return "\n".join(lines)
-
-
-def machine(device: torch.device) -> Machine:
-    """What times depend on: the GPU, the versions, and the kernels themselves."""
+def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, str]:
+    """The experts of a layer as this rank computes them, and why there is no choice, if so."""
+    experts = layer.experts
+    assert isinstance(experts, FeedForwardExperts)
+    w_up = experts.get_parameter("w_up")
+    if dtype is None:
+        kind = w_up.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_up.dtype
+    held = held_slice(w_up)[2]
+    hidden = held.stop - held.start  # less than H where experts are split inside, over ranks that share their tokens
+    shape = Shape(
+        tokens=tokens * (experts.hidden // hidden),
+        dim=experts.dim,
+        hidden=hidden,
+        experts=len(experts.owned) if layer.dispatcher.groups else len(experts),
+        top_k=min(layer.top_k, len(experts)),
+        activation=experts.activation,
+        bias=experts.bias,
+        dtype=str(dtype).removeprefix("torch."),
+        gathers=isinstance(layer.dispatcher, LocalDispatcher),
+    )
+    before = experts.kernel
     try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    digest = blake2b(digest_size=6)
-    for name in ("grouped.py", "grouped_kernels.py", "tiles.py", "tune.py"):
-        digest.update(Path(tune.__file__).with_name(name).read_bytes())
-    name = tiles.device_name(device)
-    return {"device": name, "torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}
+        check_kernel("triton", torch.empty(0, dtype=dtype, device=w_up.device))
+        experts.kernel = "triton"
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        return shape, str(error)
+    experts.kernel = before
+    return shape, ""
 
 
-def write(path: Path, of: Machine, experts: Iterable[Tuned]) -> None:
-    """As JSON, in one step: a job that is killed leaves the old file or the new one."""
-    listed = [
-        {
-            "shape": tuned.shape._asdict(),
-            "times": tuned.times,
-            "tiles": [
-                {"product": product._asdict(), "times": list(times.items())} for product, times in tuned.tiles.items()
-            ],
-        }
-        for tuned in experts
-    ]
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps({"machine": of, "experts": listed}, indent=1) + "\n")
-    new.replace(path)
+def _measured(shape: Shape, device: torch.device, group: ProcessGroup | None, clock: Clock) -> Tuned:
+    """The same on every rank; it takes part in as many collectives whatever fails."""
+    tiles: dict[Product, Times[Blocks]] = {}
+    for (product, size), ms in _slowest(_tile_times(shape, device, clock), group).items():
+        tiles.setdefault(product, {})[size] = ms
+    _install(tiles)
+    times = {kernel: _ms(lambda k=kernel: clock(_step(shape, device, k))) for kernel in ("torch", "triton")}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Tuned(shape, _slowest(times, group), tiles)
 
 
-def read(path: Path, of: Machine) -> list[Tuned]:
-    """What `write` has written, nothing without a file or of another machine; ValueError of anything else."""
-    if not path.exists():
-        return []
+def _tile_times(shape: Shape, device: torch.device, clock: Clock) -> Times[tuple[Product, Blocks]]:
     try:
-        given = json.loads(path.read_text())
-        there = given["machine"]
-        found = [
-            Tuned(Shape(**tuned["shape"]), tuned["times"], {_product(p): _times(p) for p in tuned["tiles"]})
-            for tuned in given["experts"]
-        ]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not what autotune writes ({type(error).__name__}: {error}); remove it, or name another file"
-        ) from None
-    if there == of:
-        return found
-    differ = ", ".join(f"{key} {there.get(key)}, not {now}" for key, now in of.items() if there.get(key) != now)
-    log.warning("%s was measured with %s: measuring again", path, differ)
-    return []
+        attempts = tune.attempts(shape, device)
+    except Exception as error:  # no memory, most likely
+        log.warning("no tiles were measured for %s: %s", shape, _failure(error))
+        return {}
+    return {
+        (product, size): _ms(partial(clock, run)) for product, runs in attempts.items() for size, run in runs.items()
+    }
 
 
-def _product(listed: dict) -> Product:
-    return Product(**listed["product"] | {"shape": tuple(listed["product"]["shape"])})
+def _install(tiles: dict[Product, Times[Blocks]]) -> None:
+    MEASURED.update({product: best for product, times in tiles.items() if (best := fastest(times))})
 
 
-def _times(listed: dict) -> Times[Blocks]:
-    return {Blocks(*size): ms for size, ms in listed["times"]}
+def _step(shape: Shape, device: torch.device, kernel: str) -> Run:
+    """Forward and backward of such experts: from tokens to tokens where all are on one rank, else from rows to rows."""
+    dtype, g = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        experts = FeedForwardExperts(shape.dim, shape.hidden, shape.experts, shape.activation, shape.bias)
+    experts = experts.to(dtype).to_empty(device=device)
+    experts.kernel = kernel
+    parameters = list(experts.parameters())
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(std=0.02, generator=g)
+    expert = tune.drawn(shape, device)
+    plan = Plan.of(expert, shape.experts)
+    x = torch.randn(shape.tokens, shape.dim, generator=g, device=device).to(dtype)
+    weight = torch.rand(expert.shape, generator=g, device=device)
+    if not shape.gathers:
+        x, weight = x[plan.token], weight.flatten()
+    x, weight, grad = x.requires_grad_(), weight.requires_grad_(), torch.ones_like(x)
+
+    def step() -> None:
+        with torch.autocast(device.type, enabled=False):
+            y = LocalDispatcher()(x, plan, weight, experts) if shape.gathers else experts(x, weight, plan.counts)
+            torch.autograd.grad(y, [x, weight, *parameters], grad)
+
+    return step
+
+
+def _ms(measured: Callable[[], float]) -> float | str:
+    """What was measured, or how it failed: of any kind, as the others go on."""
+    try:
+        return float(measured())
+    except Exception as error:
+        return _failure(error)
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _on_the_gpu(run: Run) -> float:
+    from triton.testing import do_bench
+
+    median: Any = do_bench(run, rep=200, return_mode="median")  # it empties the L2 cache before each run
+    return median
+
+
+def _slowest(times: Times[Name], group: ProcessGroup | None) -> Times[Name]:
+    """Each run as on the rank where it took longest; failed if it did on any. A collective, the same on every rank."""
+    everyones: list[Times[Name]] = _gathered(times, group)
+    slowest: Times[Name] = {}
+    for name in dict.fromkeys(name for own in everyones for name in own):
+        each = [own.get(name, "not tried there") for own in everyones]
+        failed = [f"rank {rank}: {ms}" if len(each) > 1 else ms for rank, ms in enumerate(each) if isinstance(ms, str)]
+        slowest[name] = failed[0] if failed else max(ms for ms in each if isinstance(ms, float))
+    return slowest
+
+
+def _first(group: ProcessGroup | None) -> bool:
+    return not dist.is_initialized() or dist.get_rank(group) == 0
+
+
+def _gathered(own: Any, group: ProcessGroup | None) -> list[Any]:
+    if not dist.is_initialized():
+        return [own]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, own, group=group)
+    return everyones

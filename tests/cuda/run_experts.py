@@ -12,9 +12,10 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+from turnout.cuda.tiles import MEASURED, Product
 from turnout.dispatch import OverlapDispatcher, Plan
 from turnout.dispatch.ops import encode_weight
-from turnout.moe import MoE
+from turnout.moe import MoE, Tuning, autotune
 from turnout.moe.fused import fused
 
 NAN = float("nan")
@@ -119,6 +120,56 @@ def check_operator(device: str) -> str:
     return "well formed"
 
 
+def tuned(device: str, sorted_rows: bool) -> dict:
+    """A layer before and after `autotune`, what that has measured, and whether each product then has such tiles.
+
+    Under the interpreter by a clock for which what comes later is faster: no default is left.
+    """
+    from turnout.cuda import grouped
+
+    moe = MoE(16, 24, 3, 2, experts="gelu" if sorted_rows else "swiglu", seed=1).to(device)
+    if sorted_rows:
+        moe.dispatcher = OverlapDispatcher(moe.dispatcher, 1)
+    x = random(5, 16, seed=3).to(device).requires_grad_()
+    before, asked, blocks, turn = step(moe, x), [], grouped.blocks, 0
+
+    def clock(run) -> float:
+        nonlocal turn
+        run()
+        turn += 1
+        return 1.0 / turn
+
+    def watched(*given):
+        asked.append(Product.of(*given) in MEASURED)
+        assert blocks(*given) == MEASURED.get(Product.of(*given))
+        return blocks(*given)
+
+    said: Tuning = autotune(moe, len(x), clock=clock if device == "cpu" else None)
+    chosen = moe.experts.kernel
+    moe.experts.kernel = "triton"
+    grouped.blocks = watched
+    after = step(moe, x)
+    grouped.blocks = blocks
+    (measured,) = said.experts
+    tiles = {product.kernel + str(product.shape): times for product, times in measured.tiles.items()}
+    tiles = {name: {tuple(size): ms for size, ms in times.items()} for name, times in tiles.items()}
+    return {
+        "before": before,
+        "after": after,
+        "chosen": chosen,
+        "times": measured.times,
+        "tiles": tiles,
+        "asked": asked,
+        "shape": tuple(measured.shape),
+        "text": str(said),
+    }
+
+
+def step(moe: MoE, x: torch.Tensor) -> list[torch.Tensor]:
+    y = moe(x)
+    return [t.detach().cpu() for t in (y, *torch.autograd.grad(y.square().sum(), [x, *moe.experts.parameters()]))]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("results")
@@ -130,4 +181,5 @@ if __name__ == "__main__":
     results["layers"] = {way: [layer(kernel, device, way) for kernel in ("torch", "triton")] for way in WAYS}
     results["frozen"] = frozen(device)
     results["operator"] = check_operator(device)
+    results["tuned"] = {name: tuned(device, name == "sorted") for name in ("gathered", "sorted")}
     torch.save(results, arguments.results)

@@ -111,6 +111,25 @@ def test_operator_is_well_formed(results):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "gathers"), [("gathered", True), ("sorted", False)])
+def test_tuned_tiles_are_used_and_change_nothing(name, gathers, results):
+    tuned = results["tuned"][name]
+    assert tuned["shape"][:5] == (5, 16, 24, 3, 2)
+    assert tuned["shape"][-1] is gathers
+    assert list(tuned["tiles"]) == ["up(16, 24)", "down(24, 16)", "hidden(16, 24)", "weight(24, 16)", "weight(16, 24)"]
+    for product, times in tuned["tiles"].items():
+        assert len(times) > 1
+        assert all(isinstance(ms, float) for ms in times.values()), (product, times)
+    assert set(tuned["times"]) == {"torch", "triton"}, tuned["text"]
+    assert tuned["chosen"] == min(tuned["times"], key=tuned["times"].get)
+    assert tuned["asked"] == [True] * 6
+    for before, after in zip(tuned["before"], tuned["after"], strict=True):
+        assert before.any()
+        assert close(after, before, 3e-6)
+
+
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "product"), [(90, "wgmma.mma"), (80, "mma.sync"), (100, "tcgen05.mma")])
 def test_kernels_compile_without_spills(arch, product, tmp_path):

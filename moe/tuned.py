@@ -1,0 +1,132 @@
+"""What `autotune` has measured: a table to read, and a file, so that a machine is measured once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..cuda import tiles, tune
+from ..cuda.tiles import Blocks, Product
+from ..cuda.tune import Shape
+
+log = logging.getLogger(__name__)
+Name = TypeVar("Name", bound=Hashable)
+Times = dict[Name, float | str]  # milliseconds of each run, or how it failed
+Machine = dict[str, str]
+
+
+def fastest(times: Times[Name]) -> Name | None:
+    """The run of least time, of equal ones the first; None if all failed.
+
+    >>> fastest({"torch": 1.5, "triton": 1.25, "other": "OutOfMemoryError: 3 GiB"})
+    'triton'
+    """
+    ran = {name: ms for name, ms in times.items() if isinstance(ms, float)}
+    return min(ran, key=ran.__getitem__) if ran else None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured for experts of one shape.
+
+    Attributes:
+        shape: their sizes on one rank.
+        times: ms of forward and backward by "torch" and by "triton", or how it failed; empty if not measured.
+        tiles: ms of each product of "triton" for each size of its tiles, or how it failed.
+        why: why nothing was measured.
+    """
+
+    shape: Shape
+    times: Times[str] = field(default_factory=dict)
+    tiles: dict[Product, Times[Blocks]] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """The faster one; "torch" if neither was measured."""
+        return fastest(self.times) or "torch"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `autotune` has chosen, a `Tuned` for each shape of experts; `print` shows a table."""
+
+    experts: tuple[Tuned, ...]
+
+    def __str__(self) -> str:
+        lines = ["| T, D, H, L, k | experts | torch ms | triton ms | kernel | |", "|---|---|---|---|---|---|"]
+        for tuned in self.experts:
+            times = [tuned.times.get(kernel, "") for kernel in ("torch", "triton")]
+            ms = " | ".join(f"{t:.3f}" if isinstance(t, float) else "failed" if t else "" for t in times)
+            why = tuned.why or "; ".join(t for t in times if t and isinstance(t, str))
+            what = f"{tuned.shape.activation}, {tuned.shape.dtype}"
+            lines.append(f"| {', '.join(map(str, tuned.shape[:5]))} | {what} | {ms} | {tuned.kernel} | {why} |")
+        return "\n".join(lines)
+
+
+def machine(device: torch.device) -> Machine:
+    """What times depend on: the GPU, the versions, and the kernels themselves."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    digest = blake2b(digest_size=6)
+    for name in ("grouped.py", "grouped_kernels.py", "tiles.py", "tune.py"):
+        digest.update(Path(tune.__file__).with_name(name).read_bytes())
+    name = tiles.device_name(device)
+    return {"device": name, "torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}
+
+
+def write(path: Path, of: Machine, experts: Iterable[Tuned]) -> None:
+    """As JSON, in one step: a job that is killed leaves the old file or the new one."""
+    listed = [
+        {
+            "shape": tuned.shape._asdict(),
+            "times": tuned.times,
+            "tiles": [
+                {"product": product._asdict(), "times": list(times.items())} for product, times in tuned.tiles.items()
+            ],
+        }
+        for tuned in experts
+    ]
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps({"machine": of, "experts": listed}, indent=1) + "\n")
+    new.replace(path)
+
+
+def read(path: Path, of: Machine) -> list[Tuned]:
+    """What `write` has written, nothing without a file or of another machine; ValueError of anything else."""
+    if not path.exists():
+        return []
+    try:
+        given = json.loads(path.read_text())
+        there = given["machine"]
+        found = [
+            Tuned(Shape(**tuned["shape"]), tuned["times"], {_product(p): _times(p) for p in tuned["tiles"]})
+            for tuned in given["experts"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not what autotune writes ({type(error).__name__}: {error}); remove it, or name another file"
+        ) from None
+    if there == of:
+        return found
+    differ = ", ".join(f"{key} {there.get(key)}, not {now}" for key, now in of.items() if there.get(key) != now)
+    log.warning("%s was measured with %s: measuring again", path, differ)
+    return []
+
+
+def _product(listed: dict) -> Product:
+    return Product(**listed["product"] | {"shape": tuple(listed["product"]["shape"])})
+
+
+def _times(listed: dict) -> Times[Blocks]:
+    return {Blocks(*size): ms for size, ms in listed["times"]}
