@@ -1,7 +1,7 @@
 """Is the layer right on one GPU, how fast is each part of it, and how far is that from what the GPU can do?
 
-    python benchmarks/gpu.py --out gpu.json                 # everything; under 8 minutes
-    python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, checks, ops, layer
+    python benchmarks/gpu.py --out gpu.json                 # everything; under 10 minutes
+    python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, checks, ops, layer, tune
     python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to see that it runs
 
 Prints a table for each case as it is done, and last what was hoped for beside what came out; --out writes the same as
@@ -27,11 +27,12 @@ from pathlib import Path
 import gpu_checks
 import gpu_layer
 import gpu_ops
+import gpu_tune
 import torch
 from gpu_clock import Clock, fresh
 from gpu_report import Row, judge, read, supervise, table, work
 
-PARTS = ("machine", "checks", "ops", "layer")
+PARTS = ("machine", "checks", "ops", "layer", "tune")
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=2.0, help="to measure one set of runs for")
-    parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
     parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
     parser.add_argument("--out", type=Path, help="JSON; the profile goes to the same name with .profile.txt")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the process that started this
@@ -83,6 +84,8 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
         return gpu_checks.cases(device, args.small)
     if part == "ops":
         return gpu_ops.cases(clock, args.small)
+    if part == "tune":
+        return gpu_tune.cases(clock, args.small)
     profile = args.out and args.out.with_suffix(".profile.txt")
     return gpu_layer.cases(clock, args.small, profile) | gpu_checks.slow_cases(device, args.small)
 

@@ -98,19 +98,24 @@ def _each(runs: list[Callable[[Blocks], object]], size: Blocks) -> None:
         run(size)
 
 
-def attempts(shape: Shape, device: torch.device) -> dict[Product, dict[Blocks, Run]]:
+def attempts(shape: Shape, device: torch.device, kernel: str | None = None) -> dict[Product, dict[Blocks, Run]]:
     """What runs each product of the experts in each of its `candidates`: compiled, but for those that fail.
 
+    Args:
+        shape: of the experts.
+        device: where; of other devices than GPUs only what Triton's interpreter runs.
+        kernel: of this kernel alone; None: all.
+
     Raises:
-        torch.OutOfMemoryError: the tensors, 6 L D H + 4 T k H numbers and a few [T, D], do not fit.
+        torch.OutOfMemoryError: the tensors, about 6 L D H + 4 T k H numbers with a result, do not fit.
     """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    every = products(shape, device)
+    every = {product: run for product, run in products(shape, device).items() if kernel in (None, product.kernel)}
     tried = {product: candidates(product, major) for product in every}
     if device.type == "cuda":
         few = products(shape._replace(tokens=1, experts=1, top_k=1), device)  # they compile to the same
-        compiled = zip(tried.values(), few.values(), strict=True)
-        _compile([partial(run, size) for found, run in compiled for size in found], device)
+        few = {(product.kernel, product.shape): run for product, run in few.items()}
+        _compile([partial(few[p.kernel, p.shape], size) for p, found in tried.items() for size in found], device)
     return {product: {size: partial(run, size) for size in tried[product]} for product, run in every.items()}
 
 
@@ -158,10 +163,10 @@ _MEDIUM = {
     ],
     "hidden": [
         Blocks(128, 64, 32, 8, 3),
-        Blocks(64, 128, 32, 8, 3),
         Blocks(64, 64, 64, 4, 3),
-        Blocks(128, 64, 64, 8, 3),
         Blocks(64, 64, 32, 8, 4),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(128, 64, 64, 8, 3),
     ],
     "weight": [
         Blocks(128, 64, 32, 8, 3),

@@ -40,7 +40,7 @@ def test_all_parts_on_a_cpu(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     said = json.loads(out.read_text())
     results, verdicts = said["results"], said["verdicts"]
-    assert list(results) == ["machine", "checks", "ops", "layer"]
+    assert list(results) == ["machine", "checks", "ops", "layer", "tune"]
     assert {"fact": "torch", "value": torch.__version__} in results["machine"]["machine"]["rows"]
     checks = [row for case in results["checks"].values() for row in case["rows"]]
     assert len(checks) > 100
@@ -60,6 +60,9 @@ def test_all_parts_on_a_cpu(tmp_path):
     assert {row["what"] for name, case in results["layer"].items() for row in case["rows"] if "Tutel" in name} == {
         "Tutel"
     }
+    (tuned,) = results["tune"].values()
+    assert [row["what"] for row in tuned["rows"]] == ["autotune", "dense", "layer, torch"]
+    assert "CUDA devices" in tuned["rows"][0]["why"] or "needs Triton" in tuned["rows"][0]["why"]
     assert "aten::mm" in (tmp_path / "gpu.profile.txt").read_text()
     assert verdicts == [{"case": "checks that passed", "what": len(checks)}]  # times are not judged on a CPU
     assert "## What was hoped for" in run.stdout
