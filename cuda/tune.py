@@ -107,7 +107,7 @@ def attempts(shape: Shape, device: torch.device, kernel: str | None = None) -> d
         kernel: of this kernel alone; None: all.
 
     Raises:
-        torch.OutOfMemoryError: the tensors, about 6 L D H + 4 T k H numbers with a result, do not fit.
+        torch.OutOfMemoryError: 5 L D H + T k (6 H + D) numbers, more or less, do not fit.
     """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     every = {product: run for product, run in products(shape, device).items() if kernel in (None, product.kernel)}
@@ -137,79 +137,47 @@ def candidates(product: Product, major: int) -> list[Blocks]:
         return [Blocks(16, 16, 16, 4, 1), Blocks(32, 16, 16, 4, 1)]
     kernel, few = product.kernel, not product.many
     if product.dtype == "torch.float32":
-        return [sizes(kernel, 4, major, product.many), *_FLOAT32]
-    found = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
+        return [sizes(kernel, 4, major, product.many), *(Blocks(*size) for size in _FLOAT32)]
+    found = [Blocks(*size) for size in (_LARGE if major in (9, 10) else _MEDIUM)[kernel]]
     if few:
         found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
     return list(dict.fromkeys([sizes(kernel, 2, major, product.many), *found]))
 
 
-_FLOAT32 = [Blocks(64, 64, 32, 8, 3), Blocks(64, 64, 16, 8, 4), Blocks(128, 64, 16, 8, 3)]
+# Rows, columns, depth, warps, stages, as in `Blocks`.
+# fmt: off
+_FLOAT32 = [(64, 64, 16, 8, 4), (128, 64, 16, 8, 3)]
 _MEDIUM = {
     "up": [
-        Blocks(128, 64, 32, 8, 3),
-        Blocks(64, 64, 64, 4, 3),
-        Blocks(64, 64, 32, 4, 4),
-        Blocks(64, 128, 32, 8, 3),
-        Blocks(128, 64, 64, 8, 2),
+        (128, 64, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 8, 3), (128, 64, 64, 8, 2),
     ],
     "down": [
-        Blocks(128, 128, 32, 8, 3),
-        Blocks(128, 128, 32, 4, 3),
-        Blocks(128, 128, 64, 8, 2),
-        Blocks(128, 64, 64, 4, 3),
-        Blocks(64, 128, 32, 4, 4),
-        Blocks(64, 256, 32, 8, 3),
+        (128, 128, 32, 8, 3), (128, 128, 32, 4, 3), (128, 128, 64, 8, 2), (128, 64, 64, 4, 3), (64, 128, 32, 4, 4),
+        (64, 256, 32, 8, 3),
     ],
     "hidden": [
-        Blocks(128, 64, 32, 8, 3),
-        Blocks(64, 64, 64, 4, 3),
-        Blocks(64, 64, 32, 8, 4),
-        Blocks(64, 128, 32, 8, 3),
-        Blocks(128, 64, 64, 8, 3),
+        (128, 64, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 8, 4), (64, 128, 32, 8, 3), (128, 64, 64, 8, 3),
     ],
     "weight": [
-        Blocks(128, 64, 32, 8, 3),
-        Blocks(64, 128, 32, 8, 3),
-        Blocks(64, 64, 32, 4, 4),
-        Blocks(64, 64, 64, 4, 3),
-        Blocks(128, 64, 64, 8, 2),
+        (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2),
     ],
 }
 _LARGE = {
     "up": [
-        Blocks(128, 128, 64, 8, 4),
-        Blocks(128, 128, 32, 8, 5),
-        Blocks(128, 64, 64, 4, 3),
-        Blocks(128, 64, 64, 8, 4),
-        Blocks(64, 128, 64, 4, 4),
-        Blocks(256, 64, 64, 8, 3),
-        Blocks(64, 256, 64, 8, 3),
+        (128, 128, 64, 8, 4), (128, 128, 32, 8, 5), (128, 64, 64, 4, 3), (128, 64, 64, 8, 4), (64, 128, 64, 4, 4),
+        (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],
     "down": [
-        Blocks(128, 256, 64, 8, 4),
-        Blocks(256, 128, 64, 8, 3),
-        Blocks(256, 128, 64, 8, 4),
-        Blocks(128, 128, 64, 8, 3),
-        Blocks(128, 128, 64, 4, 4),
-        Blocks(128, 128, 128, 8, 3),
-        Blocks(64, 256, 64, 4, 4),
+        (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 3), (64, 256, 64, 4, 4),
     ],
     "hidden": [
-        Blocks(128, 64, 64, 8, 3),
-        Blocks(128, 64, 128, 8, 3),
-        Blocks(64, 64, 64, 4, 4),
-        Blocks(64, 128, 64, 8, 4),
-        Blocks(64, 64, 128, 4, 3),
-        Blocks(128, 32, 64, 4, 4),
+        (128, 64, 64, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (64, 64, 128, 4, 3),
+        (128, 32, 64, 4, 4),
     ],
     "weight": [
-        Blocks(128, 128, 64, 8, 4),
-        Blocks(128, 128, 32, 8, 4),
-        Blocks(128, 128, 128, 8, 2),
-        Blocks(128, 64, 64, 4, 4),
-        Blocks(64, 128, 64, 4, 4),
-        Blocks(256, 64, 64, 8, 3),
-        Blocks(64, 256, 64, 8, 3),
+        (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 128, 8, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+        (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],
 }
+# fmt: on

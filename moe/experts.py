@@ -129,7 +129,7 @@ class FeedForwardExperts(Experts):
 
     `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
     ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias; not
-    run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+    run on a GPU yet); ``"auto"``, which is "torch". `autotune` measures both and sets the faster.
 
     Args:
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).

@@ -62,9 +62,9 @@ def autotune(
     Call it once before training, after `parallelize`; nothing is ever measured unasked. For each shape of experts it
     times the tiles of Triton's kernels, keeps the fastest for the rest of the process, then times forward and backward
     with "torch" and with "triton" and takes the faster. It works on random numbers beside the model, whose tensors it
-    leaves alone, and needs memory for one more layer with its gradients. Most of its time goes into compiling. Where
-    Triton's kernels cannot run the choice is "torch", and the result says why. Experts that are not one of the named
-    kinds have nothing to choose.
+    leaves alone, and needs memory for a step of one more layer. Most of its time goes into compiling. Where Triton's
+    kernels cannot run the choice is "torch", and the result says why. Experts that are not one of the named kinds have
+    nothing to choose.
 
     On many ranks it is a collective: a run counts as on the slowest rank, and one that fails on any rank has failed, so
     that all choose the same.

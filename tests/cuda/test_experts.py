@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from reference import close, expert_ffn
-from turnout.cuda.tiles import Tiles
+from turnout.cuda.tiles import Product, Tiles, sizes
+from turnout.cuda.tune import candidates
 from turnout.dispatch import Plan
 from turnout.moe import MoE, aux_loss
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
@@ -117,9 +119,9 @@ def test_tuned_tiles_are_used_and_change_nothing(name, gathers, results):
     assert tuned["shape"][:5] == (5, 16, 24, 3, 2)
     assert tuned["shape"][-1] is gathers
     assert list(tuned["tiles"]) == ["up(16, 24)", "down(24, 16)", "hidden(16, 24)", "weight(24, 16)", "weight(16, 24)"]
-    for product, times in tuned["tiles"].items():
+    for name, times in tuned["tiles"].items():
         assert len(times) > 1
-        assert all(isinstance(ms, float) for ms in times.values()), (product, times)
+        assert all(isinstance(ms, float) for ms in times.values()), (name, times)
     assert set(tuned["times"]) == {"torch", "triton"}, tuned["text"]
     assert tuned["chosen"] == min(tuned["times"], key=tuned["times"].get)
     assert tuned["asked"] == [True] * 6
@@ -143,6 +145,15 @@ def test_kernels_compile_without_spills(arch, product, tmp_path):
         assert line["product"] == product, line
         assert line["asynchronous"] > 0, f"gathered rows are not prefetched: {line}"
         assert line["shared"] <= (99 if arch == 80 else 227) * 1024, line
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_candidates_begin_with_the_default(major):
+    types = {"torch.float32": 4, "torch.bfloat16": 2}
+    for kernel, many, dtype in product(("up", "down", "hidden", "weight"), (True, False), types):
+        found = candidates(Product(kernel, "", dtype, (0, 0), many), major)
+        assert found[0] == sizes(kernel, types[dtype], major, many)
+        assert 2 < len(set(found)) == len(found) <= 8
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 8], [0, 0, 0], [0, 16, 16], [5], [1, 2, 3, 4]])

@@ -9,10 +9,11 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from turnout.cuda import tiles, tune
 from turnout.cuda.tiles import Blocks, Product
 from turnout.dispatch import FlatDispatcher
-from turnout.moe import MoE, add_lora, autotune
+from turnout.moe import MoE, add_lora, autotune, fully_shard_experts, parallelize
 from turnout.moe.tuned import fastest
 
 tuning = import_module("turnout.moe.tuning")
@@ -243,6 +244,13 @@ def on_two(folder):
         chosen["misuse"] = str(error)
     no_experts = nn.Linear(8, 8) if rank else layer()  # a stage without mixtures
     chosen["stage"] = str(autotune(no_experts, 6, clock=clock))
+    for axes, shape in (("ep",), (2,)), (("ep", "etp"), (1, 2)), (("edp", "ep"), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=axes)
+        model = parallelize(nn.Sequential(layer()), mesh)
+        if "edp" in axes:
+            fully_shard_experts(model, mesh)
+        (found,) = autotune(model, 6, clock=clock).experts
+        chosen[axes] = found.shape
     return chosen
 
 
@@ -265,3 +273,8 @@ def test_ranks_choose_alike(tmp_path):
         assert exists is written
     assert first["misuse"] == second["misuse"] == "tokens=0: give the number of tokens of a forward, at least 1"
     assert first["stage"] == second["stage"]
+    for chosen in (first, second):  # T, D, H, L, k; and whether rows are gathered
+        assert chosen["ep",][:5] == (6, 8, 16, 2, 2)
+        assert chosen["ep", "etp"][:5] == (12, 8, 8, 4, 2)
+        assert chosen["edp", "ep"][:5] == (6, 8, 16, 4, 2)
+        assert [chosen[axes].gathers for axes in (("ep",), ("ep", "etp"), ("edp", "ep"))] == [False, False, True]
