@@ -135,13 +135,13 @@ def candidates(product: Product, major: int) -> list[Blocks]:
     """
     if not major:
         return [Blocks(16, 16, 16, 4, 1), Blocks(32, 16, 16, 4, 1)]
-    kernel, few = product.kernel, not product.many
-    if product.dtype == "torch.float32":
-        return [sizes(kernel, 4, major, product.many), *(Blocks(*size) for size in _FLOAT32)]
-    found = [Blocks(*size) for size in (_LARGE if major in (9, 10) else _MEDIUM)[kernel]]
-    if few:
+    kernel, narrow = product.kernel, product.dtype != "torch.float32"
+    default = sizes(kernel, 2 if narrow else 4, major, product.many)
+    tables = _LARGE if major in (9, 10) else _MEDIUM
+    found = [Blocks(*size, *default[len(size) :]) for size in (tables[kernel] if narrow else _FLOAT32)]
+    if narrow and not product.many:
         found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
-    return list(dict.fromkeys([sizes(kernel, 2, major, product.many), *found]))
+    return list(dict.fromkeys([default, *found]))
 
 
 # Rows, columns, depth, warps, stages, as in `Blocks`.
