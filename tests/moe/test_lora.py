@@ -95,6 +95,31 @@ def test_merged_and_unmerged(dtype):
     assert close(moe(tokens(dtype=dtype)), y, tolerance)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("merged", [(), (1,), (0, 1)])
+def test_adapters_that_are_merged_are_not_merged_again(merged, keep):
+    model = trained(add_lora(nn.Sequential(layer(), layer()), RANK))
+    y = model(tokens())
+    for place in merged:
+        merge_lora(model[place])
+    if keep and len(merged) == 2:
+        with pytest.raises(ValueError, match="merged already"):
+            merge_lora(model)
+    else:
+        merge_lora(model, keep)
+    assert close(model(tokens()), y, 1e-12)
+    assert bool(lora_parameters(model)) == keep
+    assert not any(moe.experts.adapts for moe in model)
+    if keep:
+        unmerge_lora(model[0])
+        assert not model[0].gate.lora.merged
+        assert not any(adapter.merged for adapter in unmerge_lora(model)[1].experts.lora.values())
+        assert close(model(tokens()), y, 1e-12)
+    else:
+        with pytest.raises(ValueError, match="call add_lora first"):
+            merge_lora(model, keep=False)
+
+
 class Made(TorchDispatchMode):
     """Shapes of all tensors that operators return in memory of their own."""
 
