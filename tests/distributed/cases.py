@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from turnout.moe import MoE
+from turnout.moe import MoE, TopKGate
 
 WIDTH, EXPERTS = 16, 8
 
@@ -20,7 +20,16 @@ def build(dtype: torch.dtype = torch.float64, **options) -> nn.Module:
     options = {"balance": "global", **options}
     return nn.Sequential(
         nn.Linear(WIDTH, WIDTH),
-        MoE(WIDTH, 12, EXPERTS, top_k=3, bias=True, shared_experts=1, z_loss_weight=1e-2, **options),
+        MoE(
+            WIDTH,
+            12,
+            EXPERTS,
+            gate=TopKGate(WIDTH, EXPERTS, top_k=3, bias=True),
+            bias=True,
+            shared_experts=1,
+            z_loss_weight=1e-2,
+            **options,
+        ),
         nn.Linear(WIDTH, WIDTH),
         MoE(WIDTH, 12, EXPERTS, experts=perceptron, **options),
     ).to(dtype)
