@@ -128,8 +128,8 @@ class FeedForwardExperts(Experts):
     W_down (w a) = w W_down a.
 
     `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
-    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias and
-    "gelu_tanh"; not run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; neither biases
+    nor "gelu_tanh"; not run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
 
     Args:
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).

@@ -22,7 +22,7 @@ class TopKGate(Gate):
             be the constant 1, and the router would get no gradient; so would "choose_first".
         jitter: multiplicative input noise in training, within [1 - jitter, 1 + jitter].
         groups, top_groups: G, a divisor of E, and how many of them a token may go to, those of its highest scores
-            ("device-limited", DeepSeek-V2, arXiv:2405.04434); None: all. Group g is experts [g*E/G, (g+1)*E/G).
+            (DeepSeek-V2's device-limited routing, arXiv:2405.04434); None: all. Group g is experts [g*E/G, (g+1)*E/G).
     """
 
     def __init__(

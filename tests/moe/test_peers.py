@@ -3,6 +3,7 @@
 The rules are loops in float64 that import nothing of the package; the layers, gates and converters are the page's own.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -82,7 +83,7 @@ def tutel_rows(factor, k, tokens):
     return k * int(factor * math.ceil(tokens / E))
 
 
-def tutel(x, s):
+def tutel(x, s, factor=1.0, by_priority=False):
     def expert(e, token):
         hidden = (s["experts.batched_fc1_w"][e] @ token + s["experts.batched_fc1_bias"][e]).relu()
         return hidden @ s["experts.batched_fc2_w"][e] + s["experts.batched_fc2_bias"][e]
@@ -90,8 +91,9 @@ def tutel(x, s):
     scores = (x @ s["gates.0.wg.weight"].T).softmax(1)
     chosen = [best(score, 2) for score in scores]
     weight = {(t, e): scores[t, e] / scores[t, places].sum() for t, places in enumerate(chosen) for e in places}
-    queue = [(t, chosen[t][j]) for j in range(2) for t in range(len(x))]
-    kept = in_order(queue, tutel_rows(1.0, 2, len(x)))
+    tokens = sorted(range(len(x)), key=lambda t: -float(scores[t].detach().max())) if by_priority else range(len(x))
+    queue = [(t, chosen[t][j]) for j in range(2) for t in tokens]
+    kept = in_order(queue, tutel_rows(factor, 2, len(x)))
     assert len(kept) < len(queue), "nothing is dropped: the test would not see the rule"
     y = summed(x, {place: weight[place] for place in kept}, expert)
     return y, uneven(scores, counted([places[0] for places in chosen], len(x)))
@@ -298,6 +300,16 @@ def test_deepspeed_drops_by_score_beyond_two_and_keeps_a_least_capacity(page, k,
     assert holds(layer, state, partial(deepspeed, k=k), 0.01, drawn(tokens, D, seed=8))
 
 
+def test_tutels_batch_priority(page):
+    layer, state = copy.deepcopy(page["tutel"]).double().train(), tutel_state()
+    layer.load_state_dict(page["from_tutel"](state))
+    layer.capacity_factor = page["factor_for"](tutel_rows(0.5, 2, T), 2, T, E)
+    for policy in ("priority", "position", "score"):
+        layer.drop_policy = policy
+        same = holds(layer, state, partial(tutel, factor=0.5, by_priority=True), 0.01, drawn(T, D, seed=8))
+        assert same == (policy == "priority")
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("experts", [4, 6, 64])
 def test_factor_for_gives_any_rule_its_rows(page, k, experts):
@@ -306,8 +318,8 @@ def test_factor_for_gives_any_rule_its_rows(page, k, experts):
             assert capacity_limit(page["factor_for"](rows, k, tokens, experts), k, tokens, experts) == rows
 
 
-@pytest.mark.parametrize("policy", ["position", "score"])
-def test_with_one_choice_position_is_megablocks_order_and_score_is_tutels_batch_priority(policy):
+@pytest.mark.parametrize("policy", ["position", "score", "priority"])
+def test_with_one_choice_position_is_megablocks_order_and_score_is_batch_priority_too(policy):
     layer, x = MoE(D, H, E, top_k=1, capacity_factor=1.0, drop_policy=policy).double(), drawn(T, D, seed=8)
     layer.load_state_dict(layer.state_dict() | {"gate.weight": drawn(E, D)})
     scores = (x @ drawn(E, D).T).softmax(1)
