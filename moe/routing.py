@@ -55,6 +55,8 @@ class Routing:
 
     def first(self, choices: int | None) -> Routing:
         """So many of each token's choices, the first ones, and no others; None: all."""
+        if choices is None:
+            return self
         return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
 
     def masked(self, mask: Tensor | None) -> Routing:

@@ -86,7 +86,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(adapters, Path(folder) / ADAPTERS)
 
-    on_first(write)
+    on_first(write) if dist.is_initialized() else write()
 
 
 @torch.no_grad()

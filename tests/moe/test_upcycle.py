@@ -54,6 +54,14 @@ def test_any_gate_whose_weights_add_up_to_a_constant(gate):
     assert close(moe(X, ids=torch.arange(len(X))), dense(X), 1e-12)
 
 
+def test_shards_of_a_copy_have_one_router_bias():
+    dense, gate = block(), TopKGate(16, 8, 4, bias=True)
+    torch.nn.init.normal_(gate.bias, generator=torch.Generator().manual_seed(2))
+    moe = upcycle(layer(24, top_k=None, gate=gate), dense)
+    assert close(moe(X), dense(X), 1e-12)
+    assert gate.bias.unique().numel() == 4
+
+
 @pytest.mark.parametrize(
     ("options", "hidden", "says"),
     [
