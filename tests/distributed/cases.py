@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from turnout.moe import MoE, TopKGate
+from turnout.moe import MoE
 
 WIDTH, EXPERTS = 16, 8
 
@@ -18,21 +18,14 @@ def build(dtype: torch.dtype = torch.float64, **options) -> nn.Module:
     """Two MoE layers, one of each kind of experts, between dense ones; the same on every rank."""
     torch.manual_seed(0)
     options = {"balance": "global", **options}
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Linear(WIDTH, WIDTH),
-        MoE(
-            WIDTH,
-            12,
-            EXPERTS,
-            gate=TopKGate(WIDTH, EXPERTS, top_k=3, bias=True),
-            bias=True,
-            shared_experts=1,
-            z_loss_weight=1e-2,
-            **options,
-        ),
+        MoE(WIDTH, 12, EXPERTS, top_k=3, bias=True, shared_experts=1, z_loss_weight=1e-2, **options),
         nn.Linear(WIDTH, WIDTH),
         MoE(WIDTH, 12, EXPERTS, experts=perceptron, **options),
-    ).to(dtype)
+    )
+    model[1].gate.bias = nn.Parameter(torch.zeros(EXPERTS))  # a router bias, too
+    return model.to(dtype)
 
 
 def tokens(number: int, dtype: torch.dtype = torch.float64) -> Tensor:
