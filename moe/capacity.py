@@ -65,7 +65,7 @@ def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
         ``"position"``: token order, all first choices before any second one (GShard, arXiv:2006.16668).
         ``"score"``: highest weight first; equal weights in the order of "position".
         ``"priority"``: as "position", with tokens in the order of their highest score (batch-prioritised routing,
-        Riquelme et al. 2021, arXiv:2106.05974, algorithm 2); for k = 1, weights being scores, the same as "score".
+        Riquelme et al. 2021, arXiv:2106.05974); for k = 1, weights being scores, the same as "score".
 
     The weights of what is kept do not change. No host sync.
     """

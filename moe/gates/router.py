@@ -67,7 +67,8 @@ def route_in_groups(
     if top_groups == groups:
         return route(logits, k, score, normalize, bias)
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
-    by_group = (scores if bias is None else scores + bias).detach().unflatten(1, (groups, -1))  # [T, G, E/G]
+    compared = scores.detach() if bias is None else scores.detach() + bias
+    by_group = compared.unflatten(1, (groups, -1))  # [T, G, E/G]
     if k > (room := top_groups * by_group.shape[2]):
         raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts")
     value = by_group.topk(best).values.sum(-1)  # [T, G]

@@ -9,7 +9,7 @@ import torch
 from reference import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from turnout.moe import MoE, add_lora, aux_loss, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import MoE, TopKGate, add_lora, aux_loss, lora_parameters, merge_lora, unmerge_lora
 
 D, E, RANK = 16, 4, 4
 
@@ -53,8 +53,10 @@ def summed(moe: MoE) -> tuple[MoE, dict[str, tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("hidden", [8, 24])  # the gate's weight before the down projection, and after it
 @pytest.mark.parametrize(("experts", "bias"), [("swiglu", False), ("gelu", True), ("relu", False)])
 def test_values_and_gradients_are_those_of_the_sum(experts, bias, hidden):
-    moe = layer(hidden, experts=experts, bias=bias)
+    moe = layer(hidden, experts=experts, bias=bias, gate=TopKGate(D, E, 2, bias=bias))
     with torch.no_grad():
+        if bias:
+            moe.gate.bias.copy_(torch.arange(E) / E)
         untouched = moe(tokens())
         assert torch.equal(add_lora(moe, RANK, alpha=6.0)(tokens()), untouched), "nothing changes at first"
     plain, factors = summed(trained(moe))
