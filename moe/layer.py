@@ -98,6 +98,8 @@ class MoE(nn.Module):
         for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        if not isinstance(top_k, int | None):
+            raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
         if weight_on not in ("input", "output"):
@@ -277,12 +279,12 @@ class MoE(nn.Module):
 def aux_loss(model: nn.Module) -> Tensor:
     """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
 
-    It covers the last forward of each layer; of a layer that ran several times since the last backward
-    (or the last `aux_loss`), every run. A model without MoE layers gives 0.
+    It covers the last forward of each layer; of a layer in training that ran several times since the last backward
+    (or the last `aux_loss`), every run: try a model out under `torch.no_grad`. A model without MoE layers gives 0.
 
     Raises:
-        RuntimeError: a layer in training whose loss has lost its graph, as under re-entrant activation
-            checkpointing: the gate would silently get no gradient.
+        RuntimeError: a layer in training whose loss has lost its graph, as after an evaluation in between or under
+            re-entrant activation checkpointing: the gate would silently get no gradient.
     """
     losses = []
     for name, layer in model.named_modules():
@@ -293,8 +295,8 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
         if wants_grad and not all(loss.requires_grad for loss in layer._losses):
             raise RuntimeError(
-                f"the balance loss of {name or 'the layer'} has no graph: its forward ran without gradients "
-                "(re-entrant checkpointing?); use torch.utils.checkpoint with use_reentrant=False"
+                f"the balance loss of {name or 'the layer'} has no graph: its last forward ran without gradients. Call "
+                "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += layer._losses
         layer._losses_done = True
