@@ -151,8 +151,8 @@ def token_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
     others = [name for name in names(mesh) if name not in (*axes, PP) and mesh[name].size() > 1]
     if others:
         raise ValueError(
-            f"the mesh has axes {names(mesh)}, and nothing would be exchanged along {', '.join(others)}: name the axis of "
-            'data parallelism "edp"; with tensor parallelism pass Meshes.of(...)'
+            f"the mesh has axes {names(mesh)}, and nothing would be exchanged along {', '.join(others)}: name the axis "
+            'of data parallelism "edp"; with tensor parallelism pass Meshes.of(...)'
         )
     if ETP in axes and not {EP, NODE} & set(axes):
         raise ValueError(

@@ -112,7 +112,7 @@ def _check_parallelized(model: nn.Module, ranks: list[int]) -> None:
             continue
         group = layer.balance_group
         if group is None and len(ranks) > 1:
-            raise ValueError(f"{name or 'the layer'} is on one rank: call parallelize(model, mesh) first, on every rank")
+            raise ValueError(f"{name or 'the layer'} is on one rank: call parallelize(model, mesh) on all, before this")
         if group is not None and sorted(ranks) != sorted(dist.get_process_group_ranks(group)):
             raise ValueError(
                 f"the mesh averages over ranks {ranks}, and {name or 'the layer'} was parallelized over "

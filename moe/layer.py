@@ -276,11 +276,16 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
 
 
-def aux_loss(model: nn.Module) -> Tensor:
+def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
     """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
 
     It covers the last forward of each layer; of a layer in training that ran several times since the last backward
     (or the last `aux_loss`), every run: try a model out under `torch.no_grad`. A model without MoE layers gives 0.
+
+    Args:
+        model: a module with `MoE` layers anywhere in it.
+        keep: until its next forward a layer remembers its losses, for another call; False: it lets go of them, and of
+            their graphs, now.
 
     Raises:
         RuntimeError: a layer in training whose loss has lost its graph, as after an evaluation in between or under
@@ -300,6 +305,8 @@ def aux_loss(model: nn.Module) -> Tensor:
             )
         losses += layer._losses
         layer._losses_done = True
+        if not keep:
+            layer._losses = []
     if losses:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)

@@ -48,7 +48,8 @@ def parallelize(
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
     Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
-    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`).
+    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`). Parameters of
+    the experts are new objects: make the optimizer afterwards.
 
     Args:
         model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
@@ -68,8 +69,8 @@ def parallelize(
             rank has all experts nothing travels, and neither this nor `overlap` has an effect on a named dispatcher.
 
     Raises:
-        ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
-            fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
+        ValueError: axes missing or unknown, experts that do not split, models that differ between ranks, a profile that
+            does not fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
             that tp ranks would repeat.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
