@@ -34,13 +34,14 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
 
     Args:
         model, mesh: as given to `parallelize`.
-        dense: False where something else reduces the dense gradients, such as DDP.
+        dense: False where something else reduces the gradients of all but experts, such as DDP.
 
     Raises:
         ValueError: a model that has not been parallelized, or on a mesh of other ranks.
     """
     _check_parallelized(model, axes.data_mesh(mesh).mesh.flatten().tolist())
     edp = axes.axis(axes.of_experts(mesh), axes.EDP)
+    own = {id(p) for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
     experts, split, others = [], [], []
     for p in model.parameters():
         if not p.requires_grad:
@@ -50,7 +51,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
             experts.append(p)
         elif dense and held_by == (axes.TP,) and not _is_whole(p):
             split.append(p)
-        elif dense and held_by in (None, (axes.TP,)):
+        elif (dense or id(p) in own) and held_by in (None, (axes.TP,)):  # experts, too, on a mesh without "ep"
             others.append(p)
     ranks = axes.data_mesh(mesh).size()
     _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)

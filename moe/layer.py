@@ -121,7 +121,9 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
-        self._forget()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
+        self._losses_done = True
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
     eval_capacity_factor = factor_of("_eval_capacity")
@@ -251,11 +253,6 @@ class MoE(nn.Module):
             losses.append(self.z_loss_weight * z_loss(routing, group, split))
         return torch.stack(losses).sum() if losses else None
 
-    def _forget(self) -> None:
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
-        self._losses_done = True
-
     def __getstate__(self) -> dict[str, Any]:
         if self.dispatcher.groups or self.balance_group or self.sequence_group:
             raise TypeError(
@@ -284,12 +281,11 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
 
     Args:
         model: a module with `MoE` layers anywhere in it.
-        keep: until its next forward a layer remembers its losses, for another call; False: it lets go of them, and of
-            their graphs, now.
+        keep: False: layers let go of the losses and their graphs now, not with their next forward.
 
     Raises:
-        RuntimeError: a layer in training whose loss has lost its graph, as after an evaluation in between or under
-            re-entrant activation checkpointing: the gate would silently get no gradient.
+        RuntimeError: a layer in training whose loss has no graph, as after an evaluation in between or under re-entrant
+            activation checkpointing: the gate would silently get no gradient.
     """
     losses = []
     for name, layer in model.named_modules():
@@ -304,9 +300,7 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
                 "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += layer._losses
-        layer._losses_done = True
-        if not keep:
-            layer._losses = []
+        layer._losses, layer._losses_done = layer._losses if keep else [], True
     if losses:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
