@@ -115,7 +115,6 @@ class ParallelModel(nn.Module):
         Returns:
             Means over this data rank's micro-batches, unscaled, equal on all ranks along "pp" and "tp".
         """
-        check_batch(tokens, self.micro_batches)
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -144,6 +143,7 @@ class ParallelModel(nn.Module):
 
     def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
         """The micro-batches in turn, on the whole model."""
+        check_batch(tokens, self.micro_batches)
         m, (model,) = self.micro_batches, self.parts
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
