@@ -205,7 +205,7 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wir
     if group is None:
         return
     mine = [f"overlap={overlap!r}, wire={wire!r}"]
-    mine += [f"{name}: {what}" for name, layer in _moe_layers(model) for what in _description(layer)]
+    mine += [f"layer {name}: {what}" for name, layer in _moe_layers(model) for what in _description(layer)]
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, mine, group=group)
     for rank, theirs in enumerate(everyones):
@@ -230,7 +230,7 @@ def _description(layer: MoE) -> Iterator[str]:
     for name, p in layer.named_parameters():
         yield f"{name} {tuple(p.shape)} {p.dtype}"
     for name, p in layer.gate.named_parameters():
-        if not p.is_meta:
+        if not p.is_meta and not (isinstance(p, DTensor) and any(isinstance(placed, Shard) for placed in p.placements)):
             yield f"the bytes of gate.{name} add up to {_bytes(p)}"
 
 

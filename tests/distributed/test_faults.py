@@ -159,8 +159,8 @@ def test_every_rank_hears_of_it(fault, message, dispatcher):
     [
         (other_seed, "rank 1 has built other MoE layers"),
         (other_width, "rank 3 has built other MoE layers"),
-        (other_options, "rank 3 has built other MoE layers than rank 0: 0: balance='local' against 0"),
-        (other_router, "rank 1 has built other MoE layers than rank 0: 0: the bytes of gate.weight add up to"),
+        (other_options, "rank 3 has built other MoE layers than rank 0: layer 0: balance='local' against layer 0"),
+        (other_router, "rank 1 has built other MoE layers than rank 0: layer 0: the bytes of gate.weight add up to"),
         (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and nothing would be exchanged along dp"),
         (synchronised_over_half, "the mesh averages over ranks ["),
         (not_parallelized, "1 is on one rank: call parallelize(model, mesh) on all"),
