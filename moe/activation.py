@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch.ops import wide
 
@@ -48,9 +47,12 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         up, gate = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: as operators that autograd follows
+            d, g = wide(grad), wide(gate)
+            slope = g.sigmoid() * (1 + g * (1 - g.sigmoid()))
+            return (F.silu(g) * d).to(up.dtype), (d * wide(up) * slope).to(gate.dtype)
         to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
         for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
             d, g = wide(d), wide(g)
@@ -69,9 +71,11 @@ class _Weighted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            d = grad.to(weight.dtype)
+            return (d * weight.unsqueeze(1)).to(rows.dtype), (d * rows).sum(1)
         to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
         for to_r, to_w, d, r, w in blocks(to_rows, to_weight, grad, rows, weight.unsqueeze(1)):
             torch.mul(d, w, out=to_r)

@@ -102,6 +102,8 @@ class MoE(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        if not isinstance(top_k, int | None):
+            raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
         if weight_on not in ("input", "output"):
@@ -123,7 +125,9 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
-        self._forget()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
+        self._losses_done = True
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
     eval_capacity_factor = factor_of("_eval_capacity")
@@ -253,11 +257,6 @@ class MoE(nn.Module):
             losses.append(self.z_loss_weight * z_loss(routing, group, split))
         return torch.stack(losses).sum() if losses else None
 
-    def _forget(self) -> None:
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
-        self._losses_done = True
-
     def __getstate__(self) -> dict[str, Any]:
         if self.dispatcher.groups or self.balance_group or self.sequence_group:
             raise TypeError(
@@ -278,15 +277,19 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
 
 
-def aux_loss(model: nn.Module) -> Tensor:
+def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
     """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
 
-    It covers the last forward of each layer; of a layer that ran several times since the last backward
-    (or the last `aux_loss`), every run. A model without MoE layers gives 0.
+    It covers the last forward of each layer; of a layer in training that ran several times since the last backward
+    (or the last `aux_loss`), every run: try a model out under `torch.no_grad`. A model without MoE layers gives 0.
+
+    Args:
+        model: a module with `MoE` layers anywhere in it.
+        keep: False: layers let go of the losses and their graphs now, not with their next forward.
 
     Raises:
-        RuntimeError: a layer in training whose loss has lost its graph, as under re-entrant activation
-            checkpointing: the gate would silently get no gradient.
+        RuntimeError: a layer in training whose loss has no graph, as after an evaluation in between or under re-entrant
+            activation checkpointing: the gate would silently get no gradient.
     """
     losses = []
     for name, layer in model.named_modules():
@@ -297,11 +300,11 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
         if wants_grad and not all(loss.requires_grad for loss in layer._losses):
             raise RuntimeError(
-                f"the balance loss of {name or 'the layer'} has no graph: its forward ran without gradients "
-                "(re-entrant checkpointing?); use torch.utils.checkpoint with use_reentrant=False"
+                f"the balance loss of {name or 'the layer'} has no graph: its last forward ran without gradients. Call "
+                "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += layer._losses
-        layer._losses_done = True
+        layer._losses, layer._losses_done = layer._losses if keep else [], True
     if losses:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)

@@ -116,8 +116,9 @@ def test_gradients_of_activation_and_weight(kind, rows):
         random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(rows, 5), (rows, 5), (rows,)])
     )
     given = (up, gate) if kind == "swiglu" else (up,)
-    assert torch.autograd.gradcheck(swiglu if kind == "swiglu" else ACTIVATIONS[kind], given)
-    assert torch.autograd.gradcheck(weighted, (up, weight))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(swiglu if kind == "swiglu" else ACTIVATIONS[kind], given)
+        assert check(weighted, (up, weight))
 
 
 @pytest.mark.parametrize("rows", [6, 700])  # 700 rows of 1000 are several blocks

@@ -9,7 +9,7 @@ import torch
 from reference import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from turnout.moe import Gate, MoE, Routing, aux_loss, balance_loss, z_loss
+from turnout.moe import Gate, MoE, Routing, TopKGate, aux_loss, balance_loss, z_loss
 
 D, H, E = 6, 5, 4
 
@@ -223,12 +223,15 @@ def test_reentrant_checkpoint_is_refused():
         ({"experts": "tanh"}, "experts must be one of gelu, gelu_tanh, relu, swiglu or a factory; got 'tanh'"),
         ({"top_k": 5}, "top_k=5 must lie between 1 and num_experts=4"),
         ({"top_k": 0}, "top_k=0 must lie between"),
+        ({"top_k": 2.0}, "top_k must be an integer or None; got 2.0"),
+        ({"gate": TopKGate}, "gate must be a name or a Gate, not a class: pass TopKGate"),
+        ({"experts": nn.Linear(D, D)}, "experts must be a name or what makes one: pass lambda: Linear"),
         ({"gate": "switch", "top_k": 2}, "switch gate picks one expert"),
         ({"gate": "gshard", "top_k": 1}, "gshard gate picks two experts"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoE(**{"dim": D, "hidden": H, "num_experts": E, **arguments})
 
 
