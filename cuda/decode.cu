@@ -5,7 +5,7 @@
 // result is the plain PyTorch one to the bit (a CPU's ties in bfloat16 apart: dispatch/ops.py). `weight` is null where
 // rows are weighted already.
 template <class T, class Chunk, int K>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 3)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
            Chunk* __restrict__ y, long long num_tokens, int chunks, int k) {
   using Values = Elements<T, Chunk>;
