@@ -31,6 +31,7 @@ struct Candidate {
 
 __device__ Candidate best_of_lane(const unsigned* key, int E) {
   Candidate best{0, kNobody};
+#pragma unroll 4
   for (int e = threadIdx.x % 32; e < E; e += 32)
     if (key[e] > best.key) best = {key[e], unsigned(e)};
   return best;
@@ -64,6 +65,7 @@ route(const float* __restrict__ logits, const float* __restrict__ bias, long lon
   }
   if (!sigmoid) {
     top = warp_max(top);
+#pragma unroll 4
     for (int e = lane; e < E; e += 32) sum += expf(__uint_as_float(key[e]) - top);
     sum = warp_sum(sum);
   }
