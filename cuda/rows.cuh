@@ -4,7 +4,7 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int kThreads = 256;    // of a block, at most; __launch_bounds__(kThreads, 1), or ptxas saves registers and spills
+constexpr int kThreads = 256;  // of a block, at most; with __launch_bounds__(kThreads) alone ptxas saves registers and spills
 
 // The number of this group in the grid.
 __device__ __forceinline__ long long group_number() {
