@@ -139,6 +139,8 @@ class MoE(nn.Module):
         `mask`: bool (...), False = padding, which goes to no expert. `ids`: int64 (...), for gates that
         route by token id; others ignore them.
         """
+        if self._losses_done and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self._losses = []  # of a step that is over: their graph would bind this one to the CUDA stream of that
         try:
             self._check(x, mask, ids)
             tokens = rearrange(x, "... d -> (...) d")

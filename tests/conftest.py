@@ -6,7 +6,7 @@ from collections import Counter
 
 # Before torch, which reads these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv):
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # backward on a process with GPUs starts threads, and ranks are forked
 
 import hypothesis

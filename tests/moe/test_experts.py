@@ -4,8 +4,10 @@ import pytest
 import torch
 from reference import close, expert_ffn
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from turnout.moe.activation import ACTIVATIONS, swiglu, weighted
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
+from turnout.moe.grouped_mm import _fits_torch
 
 NAN = float("nan")
 COUNTS = [3, 0, 4, 1]
@@ -299,3 +301,9 @@ def test_modules_that_cannot_be_stacked_are_refused():
 
     with pytest.raises(ValueError, match="Tied ties parameters"):
         ModuleExperts(Tied, 2)
+
+
+def test_torch_on_cuda_takes_up_to_1023_matrices():
+    with FakeTensorMode():
+        rows, *weights = (torch.empty(*shape, 16, device="cuda").bfloat16() for shape in ((4,), (1023, 16), (1024, 16)))
+        assert [_fits_torch(rows, weight) for weight in weights] == [True, False]

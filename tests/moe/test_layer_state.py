@@ -274,3 +274,20 @@ def test_nan_in_padding_reaches_no_gradient():
     (y[real].square().sum() + aux_loss(layer)).backward()
     for name, p in layer.named_parameters():
         assert p.grad.isfinite().all(), name
+
+
+def test_nothing_of_a_step_is_left_when_the_next_begins():
+    """Else gradients of this step would be added on that one's CUDA stream, which a graph being captured forbids."""
+    layer, x, seen = built(), tokens(9), []
+
+    def notes():  # of what adds to the router's gradient: they last as long as a graph that leads there
+        return torch.autograd.graph.get_gradient_edge(layer.gate.weight).node.metadata
+
+    layer.gate.register_forward_pre_hook(lambda *_: seen.append("step" in notes()))
+    for _ in range(2):
+        y = layer(x)
+        notes()["step"] = True
+        (y.square().mean() + aux_loss(layer)).backward()
+        assert "step" in notes()
+        del y
+    assert seen == [False, False]

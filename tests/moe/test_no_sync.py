@@ -116,10 +116,11 @@ def test_waiting_is_seen(waits):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_never_waits_for_a_gpu(name, kernel):
-    if kernel == "torch" and torch.cuda.get_device_capability() < (9, 0):
+    if kernel == "torch" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("torch's grouped_mm itself waits there")
     if kernel == "triton" and LAYERS[name].get("bias"):
         pytest.skip("no biases")
