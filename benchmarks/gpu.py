@@ -91,7 +91,8 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
 
 def machine(device: torch.device) -> list[Row]:
     facts: dict[str, object] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
+    facts["torch"] = torch.__version__  # with the build, which its metadata may leave out
+    for package in ("triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from reference import close, expert_ffn
+from torch.torch_version import TorchVersion
 from turnout.cuda.tiles import Tiles
 from turnout.dispatch import Plan
 from turnout.moe import MoE, aux_loss
@@ -38,6 +40,8 @@ def results(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("experts") / "results.pt"
     if request.param == "cuda":
         python("run_experts.py", str(file), "--device", "cuda")
+    elif TorchVersion(version("triton")) < "3.7" and TorchVersion(version("numpy")) >= "2.4":
+        pytest.skip("Triton 3.6's interpreter makes numbers of arrays in a way that numpy 2.4 refuses")
     else:
         python("run_experts.py", str(file), TRITON_INTERPRET="1")
     return torch.load(file)
