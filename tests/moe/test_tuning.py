@@ -223,7 +223,6 @@ RANKS = {  # what each of two ranks has, and what both must choose
 def on_two(folder):
     """All of `RANKS`, then a file that the first rank alone can see, then misuse on one rank."""
     rank, chosen, patch = dist.get_rank(), {}, pytest.MonkeyPatch()
-    torch.manual_seed(0)
 
     def tuned(given, **options):
         tuning.MEASURED.clear()
@@ -247,6 +246,7 @@ def on_two(folder):
     chosen["stage"] = str(autotune(no_experts, 6, clock=clock))
     for axes, shape in (("ep",), (2,)), (("ep", "etp"), (1, 2)), (("edp", "ep"), (2, 1)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=axes)
+        torch.manual_seed(0)
         model = parallelize(nn.Sequential(layer()), mesh)
         if "edp" in axes:
             fully_shard_experts(model, mesh)
