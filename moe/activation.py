@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,12 @@ from torch import Tensor
 
 from ..dispatch.ops import wide
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as GPT-2 has it, and Megatron-LM
+    "relu": F.relu,
+    "swiglu": F.silu,  # of the gate; see `swiglu`
+}
 _CACHE = 1 << 18  # elements of a block: a few of them fit a core's cache, and the calls on each do not weigh
 
 
