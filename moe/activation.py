@@ -38,7 +38,7 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """What experts make of rows that are multiplied by their weights before, not after."""
+    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
     return experts(weighted(rows, weight), torch.ones_like(weight), counts)
 
 

@@ -102,8 +102,6 @@ class MoE(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        if not isinstance(top_k, int | None):
-            raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
         if weight_on not in ("input", "output"):
