@@ -180,7 +180,7 @@ def _matrices(b: Tensor | None, size: Blocks, transposed: bool = False):
 def _describable(t: Tensor, size: Blocks) -> bool:
     """Whether the copy engine takes this tensor: what it starts from and steps by are multiples of 16 bytes."""
     steps = [t.data_ptr(), *(step * t.element_size() for step in t.stride()[:-1])]
-    return size.descriptors and 0 < t.numel() and len(t) <= 2**30 and not any(step % 16 for step in steps)
+    return size.descriptors and t.numel() > 0 and len(t) <= 2**30 and not any(step % 16 for step in steps)
 
 
 def _programs(tiles: Tiles, columns: int, size: Blocks) -> int:

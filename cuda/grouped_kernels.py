@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_product import activate, place, product, rows, source, within
+from .grouped_product import activate, columns, place, product, rows, source, within
 
 
 @triton.jit(do_not_specialize=["num_m"])
@@ -192,7 +192,7 @@ def weight_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """to_b [L, K, N]: for each expert the sum over its rows of a[a_token]^T b[b_token]; to_c of c unless that is None."""
+    """to_b [L, K, N]: for each expert the sum over its rows of a[a_token]^T b[b_token]; to_c of c, if there is one."""
     m, n = place(tl.cdiv(K, BM), tl.cdiv(N, BN))
     expert = tl.program_id(1)
     start = 0
@@ -201,13 +201,16 @@ def weight_kernel(
     end = tl.load(ends + expert)
     total = tl.zeros([BM, BN], tl.float32)
     second = total
+    # Looked up a block ahead: as a load within a load, it would take one of the loads under way.
+    row = start + tl.arange(0, BK)
+    from_a, from_b = source(row, end, a_token), source(row, end, b_token)
     for first in range(start, end, BK):
-        row = first + tl.arange(0, BK)
-        from_b = source(row, end, b_token)
-        left = rows(a, source(row, end, a_token), first, end, m * BM, K, BK, BM).T
+        left = columns(a, from_a, first, end, m * BM, K, BK, BM)
         total = tl.dot(left, rows(b, from_b, first, end, n * BN, N, BK, BN), total, input_precision=PRECISION)
         if c is not None:
             second = tl.dot(left, rows(c, from_b, first, end, n * BN, N, BK, BN), second, input_precision=PRECISION)
+        row += BK
+        from_a, from_b = source(row, end, a_token), source(row, end, b_token)
     down = m * BM + tl.arange(0, BM)
     across = n * BN + tl.arange(0, BN)
     at = (expert.to(tl.int64) * K + down[:, None]) * N + across[None, :]

@@ -57,6 +57,17 @@ def rows(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.
 
 
 @triton.jit
+def columns(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """[BK, BM]: what `rows` gives, transposed. Loaded so, as sm_80 does not prefetch what is transposed later."""
+    if isinstance(a, tl.tensor_descriptor):
+        return load_ragged(a, 0, end, [first, start]).T
+    else:
+        k = start + tl.arange(0, BK)
+        mask = (found >= 0)[None, :] & within(k, K, BK)[:, None]
+        return tl.load(a + found[None, :] * K + k[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
 def matrix(
     b,
     expert,
@@ -78,7 +89,8 @@ def matrix(
         k = (start + tl.arange(0, BK))[:, None]
         n = (across + tl.arange(0, BN))[None, :]
         b += expert.to(tl.int64) * K * N
-        return tl.load(b + (k + n * K if TRANSPOSED else k * N + n), mask=within(k, K, BK) & within(n, N, BN), other=0.0)
+        at = k + n * K if TRANSPOSED else k * N + n
+        return tl.load(b + at, mask=within(k, K, BK) & within(n, N, BN), other=0.0)
 
 
 @triton.jit

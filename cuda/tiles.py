@@ -60,8 +60,8 @@ class Blocks(NamedTuple):
 
 def blocks(kernel: str, x: Tensor, rows: int) -> Blocks:
     """For a kernel over tensors like `x`, on its device, with `rows` rows an expert on average."""
-    if x.device.type != "cuda":
-        return Blocks(16, 16, 16, 4, 1, descriptors=True)  # Triton's interpreter: the smallest, so that small inputs have many
+    if x.device.type != "cuda":  # Triton's interpreter: the smallest, so that small inputs have many
+        return Blocks(16, 16, 16, 4, 1, descriptors=True)
     return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > 64)
 
 

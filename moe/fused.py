@@ -97,7 +97,7 @@ def _experts_backward(
     activation: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down; empty where not `wanted` (x, the w, the b)."""
+    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down; empty where not `wanted`: x, w, b."""
     from ..cuda import grouped
 
     to_x, to_weights, to_biases = wanted

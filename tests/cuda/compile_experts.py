@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +49,20 @@ class Recorder:
         )
 
 
-def launches(dtype: torch.dtype, arch: int, many: bool, gathered: bool) -> dict[str, Launch]:
-    """What a step of SwiGLU, which wants the most, launches: by name; with biases too if all `many` rows are sorted."""
+def launches(dtype: torch.dtype, arch: int, many: bool, gathered: bool, pointers: bool = False) -> dict[str, Launch]:
+    """What a step of SwiGLU, which wants the most, launches, by name; with biases where rows are not gathered.
+
+    `pointers`: without descriptors, as where sizes are no multiples of 16 bytes.
+    """
     recorded: list[Launch] = []
     for name in ("up", "down", "hidden", "weight", "bias"):
         setattr(grouped, f"{name}_kernel", Recorder(getattr(grouped_kernels, f"{name}_kernel"), recorded))
-    grouped.blocks = lambda kernel, x, _: tiles.sizes(kernel, x.element_size(), arch // 10, many)
+
+    def blocks(kernel: str, x: torch.Tensor, _: int) -> tiles.Blocks:
+        size = tiles.sizes(kernel, x.element_size(), arch // 10, many)
+        return size._replace(descriptors=size.descriptors and not pointers)
+
+    grouped.blocks = blocks
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -115,27 +122,27 @@ def resources(found: Any) -> dict:
     listed = tool("cuobjdump", found.asm["cubin"], "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{word}:(\d+)", listed)[1]) for word in ("REG", "STACK"))
     ptx = found.asm["ptx"]
+    loops = "".join(re.findall(r"scf\.for .*?scf\.yield", found.asm["ttgir"], re.DOTALL))
     return {
         "registers": registers,
         "spilled": stack,
         "shared": found.metadata.shared,
         "asynchronous": ptx.count("cp.async.cg"),
         "described": ptx.count("cp.async.bulk.tensor"),
-        "product": next(
-            (name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx), "none"
-        ),
+        "waited for": len(re.findall(r"tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr", loops)),
+        "product": next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx), "none"),
     }
 
 
 def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
-    """What each kernel takes, in bfloat16 for many rows an expert; for few and in float32 as well if `everything`."""
+    """What each kernel takes, in bfloat16 for many rows an expert; if `everything`, for few, by pointer, in float32."""
     for arch in archs:
-        asked = [(torch.bfloat16, True)]
+        asked = [(torch.bfloat16, True, False)]
         if everything:
-            asked += [(torch.bfloat16, False), (torch.float32, True)]
-        for dtype, many in asked:
+            asked += [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float32, True, False)]
+        for dtype, many, pointers in asked:
             for gathered in (True, False):
-                for name, launch in launches(dtype, arch, many, gathered).items():
+                for name, launch in launches(dtype, arch, many, gathered, pointers).items():
                     size = [launch.arguments[n] for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
                     head = {"arch": arch, "dtype": DTYPES[dtype], "kernel": name, "gathered": gathered, "blocks": size}
                     yield head | resources(compiled(launch, arch))
