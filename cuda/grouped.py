@@ -35,19 +35,19 @@ def up(
     weight: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
-    b_up: Tensor | None,
-    b_gate: Tensor | None,
     activation: str,
     save: bool,
+    b_up: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden rows [R, H], times weight [R], and what the backward wants of them.
 
     Args:
         x: [T, D], gathered by `token`; rows [R, D] if that is None.
         w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
-        b_up, b_gate: [L, H], or None.
         activation: "swiglu", "gelu" or "relu".
         save: whether a backward follows.
+        b_up, b_gate: [L, H], where there are biases.
 
     Returns:
         hidden; then up and gate before the activation, [R, H] each, empty where not asked for.

@@ -76,7 +76,7 @@ def _experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..cuda import grouped
 
-    hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, b_up, b_gate, activation, save)
+    hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
     return _home(grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight), token, slot), up, gate
 
 

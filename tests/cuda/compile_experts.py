@@ -49,19 +49,14 @@ class Recorder:
         )
 
 
-def launches(dtype: torch.dtype, arch: int, many: bool, gathered: bool, pointers: bool = False) -> dict[str, Launch]:
+def launches(dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blocks]) -> dict[str, Launch]:
     """What a step of SwiGLU, which wants the most, launches, by name; with biases where rows are not gathered.
 
-    `pointers`: without descriptors, as where sizes are no multiples of 16 bytes.
+    `blocks`: in the place of the one in `tiles`.
     """
     recorded: list[Launch] = []
     for name in ("up", "down", "hidden", "weight", "bias"):
         setattr(grouped, f"{name}_kernel", Recorder(getattr(grouped_kernels, f"{name}_kernel"), recorded))
-
-    def blocks(kernel: str, x: torch.Tensor, _: int) -> tiles.Blocks:
-        size = tiles.sizes(kernel, x.element_size(), arch // 10, many)
-        return size._replace(descriptors=size.descriptors and not pointers)
-
     grouped.blocks = blocks
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -73,7 +68,7 @@ def launches(dtype: torch.dtype, arch: int, many: bool, gathered: bool, pointers
     x, grad = (empty(T if gathered else R, D) for _ in range(2))
     w_up, w_gate, w_down = empty(E, D, H), empty(E, D, H), empty(E, H, D)
     b_up, b_gate, b_down = (None, None, None) if gathered else (empty(E, H), empty(E, H), empty(E, D))
-    hidden, *before = grouped.up(x, token, ends, weight, w_up, w_gate, b_up, b_gate, "swiglu", True)
+    hidden, *before = grouped.up(x, token, ends, weight, w_up, w_gate, "swiglu", True, b_up, b_gate)
     grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
     grouped.down(list(zip(before, (w_up, w_gate), strict=True)), ends, transposed=True)
     grouped.hidden_backward(grad, token, ends, weight, w_down, *before, "swiglu")
@@ -84,6 +79,16 @@ def launches(dtype: torch.dtype, arch: int, many: bool, gathered: bool, pointers
         grouped.bias_backward(grad, ends, token, weight, b_down)
         names.append("bias")
     return dict(zip(names, recorded, strict=True))
+
+
+def chosen(arch: int, many: bool = True, pointers: bool = False) -> Callable[..., tiles.Blocks]:
+    """`blocks` for that architecture; `pointers`: without descriptors, as where sizes are no multiples of 16 bytes."""
+
+    def blocks(kernel: str, x: torch.Tensor, *_: object) -> tiles.Blocks:
+        size = tiles.sizes(kernel, x.element_size(), arch // 10, many)
+        return size._replace(descriptors=size.descriptors and not pointers)
+
+    return blocks
 
 
 def signature(value: Any) -> str:
@@ -142,7 +147,7 @@ def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
             asked += [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float32, True, False)]
         for dtype, many, pointers in asked:
             for gathered in (True, False):
-                for name, launch in launches(dtype, arch, many, gathered, pointers).items():
+                for name, launch in launches(dtype, gathered, chosen(arch, many, pointers)).items():
                     size = [launch.arguments[n] for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
                     head = {"arch": arch, "dtype": DTYPES[dtype], "kernel": name, "gathered": gathered, "blocks": size}
                     yield head | resources(compiled(launch, arch))
