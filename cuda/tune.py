@@ -134,14 +134,14 @@ def candidates(product: Product, major: int) -> list[Blocks]:
     `tests/cuda/compile_experts.py --candidates` shows that none spills registers and all fit the shared memory.
     """
     if not major:
-        return [Blocks(16, 16, 16, 4, 1), Blocks(32, 16, 16, 4, 1)]
+        return [Blocks(16, 16, 16, 4, 1, descriptors) for descriptors in (True, False)]
     kernel, narrow = product.kernel, product.dtype != "torch.float32"
     default = sizes(kernel, 2 if narrow else 4, major, product.many)
     tables = _LARGE if major in (9, 10) else _MEDIUM
     found = [Blocks(*size, *default[len(size) :]) for size in (tables[kernel] if narrow else _FLOAT32)]
     if narrow and not product.many:
         found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
-    return list(dict.fromkeys([default, *found]))
+    return list(dict.fromkeys([default, default._replace(descriptors=False), *found]))
 
 
 # Rows, columns, depth, warps, stages, as in `Blocks`.
