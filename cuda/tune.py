@@ -138,7 +138,7 @@ def candidates(product: Product, major: int) -> list[Blocks]:
     kernel, narrow = product.kernel, product.dtype != "torch.float32"
     default = sizes(kernel, 2 if narrow else 4, major, product.many)
     tables = _LARGE if major in (9, 10) else _MEDIUM
-    found = [Blocks(*size, *default[len(size) :]) for size in (tables[kernel] if narrow else _FLOAT32)]
+    found = [Blocks(*size, descriptors=default.descriptors) for size in (tables[kernel] if narrow else _FLOAT32)]
     if narrow and not product.many:
         found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
     return list(dict.fromkeys([default, default._replace(descriptors=False), *found]))
