@@ -7,7 +7,7 @@ Rows are sorted by expert; those of expert e end at ends[e], int32 [L]. Where `t
 x[token[r]], zeros if that is -1, and no copy of x in the order of the experts is made (ScatterMoE, arXiv:2403.08245;
 SonicMoE, arXiv:2512.14080). Rows past ends[-1] are read by nobody and stay as they are. The host never learns how
 many rows an expert has: a grid has as many tiles as there could be, and those too many leave at once. Sums run in
-float32 (float32 products as torch.backends.cuda.matmul allows), in a fixed order, without atomics.
+float32 (float32 products as torch.backends.cuda.matmul.fp32_precision says), in a fixed order, without atomics.
 
 What is read in the order of memory, weights and rows that are not gathered, goes through tensor descriptors where
 `Blocks.descriptors` says so. They are made for each launch, by the host, from addresses and sizes alone, so that a
@@ -197,7 +197,7 @@ def _programs(tiles: Tiles, columns: int, size: Blocks) -> int:
 
 
 def _constants(x: Tensor, size: Blocks) -> dict[str, int | str]:
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "PRECISION": "tf32" if tf32 else "ieee",
         "BM": size.rows,

@@ -76,8 +76,10 @@ def _experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..cuda import grouped
 
-    hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
-    return _home(grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight), token, slot), up, gate
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
+        rows = grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
+        return _home(rows, token, slot), up, gate
 
 
 @torch.library.custom_op("turnout::experts_backward", mutates_args=())
@@ -101,21 +103,22 @@ def _experts_backward(
     from ..cuda import grouped
 
     to_x, to_weights, to_biases = wanted
-    hidden, *befores, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation)
-    gated = w_gate is not None
-    before = befores if gated else befores[:1]
-    out = [x.new_empty(0) for _ in range(8)]
-    if to_x:
-        ups = [w_up, w_gate] if gated else [w_up]
-        out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
-    if to_weights:
-        out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
-        (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
-    if b_down is not None:
-        if to_biases:
-            out[5 : 5 + len(before)] = [grouped.bias_backward(b, ends)[0] for b in before]
-        out[7], more = grouped.bias_backward(grad, ends, token, weight, b_down)
-        to_weight += more
+    with torch.cuda.device_of(x):
+        hidden, *befores, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation)
+        gated = w_gate is not None
+        before = befores if gated else befores[:1]
+        out = [x.new_empty(0) for _ in range(8)]
+        if to_x:
+            ups = [w_up, w_gate] if gated else [w_up]
+            out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
+        if to_weights:
+            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
+            (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
+        if b_down is not None:
+            if to_biases:
+                out[5 : 5 + len(before)] = [grouped.bias_backward(b, ends)[0] for b in before]
+            out[7], more = grouped.bias_backward(grad, ends, token, weight, b_down)
+            to_weight += more
     out[1] = to_weight.to(weight.dtype)
     return out
 
