@@ -79,8 +79,8 @@ def machine(device: torch.device) -> Machine:
     except PackageNotFoundError:
         triton = "none"
     digest = blake2b(digest_size=6)
-    for name in ("grouped.py", "grouped_kernels.py", "tiles.py", "tune.py"):
-        digest.update(Path(tune.__file__).with_name(name).read_bytes())
+    for source in sorted(Path(tune.__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
     name = tiles.device_name(device)
     return {"device": name, "torch": torch.__version__, "triton": triton, "kernels": digest.hexdigest()}
 
