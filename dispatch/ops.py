@@ -82,7 +82,7 @@ def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if kernels.sums(rows):
         return kernels.decode(rows, slot, weight)
-    return _sum(rows * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1), slot).to(rows.dtype)
+    return _sum(wide(rows), slot, weight).to(rows.dtype)
 
 
 @torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
@@ -92,22 +92,36 @@ def _decode_weighted_backward(
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
     if kernels.sums(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
-    grad = wide(_gather(grad, token))
-    grad_rows = grad * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1)
-    dots = _gather((grad * rows).sum(1, keepdim=True), slot.flatten())
-    return grad_rows.to(rows.dtype), dots.view_as(slot).to(weight.dtype)
+    to_rows = _gather(grad, token)
+    to_weight = _dots(rows, grad, to_rows, slot)
+    return to_rows.mul_(_row_weight(wide(weight), slot, len(rows)).unsqueeze(1)), to_weight.to(weight.dtype)
 
 
-def _sum(rows: Tensor, slot: Tensor) -> Tensor:
-    """y[t] = sum over j of rows[slot[t, j]]."""
-    if slot.shape[1] == 1:
+def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
+    """y[t] = sum over j of rows[slot[t, j]], times weight[t, j] if there are weights."""
+    if slot.shape[1] == 1 and weight is None:
         return _gather(rows, slot.squeeze(1))
     if rows.device.type != "cpu" or not len(rows):
-        terms = wide(rows)
+        terms = wide(rows) if weight is None else rows * _row_weight(weight, slot, len(rows)).unsqueeze(1)
         return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
-    number = kept.sum(1)
-    return torch.embedding_bag(rows, slot[kept], number.cumsum(0) - number, mode=0)[0]
+    if bool(kept.all()):
+        home, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
+    else:
+        number = kept.sum(1)
+        home, start = slot[kept], number.cumsum(0) - number
+    each = None if weight is None else weight[kept].to(rows.dtype)
+    return torch.embedding_bag(rows, home, start, mode=0, per_sample_weights=each)[0]
+
+
+def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:
+    """<rows[slot[t, j]], grad[t]> [T, k], 0 where dropped; `grad_rows` is grad laid out as rows."""
+    if rows.device.type != "cpu" or not len(rows):
+        return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
+    home, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]  # without a pass of products; skips -1
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        wide(grad), wide(rows), home, token, token, mode=0
+    ).view_as(slot)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..dispatch.ops import decode, encode
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
@@ -181,16 +182,19 @@ class FeedForwardExperts(Experts):
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
         """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
 
-        One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
+        Weight is then [T, k]. One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty
+        experts cost nothing.
         """
         if self.kernel == "triton":
             check_kernel(self.kernel, rows)
             w_gate = self._tensor("w_gate", rows) if self.activation == "swiglu" else None
             w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
             return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
-        if plan is not None or self._few_at_a_time(rows, len(weight)):
+        if self._few_at_a_time(rows, weight.numel()):
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
+        if plan is not None:
+            rows = encode(rows, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self._linear("up", rows, ends)
         if self.activation == "swiglu":
@@ -199,11 +203,14 @@ class FeedForwardExperts(Experts):
             hidden = ACTIVATIONS[self.activation](hidden)
         if self.hidden < self.dim:
             return self._linear("down", weighted(hidden, weight), ends, weight)
-        return weighted(self._linear("down", hidden, ends), weight)
+        rows = self._linear("down", hidden, ends)
+        return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Triton's kernels always do; on a CPU, dropless, where a few experts at a time are faster."""
-        return self.kernel == "triton" or (plan.capacity is None and self._few_at_a_time(x, len(plan.token)))
+        """Where that saves copies: by Triton's kernels, a few experts at a time, or as `decode` weighs in passing."""
+        if self.kernel == "triton":
+            return True
+        return plan.capacity is None if self._few_at_a_time(x, plan.slot.numel()) else self.hidden >= self.dim
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
         if torch.compiler.is_compiling() or self.adapts:

@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..dispatch.ops import encode_weight
 from ..dispatch.plan import Plan
 
 KERNELS = ("auto", "torch", "triton")
@@ -30,11 +31,12 @@ def fused(
     Args:
         x: rows [R, D] -> weighted rows [R, D]. With a `plan` tokens [T, D] -> [T, D], each the sum of its rows, and
             no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the w.
-        weight: [R], the gate's weight of each row.
+        weight: [R], the gate's weight of each row; with a `plan` [T, k].
         counts: int64 [L], rows of each expert; rows past their sum come back undefined.
         w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
         w_down: [L, H, D].
     """
+    weight = weight if plan is None else encode_weight(weight, plan)
     tensors = [t for t in (x, weight, w_up, w_gate, w_down) if t is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     token, slot = (None, None) if plan is None else (plan.token, plan.slot)

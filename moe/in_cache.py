@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch.ops import wide
+from ..dispatch.ops import encode_weight, wide
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, blocks
 from .grouped_mm import computed, mm
@@ -41,9 +41,10 @@ def perceptrons(
     """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
 
     `up` has one layer, or for "swiglu" two, the gate being the second. The gate's weight multiplies the hidden row:
-    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D], and so is what comes back: those of a group
-    are gathered when it is its turn, and all [R, D] never exist.
+    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens come back: the
+    rows of a group are gathered when it is its turn, and all [R, D] never exist.
     """
+    weight = weight if plan is None else encode_weight(weight, plan)
     tensors = [tensor for layer in (down, *up) for tensor in layer]
     graph = torch.is_grad_enabled()  # asked here: inside, it never is
     return _Perceptrons.apply(rows, weight, counts, activation, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
