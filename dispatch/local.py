@@ -16,7 +16,7 @@ from .plan import Plan
 class LocalDispatcher(Dispatcher):
     """Encode, experts, decode. No collective and no host sync.
 
-    Experts that gather (`Experts.gathers`) read the tokens by the plan instead, weigh and sum up what they made of them.
+    Experts that gather (`Experts.gathers`) read the tokens by the plan instead, and weigh and sum up what they make.
     """
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:

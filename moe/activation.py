@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..dispatch.ops import wide
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
-_CACHE = 1 << 18  # elements of a block: a few of them fit a core's cache, and the calls on each do not weigh
+_CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
 
 
 def swiglu(up: Tensor, gate: Tensor) -> Tensor:

@@ -180,10 +180,9 @@ class FeedForwardExperts(Experts):
         return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
-        """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
+        """See `Experts.forward`; with a `plan`, its tokens [T, D] and their weight [T, k] -> tokens [T, D] (`gathers`).
 
-        Weight is then [T, k]. One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty
-        experts cost nothing.
+        One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         if self.kernel == "triton":
             check_kernel(self.kernel, rows)
@@ -193,8 +192,7 @@ class FeedForwardExperts(Experts):
         if self._few_at_a_time(rows, weight.numel()):
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
-        if plan is not None:
-            rows = encode(rows, plan)
+        rows = rows if plan is None else encode(rows, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self._linear("up", rows, ends)
         if self.activation == "swiglu":

@@ -57,7 +57,8 @@ def run(case: Case, device: str) -> dict:
     shapes = {"w_up": (E, D, H), "w_gate": (E, D, H), "w_down": (E, H, D)}
     given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) / 5 for i, n in enumerate(names)}}
     given = {name: t.to(case.dtype) for name, t in given.items()}
-    weight = encode_weight(random(*plan.slot.shape, seed=8).abs(), plan)
+    weight = random(*plan.slot.shape, seed=8).abs()
+    weight = weight if case.plan else encode_weight(weight, plan)
     grad = random(rows, D, seed=9).to(case.dtype)
     if not case.plan:
         for t in (given["x"], grad, weight):
@@ -67,6 +68,9 @@ def run(case: Case, device: str) -> dict:
     weights = (leaves["w_up"], leaves.get("w_gate"), leaves["w_down"], case.activation)
     y = fused(leaves["x"], leaves["weight"], on_device.counts, *weights, on_device if case.plan else None)
     grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
+    grads = {name: g.cpu() for name, g in zip(leaves, grads, strict=True)}
+    if case.plan:
+        weight, grads["weight"] = (encode_weight(t, plan) for t in (weight, grads["weight"]))
     return {
         "given": {**given, "weight": weight},
         "activation": case.activation,
@@ -74,7 +78,7 @@ def run(case: Case, device: str) -> dict:
         "counts": plan.counts,
         "grad": grad,
         "y": y.detach().cpu(),
-        "grads": {name: g.cpu() for name, g in zip(leaves, grads, strict=True)},
+        "grads": grads,
     }
 
 

@@ -28,23 +28,25 @@ def few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
-def test_rows_gathered_group_by_group(activation, bias, dtype, monkeypatch):
+def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, monkeypatch):
     monkeypatch.setattr("turnout.moe.in_cache._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
     plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
     experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
     toward, results = random(5, 8, seed=2, dtype=dtype), []
-    for trip in (dispatcher, super(LocalDispatcher, dispatcher).__call__):
-        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, first=not results: first)
+    apart = super(LocalDispatcher, dispatcher).__call__
+    for grouped, trip in ((True, dispatcher), (False, dispatcher), (False, apart)):
+        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, grouped=grouped: grouped)
         experts.zero_grad()
         x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
         x, weight = x.requires_grad_(), weight.requires_grad_()
         y = trip(x, plan, weight, experts)
         y.backward(toward)
         results.append([y, x.grad, weight.grad, *(p.grad for p in experts.parameters())])
-    for gathered, apart in zip(*results, strict=True):
-        assert gathered.dtype == apart.dtype
-        assert close(gathered, apart, TOLERANCE[dtype])
+    for grouped, at_once, apart in zip(*results, strict=True):
+        assert grouped.dtype == at_once.dtype == apart.dtype
+        assert close(grouped, apart, TOLERANCE[dtype])
+        assert close(at_once, apart, TOLERANCE[dtype])
     assert not results[0][0][3].any(), "a token of nobody's"
 
 
