@@ -1,5 +1,8 @@
 """Experts a few at a time on a CPU: the same as all at once, with less kept; half precision without units for it."""
 
+import ctypes
+import os
+import platform
 from itertools import pairwise
 
 import pytest
@@ -10,7 +13,7 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import grouped_mm
-from turnout.moe.in_cache import groups, pays
+from turnout.moe.in_cache import _faulted_anew, groups, pays
 
 HALVES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
@@ -94,12 +97,27 @@ def test_groups_are_all_experts_in_order(counts, elements):
         assert 4 * (sum(group.sizes) + after.sizes[0]) > elements, "one more would have had room"
 
 
-def test_a_few_at_a_time_where_buffers_are_large():
+def test_a_few_at_a_time_where_buffers_are_large(monkeypatch):
+    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: True)
     half, meta = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")
     assert pays(torch.empty(0), 32768, width=512)
     assert pays(half, 32768, width=512)
     assert not pays(half, 8192, width=1024), "16 MiB"
     assert not pays(meta, 32768, width=512), "another device"
+    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: False)
+    assert not pays(torch.empty(0), 32768, width=512), "an allocator that keeps its pages"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="asks glibc's allocator")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_allocator_that_keeps_its_pages_is_noticed(keeps):
+    child = os.fork()
+    if not child:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if keeps else 65536)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1 if keeps else 2**17)  # M_TRIM_THRESHOLD
+        os._exit(_faulted_anew.__wrapped__())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (not keeps)
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
