@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to see that it runs
 
 Prints a table for each case as it is done, and last what was hoped for beside what came out; --out writes the same as
-JSON, and the longest kernels of a step to a text file beside it. On a GPU every part runs in a process of its own: a
-case that crashes it, or hangs, is named as such, and another process goes on with the next case.
+JSON, after every case, and the longest kernels of a step to a text file beside it. On a GPU every part runs in a
+process of its own: a case that crashes it, or hangs, is named as such, and another process goes on with the next case.
+No part takes more than its share of the time that is left.
 The floors behind the targets: docs/performance.md, "On a GPU". Peers are measured where they are installed.
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
@@ -29,16 +29,16 @@ import gpu_layer
 import gpu_ops
 import torch
 from gpu_clock import Clock, fresh
-from gpu_report import Row, judge, read, supervise, table, work
+from gpu_report import Row, judge, read, supervise, table, work, write
 
-PARTS = ("machine", "checks", "ops", "layer")
+PARTS = {"machine": 2, "checks": 4, "ops": 3, "layer": 6}  # and each one's share of the time
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=2.0, help="to measure one set of runs for")
     parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
     parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
@@ -54,23 +54,25 @@ def main() -> int:
 
     deadline = time.monotonic() + args.limit
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "results.json"
-        for part in args.parts:
+        file = args.out or Path(folder) / "results.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        for number, part in enumerate(args.parts):
             if device.type == "cpu":
                 work(file, part, cases(part, args), partial(fresh, device))
             else:
                 rest = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("device", "seconds")]
                 rest += ["--small"] * args.small + ([f"--out={args.out}"] if args.out else [])
                 command = [sys.executable, __file__, *rest, f"--worker={file}", "--parts", part]
-                supervise(command, file, part, deadline, args.case_limit)
+                now, shares = time.monotonic(), [PARTS[name] for name in args.parts[number:]]
+                supervise(command, file, part, now + (deadline - now) * shares[0] / sum(shares), args.case_limit)
         results = read(file)
-    if device.type == "cuda":
-        results.setdefault("machine", {})["afterwards"] = {"rows": card()}
-        print("\n## Afterwards\n\n" + table(card()))
+        if device.type == "cuda":
+            results.setdefault("machine", {})["afterwards"] = {"rows": card()}
+            print("\n## Afterwards\n\n" + table(card()))
+            write(file, results)
     verdicts = list(judge(results))
     print("\n## What was hoped for\n\n" + (table(verdicts) if verdicts else "Nothing was judged."))
-    if args.out:
-        args.out.write_text(json.dumps({"results": results, "verdicts": verdicts}, indent=1))
     return int(any("error" in case for part in results.values() for case in part.values()))
 
 
@@ -89,7 +91,8 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
 
 def machine(device: torch.device) -> list[Row]:
     facts: dict[str, object] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
+    facts["torch"] = torch.__version__  # with the build, which its metadata may leave out
+    for package in ("triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -72,13 +72,13 @@ def supervise(command: list[str], file: Path, part: str, deadline: float, case_l
 
 
 def read(file: Path) -> Results:
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text())["results"] if file.exists() else {}
 
 
 def write(file: Path, results: Results) -> None:
-    """In one step: the process may be killed while it writes."""
+    """With what was hoped for, as far as it is known; in one step: the process may be killed while it writes."""
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(results))
+    new.write_text(json.dumps({"results": results, "verdicts": list(judge(results))}, indent=1))
     new.replace(file)
 
 

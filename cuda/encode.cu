@@ -1,7 +1,7 @@
 // encode: tokens [T, D] -> rows [R, D], in scatter form: a token is read once and written to its k rows.
 #include "rows.cuh"
 
-// Moves bytes, whatever their type. The first T groups take a token each, the others kRowsAGroup rows each.
+// Moves bytes, whatever their type. The first T groups take a token each, the others as many rows as they have threads.
 template <class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, 1)
     encode(const Chunk* __restrict__ x, const long long* __restrict__ token, const long long* __restrict__ slot,

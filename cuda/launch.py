@@ -36,6 +36,8 @@ KERNELS = {
     "route_backward": Kernel("router.cu", "PPPPPiiiii"),
 }
 
+OLDEST = (8, 0)  # compute capability: the router's reductions over a warp came with it
+GRANTED = 48 * 1024  # bytes of shared memory; a kernel that takes more must ask
 Argument = Tensor | int | float | None
 Packed = int | np.generic  # a pointer, or a number of the parameter's own width
 
@@ -85,9 +87,9 @@ def launch(
 
 
 def available(device: torch.device) -> bool:
-    """Whether `launch` can serve this device. Where CUDA lacks CuPy, a warning says so once."""
+    """Whether `launch` can serve this device. Where CUDA lacks CuPy, or a GPU is too old, a warning says so once."""
     if device.type == "cuda" and backends["cuda"] is launch_cupy:
-        return _has_cupy()
+        return _has_cupy() and _is_recent(device)
     return device.type in backends
 
 
@@ -113,7 +115,7 @@ def launch_cupy(
     """The backend of CUDA tensors: NVRTC and the driver, through CuPy."""
     with torch.cuda.device(device), _cupy().cuda.Stream.from_external(torch.cuda.current_stream(device)):
         function = _function(kernel)
-        if shared and shared > function.max_dynamic_shared_size_bytes:  # above 48 KiB a kernel must ask
+        if shared > GRANTED and shared > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared
         function(grid, block, args, shared_mem=shared)
 
@@ -155,6 +157,15 @@ def _has_cupy() -> bool:
         logging.getLogger(__name__).warning("%s. Until then these operators run in plain PyTorch.", error)
         return False
     return True
+
+
+@functools.cache
+def _is_recent(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        words = "CUDA kernels need compute capability %d.%d, and %s has %d.%d: these operators run in plain PyTorch."
+        logging.getLogger(__name__).warning(words, *OLDEST, device, *capability)
+    return capability >= OLDEST
 
 
 def _extra() -> str:

@@ -115,7 +115,7 @@ plan_place(const long long* __restrict__ expert, const int* __restrict__ histogr
   // Every block adds up the columns of the histogram for itself: a third launch would cost more.
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
     int before = 0, all = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (unsigned b = 0; b < gridDim.x; b++) {
       int count = histogram[(long long)b * E + e];
       before += b < blockIdx.x ? count : 0;

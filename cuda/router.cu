@@ -23,19 +23,17 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// A candidate: `order` of the value it is chosen by, 0 = none; of equal ones the lower expert comes first.
+// The best of this lane's experts, lane, lane + 32, ...: its key is `order_of` what it is chosen by, 0 = none is left;
+// of equal ones the lower expert comes first.
 struct Candidate {
-  unsigned order, expert;
+  unsigned key, expert;
 };
 
-// The first behind `last` of this lane's candidates, the experts lane, lane + 32, ...
-__device__ Candidate next_best(const float* __restrict__ value, int E, Candidate last) {
-  Candidate best{0, 0};
-  for (int e = threadIdx.x % 32; e < E; e += 32) {
-    unsigned order = order_of(value[e]);
-    bool behind = order < last.order || (order == last.order && e > int(last.expert));
-    if (behind && order > best.order) best = {order, unsigned(e)};
-  }
+__device__ Candidate best_of_lane(const unsigned* key, int E) {
+  Candidate best{0, kNobody};
+#pragma unroll 4
+  for (int e = threadIdx.x % 32; e < E; e += 32)
+    if (key[e] > best.key) best = {key[e], unsigned(e)};
   return best;
 }
 
@@ -44,50 +42,55 @@ __device__ Candidate next_best(const float* __restrict__ value, int E, Candidate
 // logits [T, E] -> scores [T, E], their softmax or sigmoid; expert [T, k], the k of highest score (plus bias
 // [E], if that is not null), highest first; weight [T, k], their scores, over their sum if `normalize`.
 // k <= 32. Without bias the logits themselves are compared: their order is that of the scores, and scores
-// that rounding makes equal are still told apart. Shared memory: a float [E] for each warp.
+// that rounding makes equal are still told apart. Shared memory: E words for each warp.
 //
 // A NaN logit: every softmax score of its token is NaN, or its own sigmoid score, which is then the first
 // chosen: one of the weights is NaN in both cases, as on a CPU, and no index leaves [0, E).
 __global__ void __launch_bounds__(128)
 route(const float* __restrict__ logits, const float* __restrict__ bias, long long* __restrict__ expert,
       float* __restrict__ weight, float* __restrict__ scores, int T, int E, int k, int sigmoid, int normalize) {
-  SHARED_MEMORY(float, values);
+  SHARED_MEMORY(unsigned, memory);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   long long t = (long long)blockIdx.x * (blockDim.x / 32) + warp;
   if (t >= T) return;
   logits += t * E, scores += t * E;
-  float* value = values + warp * E;  // what experts are chosen by
+  unsigned* key = memory + warp * E;  // first the bits of the logits; a lane's experts are its own throughout
 
   float top = kLowest, sum = 0;
 #pragma unroll 4
   for (int e = lane; e < E; e += 32) {
-    value[e] = logits[e];
-    top = fmaxf(top, value[e]);  // passes over NaN, which the sum then shows
+    float x = logits[e];
+    key[e] = __float_as_uint(x);
+    top = fmaxf(top, x);  // passes over NaN, which the sum then shows
   }
   if (!sigmoid) {
     top = warp_max(top);
-    for (int e = lane; e < E; e += 32) sum += expf(value[e] - top);
+#pragma unroll 4
+    for (int e = lane; e < E; e += 32) sum += expf(__uint_as_float(key[e]) - top);
     sum = warp_sum(sum);
   }
   auto score = [&](float x) { return sigmoid ? 1 / (1 + expf(-x)) : expf(x - top) / sum; };
   for (int e = lane; e < E; e += 32) {
-    float s = score(value[e]);
+    float x = __uint_as_float(key[e]), s = score(x);
     scores[e] = s;
-    if (bias) value[e] = s + bias[e];
+    key[e] = order_of(bias ? s + bias[e] : x);
   }
 
-  // k rounds: the best of the lanes' best; the lane that had it looks for its next one.
-  Candidate mine = next_best(value, E, {0xffffffffu, kNobody});
-  unsigned chosen = 0;  // of the choice that this lane will write
-  float chosen_score = 0, total = 0;
+  // k rounds: the best of the lanes' best; the lane that had it strikes it out and looks for its next one.
+  Candidate mine = best_of_lane(key, E);
+  unsigned chosen = 0;  // in lane j choice j
   for (int j = 0; j < k; j++) {
-    unsigned order = __reduce_max_sync(~0u, mine.order);
-    unsigned e = __reduce_min_sync(~0u, mine.order == order ? mine.expert : kNobody);
-    float s = score(logits[e]);
-    total += s;
-    if (lane == j) chosen = e, chosen_score = s;
-    if (mine.order == order && mine.expert == e) mine = next_best(value, E, mine);
+    unsigned best = __reduce_max_sync(~0u, mine.key);
+    unsigned e = __reduce_min_sync(~0u, mine.key == best ? mine.expert : kNobody);
+    if (lane == j) chosen = e;
+    if (mine.expert == e) {
+      key[e] = 0;
+      mine = best_of_lane(key, E);
+    }
   }
+  float chosen_score = score(logits[chosen]), total = 0;
+  if (normalize)
+    for (int j = 0; j < k; j++) total += __shfl_sync(~0u, chosen_score, j);
   if (lane < k) {
     expert[t * k + lane] = chosen;
     weight[t * k + lane] = normalize ? chosen_score / (total < kTiny ? kTiny : total) : chosen_score;

@@ -4,8 +4,7 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int kThreads = 256;    // of a block, at most; __launch_bounds__(kThreads, 1), or ptxas saves registers and spills
-constexpr int kRowsAGroup = 32;  // rows one group looks at for empty ones
+constexpr int kThreads = 256;  // of a block, at most; with __launch_bounds__(kThreads) alone ptxas saves registers and spills
 
 // The number of this group in the grid.
 __device__ __forceinline__ long long group_number() {
@@ -71,12 +70,15 @@ struct Slots<0> {
   __device__ int size() const { return k; }
 };
 
-// Zeroes the empty ones (token -1) among the group's rows; the others belong to tokens, which write them.
+// Zeroes the empty ones (token -1) among the group's rows, one row for each of its threads; the others belong to tokens,
+// which write them. A warp looks at 32 rows at once: one after the other would be 32 trips to memory.
 template <class Chunk>
 __device__ void zero_empty_rows(const long long* token, Chunk* rows, long long group, long long num_rows, int chunks) {
-  const long long first = group * kRowsAGroup;
-  for (long long r = first; r < first + kRowsAGroup && r < num_rows; r++) {
-    if (token[r] >= 0) continue;
-    for (int c = threadIdx.x; c < chunks; c += blockDim.x) row_of(rows, r, chunks)[c] = Chunk{};
+  const int lane = threadIdx.x % 32;
+  const long long first = group * blockDim.x + threadIdx.x - lane;
+  unsigned empty = __ballot_sync(~0u, first + lane < num_rows && token[first + lane] < 0);
+  for (; empty; empty &= empty - 1) {
+    Chunk* row = row_of(rows, first + __ffs(empty) - 1, chunks);
+    for (int c = lane; c < chunks; c += 32) row[c] = Chunk{};
   }
 }

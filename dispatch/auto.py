@@ -24,7 +24,7 @@ from .overlap import OverlapDispatcher
 from .plan import Plan
 from .profile import DEGREES, Choice, Message, Profile
 from .steps import Steps
-from .traced import outside
+from .traced import Sealed, outside
 from .wire import Wire, row_bytes
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class AutoDispatcher(SteppedDispatcher):
     row_flops: float = 0.0
     degrees: tuple[int, ...] = DEGREES
     wire: Wire | None = None
-    _chosen: list[Choice] = field(default_factory=list, init=False, repr=False, compare=False)  # filled once
+    _choice: Sealed = field(default_factory=lambda: Sealed(None), init=False, repr=False, compare=False)  # filled once
 
     @classmethod
     def of(cls, mesh: DeviceMesh, profile: str | Path | Profile | None = None) -> AutoDispatcher:
@@ -72,7 +72,7 @@ class AutoDispatcher(SteppedDispatcher):
     @property
     def chosen(self) -> Choice | None:
         """The transport and the degree in use; None before the first dispatch."""
-        return self._chosen[0] if self._chosen else None
+        return self._choice.content
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip, in as many chunks as chosen: x [T, D] -> y [T, D]."""
@@ -107,24 +107,24 @@ class AutoDispatcher(SteppedDispatcher):
 
     def _in_chunks(self, x: Tensor, top_k: int, num_experts: int) -> OverlapDispatcher:
         transport = self._transport(x, top_k, num_experts)
-        return OverlapDispatcher(transport, self._chosen[0].degree)
+        return OverlapDispatcher(transport, self._choice.content.degree)
 
     def _transport(self, x: Tensor, top_k: int, num_experts: int) -> SteppedDispatcher:
-        if not self._chosen:
-            self._choose(x, top_k, num_experts)
-        transport = self.transports[self._chosen[0].transport]
+        if self._choice.content is None:
+            self._choice.content = self._choose(x, top_k, num_experts)
+        transport = self.transports[self._choice.content.transport]
         return transport if self.wire is None else CompressedDispatcher(transport, self.wire)
 
-    def _choose(self, x: Tensor, top_k: int, num_experts: int) -> None:
+    def _choose(self, x: Tensor, top_k: int, num_experts: int) -> Choice:
         number = x.element_size() if x.shape[1] else 0  # a refusal has no rows
         largest = torch.tensor([len(x), x.shape[1], number, top_k], device=x.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         tokens, dim, number, top_k = largest.clamp(min=1).tolist()  # 0 if nobody has any tokens
         row = row_bytes(dim, number, self.wire)
         message = Message(tokens, row, top_k, num_experts, self.row_flops, narrow=number <= 2)
-        self._chosen.append(self.profile.choose(message, self.degrees))
+        choice = self.profile.choose(message, self.degrees)
         if dist.get_rank(self.group) == 0:
-            (name, degree), predicted = self._chosen[0], {n: self.profile.predict(message, n) for n in self.degrees}
+            (name, degree), predicted = choice, {n: self.profile.predict(message, n) for n in self.degrees}
             times = "; ".join(
                 f"in {n}: " + ", ".join(f"{which} {1e3 * t:.3g} ms" for which, t in seconds.items())
                 for n, seconds in predicted.items()
@@ -133,6 +133,7 @@ class AutoDispatcher(SteppedDispatcher):
                 "dispatcher %s, chunks: %d, for %s; predicted, forward and backward with the experts, by chunks: %s",
                 *(name, degree, message, times),
             )
+        return choice
 
 
 def agreed(profile: str | Path | Profile | None, shape: tuple[int, int], group: ProcessGroup) -> Profile | None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..cuda.launch import available, launch
 
 THREADS = 256  # of a block
-ROWS_A_GROUP = 32  # rows one group of threads looks at for empty ones, kRowsAGroup in rows.cuh
 UNROLLED = (1, 2, 4, 8)  # numbers of assignments that kernels are compiled for; any other takes a loop
 ELEMENT = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 BINS = 24000  # ints in shared memory that sort a plan: 96 KiB, which every device since sm_80 grants who asks
@@ -33,7 +32,7 @@ def encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     x, token, slot = x.contiguous(), token.contiguous(), slot.contiguous()
     (tokens, k), rows = slot.shape, x.new_empty(len(token), x.shape[1])
     chunk, chunks = _chunks(x, rows)
-    grid, block = _grid(tokens + _ceil(len(token), ROWS_A_GROUP), chunks, THREADS)
+    grid, block = _grid(tokens, chunks, THREADS, len(token))
     args = [x, token, slot, rows, tokens, len(token), chunks, k]
     launch(f"encode<{chunk}, {_unrolled(k)}>", grid, block, args)
     return rows
@@ -57,7 +56,7 @@ def decode_backward(grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, s
     (tokens, k), wide = slot.shape, weight.float().contiguous()
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(wide)
     chunk, chunks = _chunks(grad, rows, grad_rows)
-    grid, block = _grid(tokens + _ceil(len(token), ROWS_A_GROUP), chunks, 32)  # its sums run over one warp
+    grid, block = _grid(tokens, chunks, 32, len(token))  # its sums run over one warp
     args = [grad, rows, wide, token, slot, grad_rows, grad_weight, tokens, len(token), chunks, k]
     launch(f"decode_backward<{ELEMENT[rows.dtype]}, {chunk}, {_unrolled(k)}>", grid, block, args)
     return grad_rows, grad_weight.to(weight.dtype)
@@ -92,11 +91,14 @@ def _chunks(*matrices: Tensor) -> tuple[str, int]:
     return SCALAR[size], width
 
 
-def _grid(groups: int, chunks: int, most: int) -> tuple[tuple[int], tuple[int, int]]:
-    """Blocks, and (threads of a group, groups of a block): as many whole warps for a row as it has work for."""
+def _grid(tokens: int, chunks: int, most: int, rows: int = 0) -> tuple[tuple[int], tuple[int, int]]:
+    """Blocks, and (threads of a group, groups of a block): as many whole warps for a token as its row has work for.
+
+    Behind the tokens' groups come those that look for empty ones among `rows` rows, a thread for each.
+    """
     threads = min(_ceil(max(chunks, 1), 32) * 32, most)
     block = threads, THREADS // threads
-    return (_ceil(groups, block[1]),), block
+    return (_ceil(tokens + _ceil(rows, threads), block[1]),), block
 
 
 def _unrolled(k: int) -> int:

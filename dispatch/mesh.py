@@ -142,12 +142,18 @@ def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:
 
 
 def token_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
-    """The axes along which ranks have tokens of their own."""
+    """The axes along which ranks have tokens of their own; those along "pp" have other layers."""
     if isinstance(mesh, Meshes):
         return mesh.tokens
     axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL, ETP))
     if not axes:
         raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
+    others = [name for name in names(mesh) if name not in (*axes, PP) and mesh[name].size() > 1]
+    if others:
+        raise ValueError(
+            f"the mesh has axes {names(mesh)}, and nothing would be exchanged along {', '.join(others)}: name the axis "
+            'of data parallelism "edp"; with tensor parallelism pass Meshes.of(...)'
+        )
     if ETP in axes and not {EP, NODE} & set(axes):
         raise ValueError(
             f'"etp" splits what "ep" spreads: give the mesh an axis "ep", too (of size 1); got {names(mesh)}'

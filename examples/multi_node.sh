@@ -7,9 +7,10 @@ set -euo pipefail
 : "${NODES:?how many nodes take part}" "${HEAD:?name:port of one of them}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarted ranks must not find the addresses of the ones before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for a step and a checkpoint after SIGTERM; torch 2.11 gives 30
 
 exec torchrun \
   --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" \
   --rdzv-id "${JOB:-pretrain}" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
-  --max-restarts 3 --shutdown-timeout 240 \
+  --max-restarts 3 \
   examples/pretrain.py "$@"

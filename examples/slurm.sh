@@ -21,12 +21,13 @@ compgen -G "$OUT/step-*" > /dev/null && RESUME=(--resume)
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarted ranks must not find the addresses of the ones before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for a step and a checkpoint after SIGTERM; torch 2.11 gives 30
 
 # One launcher a node. SIGTERM reaches the ranks through it, which finish their step and save: wait for them.
 srun torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS" \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" \
-  --max-restarts 3 --shutdown-timeout 240 \
+  --max-restarts 3 \
   examples/pretrain.py --config examples/configs/cluster.toml --out "$OUT" "${RESUME[@]}" "$@" &
 JOB=$!
 STOPPED=

@@ -39,6 +39,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # what was saved is a number to autograd: second derivatives would lack it
+            raise RuntimeError("the loss of split logits has no second derivative: leave out create_graph=True, or tp")
         (to_logits,) = ctx.saved_tensors
         local = to_logits.to_local() * grad
         return DTensor.from_local(local, to_logits.device_mesh, to_logits.placements, run_check=False), None

@@ -18,7 +18,7 @@ from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
 from .offload import activations_on_cpu
-from .pipeline import Losses, Pipeline
+from .pipeline import Losses, Pipeline, check_batch
 from .recompute import recompute as recomputing
 from .stages import Stages
 from .tensor_parallel import tensor_parallel
@@ -115,11 +115,6 @@ class ParallelModel(nn.Module):
         Returns:
             Means over this data rank's micro-batches, unscaled, equal on all ranks along "pp" and "tp".
         """
-        if not len(tokens) or len(tokens) % self.micro_batches:
-            raise ValueError(
-                f"a batch of {len(tokens)} sequences does not split into {self.micro_batches} micro-batches; "
-                f"use a multiple of {self.micro_batches}"
-            )
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -148,6 +143,7 @@ class ParallelModel(nn.Module):
 
     def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
         """The micro-batches in turn, on the whole model."""
+        check_batch(tokens, self.micro_batches)
         m, (model,) = self.micro_batches, self.parts
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):

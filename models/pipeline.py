@@ -115,11 +115,7 @@ class Pipeline:
             tokens, targets: B is a multiple of the micro-batches.
             scale: of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. Losses come back unscaled.
         """
-        if len(tokens) % self.micro_batches or not len(tokens):
-            raise ValueError(
-                f"a batch of {len(tokens)} sequences does not split into {self.micro_batches} micro-batches; "
-                f"use a multiple of {self.micro_batches}"
-            )
+        check_batch(tokens, self.micro_batches)
         schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
         self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
@@ -258,6 +254,15 @@ class Pipeline:
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
         grads[0].add_(theirs)
+
+
+def check_batch(tokens: Tensor, micro_batches: int) -> None:
+    """ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
+    if len(tokens) % micro_batches or not len(tokens):
+        raise ValueError(
+            f"a batch of {len(tokens)} sequences does not split into {micro_batches} micro-batches; use a multiple of "
+            f"{micro_batches}"
+        )
 
 
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from ..moe.layer import MoE, aux_loss
+from ..moe.layer import aux_loss
 from .boundary import Boundary
 
 
@@ -23,11 +23,8 @@ class Stage(PipelineStage):
     def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
         """What torch calls for each micro-batch: token ids or what was received -> logits or what is sent."""
         y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(self.submod)
+        aux = aux_loss(self.submod, keep=False)  # a backward in halves frees no graph that something refers to
         self.aux.append(aux.detach())
-        for layer in self.submod.modules():
-            if isinstance(layer, MoE):
-                layer._losses = []  # a backward in two halves frees no graph that something still refers to
         if aux.requires_grad:
             y = AddLoss.apply(y, aux * self.weight)
         return y if self.is_last else self.boundary.leave(y)

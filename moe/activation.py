@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch.ops import wide
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}  # swiglu: of the gate; see `swiglu`
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as GPT-2 has it, and Megatron-LM
+    "relu": F.relu,
+    "swiglu": F.silu,  # of the gate; see `swiglu`
+}
 _CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
 
 
@@ -32,6 +37,11 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
 
 
+def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
+    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, up, gate):
@@ -42,9 +52,12 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         up, gate = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: as operators that autograd follows
+            d, g = wide(grad), wide(gate)
+            slope = g.sigmoid() * (1 + g * (1 - g.sigmoid()))
+            return (F.silu(g) * d).to(up.dtype), (d * wide(up) * slope).to(gate.dtype)
         to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
         for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
             d, g = wide(d), wide(g)
@@ -63,9 +76,11 @@ class _Weighted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            d = grad.to(weight.dtype)
+            return (d * weight.unsqueeze(1)).to(rows.dtype), (d * rows).sum(1)
         to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
         for to_r, to_w, d, r, w in blocks(to_rows, to_weight, grad, rows, weight.unsqueeze(1)):
             torch.mul(d, w, out=to_r)

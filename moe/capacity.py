@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..dispatch.plan import load
 from .routing import Routing
 
-POLICIES = ("score", "position")
+POLICIES = ("score", "position", "priority")
 
 
-def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
-    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least 1 unless T is 0.
+def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, min_capacity: int = 1) -> int:
+    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least `min_capacity` unless T is 0.
 
     T is this rank's: capacity is a rule per (source rank, expert). Exact arithmetic on the factor as it
     is written, where floats would be one off (1.1 * 100 / 10 = 11.000000000000002).
@@ -25,9 +25,11 @@ def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int) -> 
     """
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"capacity_factor must be a positive number, or None for dropless; got {factor}")
+    if not isinstance(min_capacity, int) or min_capacity < 1:
+        raise ValueError(f"min_capacity must be a positive integer; got {min_capacity!r}")
     above, below = _as_written(factor)
     limit = -(-above * top_k * tokens // (below * num_experts))
-    return max(limit, 1) if tokens else 0
+    return max(limit, min_capacity) if tokens else 0
 
 
 def factor_of(name: str) -> property:
@@ -61,8 +63,9 @@ def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
 
     Policies, the order in which an expert accepts:
         ``"position"``: token order, all first choices before any second one (GShard, arXiv:2006.16668).
-        ``"score"``: highest weight first (batch-prioritised routing, Riquelme et al. 2021,
-        arXiv:2106.05974); equal weights in the order of "position".
+        ``"score"``: highest weight first; equal weights in the order of "position".
+        ``"priority"``: as "position", with tokens in the order of their highest score (batch-prioritised routing,
+        Riquelme et al. 2021, arXiv:2106.05974); for k = 1, weights being scores, the same as "score".
 
     The weights of what is kept do not change. No host sync.
     """
@@ -72,6 +75,9 @@ def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
     order = torch.arange(choice_major.numel(), device=choice_major.device)
     if policy == "score":
         order = routing.weight.detach().T.flatten().argsort(stable=True, descending=True)
+    elif policy == "priority":
+        tokens = routing.scores.detach().amax(1).argsort(stable=True, descending=True)
+        order = order.view_as(routing.expert.T)[:, tokens].flatten()
     place = torch.empty_like(choice_major).scatter_(0, order, _place(choice_major[order], routing.num_experts))
     kept = (place < limit).view_as(routing.expert.T).T & (routing.expert >= 0)
     return routing.keep(kept)

@@ -129,11 +129,11 @@ class FeedForwardExperts(Experts):
     W_down (w a) = w W_down a.
 
     `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
-    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA, without bias; not
-    run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; neither biases
+    nor "gelu_tanh"; not run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
 
     Args:
-        activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
     """
 
     def __init__(
@@ -166,6 +166,8 @@ class FeedForwardExperts(Experts):
             raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
         if kernel == "triton" and self.bias:
             raise ValueError('kernel="triton" has no biases: build the experts with bias=False, or set kernel="torch"')
+        if kernel == "triton" and self.activation == "gelu_tanh":
+            raise ValueError('kernel="triton" has no "gelu_tanh": set kernel="torch"')
         self._kernel = kernel
 
     def split_axes(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
+from .layer import MoE
 
 
 def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = True) -> None:
@@ -29,11 +30,18 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
     that have parts of the batch. Absent gradients count as zeros. What a wrapper reduces by itself (FSDP2's DTensors)
     is left alone.
 
+    Call it once a step, after the last micro-batch's backward: each call divides whatever has been gathered until then.
+
     Args:
         model, mesh: as given to `parallelize`.
-        dense: False where something else reduces the dense gradients, such as DDP.
+        dense: False where something else reduces the gradients of all but experts, such as DDP.
+
+    Raises:
+        ValueError: a model that has not been parallelized, or on a mesh of other ranks.
     """
+    _check_parallelized(model, axes.data_mesh(mesh).mesh.flatten().tolist())
     edp = axes.axis(axes.of_experts(mesh), axes.EDP)
+    own = {id(p) for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
     experts, split, others = [], [], []
     for p in model.parameters():
         if not p.requires_grad:
@@ -43,7 +51,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
             experts.append(p)
         elif dense and held_by == (axes.TP,) and not _is_whole(p):
             split.append(p)
-        elif dense and held_by in (None, (axes.TP,)):
+        elif (dense or id(p) in own) and held_by in (None, (axes.TP,)):  # experts, too, on a mesh without "ep"
             others.append(p)
     ranks = axes.data_mesh(mesh).size()
     _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)
@@ -97,6 +105,20 @@ def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> 
     params = list(params.parameters() if isinstance(params, nn.Module) else params)
     kinds = [p for p in params if isinstance(p, DTensor)], [p for p in params if not isinstance(p, DTensor)]
     return [{"params": kind, **options} for kind in kinds if kind]
+
+
+def _check_parallelized(model: nn.Module, ranks: list[int]) -> None:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        group = layer.balance_group
+        if group is None and len(ranks) > 1:
+            raise ValueError(f"{name or 'the layer'} is on one rank: call parallelize(model, mesh) on all, before this")
+        if group is not None and sorted(ranks) != sorted(dist.get_process_group_ranks(group)):
+            raise ValueError(
+                f"the mesh averages over ranks {ranks}, and {name or 'the layer'} was parallelized over "
+                f"{dist.get_process_group_ranks(group)}: pass both the same mesh"
+            )
 
 
 def _held(tensor: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
-    """torch.nn.functional.grouped_mm takes no float64, 16-byte strides only, and compiles in bfloat16 only."""
+    """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
-    if computed(rows) != rows.dtype:
+    if computed(rows) != rows.dtype or (rows.is_cuda and len(weight) > 1023):
         return False
     size = rows.element_size()
     if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included

@@ -233,6 +233,7 @@ def _back(activation: str, grad: Tensor, up: Tensor, gate: Tensor | None = None)
     if gate is not None:
         act = F.silu(gate)
         return act * up, grad * act, torch.ops.aten.silu_backward(grad * up, gate)
-    if activation == "gelu":
-        return F.gelu(up), torch.ops.aten.gelu_backward(grad, up)
-    return F.relu(up), torch.ops.aten.threshold_backward(grad, up, 0)
+    if activation == "relu":
+        return F.relu(up), torch.ops.aten.threshold_backward(grad, up, 0)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return F.gelu(up, approximate=approximate), torch.ops.aten.gelu_backward(grad, up, approximate=approximate)

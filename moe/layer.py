@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dispatch.base import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.plan import Plan
-from .activation import weighted
+from .activation import weighted_before
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
 from .experts import Experts
 from .free import FreeExperts
@@ -44,28 +44,28 @@ class MoE(nn.Module):
         gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (needs
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
             ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
-        experts: ``"swiglu"``, ``"gelu"``, ``"relu"``, or a factory ``() -> nn.Module``, [n, D] -> [n, D],
-            called once per expert, or `Experts` of your own; in these two `hidden` is not looked at.
+        experts: ``"swiglu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, or a factory ``() -> nn.Module``,
+            [n, D] -> [n, D], called once per expert, or `Experts` of your own; these two do not look at `hidden`.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
         eval_capacity_factor: the same in eval mode; None: as in training.
-        drop_policy: who is dropped, ``"score"`` or ``"position"`` (`capacity`).
+        min_capacity: what an expert may take at least, where there is a capacity factor.
+        drop_policy: who is dropped, ``"score"``, ``"position"`` or ``"priority"`` (`capacity`).
         pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
         shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
         residual: weigh these against the others by a learned softmax for each token (DeepSpeed's form of PR-MoE,
             arXiv:2201.05596), in place of a plain sum.
         bias: biases in the named experts.
-        balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"``
-            (`balance_loss`), or several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of
-            `aux_loss_weight`. For "sequence", x is [..., S, D]. Gates with losses of their own instead
-            (noisy_topk) take this rank's tokens.
+        balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"`` (`balance_loss`), or
+            several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of `aux_loss_weight`. For "sequence",
+            x is [..., S, D]. Gates with losses of their own instead (noisy_topk) take this rank's tokens.
+        balance_choices: how many of a token's choices the balance loss counts; None: all. 1 is GShard's definition.
         aux_loss_weight, z_loss_weight: weights of the balance loss and of the router's z-loss; a gate's
             own losses have the weight of the balance loss.
         free_experts: kinds of further ones that cost nothing, ``"null"``, ``"identity"``, ``"constant"``
             (`FreeExperts`); the gate chooses among all.
         weight_on: the gate's weight multiplies an expert's ``"output"``, or its ``"input"``, as in Llama 4.
-        seed: of the experts' initial values; None draws one from torch's default generator. It must be
-            the same on all ranks.
+        seed: of the experts' initial values, the same on all ranks; None draws one from torch's default generator.
 
     Raises:
         ValueError, TypeError: arguments or inputs that do not fit, saying which.
@@ -93,9 +93,13 @@ class MoE(nn.Module):
         free_experts: Sequence[str] = (),
         weight_on: str = "output",
         residual: bool = False,
+        min_capacity: int = 1,
+        balance_choices: int | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
+        sizes = {"dim": dim, "hidden": hidden, "num_experts": num_experts, "min_capacity": min_capacity}
+        sizes["balance_choices"] = 1 if balance_choices is None else balance_choices
+        for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
         if drop_policy not in POLICIES:
@@ -109,9 +113,9 @@ class MoE(nn.Module):
 
         self.dim, self.num_experts = dim, num_experts
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.drop_policy, self.pad, self.balance = drop_policy, pad, balance
+        self.drop_policy, self.pad, self.min_capacity = drop_policy, pad, min_capacity
+        self.balance, self.balance_choices, self.weight_on = balance, balance_choices, weight_on
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
-        self.weight_on = weight_on
         self.gate = named_gate(gate, dim, num_experts + len(free_experts), top_k)
         self.experts = named_experts(experts, dim, hidden, num_experts, bias, seed)
         self.shared = named_shared(experts, dim, hidden, shared_experts, bias, residual)
@@ -119,7 +123,9 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
-        self._forget()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
+        self._losses_done = True
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
     eval_capacity_factor = factor_of("_eval_capacity")
@@ -131,6 +137,8 @@ class MoE(nn.Module):
         `mask`: bool (...), False = padding, which goes to no expert. `ids`: int64 (...), for gates that
         route by token id; others ignore them.
         """
+        if self._losses_done and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self._losses = []  # of a step that is over: their graph would bind this one to the CUDA stream of that
         try:
             self._check(x, mask, ids)
             tokens = rearrange(x, "... d -> (...) d")
@@ -179,7 +187,7 @@ class MoE(nn.Module):
 
     def _experts(self) -> Callable[..., Tensor]:
         """What rows go through: the experts, the weight before or after them, recomputed or not."""
-        experts = self.experts if self.weight_on == "output" else partial(_weighted_before, self.experts)
+        experts = self.experts if self.weight_on == "output" else partial(weighted_before, self.experts)
         if self.recompute and torch.is_grad_enabled():
             return partial(checkpoint, experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return experts
@@ -209,10 +217,9 @@ class MoE(nn.Module):
         """Rows an expert takes from this rank, None if any number."""
         if routing.num_experts != self._choices:
             raise ValueError(f"the gate scores {routing.num_experts} experts, the layer has {self._choices}")
-        factor = self.capacity_factor
-        if not self.training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
-        return None if factor is None else capacity_limit(factor, self.top_k, len(routing.expert), self.num_experts)
+        factor = (None if self.training else self.eval_capacity_factor) or self.capacity_factor
+        T, E = len(routing.expert), self.num_experts
+        return None if factor is None else capacity_limit(factor, self.top_k, T, E, self.min_capacity)
 
     def _record(self, y: Tensor, routing: Routing, dropped: Tensor, sequences: int) -> None:
         """Keep what `stats` and `aux_loss` will be asked for."""
@@ -243,16 +250,12 @@ class MoE(nn.Module):
         if self.aux_loss_weight:
             terms = [mean_over_split(own, split) for own in routing.losses.values()]
             if not self.gate.balances_itself:
-                terms += [part * balance_loss(routing, over, sequences, group, split) for over, part in shares.items()]
+                counted = routing.first(self.balance_choices)
+                terms += [part * balance_loss(counted, over, sequences, group, split) for over, part in shares.items()]
             losses += [self.aux_loss_weight * term for term in terms]
         if self.z_loss_weight:
             losses.append(self.z_loss_weight * z_loss(routing, group, split))
         return torch.stack(losses).sum() if losses else None
-
-    def _forget(self) -> None:
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
-        self._losses_done = True
 
     def __getstate__(self) -> dict[str, Any]:
         if self.dispatcher.groups or self.balance_group or self.sequence_group:
@@ -274,15 +277,19 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
 
 
-def aux_loss(model: nn.Module) -> Tensor:
+def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
     """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
 
-    It covers the last forward of each layer; of a layer that ran several times since the last backward
-    (or the last `aux_loss`), every run. A model without MoE layers gives 0.
+    It covers the last forward of each layer; of a layer in training that ran several times since the last backward
+    (or the last `aux_loss`), every run: try a model out under `torch.no_grad`. A model without MoE layers gives 0.
+
+    Args:
+        model: a module with `MoE` layers anywhere in it.
+        keep: False: layers let go of the losses and their graphs now, not with their next forward.
 
     Raises:
-        RuntimeError: a layer in training whose loss has lost its graph, as under re-entrant activation
-            checkpointing: the gate would silently get no gradient.
+        RuntimeError: a layer in training whose loss has no graph, as after an evaluation in between or under re-entrant
+            activation checkpointing: the gate would silently get no gradient.
     """
     losses = []
     for name, layer in model.named_modules():
@@ -293,19 +300,15 @@ def aux_loss(model: nn.Module) -> Tensor:
         )
         if wants_grad and not all(loss.requires_grad for loss in layer._losses):
             raise RuntimeError(
-                f"the balance loss of {name or 'the layer'} has no graph: its forward ran without gradients "
-                "(re-entrant checkpointing?); use torch.utils.checkpoint with use_reentrant=False"
+                f"the balance loss of {name or 'the layer'} has no graph: its last forward ran without gradients. Call "
+                "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += layer._losses
-        layer._losses_done = True
+        layer._losses, layer._losses_done = layer._losses if keep else [], True
     if losses:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
-
-
-def _weighted_before(experts: Experts, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
 
 
 def _autocast(tokens: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def merge_lora(model: Model, keep: bool = True) -> Model:
     """Add all adapters of a model to the matrices they stand beside, in place; the function stays the same.
 
     It then costs what it cost without them, in any kernel. Every rank calls it, without FSDP. Matrices in half
-    precision are rounded, by what `unmerge_lora` does not undo.
+    precision are rounded, by what `unmerge_lora` does not undo. Adapters that are merged already are not added again.
 
     Args:
         model: what `add_lora` was given.
@@ -70,9 +70,9 @@ def merge_lora(model: Model, keep: bool = True) -> Model:
             are gone, and the model has the parameters it had before `add_lora`, frozen still.
 
     Raises:
-        ValueError: no adapters, merged ones, or matrices split inside by FSDP.
+        ValueError: no adapters, none that are left to merge or to drop, or matrices split inside by FSDP.
     """
-    _merge(model, 1)
+    _merge(model, 1, idle=not keep)
     for module in [] if keep else list(model.modules()):
         if isinstance(module, Experts | Gate) and module.lora is not None:
             del module.lora
@@ -103,13 +103,15 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _merge(model: Model, sign: int) -> Model:
+def _merge(model: Model, sign: int, idle: bool = False) -> Model:
+    """Merge what is not merged, or with `sign` -1 the reverse; nothing to do is an error, unless `idle`."""
     pairs = list(_pairs(model))
     if not pairs:
         raise ValueError(f"{type(model).__name__} has no adapters: call add_lora first")
-    for matrix, adapter in pairs:
-        if adapter.merged == (sign > 0):
-            raise ValueError(f"the adapters are {'merged already' if adapter.merged else 'not merged'}")
+    pairs = [(matrix, adapter) for matrix, adapter in pairs if adapter.merged != (sign > 0)]
+    if not (pairs or idle):
+        raise ValueError(f"the adapters are {'merged already' if sign > 0 else 'not merged'}")
+    for matrix, _ in pairs:
         _check_whole("the matrix of an adapter", matrix)
     for matrix, adapter in pairs:
         adapter.merge(matrix, sign)

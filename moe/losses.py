@@ -41,8 +41,9 @@ def balance_loss(
     """E * sum_e f_e P_e: 1 when tokens are spread evenly, E when all go to one expert.
 
     f_e is the share of assignments expert e received, P_e the mean of its scores, each token's scores
-    summing to 1 (Switch Transformer, arXiv:2101.03961, eq. 4-6; GShard, arXiv:2006.16668). The gradient
-    flows through P. f * P is not linear, so it matters over which tokens both are taken:
+    summing to 1 (Switch Transformer, arXiv:2101.03961, eq. 4-6; with `routing.first(1)`, so that f counts first choices
+    alone, GShard, arXiv:2006.16668). The gradient flows through P. f * P is not linear, so it matters over which tokens
+    both are taken:
 
     Args:
         routing: of this rank's tokens.

@@ -13,6 +13,10 @@ from .shared import FeedForward, Residual, Sum
 
 def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
     """A gate among `num_experts`, or the one that was given."""
+    if not isinstance(top_k, int | None):
+        raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
+    if isinstance(gate, type):
+        raise TypeError(f"gate must be a name or a Gate, not a class: pass {gate.__name__}(dim, num_experts, ...)")
     if not isinstance(gate, str):
         own = getattr(gate, "top_k", top_k)
         if top_k not in (None, own):
@@ -33,6 +37,8 @@ def named_experts(
         return experts
     if isinstance(experts, str):
         return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
+    if isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a name or what makes one: pass lambda: {type(experts).__name__}(...)")
     return ModuleExperts(experts, num_experts, seed)
 
 

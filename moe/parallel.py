@@ -30,6 +30,7 @@ from ..dispatch.tensor_parallel import TensorParallelDispatcher
 from ..dispatch.wire import WIRES, Wire
 from .experts import Experts
 from .layer import MoE
+from .stacked import local
 
 BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
 DISPATCHERS = ("auto", "flat", *BY_NODE)
@@ -47,7 +48,8 @@ def parallelize(
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
     Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
-    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`).
+    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`). Parameters of
+    the experts are new objects: make the optimizer afterwards.
 
     Args:
         model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
@@ -67,8 +69,8 @@ def parallelize(
             rank has all experts nothing travels, and neither this nor `overlap` has an effect on a named dispatcher.
 
     Raises:
-        ValueError: axes missing, experts that do not split, models that differ between ranks, a profile that does not
-            fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
+        ValueError: axes missing or unknown, experts that do not split, models that differ between ranks, a profile that
+            does not fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
             that tp ranks would repeat.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
@@ -202,16 +204,8 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wir
     """The layers must be the same on all ranks, seeds too: replicas of an expert start equal. And the options."""
     if group is None:
         return
-    mine: list[tuple] = [(f"overlap={overlap!r}, wire={wire!r}",)]
-    mine += [
-        (
-            name,
-            layer.num_experts,
-            layer.experts.seed,
-            [(n, tuple(p.shape), p.dtype) for n, p in layer.named_parameters()],
-        )
-        for name, layer in _moe_layers(model)
-    ]
+    mine = [f"overlap={overlap!r}, wire={wire!r}"]
+    mine += [f"layer {name}: {what}" for name, layer in _moe_layers(model) for what in _description(layer)]
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, mine, group=group)
     for rank, theirs in enumerate(everyones):
@@ -220,10 +214,30 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wir
                 (f"{a} against {b}" for a, b in zip(theirs, everyones[0], strict=False) if a != b), "their number"
             )
             raise ValueError(
-                f"rank {rank} has built other MoE layers than rank 0: {what} (name, experts, seed, parameters); build "
-                "the model with the same arguments and under the same torch.manual_seed on every rank, or pass seed=; "
-                "call parallelize with the same ones, too"
+                f"rank {rank} has built other MoE layers than rank 0: {what}; build the model with the same arguments "
+                "and under the same torch.manual_seed on every rank, load the same weights on all of them, and call "
+                "parallelize with the same arguments, too"
             )
+
+
+def _description(layer: MoE) -> Iterator[str]:
+    """What must be the same on all ranks, the values of the router told by the sum of their bytes."""
+    capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
+    losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
+    for name in ("num_experts", *capacity, *losses, "weight_on"):
+        yield f"{name}={getattr(layer, name)!r}"
+    yield f"experts of seed {layer.experts.seed}"
+    yield f"gate {type(layer.gate).__name__}, top_k={getattr(layer.gate, 'top_k', None)}"
+    for name, p in layer.named_parameters():
+        yield f"{name} {tuple(p.shape)} {p.dtype}"
+    for name, p in layer.gate.named_parameters():
+        if not p.is_meta and not (isinstance(p, DTensor) and any(isinstance(placed, Shard) for placed in p.placements)):
+            yield f"the bytes of gate.{name} add up to {_bytes(p)}"
+
+
+def _bytes(tensor: Tensor) -> int:
+    """A sum that is the same in any order."""
+    return int(local(tensor.detach()).flatten().view(torch.uint8).sum(dtype=torch.int64))
 
 
 def _free_axis(p: nn.Parameter) -> Shard:

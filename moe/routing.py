@@ -53,6 +53,12 @@ class Routing:
         """Drop the assignments where `kept`, bool [T, k] or [T, 1], is False. The others do not change."""
         return replace(self, expert=torch.where(kept, self.expert, -1), weight=torch.where(kept, self.weight, 0.0))
 
+    def first(self, choices: int | None) -> Routing:
+        """So many of each token's choices, the first ones, and no others; None: all."""
+        if choices is None:
+            return self
+        return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
+
     def masked(self, mask: Tensor | None) -> Routing:
         """Take padding out: tokens where `mask`, bool [T], is False go to no expert."""
         return self if mask is None else replace(self.keep(mask.unsqueeze(1)), mask=mask)

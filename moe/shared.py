@@ -48,8 +48,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, routed: Tensor) -> Tensor:
         """Tokens x [T, D] and what their experts made of them, [T, D] -> [T, D]."""
-        logits = projected(x, self.coefficient.weight)
-        share = (logits + self.coefficient.bias.to(logits.dtype)).softmax(-1)  # [T, 2]
+        share = projected(x, self.coefficient.weight, self.coefficient.bias).softmax(-1)  # [T, 2]
         return (share[:, :1] * routed + share[:, 1:] * self.branch(x)).to(routed.dtype)
 
 

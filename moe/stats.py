@@ -15,13 +15,14 @@ from ..dispatch.plan import load
 class Stats:
     """Load of one forward, on this rank. Tensors on the layer's device: reading one waits for it.
 
-    Made from the routing before capacity drops anything, padding left out.
+    Made from the routing before capacity drops anything, padding left out. For the load of all ranks sum up their
+    `tokens_per_expert` (`torch.distributed.all_reduce`).
 
     Attributes:
         tokens_per_expert: int64 [E], assignments each expert was chosen for.
         dropped: share of assignments that capacity dropped, 0 to 1.
-        entropy: of the load, over log E: 1 = even, 0 = all on one expert.
-        imbalance: largest load over the mean load: 1 = even, E = all on one expert.
+        entropy: of the load, over log E: 1 = even, log k / log E = all tokens on the same k experts.
+        imbalance: largest load over the mean load: 1 = even, E / k = all tokens on the same k experts.
         nonfinite: bool, NaN or infinity among the gate's weights.
     """
 

@@ -171,8 +171,9 @@ def _share(where: str, gate: Gate, groups: int) -> float:
 
 def _group_rows(gate: Gate, groups: int) -> None:
     """Virtual groups: the experts of one copy are scored alike, by the first one's row."""
-    if groups > 1 and gate.learned and isinstance(weight := getattr(gate, "weight", None), Tensor):
-        weight.copy_(weight[::groups].repeat_interleave(groups, 0))
+    for each in (getattr(gate, "weight", None), gate.bias) if groups > 1 and gate.learned else ():
+        if isinstance(each, Tensor):
+            each.copy_(each[::groups].repeat_interleave(groups, 0))
 
 
 def _shard(tensors: Mapping[str, Tensor], shard: int, groups: int, factor: float) -> dict[str, Tensor]:

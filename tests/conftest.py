@@ -1,13 +1,9 @@
 """What every test runs under: one thread, and properties that give the same examples each time."""
 
 import os
-import sys
 from collections import Counter
 
-# Before torch, which reads these once.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # backward on a process with GPUs starts threads, and ranks are forked
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: it reads this once
 
 import hypothesis
 import pytest
@@ -29,6 +25,17 @@ hypothesis.settings.load_profile("turnout")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="all cases of tests marked `sampled`, not every third")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a process that can fork ranks: autograd starts a thread for each device it counts in its first backward.
+
+    So that it counts none, the first backward is here. Later it could count eight: a fake tensor, in a build for CUDA
+    that sees no GPU, puts so many imagined ones in their place.
+    """
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

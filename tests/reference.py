@@ -116,19 +116,21 @@ def route_hierarchical(x, group_weight, gate_weight, top_groups, each):
     return expert, _stack(weights, k, x), _stack(scores, E, x)
 
 
-def capacity_limit(cf, k, T, E):
-    """ceil(cf * k * T / E), exactly, at least 1 where there are tokens."""
+def capacity_limit(cf, k, T, E, least=1):
+    """ceil(cf * k * T / E), exactly, at least so much where there are tokens."""
     if T == 0:
         return 0
-    return max(1, math.ceil(Fraction(str(cf)) * k * T / E))
+    return max(least, math.ceil(Fraction(str(cf)) * k * T / E))
 
 
-def drop(expert, weight, limit, policy):
-    """expert [T, k] with -1 for those an expert turns away, and the weights, 0 for those."""
+def drop(expert, weight, limit, policy, scores=None):
+    """expert [T, k] with -1 for those an expert turns away, and the weights, 0 for those. "priority" wants scores."""
     T, k = expert.shape
     order = [(t, j) for j in range(k) for t in range(T)]  # all first choices before any second one
     if policy == "score":
         order.sort(key=lambda place: -float(weight.detach()[place]))  # stable: ties stay in the order of position
+    elif policy == "priority":  # tokens by their best score, still all first choices before any second one
+        order.sort(key=lambda place: (place[1], -max(float(score) for score in scores[place[0]].detach())))
     kept, taken = torch.zeros(T, k, dtype=torch.bool), {}
     for t, j in order:
         e = int(expert[t, j])
@@ -148,6 +150,8 @@ def expert_ffn(x, tensors, e, activation):
     up = linear("up", x)
     if activation == "gelu":
         hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+    elif activation == "gelu_tanh":
+        hidden = up * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     elif activation == "relu":
         hidden = torch.where(up > 0, up, 0.0)
     else:
@@ -168,20 +172,24 @@ def moe(
     normalize=None,
     order="softmax_first",
     mask=None,
+    min_capacity=1,
 ):
     """x [T, D] -> y [T, D]. Capacity holds for each shard: `shards` are the token counts of the ranks.
 
     Padding (`mask` False) goes nowhere, and counts as a token where capacity is made from T.
     """
-    expert, weight, _, _ = route_topk(x, gate_weight, k, normalize, order)
+    expert, weight, scores, _ = route_topk(x, gate_weight, k, normalize, order)
     if mask is not None:
         expert = torch.where(mask.unsqueeze(1), expert, -1)
         weight = torch.where(mask.unsqueeze(1), weight, 0.0)
     if capacity_factor is not None:
         parts, first = [], 0
         for T in [len(x)] if shards is None else shards:
-            limit = capacity_limit(capacity_factor, k, T, len(gate_weight))
-            parts.append(drop(expert[first : first + T], weight[first : first + T], limit, policy))
+            limit, shard = (
+                capacity_limit(capacity_factor, k, T, len(gate_weight), min_capacity),
+                slice(first, first + T),
+            )
+            parts.append(drop(expert[shard], weight[shard], limit, policy, scores[shard]))
             first += T
         assert first == len(x), "shards must cover the tokens"
         expert, weight = torch.cat([e for e, _ in parts]), torch.cat([w for _, w in parts])
@@ -196,10 +204,10 @@ def moe(
     return _stack(rows, x.shape[1], x)
 
 
-def balance_loss(scores, expert, E, mask=None):
-    """E * sum over e of f_e * P_e."""
+def balance_loss(scores, expert, E, mask=None, choices=None):
+    """E * sum over e of f_e * P_e, f from so many of a token's choices."""
     tokens = [t for t in range(len(scores)) if mask is None or bool(mask[t])]
-    chosen = [int(e) for t in tokens for e in expert[t] if int(e) >= 0]
+    chosen = [int(e) for t in tokens for e in expert[t][:choices] if int(e) >= 0]
     total = scores.sum() * 0
     for e in range(E):
         f = chosen.count(e) / max(len(chosen), 1)
@@ -208,14 +216,14 @@ def balance_loss(scores, expert, E, mask=None):
     return total
 
 
-def balance_loss_sequence(scores, expert, E, sequences, mask=None):
+def balance_loss_sequence(scores, expert, E, sequences, mask=None, choices=None):
     """The mean of `balance_loss` over the sequences that have a token."""
     S = len(scores) // sequences
     terms = []
     for s in range(sequences):
         part = slice(s * S, (s + 1) * S)
         if S and (mask is None or bool(mask[part].any())):
-            terms.append(balance_loss(scores[part], expert[part], E, None if mask is None else mask[part]))
+            terms.append(balance_loss(scores[part], expert[part], E, None if mask is None else mask[part], choices))
     return sum(terms, scores.sum() * 0) / max(len(terms), 1)
 
 

@@ -25,6 +25,24 @@ def route_sigmoid(x, gate_weight, bias, k, normalize=True, scale=1.0, groups=1, 
     return expert, _stack(weights, k, x), _stack(scores, E, x)
 
 
+def route_softmax_in_groups(x, gate_weight, k, normalize, groups, top_groups):
+    """-> expert, weight, scores. Groups by their best score."""
+    E = len(gate_weight)
+    experts, weights, scores = [], [], []
+    for token in x:
+        power = torch.stack([(token * router).sum() for router in gate_weight]).exp()
+        score = power / power.sum()
+        of_group = [max(float(score[e].detach()) for e in range(E) if e * groups // E == g) for g in range(groups)]
+        allowed = sorted(range(groups), key=lambda g: -of_group[g])[:top_groups]
+        best = sorted((e for e in range(E) if e * groups // E in allowed), key=lambda e: -float(score[e].detach()))[:k]
+        chosen = torch.stack([score[e] for e in best])
+        experts.append(best)
+        weights.append(chosen / chosen.sum() if normalize else chosen)
+        scores.append(score)
+    expert = torch.tensor(experts, dtype=torch.int64).reshape(len(x), k)
+    return expert, _stack(weights, k, x), _stack(scores, E, x)
+
+
 def choose_tokens(scores, limit, mask=None):
     """Scores [T, E] -> the set of pairs (token, expert) in which each expert has its `limit` best tokens."""
     real = [t for t in range(len(scores)) if mask is None or bool(mask[t])]

@@ -32,7 +32,7 @@ def command(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    result = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert (result.returncode, result.stderr) == (0, "")  # a warning is either
     return folder
 

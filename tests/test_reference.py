@@ -67,6 +67,7 @@ def test_experts():
     for activation, hidden, biased in [
         ("relu", 6, 7),
         ("gelu", 6 * 0.5 * (1 + math.erf(6 / 2**0.5)), 7 * 0.5 * (1 + math.erf(7 / 2**0.5))),
+        ("gelu_tanh", *(x / (1 + math.exp(-((8 / math.pi) ** 0.5) * (x + 0.044715 * x**3))) for x in (6, 7))),
         ("swiglu", -6 / (1 + math.exp(6)) * 6, -5 / (1 + math.exp(5)) * 7),
     ]:
         assert expert_ffn(x, weights, 0, activation).item() == pytest.approx(10 * hidden, rel=1e-14)
@@ -80,6 +81,10 @@ def test_capacity():
     assert drop(expert, weight, 1, "position")[0].tolist() == [[1, -1], [0, -1], [-1, -1]]
     assert drop(expert, weight, 2, "position")[0].tolist() == [[1, -1], [0, 1], [0, -1]]
     assert drop(expert, weight, 1, "score")[0].tolist() == [[1, -1], [0, -1], [-1, -1]]
+    scores = torch.tensor([[0.3, 0.4], [0.9, 0.2], [0.5, 0.5]])  # tokens 1, 2, 0
+    assert drop(expert, weight, 1, "priority", scores)[0].tolist() == [[1, -1], [0, -1], [-1, -1]]
+    assert drop(expert, weight, 2, "priority", scores)[0].tolist() == [[1, -1], [0, 1], [0, -1]]
+    assert drop(torch.tensor([[0], [0], [0]]), weight[:, :1], 1, "priority", scores)[0].tolist() == [[-1], [0], [-1]]
     kept, left = drop(expert, weight, 2, "score")  # of equal weights, first choices before second ones
     assert kept.tolist() == [[1, -1], [0, 1], [0, -1]]
     assert torch.equal(left, torch.tensor([[0.5, 0.0], [0.6, 0.4], [0.5, 0.0]]))

@@ -4,7 +4,7 @@ from .dense import replace_dense
 from .experts import FusedExperts, ListedExperts
 from .gates import RouterGate
 from .replace import BridgedMoE, Parts, replace_moe, restore_moe
-from .saving import restored, save_pretrained
+from .saving import restored, save_adapters, save_pretrained
 
 __all__ = [
     "BridgedMoE",
@@ -16,5 +16,6 @@ __all__ = [
     "replace_moe",
     "restore_moe",
     "restored",
+    "save_adapters",
     "save_pretrained",
 ]

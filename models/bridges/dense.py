@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...moe.activation import ACTIVATIONS
 from ...moe.dense import dense_tensors, named_activation
 from ...moe.gates import Gate
 from ...moe.layer import MoE
@@ -73,7 +74,7 @@ def _layer(block: nn.Module, num_experts: int, top_k: int, granularity: int, opt
     kind = named_activation(tensors, activation)
     if kind is None:
         gated = "gated by " if "w_gate" in tensors else ""
-        raise ValueError(f"{type(block).__name__} is {gated}{activation}: experts are swiglu, gelu or relu")
+        raise ValueError(f"{type(block).__name__} is {gated}{activation}: experts are {', '.join(ACTIVATIONS)}")
     if hidden % granularity:
         raise ValueError(f"{type(block).__name__} is {hidden} wide, which granularity={granularity} does not divide")
     bias = any(each.startswith("b_") for each in tensors)

@@ -14,8 +14,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ...moe.lora import lora_parameters
 from ..together import on_first
 from .replace import Model, bridged_layers, restore_moe
+
+ADAPTERS = "adapters.safetensors"
 
 
 @contextmanager
@@ -60,6 +63,30 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
     with restored(model) as own:
         write = partial(cast(Any, own).save_pretrained, folder, **options)
         on_first(write) if dist.is_initialized() else write()
+
+
+@torch.no_grad()
+def save_adapters(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapters (LoRA) of a model to `adapters.safetensors`, whole, by the names of `lora_parameters`.
+
+    Rank 0 writes. Call it on every rank. ``model.load_state_dict(load_file(...), strict=False)`` puts them into a model
+    that went through `replace_moe` and `add_lora` as this one did, before `parallelize`.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 cannot write.
+    """
+    adapters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous()
+        for name, p in lora_parameters(model).items()
+    }
+
+    def write() -> None:
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(adapters, Path(folder) / ADAPTERS)
+
+    on_first(write) if dist.is_initialized() else write()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import Trainer
 
 from ...dispatch import mesh as axes
@@ -24,7 +25,7 @@ from ...moe.stacked import local
 from .. import checkpoint
 from ..together import on_first, together
 from .replace import bridged_layers
-from .saving import restored
+from .saving import restored, save_adapters
 
 SCHEDULER = "scheduler.pt"  # as Trainer calls it
 
@@ -34,13 +35,13 @@ class MoETrainer(Trainer):
 
     The gradients of a step, accumulated over its micro-batches, are synchronised once, by `sync_gradients` in place of
     DDP, and clipped by their exact norm. `save_model`, which every rank calls, writes the family's format, whole, from
-    rank 0 (`restored`). To go on, a checkpoint has the spread tensors of model and optimizer besides
-    (`models.checkpoint`), which any number of ranks can read. Where other Trainers are derived from, derive from both,
-    this one first.
+    rank 0 (`restored`); while there are adapters (LoRA) that are not merged, these alone (`save_adapters`). To go on, a
+    checkpoint has the spread tensors of model and optimizer besides (`models.checkpoint`), which any number of ranks
+    can read. Where other Trainers are derived from, derive from both, this one first.
 
     Not supported: DeepSpeed, and FSDP by Accelerate (`fully_shard_experts` and `fully_shard` come before the Trainer);
     float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange;
-    ``save_on_each_node``; ``save_only_model`` with ``load_best_model_at_end``; saving while there are adapters (LoRA).
+    ``save_on_each_node``; ``save_only_model`` with ``load_best_model_at_end``.
 
     Args:
         mesh: as given to `parallelize`.
@@ -53,7 +54,7 @@ class MoETrainer(Trainer):
     def __init__(self, *args: Any, mesh: DeviceMesh | Meshes, **options: Any) -> None:
         super().__init__(*args, **options)
         self.mesh = mesh
-        layers = bridged_layers(self.model)
+        bridged_layers(self.model)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "MoETrainer goes with neither DeepSpeed nor Accelerate's FSDP: leave them out, and shard the model by "
@@ -71,11 +72,6 @@ class MoETrainer(Trainer):
             )
         if self.args.save_only_model and self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end=True reads what save_only_model=True leaves out: drop one of them")
-        if self.args.save_strategy != "no" and any(layer.experts.adapts for _, _, layer in layers):
-            raise ValueError(
-                'the family\'s format has no place for adapters: set save_strategy="no", and after training '
-                "merge_lora(model), then save_model"
-            )
         if self.args.world_size != dist.get_world_size():
             raise ValueError(
                 f"Trainer knows of {self.args.world_size} ranks, and there are {dist.get_world_size()}: start the job "
@@ -87,6 +83,12 @@ class MoETrainer(Trainer):
         """Of what Accelerate does to a model all but DDP, which refuses DTensors."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Trainer's, but for groups without parameters (of biases, beside adapters), which checkpoints cannot have."""
+        optimizer = super().create_optimizer(model)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -110,6 +112,9 @@ class MoETrainer(Trainer):
                 dist.broadcast(local(p), group=copies, group_src=0)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if any(layer.experts.adapts for _, _, layer in bridged_layers(self.model)):
+            save_adapters(self.model, output_dir or self.args.output_dir)
+            return
         save = partial(super()._save, output_dir, state_dict)  # of `save_model`: what it pushes to the hub comes later
         with restored(self.model):
             together(save)

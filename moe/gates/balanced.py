@@ -21,16 +21,16 @@ class BalancedGate(Gate):
     eval it does not. **The host computes it**: on a GPU every training forward waits; that of `SinkhornGate` does not.
 
     Args:
-        dim, num_experts, scale: see `Gate`.
+        dim, num_experts, scale, bias: see `Gate`.
     """
 
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
         if top_k != 1:
             raise ValueError(f"the base gate gives a token one expert; got top_k={top_k}, for more use 'sinkhorn'")
-        super().__init__(dim, num_experts, top_k=1, scale=scale)
+        super().__init__(dim, num_experts, top_k=1, scale=scale, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route tokens x [T, D]; in training one where `mask`, bool [T], is False has no expert."""

@@ -29,6 +29,7 @@ class Gate(nn.Module, ABC):
         num_experts: experts on all ranks together, E.
         top_k: experts a token picks, k. May be changed between steps.
         scale: multiplies the weights, last of all ("routed scaling factor", DeepSeek-V3, arXiv:2412.19437).
+        bias: a number for each expert, `bias` [E], is learned and added to its logits.
     """
 
     learned = True
@@ -36,21 +37,27 @@ class Gate(nn.Module, ABC):
     takes_mask = False
     takes_ids = False
     lora: LowRank | None
+    bias: nn.Parameter | None
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
         self.lora = None  # an adapter beside `weight`: see `add_lora`
+        if bias and not self.learned:
+            raise ValueError(f"{type(self).__name__} has no router whose logits could have a bias: leave bias=True out")
         if self.learned:
             self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the router as `nn.Linear` does: uniform within 1 / sqrt(D); and its adapter, if there is one."""
+        """Initialise the router's weight as `nn.Linear` does: uniform within 1 / sqrt(D); bias and adapter as zero."""
         if self.learned:
             uniform(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         self._reset_adapter()
 
     def _reset_adapter(self) -> None:
@@ -59,7 +66,7 @@ class Gate(nn.Module, ABC):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E], float32 or wider, whatever the model's dtype and autocast say."""
-        logits = projected(x, self.weight)
+        logits = projected(x, self.weight, self.bias)
         return logits if self.lora is None else self.lora.beside(logits, x, lambda x, a: projected(x, a.T))
 
     def scaled(self, weight: Tensor) -> Tensor:
@@ -76,7 +83,8 @@ class Gate(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         scale = "" if self.scale == 1 else f", scale={self.scale}"
-        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}{scale}"
+        bias = "" if self.bias is None else ", bias=True"
+        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}{scale}{bias}"
 
 
 def uniform(weight: Tensor) -> None:
@@ -85,11 +93,11 @@ def uniform(weight: Tensor) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
-def projected(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D], weight [n, D] -> x weight^T [T, n], float32 or wider."""
+def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, D], weight [n, D], bias [n] -> x weight^T + bias [T, n], float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(): float64 stays float64
     with torch.autocast(x.device.type, enabled=False):  # inside, F.linear of float32 gives bfloat16
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,25 +18,33 @@ class BiasedGate(Gate, ABC):
 
     Each training forward adds to `load`; `update_bias`, once a step, moves the bias of every expert by `rate`, up
     where it got less than the mean, down where more. On many ranks call `balance_biases(model)`, which sums up
-    loads first. A subclass uses `bias` in its choice, and nowhere else.
+    loads first. A subclass uses `expert_bias` in its choice, and nowhere else.
 
     Args:
-        dim, num_experts, top_k, scale: see `Gate`.
+        dim, num_experts, top_k, scale, bias: see `Gate`.
         rate: the bias's step; 0 leaves it as it is.
     """
 
     balances_itself = True
-    bias: Tensor  # float32 [E], saved in checkpoints
+    expert_bias: Tensor  # float32 [E], saved in checkpoints; not `bias`, the router's own, which is learned
     load: Tensor  # int64 [E], assignments since the last update
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2, rate: float = 1e-3, scale: float = 1.0) -> None:
-        super().__init__(dim, num_experts, top_k, scale)
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        rate: float = 1e-3,
+        scale: float = 1.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, scale, bias)
         self.rate = rate
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Initialise the router as `nn.Linear` does, the bias with zeros."""
+        """Initialise the router as any `Gate` does, the bias of experts with zeros."""
         super().reset_parameters()
         for buffer in self.buffers():
             nn.init.zeros_(buffer)
@@ -48,14 +56,14 @@ class BiasedGate(Gate, ABC):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """bias += rate * sign(mean load - load); the count starts again at 0."""
-        self.bias += self.rate * (self.load.sum() - self.load * self.num_experts).sign()
+        """expert_bias += rate * sign(mean load - load); the count starts again at 0."""
+        self.expert_bias += self.rate * (self.load.sum() - self.load * self.num_experts).sign()
         self.load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasedGate:
         """As in `nn.Module`, but ``.to(bfloat16)`` leaves the bias float32: a step would be lost in its rounding."""
-        bias = self.bias
+        bias = self.expert_bias
         super()._apply(fn, recurse)
-        if self.bias.dtype != bias.dtype and not self.bias.is_meta:
-            self.bias = bias.to(self.bias.device)
+        if self.expert_bias.dtype != bias.dtype and not self.expert_bias.is_meta:
+            self.expert_bias = bias.to(self.expert_bias.device)
         return self

@@ -37,6 +37,8 @@ class CosineGate(TopKGate):
         temperature: float = 0.3,
         **options: Any,
     ) -> None:
+        if options.get("bias"):
+            raise ValueError("the cosine gate's logits are angles, which have no bias: leave bias=True out")
         super().__init__(dim, num_experts, top_k, **options)
         width = min(max(num_experts // 2, 2), dim) if width is None else width
         if width < 1 or temperature < LEAST:

@@ -21,7 +21,7 @@ class ExpertChoiceGate(Gate):
     A routing is `most` choices wide, heaviest first and then -1, whatever the tokens: nothing waits for the device.
 
     Args:
-        dim, num_experts, scale: see `Gate`.
+        dim, num_experts, scale, bias: see `Gate`.
         top_k: experts a token gets on average, the paper's capacity factor c.
         most: experts a token keeps at most, the heaviest; None: as many as took it, E at most. On one rank,
             without `pad`, memory grows with T * most rows; ``MoE(capacity_factor=1.0, pad=True)`` needs k * T.
@@ -30,8 +30,16 @@ class ExpertChoiceGate(Gate):
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2, most: int | None = None, scale: float = 1.0) -> None:
-        super().__init__(dim, num_experts, top_k, scale)
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        most: int | None = None,
+        scale: float = 1.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, scale, bias)
         if most is not None and not 1 <= most <= num_experts:
             raise ValueError(f"most={most} must lie between 1 and num_experts={num_experts}, or be None")
         self.most = most

@@ -17,13 +17,13 @@ class GShardGate(Gate):
     min(1, 2 * its weight), otherwise the token goes to the first alone. In eval it is always kept.
 
     Args:
-        dim, num_experts, scale: see `Gate`.
+        dim, num_experts, scale, bias: see `Gate`.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 2, scale: float = 1.0) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2, scale: float = 1.0, bias: bool = False) -> None:
         if top_k != 2:
             raise ValueError(f"the gshard gate picks two experts a token; got top_k={top_k}, for others use 'topk'")
-        super().__init__(dim, num_experts, top_k=2, scale=scale)
+        super().__init__(dim, num_experts, top_k=2, scale=scale, bias=bias)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""

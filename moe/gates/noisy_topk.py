@@ -26,7 +26,7 @@ class NoisyTopKGate(Gate):
     equal. In eval, an untrained one sends all tokens to the same k experts.
 
     Args:
-        dim, num_experts, top_k, scale: see `Gate`.
+        dim, num_experts, top_k, scale, bias: see `Gate`.
         noise_floor: the least standard deviation of the noise; the paper's code has 1e-2.
     """
 
@@ -34,18 +34,24 @@ class NoisyTopKGate(Gate):
     takes_mask = True
 
     def __init__(
-        self, dim: int, num_experts: int, top_k: int = 2, noise_floor: float = 1e-2, scale: float = 1.0
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        noise_floor: float = 1e-2,
+        scale: float = 1.0,
+        bias: bool = False,
     ) -> None:
-        super().__init__(dim, num_experts, top_k, scale)
+        super().__init__(dim, num_experts, top_k, scale, bias)
         if noise_floor <= 0:
             raise ValueError(f"noise_floor must be positive, for load divides by the noise; got {noise_floor}")
         self.noise_floor = noise_floor
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
 
     def reset_parameters(self) -> None:
-        """Initialise both matrices with zeros."""
-        for weight in self.parameters(recurse=False):
-            nn.init.zeros_(weight)
+        """Initialise both matrices, and the bias, with zeros."""
+        for p in self.parameters(recurse=False):
+            nn.init.zeros_(p)
         self._reset_adapter()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:

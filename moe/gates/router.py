@@ -46,6 +46,49 @@ def route(
     return expert, weight, scores
 
 
+def route_in_groups(
+    logits: Tensor,
+    k: int,
+    groups: int,
+    top_groups: int,
+    best: int,
+    score: str = "softmax",
+    normalize: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`route` to experts of `top_groups` groups alone, those whose `best` best experts have the largest sum.
+
+    Group g of G is experts [g*E/G, (g+1)*E/G). Experts and groups are compared by score, with the bias.
+
+    >>> route_in_groups(torch.tensor([[3.0, 0.0, 2.0, 2.0]]), 2, groups=2, top_groups=1, best=1)[0].tolist()
+    [[0, 1]]
+    >>> route_in_groups(torch.tensor([[3.0, 0.0, 2.0, 2.0]]), 2, 2, 1, best=2, score="sigmoid")[0].tolist()
+    [[2, 3]]
+    """
+    if top_groups == groups:
+        return route(logits, k, score, normalize, bias)
+    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    compared = scores.detach() if bias is None else scores.detach() + bias
+    by_group = compared.unflatten(1, (groups, -1))  # [T, G, E/G]
+    if k > (room := top_groups * by_group.shape[2]):
+        raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts")
+    value = by_group.topk(best).values.sum(-1)  # [T, G]
+    chosen = torch.zeros_like(value).scatter(1, value.topk(top_groups).indices, 1.0) > 0
+    expert = torch.where(chosen.unsqueeze(2), by_group, -torch.inf).flatten(1).topk(k).indices
+    weight = scores.gather(1, expert)
+    return expert, normalised(weight) if normalize else weight, scores
+
+
+def check_groups(num_experts: int, groups: int, top_groups: int | None) -> int:
+    """How many of the groups a token may go to, None being all; ValueError if they do not fit."""
+    top_groups = groups if top_groups is None else top_groups
+    if groups < 1 or num_experts % groups or not 1 <= top_groups <= groups:
+        raise ValueError(
+            f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} be one of 1 to it"
+        )
+    return top_groups
+
+
 def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`route` in plain PyTorch, in any dtype, differentiable twice: what the kernels are held against.
 

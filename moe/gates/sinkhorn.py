@@ -22,15 +22,23 @@ class SinkhornGate(Gate):
     eval they do not. No balance loss is added.
 
     Args:
-        dim, num_experts, top_k, scale: see `Gate`.
+        dim, num_experts, top_k, scale, bias: see `Gate`.
         iterations: of the scaling, a fixed number: to ask whether it has converged would wait for the device.
     """
 
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, iterations: int = 8, scale: float = 1.0) -> None:
-        super().__init__(dim, num_experts, top_k, scale)
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        iterations: int = 8,
+        scale: float = 1.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, scale, bias)
         if iterations < 1:
             raise ValueError(f"iterations must be positive; got {iterations}")
         self.iterations = iterations

@@ -9,11 +9,19 @@ class SwitchGate(TopKGate):
     """The best expert alone, its weight the softmax score itself (Switch Transformer, arXiv:2101.03961).
 
     Args:
-        dim, num_experts, scale: see `Gate`.
+        dim, num_experts, scale, bias: see `Gate`.
         jitter: multiplicative input noise in training; the paper's is 1e-2.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, jitter: float = 1e-2, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        jitter: float = 1e-2,
+        scale: float = 1.0,
+        bias: bool = False,
+    ) -> None:
         if top_k != 1:
             raise ValueError(f"the switch gate picks one expert a token; got top_k={top_k}, for more use 'topk'")
-        super().__init__(dim, num_experts, top_k=1, jitter=jitter, scale=scale)
+        super().__init__(dim, num_experts, top_k=1, jitter=jitter, scale=scale, bias=bias)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import gpu
 import gpu_checks
 import gpu_layer
 import gpu_peers
@@ -170,12 +171,32 @@ def test_cases_that_crash_or_hang_are_named_and_the_rest_goes_on(tmp_path, capfd
     assert ops["raises"]["error"] == "ValueError: bad"
     assert ops["works"]["rows"] == [{"a": 1}]
     assert "## ops: hangs" in capfd.readouterr().out
+    said = json.loads(file.read_text())  # whole after every case, should nobody live to see the end
+    assert {row["case"] for row in said["verdicts"]} == {"checks that passed", "ops: dies", "ops: hangs", "ops: raises"}
 
 
 def test_a_process_that_cannot_start_is_not_started_again_and_again(tmp_path):
     file = tmp_path / "results.json"
     supervise([sys.executable, "-c", "raise SystemExit(3)"], file, "ops", time.monotonic() + 60, case_limit=20)
     assert read(file) == {"ops": {"start": {"error": "its process ended with 3 before any case began"}}}
+
+
+def test_no_part_takes_the_time_of_the_others(tmp_path, monkeypatch):
+    """As on a GPU, where each part is a process: one that hangs leaves the next ones their shares."""
+    out, now, limits = tmp_path / "new" / "gpu.json", [100.0], {}
+
+    def hangs(command, file, part, deadline, case_limit):
+        assert file == out
+        limits[part], now[0] = deadline - now[0], deadline
+
+    monkeypatch.setattr(gpu, "supervise", hangs)
+    monkeypatch.setattr(gpu, "card", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--limit", "150", "--out", str(out)])
+    assert gpu.main() == 0
+    assert limits == pytest.approx({"machine": 20, "checks": 40, "ops": 30, "layer": 60})
+    assert json.loads(out.read_text())["results"] == {"machine": {"afterwards": {"rows": []}}}
 
 
 def test_the_deadline_ends_everything(tmp_path):

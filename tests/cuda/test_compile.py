@@ -105,7 +105,6 @@ def test_headers_are_guarded():
 def test_python_and_cuda_agree_on_constants():
     text = (launch.FOLDER / "rows.cuh").read_text()
     assert f"kThreads = {kernels.THREADS};" in text
-    assert f"kRowsAGroup = {kernels.ROWS_A_GROUP};" in text
     assert f"kThreads = {kernels.THREADS};" in (launch.FOLDER / "plan.cu").read_text()
     assert f"__launch_bounds__({32 * router.WARPS})" in (launch.FOLDER / "router.cu").read_text()
 

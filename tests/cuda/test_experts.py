@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from reference import close, expert_ffn
+from torch.torch_version import TorchVersion
 from turnout.cuda.tiles import Tiles
 from turnout.dispatch import Plan
 from turnout.moe import MoE, aux_loss
@@ -38,6 +40,8 @@ def results(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("experts") / "results.pt"
     if request.param == "cuda":
         python("run_experts.py", str(file), "--device", "cuda")
+    elif TorchVersion(version("triton")) < "3.7" and TorchVersion(version("numpy")) >= "2.4":
+        pytest.skip("Triton 3.6's interpreter makes numbers of arrays in a way that numpy 2.4 refuses")
     else:
         python("run_experts.py", str(file), TRITON_INTERPRET="1")
     return torch.load(file)
@@ -195,7 +199,7 @@ def test_triton_is_not_used_where_it_cannot_be():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_a_padded_step_fits_a_cuda_graph(kernel):
-    if kernel == "torch" and torch.cuda.get_device_capability() < (9, 0):
+    if kernel == "torch" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("torch's grouped_mm itself waits there")
     torch.manual_seed(0)
     layer = MoE(64, 128, 8, 2, capacity_factor=1.25, pad=True).to("cuda", torch.bfloat16)
@@ -206,9 +210,10 @@ def test_a_padded_step_fits_a_cuda_graph(kernel):
         layer.zero_grad(set_to_none=False)
         y = layer(x)
         (y.float().square().mean() + aux_loss(layer)).backward()
-        return y
+        return y.detach()  # not the graph: gradients are added on the stream on which it was made
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # compiles, and makes the gradients' memory
             step()

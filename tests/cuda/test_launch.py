@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import nvrtc
 import pytest
 import torch
 from turnout.cuda import launch
@@ -24,10 +25,10 @@ def recorded(monkeypatch):
 @pytest.fixture
 def no_memory():
     """What was found out about CuPy is forgotten, before and after."""
-    for function in (launch._function, launch._has_cupy):
+    for function in (launch._function, launch._has_cupy, launch._is_recent):
         function.cache_clear()
     yield
-    for function in (launch._function, launch._has_cupy):
+    for function in (launch._function, launch._has_cupy, launch._is_recent):
         function.cache_clear()
 
 
@@ -174,6 +175,17 @@ def test_rocm_has_no_kernels(monkeypatch, no_memory, caplog):
     assert caplog.records == []
 
 
+def test_a_gpu_too_old_has_no_kernels_and_a_warning_says_so_once(cupy, monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    of = {"cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[str(device)])
+    for _ in range(3):
+        assert [launch.available(torch.device(name)) for name in of] == [True, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        "CUDA kernels need compute capability 8.0, and cuda:1 has 7.5: these operators run in plain PyTorch."
+    ]
+
+
 def test_cpu_tensors_run_no_kernels_by_themselves():
     assert not launch.available(torch.device("cpu"))
     with pytest.raises(ValueError, match="runs on cuda tensors; got cpu"):
@@ -188,5 +200,44 @@ def test_the_real_cupy_takes_our_module(no_memory):
     # Without a driver CuPy gets as far as asking for the device: our arguments were taken.
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
         launch._function("encode<uint4, 1>")
-    assert hasattr(cupy.cuda.Stream, "from_external")
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
+
+
+def test_the_real_cupy_takes_torchs_streams_and_packed_arguments(recorded):
+    cupy = pytest.importorskip("cupy")
+    scalar = pytest.importorskip("cupy._core._scalar").CScalar  # what it makes of an argument
+    launch.launch("k<float>", (1,), (32,), [torch.zeros(3), None, 7, 2**40, 0.5])
+    assert [scalar(arg).dtype for arg in recorded[0][3]] == ["int64", "int64", "int32", "int64", "float32"]
+    stream = SimpleNamespace(__cuda_stream__=lambda: (0, 4096))
+    assert cupy.cuda.Stream.from_external(stream).ptr == 4096
+    assert hasattr(torch.cuda.Stream, "__cuda_stream__")
+
+
+@pytest.mark.skipif(nvrtc.folder() is None, reason="needs nvidia-cuda-nvrtc and nvidia-cuda-runtime")
+def test_kernels_compile_as_cupy_compiles_them(no_memory, monkeypatch, tmp_path):
+    """With the headers that it finds, the options that it adds, and its cache: all but the device is the real thing."""
+    core = pytest.importorskip("cupy._core.core")
+    compiler = pytest.importorskip("cupy.cuda.compiler")
+    loaded = []
+
+    class Module:
+        load = lambda self, cubin: loaded.append(cubin)  # noqa: E731
+        _set_mapping = lambda self, mapping: setattr(self, "mapping", mapping)  # noqa: E731
+
+    def module(*, code, options, name_expressions):
+        options = core.assemble_cupy_compiler_options(options)
+        made = compiler._compile_module_with_cache(code, options, arch="90", name_expressions=name_expressions)
+        return SimpleNamespace(get_function=made.mapping.get)
+
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "_kernel_cache_backend", type(compiler._kernel_cache_backend)())
+    monkeypatch.setattr(compiler, "function", SimpleNamespace(Module=Module))
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
+    monkeypatch.setattr(launch, "_cupy", lambda: SimpleNamespace(RawModule=module))
+    kernels = ["encode<uint4, 8>", "decode<__nv_bfloat16, uint4, 8>", "decode_backward<__half, unsigned short, 0>"]
+    for kernel in [*kernels, "route", kernels[0]]:
+        assert kernel.partition("<")[0] in launch._function(kernel)  # the mangled name
+        launch._function.cache_clear()
+    assert all(cubin.startswith(b"\x7fELF") for cubin in loaded)
+    assert loaded[0] == loaded[-1]
+    assert len(list(tmp_path.glob("*.cubin"))) == 4

@@ -46,7 +46,7 @@ def train(model, share=lambda tokens: tokens, sync=lambda: None) -> None:
 
 
 def of(model) -> dict[str, torch.Tensor]:
-    return {name: b for name, b in model.named_buffers() if name.endswith("gate.bias")}
+    return {name: b for name, b in model.named_buffers() if name.endswith("gate.expert_bias")}
 
 
 def over_a_mesh():

@@ -7,10 +7,19 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from cases import whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from turnout.models.bridges import replace_moe, restored
-from turnout.moe import add_lora, clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
+from turnout.moe import (
+    add_lora,
+    clip_grad_norm_,
+    fully_shard_experts,
+    lora_parameters,
+    parallelize,
+    param_groups,
+    sync_gradients,
+)
 
 pytest.importorskip("accelerate", reason='needs transformers and accelerate: pip install -e ".[hf]"')
 from hf_families import tiny
@@ -162,6 +171,29 @@ def test_trainer_and_what_it_goes_on_with(tmp_path):
     assert_alike(resumed, (expected[0][2:], *expected[1:]))
 
 
+def with_adapters(out: Path, save: str, resume: Path | None = None) -> tuple[list, dict[str, torch.Tensor]]:
+    """(Loss, gradient norm) of each step, and the adapters at the end, whole."""
+    args, steps = arguments(out, save_strategy=save), Steps()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    model = parallelize(add_lora(replace_moe(tiny("mixtral", **STEADY)), 4), mesh, dispatcher="flat")
+    trainer = MoETrainer(model=model, args=args, train_dataset=texts(20, 1), mesh=mesh, callbacks=[steps])
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return steps.told, {name: whole(p) for name, p in lora_parameters(model).items()}
+
+
+def test_adapters_are_saved_alone_and_go_on(tmp_path):
+    [(told, adapters), _] = ranks.run(2, with_adapters, tmp_path, "steps")
+    saved = load_file(tmp_path / "checkpoint-3" / "adapters.safetensors")
+    assert saved.keys() == adapters.keys()
+    assert all(torch.equal(saved[name], adapters[name]) for name in saved)
+    assert any(adapters[name].any() for name in adapters if name.endswith(".b"))
+    assert not list((tmp_path / "checkpoint-3").glob("model*"))
+    [(resumed, again)] = ranks.run(1, with_adapters, tmp_path, "no", tmp_path / "checkpoint-2")
+    assert_alike((resumed, again), (told[2:], adapters))
+    fresh = add_lora(replace_moe(tiny("mixtral", **STEADY)), 4)
+    assert not fresh.load_state_dict(saved, strict=False).unexpected_keys
+
+
 def refusals(out: Path) -> list[str]:
     mesh, said = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)), []
     bridged = parallelize(replace_moe(tiny("mixtral")), mesh)
@@ -171,7 +203,6 @@ def refusals(out: Path) -> list[str]:
         (bridged, {"save_only_model": True, "max_steps": 2}),
         (bridged, {"save_on_each_node": True}),
         (bridged, {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}),
-        (add_lora(replace_moe(tiny("mixtral")), 4), {}),
     ]:
         try:
             data = {"train_dataset": texts(20, 1), "eval_dataset": texts(8, 2)}
@@ -184,13 +215,12 @@ def refusals(out: Path) -> list[str]:
 
 
 def test_what_trainer_cannot_do_is_said(tmp_path):
-    [(not_bridged, uneven, only_model, each_node, best, adapters)] = ranks.run(1, refusals, tmp_path)
+    [(not_bridged, uneven, only_model, each_node, best)] = ranks.run(1, refusals, tmp_path)
     assert "no layer that replace_moe put there" in not_bridged
     assert "even_batches=False leaves ranks without a last batch" in uneven
     assert "checkpoint-2 holds nothing that MoETrainer can go on with" in only_model
     assert "rank 0 alone gets the whole model" in each_node
     assert "save_only_model=True leaves out" in best
-    assert "no place for adapters" in adapters
 
 
 def push(out: Path) -> list[dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from cases import close, whole
+from cases import close, runnable, whole
 from ranks import errors, run
 from test_oracle import CASES, Case, config, micro_batches, one_rank
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,7 +146,7 @@ def activations(name, data):
     return sum(sent)
 
 
-@pytest.mark.parametrize(("name", "data"), [("dp2", "fsdp"), ("pp2 zbv", "replicate"), ("tp2", "replicate")])
+@pytest.mark.parametrize(("name", "data"), runnable([("dp2", "fsdp"), ("pp2 zbv", "replicate"), ("tp2", "replicate")]))
 def test_activations_in_the_hosts_memory(name, data):
     assert min(run(2, activations, name, data)) > 10_000
 

@@ -8,7 +8,7 @@ from ranks import errors
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import OverlapDispatcher
-from turnout.moe import MoE, parallelize
+from turnout.moe import MoE, parallelize, sync_gradients
 
 
 def layer(dispatcher: str, **options) -> nn.Module:
@@ -59,7 +59,9 @@ def no_backward(dispatcher):
 
 
 def padded_and_ragged(dispatcher):
-    layer(dispatcher, capacity_factor=2.0, pad=dist.get_rank() < 2)(tokens(3, torch.float32))
+    moe = layer(dispatcher, capacity_factor=2.0)
+    moe.pad = dist.get_rank() < 2
+    moe(tokens(3, torch.float32))
 
 
 def other_seed():
@@ -70,6 +72,30 @@ def other_seed():
 def other_width():
     moe = nn.ModuleList([MoE(WIDTH, 12 + 2 * (dist.get_rank() == 3), EXPERTS, seed=0)])
     parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def other_options():
+    moe = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, seed=0, balance="local" if dist.get_rank() == 3 else "global")])
+    parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def other_router():
+    torch.manual_seed(dist.get_rank())
+    moe = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, seed=0)])
+    parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+
+
+def one_axis_unknown():
+    parallelize(build(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep")))
+
+
+def synchronised_over_half():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
+    sync_gradients(parallelize(build(), mesh), mesh["ep"])
+
+
+def not_parallelized():
+    sync_gradients(build(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep")))
 
 
 def odd_experts():
@@ -133,6 +159,11 @@ def test_every_rank_hears_of_it(fault, message, dispatcher):
     [
         (other_seed, "rank 1 has built other MoE layers"),
         (other_width, "rank 3 has built other MoE layers"),
+        (other_options, "rank 3 has built other MoE layers than rank 0: layer 0: balance='local' against layer 0"),
+        (other_router, "rank 1 has built other MoE layers than rank 0: layer 0: the bytes of gate.weight add up to"),
+        (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and nothing would be exchanged along dp"),
+        (synchronised_over_half, "the mesh averages over ranks ["),
+        (not_parallelized, "1 is on one rank: call parallelize(model, mesh) on all"),
         (odd_experts, "num_experts=6"),
         (twice, "the experts of 1 are spread already"),
         (unknown_axes, "the mesh needs axes named"),

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from cases import close, whole
+from cases import close, runnable, whole
 from ranks import errors, run
 from torch import Tensor
 from turnout.dispatch import Meshes
@@ -157,12 +157,12 @@ def compare(case: Case, model: str, shards: int = 1) -> None:
     run(case.ranks, trains_as_one_rank, case, model, shards)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", runnable(CASES))
 def test_trains_as_one_rank(name):
     compare(CASES[name], "global")
 
 
-@pytest.mark.parametrize("name", ["pp2 zbv", "dp2 fsdp", "ep2", "tp2 ep2"])
+@pytest.mark.parametrize("name", runnable(["pp2 zbv", "dp2 fsdp", "ep2", "tp2 ep2"]))
 def test_balance_within_sequences(name):
     compare(CASES[name], "sequence")
 

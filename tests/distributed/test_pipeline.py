@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from cases import runnable
 from ranks import run
 from turnout.models import GPT, GPTConfig, next_token_loss
 from turnout.models.pipeline import Pipeline
@@ -101,13 +102,15 @@ def trained(name: str, schedule: str, m: int, oracle_m: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
-@pytest.mark.parametrize("schedule", PER_RANK)
+@pytest.mark.parametrize("schedule", runnable(PER_RANK))
 def test_two_ranks_train_as_one(schedule, name):
     one_rank(name, 4)  # before the ranks fork
     run(2, trained, name, schedule, 4, 4)
 
 
-@pytest.mark.parametrize(("schedule", "m"), [("gpipe", 2), ("1f1b", 4), *((s, 8) for s in list(PER_RANK)[2:])])
+@pytest.mark.parametrize(
+    ("schedule", "m"), runnable([("gpipe", 2), ("1f1b", 4), *((s, 8) for s in list(PER_RANK)[2:])])
+)
 def test_four_ranks_train_as_one(schedule, m):
     name = "moe" if schedule in ("gpipe", "1f1b") else "nine layers"
     one_rank(name, m)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from cases import runnable
 from pipeline import Saved
 from ranks import run
 from turnout.models import GPTConfig
@@ -26,7 +27,7 @@ def held(schedule: str) -> tuple[float, int]:
     return saved.most * MICRO / saved.taken, saved.now
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zb", "zbv"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "interleaved_zb", "zbv"]))
 def test_memory_is_that_of_the_schedule(schedule):
     for most, after in run(2, held, schedule):
         assert 0.9 < most < 2.3  # of six micro-batches, as many as ranks; stages are not quite equally large

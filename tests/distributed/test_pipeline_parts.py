@@ -6,12 +6,14 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 import torch.distributed as dist
+from cases import runnable
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import errors, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 from turnout.models import GPT, GPTConfig, next_token_loss
 from turnout.models.boundary import Boundary
 from turnout.models.pipeline import Pipeline
@@ -103,7 +105,7 @@ def accumulated(schedule):
     compare(pipeline, {name: sum(grads[name] for grads in expected) for name in expected[0]})
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "zbv"]))
 def test_steps_add_their_gradients(schedule):
     run(2, accumulated, schedule)
 
@@ -124,7 +126,7 @@ def with_experts_spread(schedule):
     return float(losses.aux)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zb", "zbv"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "interleaved_zb", "zbv"]))
 def test_experts_are_spread_inside_a_stage(schedule):
     auxes = run(4, with_experts_spread, schedule)
     assert auxes == pytest.approx([auxes[0]] * 4)  # equal on all ranks of a pipeline, and "global" on all data ranks
@@ -150,7 +152,7 @@ def sharded(schedule):
     torch.testing.assert_close(norm, exact, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "zbv"]))
 def test_stages_may_be_sharded(schedule):
     run(4, sharded, schedule)
 
@@ -165,7 +167,7 @@ def recomputed(schedule, what):
 
 
 @pytest.mark.parametrize("what", ["full", "selective"])
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zb"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "interleaved_zb"]))
 def test_stages_may_be_recomputed_and_losses_scaled(schedule, what):
     run(2, recomputed, schedule, what)
 
@@ -197,7 +199,7 @@ def sent(schedule, split):
     return number
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", 2), ("zbv", 4)])
+@pytest.mark.parametrize(("schedule", "stages"), runnable([("1f1b", 2), ("zbv", 4)]))
 def test_each_of_the_ranks_of_a_stage_sends_its_part(schedule, stages):
     hidden = 8 * 6 * 8 * 8  # B * S * D of float64
     links = 1 if stages == 2 else 2  # of a V, those between different ranks
@@ -240,6 +242,9 @@ def refused(case):
         pipeline.step(*batch(0))
     elif case == "boundary":
         build("1f1b", group, 2, boundary=Boundary(8, group)).step(*(t[:, :5] for t in batch(0)))
+    elif case == "version":
+        torch.__version__ = TorchVersion("2.11.0+cu130")
+        build("zbv", group, 2)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +259,7 @@ def refused(case):
         ("group", "cut it for 2"),
         ("fsdp", "call fully_shard on it"),
         ("boundary", "sequences of 5 tokens"),
+        ("version", "'zbv' needs torch 2.13"),
     ],
 )
 def test_what_does_not_fit_is_named_on_every_rank(case, message):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import runnable
 from ranks import run
 from torch.distributed.tensor import DTensor
 from turnout.dispatch.mesh import Meshes
@@ -49,6 +50,6 @@ def stepped(schedule):
     )
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("schedule", runnable(["1f1b", "zbv"]))
 def test_a_step_is_that_of_one_rank(schedule):
     run(4, stepped, schedule)

@@ -62,7 +62,7 @@ def train(wrap, shape, options):
     # FSDP2 cannot scale float64 gradients where edp is 1
     dtype, tolerance = (torch.float32, 2e-6) if wrap is fsdp and shape[0] == 1 else (torch.float64, 1e-9)
     x, one = tokens(sum(SHARDS), dtype), build(dtype)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("edp", "ep"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("edp", "ep")[: len(shape)])
     optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
     expected = steps(one, one, x, 1 / len(x), optimizer, lambda: None)
     assert expected[0] > 0.5  # there is something to clip
@@ -85,9 +85,9 @@ def test_steps_equal_one_ranks(wrap, adamw, shape):
     run(4, train, wrap, shape, ADAMW[adamw])
 
 
-@pytest.mark.parametrize("wrap", [ddp, replicated])
-def test_dense_gradients_may_be_reduced_by_others(wrap):
-    run(4, train, wrap, (2, 2), {})
+@pytest.mark.parametrize(("wrap", "shape"), [(ddp, (2, 2)), (replicated, (2, 2)), (ddp, (4,))])
+def test_dense_gradients_may_be_reduced_by_others(wrap, shape):
+    run(4, train, wrap, shape, {})
 
 
 def clipped():

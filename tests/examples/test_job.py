@@ -7,6 +7,7 @@ import pytest
 import steps
 import torch
 import torch.distributed as dist
+from cases import runnable
 from ranks import run
 from turnout.dispatch import Meshes
 from turnout.moe import GradScaler
@@ -49,7 +50,7 @@ def one_rank(flags: str = "") -> torch.Tensor:
     return run(1, train, flags)[0]
 
 
-@pytest.mark.parametrize(("ranks", "flags"), MESHES)
+@pytest.mark.parametrize(("ranks", "flags"), runnable(MESHES))
 def test_losses_do_not_depend_on_the_mesh(ranks, flags):
     for seen in run(ranks, train, flags):
         torch.testing.assert_close(seen, one_rank(), rtol=0, atol=1e-9)

@@ -1,5 +1,8 @@
 """The capacity rule: exact limits, whom an expert turns away, and that the others do not notice."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 import reference
 import torch
@@ -8,15 +11,16 @@ from hypothesis import strategies as st
 from strategies import routings
 from turnout.dispatch.plan import load
 from turnout.moe import Routing, capacity, capacity_limit
+from turnout.moe.capacity import POLICIES
 
 limits = st.integers(0, 5)
-policies = st.sampled_from(["score", "position"])
+policies = st.sampled_from(["score", "position", "priority"])
 
 
 @given(routings(), limits, policies)
 def test_kept_as_in_the_reference(routing, limit, policy):
     kept = capacity(routing, limit, policy)
-    expert, weight = reference.drop(routing.expert, routing.weight, limit, policy)
+    expert, weight = reference.drop(routing.expert, routing.weight, limit, policy, routing.scores)
     assert torch.equal(kept.expert, expert)
     assert torch.equal(kept.weight, weight)
 
@@ -49,7 +53,7 @@ def pair():
     """Three tokens, two experts; expert 0 is the second choice of the first token and the first of the others."""
     expert = torch.tensor([[1, 0], [0, 1], [0, 1]])
     weight = torch.tensor([[0.2, 0.9], [0.5, 0.1], [0.5, 0.3]])
-    return Routing(expert, weight, torch.full((3, 2), 0.5))
+    return Routing(expert, weight, torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.4, 0.6]]))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,8 @@ def pair():
         ("position", 2, [[1, -1], [0, 1], [0, -1]]),
         ("score", 1, [[-1, 0], [-1, -1], [-1, 1]]),  # the highest weights
         ("score", 2, [[1, 0], [0, -1], [-1, 1]]),  # of two equal ones the first
+        ("priority", 1, [[1, -1], [-1, -1], [0, -1]]),  # the tokens of highest scores, their first choices first
+        ("priority", 2, [[1, -1], [0, -1], [0, 1]]),
     ],
 )
 def test_by_hand(policy, limit, wanted):
@@ -66,7 +72,15 @@ def test_by_hand(policy, limit, wanted):
 
 
 def test_the_policies_differ():
-    assert not torch.equal(capacity(pair(), 1, "score").expert, capacity(pair(), 1, "position").expert)
+    kept = [capacity(pair(), 1, policy).expert for policy in POLICIES]
+    assert not any(torch.equal(a, b) for a, b in combinations(kept, 2))
+
+
+@given(routings(), limits)
+def test_of_one_choice_the_highest_score_is_the_highest_weight(routing, limit):
+    expert = routing.scores.argmax(1, keepdim=True)
+    routing = replace(routing, expert=expert, weight=routing.scores.gather(1, expert))
+    assert torch.equal(capacity(routing, limit, "priority").expert, capacity(routing, limit, "score").expert)
 
 
 def test_gradient_of_the_weights_reaches_the_kept_alone():
@@ -95,11 +109,13 @@ def test_limit(factor, k, T, E, limit):
     assert capacity_limit(factor, k, T, E) == limit
 
 
-@given(st.integers(1, 400), st.integers(1, 8), st.integers(0, 5000), st.integers(1, 64))
-def test_limit_is_exact(hundredths, k, T, E):
+@given(st.integers(1, 400), st.integers(1, 8), st.integers(0, 5000), st.integers(1, 64), st.integers(1, 99))
+def test_limit_is_exact(hundredths, k, T, E, least):
     limit = capacity_limit(hundredths / 100, k, T, E)
     assert limit == (max(1, -(-hundredths * k * T // (100 * E))) if T else 0)
     assert limit == reference.capacity_limit(hundredths / 100, k, T, E)
+    at_least = capacity_limit(hundredths / 100, k, T, E, least)
+    assert at_least == (max(limit, least) if T else 0) == reference.capacity_limit(hundredths / 100, k, T, E, least)
 
 
 @pytest.mark.parametrize("factor", [0, 0.0, -1.0, float("inf"), float("nan")])
@@ -109,8 +125,14 @@ def test_bad_factors(factor, T):
         capacity_limit(factor, 1, T, 4)
 
 
+@pytest.mark.parametrize("least", [0, -1, 1.5, None])
+def test_bad_least_capacity(least):
+    with pytest.raises(ValueError, match="min_capacity must be a positive integer"):
+        capacity_limit(1.0, 1, 8, 4, least)
+
+
 def test_bad_policy():
-    with pytest.raises(ValueError, match="drop_policy must be one of score, position; got 'random'"):
+    with pytest.raises(ValueError, match="drop_policy must be one of score, position, priority; got 'random'"):
         capacity(pair(), 1, "random")
 
 

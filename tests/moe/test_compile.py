@@ -5,16 +5,21 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from turnout.moe import MoE, aux_loss
+from turnout.moe import MoE, TopKGate, aux_loss
 from turnout.moe.gates import GATES
 
 LAYERS = {
     "ragged": {},
-    "ragged, capped": {"capacity_factor": 1.1},
+    "ragged, capped": {
+        "capacity_factor": 1.1,
+        "min_capacity": 15,
+        "drop_policy": "priority",
+        "gate": TopKGate(16, 8, 2, groups=4, top_groups=2, bias=True),
+    },
     "padded": {"capacity_factor": 1.25, "pad": True},
     "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
-    "shared": {"shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
-    "sequence": {"balance": "sequence"},
+    "shared": {"experts": "gelu_tanh", "shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
+    "sequence": {"balance": "sequence", "balance_choices": 1},
 }
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import close
 from routed import built, drawn
 from turnout.moe import MoE, aux_loss
+from turnout.moe.capacity import POLICIES
 from turnout.moe.gates import GATES
 
 D, H, E = 6, 5, 4
@@ -37,7 +38,7 @@ def step(layer, x, mask, ids):
 def test_padding_has_no_part_in_anything(name, data):
     T, training, seed = data.draw(st.integers(1, 8)), data.draw(st.booleans()), data.draw(st.integers(0, 99))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=T, max_size=T)), dtype=torch.bool)
-    factor, policy = data.draw(st.sampled_from([None, 0.7, 1.5])), data.draw(st.sampled_from(["score", "position"]))
+    factor, policy = data.draw(st.sampled_from([None, 0.7, 1.5])), data.draw(st.sampled_from(POLICIES))
     options = {"capacity_factor": factor, "drop_policy": policy, "balance": {"local": 1.0, "sequence": 0.5}}
     layer = MoE(D, H, E, gate=name, seed=0, z_loss_weight=0.1 * (name not in ("hash", "random")), **options)
     built(layer.double().gate)
@@ -81,6 +82,54 @@ def test_scale_multiplies_the_weights_and_nothing_else(name, training):
     assert one.losses == other.losses
     assert "scale=2.5" in repr(scaled)
     assert "scale" not in repr(plain)
+
+
+WITHOUT = {"cosine", "hierarchical", "random", "hash"}  # no logits that are one product
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", sorted(GATES.keys() - WITHOUT))
+def test_a_router_bias_is_the_weight_of_one_more_feature_that_is_1(name, training):
+    gate, plain = built(GATES[name](D, E, bias=True)), built(GATES[name](D + 1, E))
+    assert "bias=True" in repr(gate)
+    assert "bias" not in plain.state_dict()
+    assert "bias" not in repr(plain)
+    with torch.no_grad():
+        for own, p in plain.named_parameters():
+            more = gate.bias.unsqueeze(1) if own == "weight" else torch.zeros(E, 1)
+            p.copy_(torch.cat([gate.get_parameter(own), more], 1))
+    x, routings = drawn(9, D), []
+    for each, tokens in (gate, x), (plain, torch.cat([x, torch.ones(9, 1)], 1)):
+        torch.manual_seed(0)
+        routings.append(each.train(training and name != "switch")(tokens))  # its noise is on each feature
+    one, other = routings
+    assert torch.equal(one.expert, other.expert)
+    for ours, wanted in (one.weight, other.weight), (one.scores, other.scores), (one.logits, other.logits):
+        assert close(ours, wanted, 1e-12)
+    grads = [
+        torch.autograd.grad(r.logits.square().sum(), p)[0]
+        for r, p in zip(routings, (gate.bias, plain.weight), strict=True)
+    ]
+    assert close(grads[0], grads[1][:, -1], 1e-11)
+
+
+def test_a_router_bias_is_as_exact_as_the_weight_and_starts_at_zero():
+    gate = GATES["topk"](D, E, bias=True)
+    assert not gate.bias.any()
+    assert gate.state_dict().keys() == {"weight", "bias"}
+    x = drawn(9, D, dtype=torch.bfloat16)
+    gate = built(gate).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = gate.logits(x)
+    assert torch.equal(logits, torch.nn.functional.linear(x.float(), gate.weight.float(), gate.bias.float()))
+    gate.reset_parameters()
+    assert not gate.bias.any()
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_who_has_no_router_bias(name):
+    with pytest.raises((ValueError, TypeError), match="bias"):
+        GATES[name](D, E, bias=True)
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from reference import close, expert_ffn
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from turnout.moe.activation import ACTIVATIONS, swiglu, weighted
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
+from turnout.moe.grouped_mm import _fits_torch
 
 NAN = float("nan")
 COUNTS = [3, 0, 4, 1]
-KINDS = ["gelu", "relu", "swiglu"]
+KINDS = ["gelu", "gelu_tanh", "relu", "swiglu"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
 
 
@@ -116,8 +118,9 @@ def test_gradients_of_activation_and_weight(kind, rows):
         random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(rows, 5), (rows, 5), (rows,)])
     )
     given = (up, gate) if kind == "swiglu" else (up,)
-    assert torch.autograd.gradcheck(swiglu if kind == "swiglu" else ACTIVATIONS[kind], given)
-    assert torch.autograd.gradcheck(weighted, (up, weight))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(swiglu if kind == "swiglu" else ACTIVATIONS[kind], given)
+        assert check(weighted, (up, weight))
 
 
 @pytest.mark.parametrize("rows", [6, 700])  # 700 rows of 1000 are several blocks
@@ -132,6 +135,13 @@ def test_gating_and_weighting_in_bfloat16_round_once(rows):
     exact = up.double() * weight.double().unsqueeze(1)
     assert _relative_error(product, exact) <= 2**-8
     assert _relative_error(up * weight.bfloat16().unsqueeze(1), exact) > 2**-8
+
+
+def test_triton_has_no_tanh():
+    experts = FeedForwardExperts(8, 16, 4, "gelu_tanh")
+    with pytest.raises(ValueError, match='has no "gelu_tanh": set kernel="torch"'):
+        experts.kernel = "triton"
+    assert experts.kernel == "auto"
 
 
 def _relative_error(actual, exact) -> float:
@@ -199,7 +209,9 @@ def test_bad_modules():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="experts must be one of gelu, relu, swiglu or a factory; got 'tanh'"):
+    with pytest.raises(
+        ValueError, match="experts must be one of gelu, gelu_tanh, relu, swiglu or a factory; got 'tanh'"
+    ):
         FeedForwardExperts(8, 16, 4, "tanh")
     with pytest.raises(TypeError, match=r"tokens are torch.float64 and expert weights torch.float32"):
         FeedForwardExperts(8, 16, 4)(*inputs(8))
@@ -289,3 +301,9 @@ def test_modules_that_cannot_be_stacked_are_refused():
 
     with pytest.raises(ValueError, match="Tied ties parameters"):
         ModuleExperts(Tied, 2)
+
+
+def test_torch_on_cuda_takes_up_to_1023_matrices():
+    with FakeTensorMode():
+        rows, *weights = (torch.empty(*shape, 16, device="cuda").bfloat16() for shape in ((4,), (1023, 16), (1024, 16)))
+        assert [_fits_torch(rows, weight) for weight in weights] == [True, False]

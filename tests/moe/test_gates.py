@@ -2,8 +2,12 @@
 
 import pytest
 import reference
+import reference_gates
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import close
+from routed import same
 from torch import nn
 from turnout.moe import GShardGate, Routing, SwitchGate, TopKGate
 from turnout.moe.gates.base import jittered, normalised
@@ -37,6 +41,30 @@ def test_topk_as_in_the_reference(k, normalize, order):
     expected = torch.autograd.grad((weight * seed).sum(), (x, gate.weight))
     for a, e in zip(actual, expected, strict=True):
         assert close(a, e, 1e-11)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_topk_in_groups_as_in_the_reference(data):
+    groups, size, n = (data.draw(st.integers(1, most)) for most in (4, 3, 5))
+    top_groups = data.draw(st.integers(1, groups))
+    k, normalize = data.draw(st.integers(1, top_groups * size)), data.draw(st.booleans())
+    gate = built(TopKGate(D, groups * size, k, normalize=normalize, groups=groups, top_groups=top_groups))
+    x = tokens(data.draw(st.integers(0, 99)), n=n).requires_grad_()
+    routing = gate(x)
+    wanted = reference_gates.route_softmax_in_groups(x, gate.weight, k, normalize, groups, top_groups)
+    assert torch.equal(routing.expert, wanted[0])
+    assert same(routing.weight, wanted[1], (x, gate.weight))
+    assert same(routing.scores, wanted[2], (x, gate.weight))
+    assert all(len(set(row)) <= top_groups for row in (routing.expert // size).tolist())
+
+
+def test_bad_groups():
+    for groups, top_groups in ((0, None), (4, None), (5, 0), (5, 6)):
+        with pytest.raises(ValueError, match="must divide num_experts=5"):
+            TopKGate(D, E, groups=groups, top_groups=top_groups)
+    with pytest.raises(ValueError, match="top_k=2, but top_groups=1 have only 1 experts"):
+        TopKGate(D, E, 2, groups=5, top_groups=1)(tokens())
 
 
 def test_a_router_with_two_experts_swapped_is_told_apart():

@@ -30,7 +30,7 @@ def few_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "swiglu"])
 def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, monkeypatch):
     monkeypatch.setattr("turnout.moe.in_cache._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])

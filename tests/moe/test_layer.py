@@ -45,6 +45,10 @@ CASES = {
     "k=3": {"top_k": 3},
     "score": {"capacity_factor": 0.8},
     "position": {"capacity_factor": 0.8, "drop_policy": "position"},
+    "priority": {"capacity_factor": 0.8, "drop_policy": "priority"},
+    "least": {"capacity_factor": 0.1, "min_capacity": 3},
+    "padded least": {"capacity_factor": 0.1, "min_capacity": 3, "pad": True},
+    "padded least, dropless": {"capacity_factor": 0.1, "min_capacity": T + 2, "pad": True},
     "padded score": {"capacity_factor": 0.8, "pad": True},
     "padded position": {"capacity_factor": 0.8, "drop_policy": "position", "pad": True},
     "padded dropless": {"capacity_factor": 4.0, "pad": True},
@@ -52,8 +56,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
-@pytest.mark.parametrize("case", CASES)
+ACTIVATIONS = ["swiglu", "gelu", "relu", "gelu_tanh"]
+
+
+@pytest.mark.parametrize(
+    ("case", "activation"),
+    [
+        (case, act)
+        for case in CASES
+        for act in (ACTIVATIONS[:3] if "least" not in case and case != "priority" else ACTIVATIONS[3:])
+    ],
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_as_in_the_reference(case, activation, masked):
     settings = CASES[case]
@@ -61,6 +74,7 @@ def test_as_in_the_reference(case, activation, masked):
     x, exact = tokens(T).requires_grad_(), tokens(T).requires_grad_()
     mask = torch.arange(T) % 4 != 1 if masked else None
     rule = {"capacity_factor": settings.get("capacity_factor"), "policy": settings.get("drop_policy", "score")}
+    rule["min_capacity"] = settings.get("min_capacity", 1)
     y = layer(x, mask)
     expected, named = reference_of(layer, exact, activation, mask=mask, **rule)
     assert close(y, expected, 1e-12)
@@ -71,17 +85,36 @@ def test_as_in_the_reference(case, activation, masked):
     for name, p in layer.named_parameters():
         assert close(p.grad, named[name].grad, 1e-11), name
     assert layer.gate.weight.grad.abs().max() > 1e-3
-    assert (layer.stats.dropped > 0) == (rule["capacity_factor"] not in (None, 4.0))
+    assert (layer.stats.dropped > 0) == (rule["capacity_factor"] is not None and "dropless" not in case)
     assert not close(y, reference_of(layer, exact, activation, swap=True, mask=mask, **rule)[0], 1e-3)
 
 
 def test_the_settings_compute_different_things():
     x = tokens(T)
-    outputs = [built(bias=True, **CASES[case])(x) for case in ("dropless", "k=1", "k=3", "score", "position")]
+    outputs = [
+        built(bias=True, **CASES[case])(x)
+        for case in ("dropless", "k=1", "k=3", "score", "position", "priority", "least")
+    ]
     for i, one in enumerate(outputs):
         assert not any(close(one, other, 1e-3) for other in outputs[:i])
     score, padded = (built(bias=True, **CASES[case])(x) for case in ("score", "padded score"))
     assert close(score, padded, 1e-13)
+
+
+@pytest.mark.parametrize("balance", ["local", "sequence"])
+def test_the_balance_loss_may_count_first_choices_alone(balance):
+    options = {"balance": balance, "top_k": 3}
+    layer, every, x = built(balance_choices=1, **options), built(**options), tokens(3, 5)
+    layer(x)
+    _, _, scores, _ = reference.route_topk(x.flatten(0, 1), layer.gate.weight, 3)
+    first = scores.argmax(1, keepdim=True)
+    wanted = 1e-2 * reference.balance_loss_sequence(scores, first, E, 3 if balance == "sequence" else 1)
+    loss = aux_loss(layer)
+    assert close(loss, wanted, 1e-12)
+    ours, theirs = (torch.autograd.grad(each, layer.gate.weight)[0] for each in (loss, wanted))
+    assert close(ours, theirs, 1e-11)
+    every(x)
+    assert not close(aux_loss(every), loss, 1e-2)
 
 
 @pytest.mark.parametrize(("gate", "k", "normalize"), [("switch", 1, False), ("gshard", 2, True), ("topk", 2, True)])

@@ -9,7 +9,7 @@ import torch
 from reference import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from turnout.moe import Gate, MoE, Routing, aux_loss, balance_loss, z_loss
+from turnout.moe import Gate, MoE, Routing, TopKGate, aux_loss, balance_loss, z_loss
 
 D, H, E = 6, 5, 4
 
@@ -195,6 +195,24 @@ def test_recomputation_is_not_counted():
     assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
 
 
+def test_losses_that_are_not_kept():
+    layer, x = built(), tokens(9)
+    layer(x)
+    loss = aux_loss(layer)
+    assert loss > 0
+    assert aux_loss(layer, keep=False) == loss
+    assert aux_loss(layer) == 0
+
+
+def test_evaluation_between_a_forward_and_its_loss_is_refused():
+    layer, x = built(), tokens(9)
+    layer(x)
+    with torch.no_grad():
+        layer.eval()(x)
+    with pytest.raises(RuntimeError, match="Call aux_loss before you evaluate"):
+        aux_loss(layer.train())
+
+
 def test_reentrant_checkpoint_is_refused():
     model, x = nn.ModuleDict({"moe": built()}), tokens(9).requires_grad_()
     y = checkpoint(model["moe"], x, use_reentrant=True)
@@ -212,21 +230,26 @@ def test_reentrant_checkpoint_is_refused():
         ({"dim": 0}, "dim must be a positive integer; got 0"),
         ({"hidden": -1}, "hidden must be a positive integer; got -1"),
         ({"num_experts": 2.0}, "num_experts must be a positive integer; got 2.0"),
-        ({"drop_policy": "last"}, "drop_policy must be one of score, position; got 'last'"),
+        ({"drop_policy": "last"}, "drop_policy must be one of score, position, priority; got 'last'"),
+        ({"min_capacity": 0}, "min_capacity must be a positive integer; got 0"),
+        ({"balance_choices": 0}, "balance_choices must be a positive integer; got 0"),
         ({"balance": "all"}, "balance must be one of local, global, sequence; got 'all'"),
         ({"pad": True}, "pad=True gives every expert its full capacity: set capacity_factor"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a positive number"),
         ({"eval_capacity_factor": float("nan")}, "capacity_factor must be a positive number"),
         ({"gate": "best"}, "gate must be one of topk, .*hash or a Gate; got 'best'"),
-        ({"experts": "tanh"}, "experts must be one of gelu, relu, swiglu or a factory; got 'tanh'"),
+        ({"experts": "tanh"}, "experts must be one of gelu, gelu_tanh, relu, swiglu or a factory; got 'tanh'"),
         ({"top_k": 5}, "top_k=5 must lie between 1 and num_experts=4"),
         ({"top_k": 0}, "top_k=0 must lie between"),
+        ({"top_k": 2.0}, "top_k must be an integer or None; got 2.0"),
+        ({"gate": TopKGate}, "gate must be a name or a Gate, not a class: pass TopKGate"),
+        ({"experts": nn.Linear(D, D)}, "experts must be a name or what makes one: pass lambda: Linear"),
         ({"gate": "switch", "top_k": 2}, "switch gate picks one expert"),
         ({"gate": "gshard", "top_k": 1}, "gshard gate picks two experts"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoE(**{"dim": D, "hidden": H, "num_experts": E, **arguments})
 
 
@@ -269,3 +292,20 @@ def test_nan_in_padding_reaches_no_gradient():
     (y[real].square().sum() + aux_loss(layer)).backward()
     for name, p in layer.named_parameters():
         assert p.grad.isfinite().all(), name
+
+
+def test_nothing_of_a_step_is_left_when_the_next_begins():
+    """Else gradients of this step would be added on that one's CUDA stream, which a graph being captured forbids."""
+    layer, x, seen = built(), tokens(9), []
+
+    def notes():  # of what adds to the router's gradient: they last as long as a graph that leads there
+        return torch.autograd.graph.get_gradient_edge(layer.gate.weight).node.metadata
+
+    layer.gate.register_forward_pre_hook(lambda *_: seen.append("step" in notes()))
+    for _ in range(2):
+        y = layer(x)
+        notes()["step"] = True
+        (y.square().mean() + aux_loss(layer)).backward()
+        assert "step" in notes()
+        del y
+    assert seen == [False, False]

@@ -9,7 +9,7 @@ import torch
 from reference import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from turnout.moe import MoE, add_lora, aux_loss, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import MoE, TopKGate, add_lora, aux_loss, lora_parameters, merge_lora, unmerge_lora
 
 D, E, RANK = 16, 4, 4
 
@@ -53,8 +53,10 @@ def summed(moe: MoE) -> tuple[MoE, dict[str, tuple[Tensor, Tensor]]]:
 @pytest.mark.parametrize("hidden", [8, 24])  # the gate's weight before the down projection, and after it
 @pytest.mark.parametrize(("experts", "bias"), [("swiglu", False), ("gelu", True), ("relu", False)])
 def test_values_and_gradients_are_those_of_the_sum(experts, bias, hidden):
-    moe = layer(hidden, experts=experts, bias=bias)
+    moe = layer(hidden, experts=experts, bias=bias, gate=TopKGate(D, E, 2, bias=bias))
     with torch.no_grad():
+        if bias:
+            moe.gate.bias.copy_(torch.arange(E) / E)
         untouched = moe(tokens())
         assert torch.equal(add_lora(moe, RANK, alpha=6.0)(tokens()), untouched), "nothing changes at first"
     plain, factors = summed(trained(moe))
@@ -93,6 +95,31 @@ def test_merged_and_unmerged(dtype):
     merge_lora(moe, keep=False)
     assert moe.state_dict().keys() == layer(bias=True).state_dict().keys()
     assert close(moe(tokens(dtype=dtype)), y, tolerance)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("merged", [(), (1,), (0, 1)])
+def test_adapters_that_are_merged_are_not_merged_again(merged, keep):
+    model = trained(add_lora(nn.Sequential(layer(), layer()), RANK))
+    y = model(tokens())
+    for place in merged:
+        merge_lora(model[place])
+    if keep and len(merged) == 2:
+        with pytest.raises(ValueError, match="merged already"):
+            merge_lora(model)
+    else:
+        merge_lora(model, keep)
+    assert close(model(tokens()), y, 1e-12)
+    assert bool(lora_parameters(model)) == keep
+    assert not any(moe.experts.adapts for moe in model)
+    if keep:
+        unmerge_lora(model[0])
+        assert not model[0].gate.lora.merged
+        assert not any(adapter.merged for adapter in unmerge_lora(model)[1].experts.lora.values())
+        assert close(model(tokens()), y, 1e-12)
+    else:
+        with pytest.raises(ValueError, match="call add_lora first"):
+            merge_lora(model, keep=False)
 
 
 class Made(TorchDispatchMode):

@@ -41,6 +41,9 @@ def test_as_in_the_reference(routing, chance):
         args = masked.scores, masked.expert, E, mask
         same(balance_loss(masked), reference.balance_loss(*args), masked.scores)
         same(balance_loss(masked, "global"), reference.balance_loss(*args), masked.scores)
+        for choices in {1, routing.expert.shape[1]}:
+            first, wanted = balance_loss(masked.first(choices)), reference.balance_loss(*args, choices)
+            same(first, wanted, masked.scores)
         same(z_loss(masked), reference.z_loss(masked.logits, mask), masked.logits)
         for sequences in {n for n in (1, 2, 3, 4, T) if n and T % n == 0}:
             expected = reference.balance_loss_sequence(masked.scores, masked.expert, E, sequences, mask)

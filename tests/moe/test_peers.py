@@ -82,7 +82,7 @@ def tutel_rows(factor, k, tokens):
     return k * int(factor * math.ceil(tokens / E))
 
 
-def tutel(x, s):
+def tutel(x, s, factor=1.0, by_priority=False):
     def expert(e, token):
         hidden = (s["experts.batched_fc1_w"][e] @ token + s["experts.batched_fc1_bias"][e]).relu()
         return hidden @ s["experts.batched_fc2_w"][e] + s["experts.batched_fc2_bias"][e]
@@ -90,8 +90,9 @@ def tutel(x, s):
     scores = (x @ s["gates.0.wg.weight"].T).softmax(1)
     chosen = [best(score, 2) for score in scores]
     weight = {(t, e): scores[t, e] / scores[t, places].sum() for t, places in enumerate(chosen) for e in places}
-    queue = [(t, chosen[t][j]) for j in range(2) for t in range(len(x))]
-    kept = in_order(queue, tutel_rows(1.0, 2, len(x)))
+    tokens = sorted(range(len(x)), key=lambda t: -float(scores[t].detach().max())) if by_priority else range(len(x))
+    queue = [(t, chosen[t][j]) for j in range(2) for t in tokens]
+    kept = in_order(queue, tutel_rows(factor, 2, len(x)))
     assert len(kept) < len(queue), "nothing is dropped: the test would not see the rule"
     y = summed(x, {place: weight[place] for place in kept}, expert)
     return y, uneven(scores, counted([places[0] for places in chosen], len(x)))
@@ -177,10 +178,8 @@ def deepspeed(x, s, k=2, least=4):
     weights = {}
     for t, e in kept:
         weights[t, e] = scores[t, e] / sum(scores[u, f] for u, f in kept if u == t)
-    loss = uneven(scores, counted([places[0] for places in chosen], len(x)))
-    if k > 2:
-        loss = uneven(scores, counted([e for places in chosen for e in places], len(x))) / k
-    return summed(x, weights, expert), loss
+    counting = [e for places in chosen for e in (places if k > 2 else places[:1])]
+    return summed(x, weights, expert), uneven(scores, counted(counting, len(x))) * len(x) / len(counting)
 
 
 def megatron_state(bias=False):
@@ -252,10 +251,12 @@ class Peer(NamedTuple):
     convert: str
     more: tuple = (E,)
     rows: int | None = None  # an expert takes, where the page's factor gives another number
+    policy: str | None = None  # who is dropped, where a rule has several
 
 
 PEERS = [
-    Peer("tutel", tutel_state(), tutel, 0.01, "from_tutel", (), tutel_rows(1.0, 2, T)),
+    Peer("tutel", tutel_state(), tutel, 0.01, "from_tutel", (), tutel_rows(1.0, 2, T), "position"),
+    Peer("tutel", tutel_state(), partial(tutel, factor=0.5, by_priority=True), 0.01, "from_tutel", (), 4, "priority"),
     Peer("fastmoe", fastmoe_state(), fastmoe, 0.0, "from_fastmoe"),
     Peer("megablocks", megablocks_state(), megablocks, 0.1, "from_megablocks"),
     Peer("deepspeed", deepspeed_state(), deepspeed, 0.01, "from_deepspeed"),
@@ -283,6 +284,7 @@ def test_the_mapping_computes_what_the_other_library_does(page, peer):
     if peer.rows is not None:
         assert peer.rows != capacity_limit(1.0, 2, T, E)
         layer.capacity_factor = page["factor_for"](peer.rows, 2, T, E)
+    layer.drop_policy = peer.policy or layer.drop_policy
     assert holds(layer, peer.state, peer.rule, peer.coefficient, drawn(T, D, seed=8))
     with torch.no_grad():
         layer.experts.get_parameter("w_down" if peer.layer != "deepspeed" else "module.2.weight")[1] *= 1.001
@@ -306,8 +308,8 @@ def test_factor_for_gives_any_rule_its_rows(page, k, experts):
             assert capacity_limit(page["factor_for"](rows, k, tokens, experts), k, tokens, experts) == rows
 
 
-@pytest.mark.parametrize("policy", ["position", "score"])
-def test_with_one_choice_position_is_megablocks_order_and_score_is_tutels_batch_priority(policy):
+@pytest.mark.parametrize("policy", ["position", "score", "priority"])
+def test_with_one_choice_position_is_megablocks_order_and_score_is_batch_priority_too(policy):
     layer, x = MoE(D, H, E, top_k=1, capacity_factor=1.0, drop_policy=policy).double(), drawn(T, D, seed=8)
     layer.load_state_dict(layer.state_dict() | {"gate.weight": drawn(E, D)})
     scores = (x @ drawn(E, D).T).softmax(1)

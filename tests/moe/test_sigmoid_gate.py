@@ -27,10 +27,10 @@ def test_sigmoid_as_in_the_reference(data):
     if k // top_groups > size:
         return
     gate = built(SigmoidGate(D, groups * size, k, **options))
-    gate.bias.copy_(drawn(groups * size, seed=data.draw(st.integers(0, 9))))
+    gate.expert_bias.copy_(drawn(groups * size, seed=data.draw(st.integers(0, 9))))
     x = drawn(T, D, seed=data.draw(st.integers(0, 99))).requires_grad_()
     routing = gate(x)
-    expert, weight, scores = reference_gates.route_sigmoid(x, gate.weight, gate.bias, k, **options)
+    expert, weight, scores = reference_gates.route_sigmoid(x, gate.weight, gate.expert_bias, k, **options)
     assert torch.equal(routing.expert, expert)
     assert same(routing.weight, weight, (x, gate.weight))
     assert same(routing.scores, scores, (x, gate.weight))
@@ -39,7 +39,7 @@ def test_sigmoid_as_in_the_reference(data):
 def test_the_bias_moves_the_choice_and_nothing_else():
     gate, x = built(SigmoidGate(D, E, 2, normalize=False)), drawn(T, D)
     before = gate(x)
-    gate.bias[4] = 9.0
+    gate.expert_bias[4] = 9.0
     after = gate(x)
     assert (after.expert[:, 0] == 4).all()
     assert not torch.equal(before.expert, after.expert)
@@ -57,8 +57,8 @@ def test_the_bias_follows_the_load():
     balance_biases(layer)
     mean = 2 * 2 * T / E
     wanted = [0.1 * ((n < mean) - (n > mean)) for n in load.tolist()]
-    assert close(layer.gate.bias, torch.tensor(wanted), 1e-6)
-    assert layer.gate.bias.any()
+    assert close(layer.gate.expert_bias, torch.tensor(wanted), 1e-6)
+    assert layer.gate.expert_bias.any()
     assert not layer.gate.load.any()
 
 
@@ -93,16 +93,16 @@ def test_the_bias_evens_out_loads_without_a_loss():
 
 def test_the_bias_is_saved_and_stays_float32():
     gate = SigmoidGate(D, E, 2)
-    gate.bias += 0.001
-    assert gate.state_dict().keys() == {"weight", "bias"}
+    gate.expert_bias += 0.001
+    assert gate.state_dict().keys() == {"weight", "expert_bias"}
     half = gate.to(torch.bfloat16)
     assert half.weight.dtype == torch.bfloat16
-    assert half.bias.dtype == torch.float32
-    assert torch.equal(half.bias, torch.full((E,), 0.001))
+    assert half.expert_bias.dtype == torch.float32
+    assert torch.equal(half.expert_bias, torch.full((E,), 0.001))
     with torch.device("meta"):
         empty = SigmoidGate(D, E, 2)
     empty.to_empty(device="cpu").reset_parameters()
-    assert not empty.bias.any()
+    assert not empty.expert_bias.any()
     assert not empty.load.any()
 
 
@@ -123,7 +123,7 @@ def _biases():
     for _ in range(3):
         layers(x)
         balance_biases(layers)
-    return torch.stack([layer.gate.bias for layer in layers])
+    return torch.stack([layer.gate.expert_bias for layer in layers])
 
 
 def test_all_ranks_keep_the_bias_of_one():

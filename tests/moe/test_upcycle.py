@@ -54,6 +54,14 @@ def test_any_gate_whose_weights_add_up_to_a_constant(gate):
     assert close(moe(X, ids=torch.arange(len(X))), dense(X), 1e-12)
 
 
+def test_shards_of_a_copy_have_one_router_bias():
+    dense, gate = block(), TopKGate(16, 8, 4, bias=True)
+    torch.nn.init.normal_(gate.bias, generator=torch.Generator().manual_seed(2))
+    moe = upcycle(layer(24, top_k=None, gate=gate), dense)
+    assert close(moe(X), dense(X), 1e-12)
+    assert gate.bias.unique().numel() == 4
+
+
 @pytest.mark.parametrize(
     ("options", "hidden", "says"),
     [
@@ -89,14 +97,17 @@ def test_a_scale_is_taken_for_softmax_scores():
     assert close(moe(X), dense(X), 1e-12), "scores of an untrained router are 1 / E"
 
 
-@pytest.mark.parametrize(("act", "kind"), [(nn.GELU(), "gelu"), (nn.ReLU(), "relu")])
+@pytest.mark.parametrize(("act", "kind"), [(nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.ReLU(), "relu")])
 def test_a_sequential_and_tensors_by_name(act, kind):
     dense = nn.Sequential(nn.Linear(16, 48), act, nn.Linear(48, 16)).double()
     assert close(upcycle(layer(experts=kind, bias=True), dense)(X), dense(X), 1e-12)
     tensors = {"w_up": dense[0].weight.T, "b_up": dense[0].bias, "w_down": dense[2].weight.T, "b_down": dense[2].bias}
     assert close(upcycle(layer(experts=kind, bias=True), tensors)(X), dense(X), 1e-12)
     with pytest.raises(ValueError, match="another activation"):
-        upcycle(layer(experts=kind, bias=True), nn.Sequential(dense[0], nn.GELU("tanh"), dense[2]))
+        upcycle(
+            layer(experts=kind, bias=True),
+            nn.Sequential(dense[0], nn.GELU("none" if kind == "gelu_tanh" else "tanh"), dense[2]),
+        )
 
 
 def test_experts_of_any_kind():
