@@ -208,14 +208,12 @@ class FeedForwardExperts(Experts):
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
         """Where that saves copies: by Triton's kernels, a few experts at a time, or as `decode` weighs in passing."""
-        if self.kernel == "triton":
-            return True
-        return plan.capacity is None if self._few_at_a_time(x, plan.slot.numel()) else self.hidden >= self.dim
+        few = self._few_at_a_time(x, plan.slot.numel())
+        return self.kernel == "triton" or (plan.capacity is None if few else self.hidden >= self.dim)
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
-        if torch.compiler.is_compiling() or self.adapts:
-            return False
-        return pays(x, rows, max(self.dim, self.hidden))
+        plain = not torch.compiler.is_compiling() and not self.adapts
+        return plain and pays(x, rows, max(self.dim, self.hidden))
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
         return self.adapted(name, grouped_linear(rows, ends, *self._layer(name, rows), weight), rows, ends)
