@@ -5,10 +5,11 @@ device's kernel see one node. Where `kernels` can serve the device and dtype the
 plain PyTorch. Every output element is written once and sums run over a token's k rows in their order, in
 float32 or wider: the result does not depend on threads, and two runs agree to the bit.
 
-Kernels and plain PyTorch round alike, with one exception. `decode` without weights of bfloat16 rows, k > 1, on an x86
-CPU: a sum halfway between two bfloat16 numbers goes to the larger in magnitude, not to the even one (FBGEMM, torch
-2.13). Of random rows that is one element in ten for k = 2, in twenty for k = 8; the mean grows by 6e-4 and 3e-4 of
-itself. What rounds to even there takes twice as long or more.
+Kernels and plain PyTorch on a CPU round alike (weighted, a product together with the sum it is added to), with one
+exception. `decode` without weights of bfloat16 rows, k > 1, on an x86 CPU: a sum halfway between two bfloat16 numbers
+goes to the larger in magnitude, not to the even one (FBGEMM, torch 2.13). Of random rows that is one element in ten for
+k = 2, in twenty for k = 8; the mean grows by 6e-4 and 3e-4 of itself. What rounds to even there takes twice as long or
+more.
 """
 
 from __future__ import annotations
