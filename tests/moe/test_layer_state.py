@@ -234,6 +234,8 @@ def test_reentrant_checkpoint_is_refused():
         ({"min_capacity": 0}, "min_capacity must be a positive integer; got 0"),
         ({"balance_choices": 0}, "balance_choices must be a positive integer; got 0"),
         ({"balance": "all"}, "balance must be one of local, global, sequence; got 'all'"),
+        ({"balance": {"local": -1.0}}, "balance must be one of local, global, sequence; got {'local': -1.0}"),
+        ({"balance": None}, "balance must be one of local, global, sequence; got None"),
         ({"pad": True}, "pad=True gives every expert its full capacity: set capacity_factor"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a positive number"),
         ({"eval_capacity_factor": float("nan")}, "capacity_factor must be a positive number"),
