@@ -1,10 +1,10 @@
 // decode: rows [R, D] -> tokens [T, D], a token the sum of its k rows, weighted or not; and the weighted one's backward.
 #include "rows.cuh"
 
-// Sums in float32, j = 0 .. k - 1; rows of nobody are not read. Products and sums are rounded one by one, so that the
-// result is the plain PyTorch one to the bit (a CPU's ties in bfloat16 apart: dispatch/ops.py). `weight` is null where
-// rows are weighted already. Three blocks a multiprocessor have loads enough under way (README.md): with k = 8 ptxas would
-// leave room for two. In float32 that is too tight for it.
+// Sums in float32, j = 0 .. k - 1; rows of nobody are not read. A product is rounded with the sum it is added to, as in
+// plain PyTorch on a CPU, so that both agree to the bit (its ties in bfloat16 apart: dispatch/ops.py). `weight` is null
+// where rows are weighted already. Three blocks a multiprocessor have loads enough under way (README.md): with k = 8 ptxas
+// would leave room for two. In float32 that is too tight for it.
 template <class T, class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
         const Values row = Values::of(chunk[i]);
         const float w = weight ? weight[t * k + first + i] : 1.0f;
 #pragma unroll
-        for (int e = 0; e < Values::N; e++) sum.value[e] = __fadd_rn(sum.value[e], __fmul_rn(row.value[e], w));
+        for (int e = 0; e < Values::N; e++) sum.value[e] = fmaf(row.value[e], w, sum.value[e]);
       }
     }
     row_of(y, t, chunks)[c] = sum.chunk();

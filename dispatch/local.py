@@ -16,7 +16,7 @@ from .plan import Plan
 class LocalDispatcher(Dispatcher):
     """Encode, experts, decode. No collective and no host sync.
 
-    Experts that gather (`Experts.gathers`) read the tokens by the plan instead and sum up what they made of them.
+    Experts that gather (`Experts.gathers`) read the tokens by the plan instead, and weigh and sum up what they make.
     """
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
@@ -25,7 +25,7 @@ class LocalDispatcher(Dispatcher):
         if gathers is None or not gathers(x, plan):
             return super().__call__(x, plan, weight, experts)
         check_weight(weight)
-        return experts(x, encode_weight(weight, plan), plan.counts, plan)
+        return experts(x, weight, plan.counts, plan)
 
     def is_static(self, plan: Plan) -> bool:
         """Always."""

@@ -5,10 +5,11 @@ device's kernel see one node. Where `kernels` can serve the device and dtype the
 plain PyTorch. Every output element is written once and sums run over a token's k rows in their order, in
 float32 or wider: the result does not depend on threads, and two runs agree to the bit.
 
-Kernels and plain PyTorch round alike, with one exception. `decode` without weights of bfloat16 rows, k > 1, on an x86
-CPU: a sum halfway between two bfloat16 numbers goes to the larger in magnitude, not to the even one (FBGEMM, torch
-2.13). Of random rows that is one element in ten for k = 2, in twenty for k = 8; the mean grows by 6e-4 and 3e-4 of
-itself. What rounds to even there takes twice as long or more.
+Kernels and plain PyTorch on a CPU round alike (weighted, a product together with the sum it is added to), with one
+exception. `decode` without weights of bfloat16 rows, k > 1, on an x86 CPU: a sum halfway between two bfloat16 numbers
+goes to the larger in magnitude, not to the even one (FBGEMM, torch 2.13). Of random rows that is one element in ten for
+k = 2, in twenty for k = 8; the mean grows by 6e-4 and 3e-4 of itself. What rounds to even there takes twice as long or
+more.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if kernels.sums(rows):
         return kernels.decode(rows, slot, weight)
-    return _sum(rows * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1), slot).to(rows.dtype)
+    return _sum(wide(rows), slot, weight).to(rows.dtype)
 
 
 @torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
@@ -92,22 +93,36 @@ def _decode_weighted_backward(
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
     if kernels.sums(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
-    grad = wide(_gather(grad, token))
-    grad_rows = grad * _row_weight(wide(weight), slot, len(rows)).unsqueeze(1)
-    dots = _gather((grad * rows).sum(1, keepdim=True), slot.flatten())
-    return grad_rows.to(rows.dtype), dots.view_as(slot).to(weight.dtype)
+    to_rows = _gather(grad, token)
+    to_weight = _dots(rows, grad, to_rows, slot)
+    return to_rows.mul_(_row_weight(wide(weight), slot, len(rows)).unsqueeze(1)), to_weight.to(weight.dtype)
 
 
-def _sum(rows: Tensor, slot: Tensor) -> Tensor:
-    """y[t] = sum over j of rows[slot[t, j]]."""
-    if slot.shape[1] == 1:
+def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
+    """y[t] = sum over j of rows[slot[t, j]], times weight[t, j] if there are weights."""
+    if slot.shape[1] == 1 and weight is None:
         return _gather(rows, slot.squeeze(1))
     if rows.device.type != "cpu" or not len(rows):
-        terms = wide(rows)
+        terms = wide(rows) if weight is None else rows * _row_weight(weight, slot, len(rows)).unsqueeze(1)
         return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
-    number = kept.sum(1)
-    return torch.embedding_bag(rows, slot[kept], number.cumsum(0) - number, mode=0)[0]
+    if bool(kept.all()):
+        home, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
+    else:
+        number = kept.sum(1)
+        home, start = slot[kept], number.cumsum(0) - number
+    each = None if weight is None else weight[kept].to(rows.dtype)
+    return torch.embedding_bag(rows, home, start, mode=0, per_sample_weights=each)[0]
+
+
+def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:
+    """<rows[slot[t, j]], grad[t]> [T, k], 0 where dropped; `grad_rows` is grad laid out as rows."""
+    if rows.device.type != "cpu" or not len(rows):
+        return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
+    home, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]  # without a pass of products; skips -1
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        wide(grad), wide(rows), home, token, token, mode=0
+    ).view_as(slot)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ class Plan:
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        token, slot, counts = _plan(expert, num_experts, capacity)
+        place = _plan if torch.compiler.is_compiling() or kernels.places(expert, num_experts) else _sorted
+        token, slot, counts = place(expert, num_experts, capacity)
         return cls(expert, token, slot, counts, capacity)
 
     def padded(self, capacity: int) -> Plan:

@@ -17,7 +17,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "swiglu": F.silu,  # of the gate; see `swiglu`
 }
-_CACHE = 1 << 18  # elements of a block: a few of them fit a core's cache, and the calls on each do not weigh
+_CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
 
 
 def swiglu(up: Tensor, gate: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..dispatch.ops import decode, encode
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
@@ -179,16 +180,17 @@ class FeedForwardExperts(Experts):
         return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
-        """See `Experts.forward`; with a `plan`, rows are its tokens [T, D], and so is what comes back (`gathers`).
+        """See `Experts.forward`; with a `plan`, its tokens [T, D] and their weight [T, k] -> tokens [T, D] (`gathers`).
 
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         triton = self.kernel == "triton"
         if triton:
             check_kernel(self.kernel, rows)
-        if triton or plan is not None or self._few_at_a_time(rows, len(weight)):
+        if triton or self._few_at_a_time(rows, weight.numel()):
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return (fused if triton else perceptrons)(rows, weight, counts, self.activation, [up, *gate], down, plan)
+        rows = rows if plan is None else encode(rows, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self._linear("up", rows, ends)
         if self.activation == "swiglu":
@@ -197,16 +199,17 @@ class FeedForwardExperts(Experts):
             hidden = ACTIVATIONS[self.activation](hidden)
         if self.hidden < self.dim:
             return self._linear("down", weighted(hidden, weight), ends, weight)
-        return weighted(self._linear("down", hidden, ends), weight)
+        rows = self._linear("down", hidden, ends)
+        return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Triton's kernels always do; on a CPU, dropless, where a few experts at a time are faster."""
-        return self.kernel == "triton" or (plan.capacity is None and self._few_at_a_time(x, len(plan.token)))
+        """Where that saves copies: by Triton's kernels, a few experts at a time, or as `decode` weighs in passing."""
+        few = self._few_at_a_time(x, plan.slot.numel())
+        return self.kernel == "triton" or (plan.capacity is None if few else self.hidden >= self.dim)
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
-        if torch.compiler.is_compiling() or self.adapts:
-            return False
-        return pays(x, rows, max(self.dim, self.hidden))
+        plain = not torch.compiler.is_compiling() and not self.adapts
+        return plain and pays(x, rows, max(self.dim, self.hidden))
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
         return self.adapted(name, grouped_linear(rows, ends, *self._layer(name, rows), weight), rows, ends)

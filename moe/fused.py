@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..dispatch.ops import encode_weight
 from ..dispatch.plan import Plan
 from .in_cache import Layer
 
@@ -30,11 +31,12 @@ def fused(
     Args:
         x: rows [R, D] -> weighted rows [R, D]. With a `plan` tokens [T, D] -> [T, D], each the sum of its rows, and
             no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the layers.
-        weight: [R], the gate's weight of each row.
+        weight: [R], the gate's weight of each row; with a `plan` [T, k].
         counts: int64 [L], rows of each expert; rows past their sum come back undefined.
         ups: one layer, or for "swiglu" up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
         down: [L, H, D] and [L, D].
     """
+    weight = weight if plan is None else encode_weight(weight, plan)
     (w_up, b_up), (w_gate, b_gate) = ups if activation == "swiglu" else (*ups, (None, None))
     layers = [None if t is None else t.contiguous() for t in (w_up, w_gate, down[0], b_up, b_gate, down[1])]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *layers))

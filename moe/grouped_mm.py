@@ -54,11 +54,15 @@ class _ContiguousGradient(torch.autograd.Function):
 def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """The product of two matrices into `out`, or with `add` out plus it; of dtype `computed`, or of one to round to."""
     dtype = computed(out)
-    a, b = a.to(dtype), b.to(dtype)
-    y = out.to(dtype) if add or out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    torch.addmm(y, a, b, out=y) if add else torch.mm(a, b, out=y)  # with `out` autocast leaves them alone
-    if y is not out:
-        out.copy_(y)
+    if not a.dtype == b.dtype == out.dtype == dtype:
+        y = out if out.dtype == dtype else out.to(dtype) if add else torch.empty_like(out, dtype=dtype)
+        mm(a.to(dtype), b.to(dtype), y, add)
+        if y is not out:
+            out.copy_(y)
+    elif add:  # with `out` autocast leaves both alone
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def computed(x: Tensor) -> torch.dtype:

@@ -2,13 +2,15 @@
 
 Of the hidden rows, only what the activation is taken of is kept. The rest is made for a group of experts, used while
 it lies in the cache, and made again in the backward: that costs less than memory would, where every page of a
-large buffer has to be faulted in, written, and read again. Where an allocator keeps its pages, it saves memory alone.
+large buffer has to be faulted in, written, and read again. Where the allocator keeps its pages, all at once is faster.
 Groups, not single experts: gathers, sums and activations are then a few calls on many rows, however small an expert is.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch.ops import wide
+from ..dispatch.ops import encode_weight, wide
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, blocks
 from .grouped_mm import computed, mm
@@ -30,9 +32,24 @@ def pays(rows: Tensor, number: int, width: int) -> bool:
     """Whether groups are faster for `number` rows of this width, of the dtype of rows.
 
     They are where the rows of all experts are a buffer that is faulted in page by page, each time. Smaller ones are
-    kept, and then what groups make again in the backward costs more than it saves.
+    kept, or with some allocators all, and then what groups make again in the backward costs more than it saves.
     """
-    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE
+    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE and _faulted_anew()
+
+
+@cache
+def _faulted_anew() -> bool:
+    """Whether a large buffer's pages go back to the kernel when it is freed; measured, as no allocator tells."""
+    if sys.platform == "win32":  # does not count page faults
+        return True
+    import resource
+
+    size, counts = _LARGE + _LARGE // 8, []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        len(b"\1" * size)  # filled, then freed
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts) > size // resource.getpagesize() // 2
 
 
 def perceptrons(
@@ -41,9 +58,10 @@ def perceptrons(
     """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
 
     `up` has one layer, or for "swiglu" two, the gate being the second. The gate's weight multiplies the hidden row:
-    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D], and so is what comes back: those of a group
-    are gathered when it is its turn, and all [R, D] never exist.
+    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens come back: the
+    rows of a group are gathered when it is its turn, and all [R, D] never exist.
     """
+    weight = weight if plan is None else encode_weight(weight, plan)
     tensors = [tensor for layer in (down, *up) for tensor in layer]
     graph = torch.is_grad_enabled()  # asked here: inside, it never is
     return _Perceptrons.apply(rows, weight, counts, activation, plan, graph, *tensors)  # pyright: ignore[reportReturnType]

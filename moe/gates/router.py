@@ -40,7 +40,8 @@ def route(
         if bias.shape != logits.shape[1:]:
             raise ValueError(f"bias must be [E], E={logits.shape[1]}; got {tuple(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
-    step = _route if logits.dtype == torch.float32 else plain
+    one_kernel = logits.dtype == torch.float32 and (torch.compiler.is_compiling() or _has_kernel(logits, k))
+    step = _route if one_kernel else plain
     weight, scores, expert = step(logits, bias, k, score == "sigmoid", normalize)
     return expert, weight, scores
 

@@ -68,7 +68,8 @@ def run(case: Case, device: str) -> dict:
     names = [f"{kind}_{layer}" for kind in ("wb" if case.bias else "w") for layer in layers]
     given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) / 5 for i, n in enumerate(names)}}
     given = {name: t.to(case.dtype) for name, t in given.items()}
-    weight = encode_weight(random(*plan.slot.shape, seed=8).abs(), plan)
+    weight = random(*plan.slot.shape, seed=8).abs()
+    weight = weight if case.plan else encode_weight(weight, plan)
     grad = random(rows, D, seed=9).to(case.dtype)
     if not case.plan:
         for t in (given["x"], grad, weight):
@@ -79,6 +80,9 @@ def run(case: Case, device: str) -> dict:
     way = (case.activation, ups, down, on_device if case.plan else None)
     y = fused(leaves["x"], leaves["weight"], on_device.counts, *way)
     grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
+    grads = {name: g.cpu() for name, g in zip(leaves, grads, strict=True)}
+    if case.plan:
+        weight, grads["weight"] = (encode_weight(t, plan) for t in (weight, grads["weight"]))
     return {
         "given": {**given, "weight": weight},
         "activation": case.activation,
@@ -86,7 +90,7 @@ def run(case: Case, device: str) -> dict:
         "counts": plan.counts,
         "grad": grad,
         "y": y.detach().cpu(),
-        "grads": {name: g.cpu() for name, g in zip(leaves, grads, strict=True)},
+        "grads": grads,
     }
 
 

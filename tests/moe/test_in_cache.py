@@ -1,5 +1,8 @@
 """Experts a few at a time on a CPU: the same as all at once, with less kept; half precision without units for it."""
 
+import ctypes
+import os
+import platform
 from itertools import pairwise
 
 import pytest
@@ -10,7 +13,7 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import grouped_mm
-from turnout.moe.in_cache import groups, pays
+from turnout.moe.in_cache import _faulted_anew, groups, pays
 
 HALVES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
@@ -28,23 +31,25 @@ def few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "swiglu"])
-def test_rows_gathered_group_by_group(activation, bias, dtype, monkeypatch):
+def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, monkeypatch):
     monkeypatch.setattr("turnout.moe.in_cache._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
     plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
     experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
     toward, results = random(5, 8, seed=2, dtype=dtype), []
-    for trip in (dispatcher, super(LocalDispatcher, dispatcher).__call__):
-        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, first=not results: first)
+    apart = super(LocalDispatcher, dispatcher).__call__
+    for grouped, trip in ((True, dispatcher), (False, dispatcher), (False, apart)):
+        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, grouped=grouped: grouped)
         experts.zero_grad()
         x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
         x, weight = x.requires_grad_(), weight.requires_grad_()
         y = trip(x, plan, weight, experts)
         y.backward(toward)
         results.append([y, x.grad, weight.grad, *(p.grad for p in experts.parameters())])
-    for gathered, apart in zip(*results, strict=True):
-        assert gathered.dtype == apart.dtype
-        assert close(gathered, apart, TOLERANCE[dtype])
+    for grouped, at_once, apart in zip(*results, strict=True):
+        assert grouped.dtype == at_once.dtype == apart.dtype
+        assert close(grouped, apart, TOLERANCE[dtype])
+        assert close(at_once, apart, TOLERANCE[dtype])
     assert not results[0][0][3].any(), "a token of nobody's"
 
 
@@ -92,12 +97,27 @@ def test_groups_are_all_experts_in_order(counts, elements):
         assert 4 * (sum(group.sizes) + after.sizes[0]) > elements, "one more would have had room"
 
 
-def test_a_few_at_a_time_where_buffers_are_large():
+def test_a_few_at_a_time_where_buffers_are_large(monkeypatch):
+    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: True)
     half, meta = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")
     assert pays(torch.empty(0), 32768, width=512)
     assert pays(half, 32768, width=512)
     assert not pays(half, 8192, width=1024), "16 MiB"
     assert not pays(meta, 32768, width=512), "another device"
+    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: False)
+    assert not pays(torch.empty(0), 32768, width=512), "an allocator that keeps its pages"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="asks glibc's allocator")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_allocator_that_keeps_its_pages_is_noticed(keeps):
+    child = os.fork()
+    if not child:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if keeps else 65536)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1 if keeps else 2**17)  # M_TRIM_THRESHOLD
+        os._exit(_faulted_anew.__wrapped__())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (not keeps)
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
