@@ -47,6 +47,7 @@ class Blocks(NamedTuple):
         depth: what is summed over between two loads.
         warps: that share a tile.
         stages: loads under way at a time.
+        descriptors: whether operands in the order of memory are loaded by the copy engine (TMA, sm_90 and later).
     """
 
     rows: int
@@ -54,23 +55,27 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 def blocks(kernel: str, x: Tensor, rows: int) -> Blocks:
     """For a kernel over tensors like `x`, on its device, with `rows` rows an expert on average."""
-    if x.device.type != "cuda":
-        return Blocks(16, 16, 16, 4, 1)  # Triton's interpreter: the smallest, so that small inputs have many
+    if x.device.type != "cuda":  # Triton's interpreter: the smallest, so that small inputs have many
+        return Blocks(16, 16, 16, 4, 1, descriptors=True)
     return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > 64)
 
 
 def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
     """For a GPU of compute capability `major`; `many` rows an expert or few. No register spills; else unmeasured."""
+    if kernel == "bias":
+        return _BIAS
     if itemsize == 4:
         return _FLOAT32
     size = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
     return size if many or kernel == "weight" else size._replace(rows=64, warps=4)
 
 
+_BIAS = Blocks(64, 64, 0, 4, 3)  # a sum over rows: of no products, memory is the limit
 _FLOAT32 = Blocks(64, 64, 32, 8, 2)
 # "up" and "weight" hold two accumulators of this size.
 _MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
@@ -80,8 +85,8 @@ _MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
     "weight": Blocks(128, 64, 32, 4, 3),
 }
 _LARGE = {  # 227 KiB: sm_90, sm_100
-    "up": Blocks(128, 128, 64, 8, 3),
-    "down": Blocks(128, 256, 64, 8, 3),
-    "hidden": Blocks(128, 64, 64, 8, 4),
-    "weight": Blocks(128, 128, 64, 8, 3),
+    "up": Blocks(128, 128, 64, 8, 3, True),
+    "down": Blocks(128, 256, 64, 8, 3, True),
+    "hidden": Blocks(128, 64, 64, 8, 4, True),
+    "weight": Blocks(128, 128, 64, 8, 3, True),
 }

@@ -23,9 +23,7 @@ class Stage(PipelineStage):
     def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
         """What torch calls for each micro-batch: token ids or what was received -> logits or what is sent."""
         y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(
-            self.submod, keep=False
-        )  # a backward in two halves frees no graph that something still refers to
+        aux = aux_loss(self.submod, keep=False)  # a backward in halves frees no graph that something refers to
         self.aux.append(aux.detach())
         if aux.requires_grad:
             y = AddLoss.apply(y, aux * self.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -35,6 +35,11 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (rows * weight.unsqueeze(1)).to(rows.dtype)
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
+
+
+def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
+    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -128,8 +128,8 @@ class FeedForwardExperts(Experts):
     W_down (w a) = w W_down a.
 
     `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
-    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; neither biases
-    nor "gelu_tanh"; not run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; not "gelu_tanh";
+    not run on a GPU yet); ``"auto"``, which is "torch" until there are measurements.
 
     Args:
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
@@ -163,8 +163,6 @@ class FeedForwardExperts(Experts):
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
         if kernel == "triton" and self.adapts:
             raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
-        if kernel == "triton" and self.bias:
-            raise ValueError('kernel="triton" has no biases: build the experts with bias=False, or set kernel="torch"')
         if kernel == "triton" and self.activation == "gelu_tanh":
             raise ValueError('kernel="triton" has no "gelu_tanh": set kernel="torch"')
         self._kernel = kernel
@@ -185,14 +183,12 @@ class FeedForwardExperts(Experts):
 
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
-        if self.kernel == "triton":
+        triton = self.kernel == "triton"
+        if triton:
             check_kernel(self.kernel, rows)
-            w_gate = self._tensor("w_gate", rows) if self.activation == "swiglu" else None
-            w_up, w_down = (self._tensor(name, rows) for name in ("w_up", "w_down"))
-            return fused(rows, weight, counts, w_up, w_gate, w_down, self.activation, plan)
-        if plan is not None or self._few_at_a_time(rows, len(weight)):
+        if triton or plan is not None or self._few_at_a_time(rows, len(weight)):
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-            return perceptrons(rows, weight, counts, self.activation, [up, *gate], down, plan)
+            return (fused if triton else perceptrons)(rows, weight, counts, self.activation, [up, *gate], down, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self._linear("up", rows, ends)
         if self.activation == "swiglu":

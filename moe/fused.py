@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.plan import Plan
+from .in_cache import Layer
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -16,32 +17,30 @@ def fused(
     x: Tensor,
     weight: Tensor,
     counts: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
-    w_down: Tensor,
     activation: str,
+    ups: list[Layer],
+    down: Layer,
     plan: Plan | None = None,
 ) -> Tensor:
-    """weight * (w_down act(w_up x)) of each row's expert, for rows sorted by expert.
+    """weight * (W_down act(W_up x + b_up) + b_down) of each row's expert, for rows sorted by expert.
 
     For the backward x, the rows' values before the activation and nothing else is kept; hidden rows are computed
     again there, from those values (SonicMoE, arXiv:2512.14080).
 
     Args:
         x: rows [R, D] -> weighted rows [R, D]. With a `plan` tokens [T, D] -> [T, D], each the sum of its rows, and
-            no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the w.
+            no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the layers.
         weight: [R], the gate's weight of each row.
         counts: int64 [L], rows of each expert; rows past their sum come back undefined.
-        w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
-        w_down: [L, H, D].
+        ups: one layer, or for "swiglu" up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
+        down: [L, H, D] and [L, D].
     """
-    tensors = [t for t in (x, weight, w_up, w_gate, w_down) if t is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    (w_up, b_up), (w_gate, b_gate) = ups if activation == "swiglu" else (*ups, (None, None))
+    layers = [None if t is None else t.contiguous() for t in (w_up, w_gate, down[0], b_up, b_gate, down[1])]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *layers))
     token, slot = (None, None) if plan is None else (plan.token, plan.slot)
     ends = counts.cumsum(0).to(torch.int32)
-    w_up, w_down = w_up.contiguous(), w_down.contiguous()
-    w_gate = None if w_gate is None else w_gate.contiguous()
-    return _experts(x.contiguous(), weight, ends, token, slot, w_up, w_gate, w_down, activation, save)[0]
+    return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save)[0]
 
 
 def check_kernel(kernel: str, x: Tensor) -> None:
@@ -69,13 +68,18 @@ def _experts(
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
+    b_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_down: Tensor | None,
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..cuda import grouped
 
-    hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save)
-    return _home(grouped.down([(hidden, w_down)], ends), token, slot), up, gate
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
+        rows = grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
+        return _home(rows, token, slot), up, gate
 
 
 @torch.library.custom_op("turnout::experts_backward", mutates_args=())
@@ -89,23 +93,33 @@ def _experts_backward(
     w_up: Tensor,
     w_gate: Tensor | None,
     w_down: Tensor,
+    b_down: Tensor | None,
     up: Tensor,
     gate: Tensor,
     activation: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weight, w_down, w_up and, if gated, w_gate; empty where `wanted` (x; the w) says so."""
+    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down; empty where not `wanted`: x, w, b."""
     from ..cuda import grouped
 
-    to_x, to_weights = wanted
-    hidden, *to_before, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation)
-    before, ups = ([to_before[0]], [w_up]) if w_gate is None else (to_before, [w_up, w_gate])
-    out = [x.new_empty(0), to_weight.to(weight.dtype), *(x.new_empty(0) for _ in (w_down, *ups))]
-    if to_x:
-        out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
-    if to_weights:
-        out[2:] = grouped.weight_backward(hidden, [grad], ends, b_token=token)
-        out[3:] = grouped.weight_backward(x, before, ends, a_token=token)
+    to_x, to_weights, to_biases = wanted
+    with torch.cuda.device_of(x):
+        hidden, *befores, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation)
+        gated = w_gate is not None
+        before = befores if gated else befores[:1]
+        out = [x.new_empty(0) for _ in range(8)]
+        if to_x:
+            ups = [w_up, w_gate] if gated else [w_up]
+            out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
+        if to_weights:
+            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
+            (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
+        if b_down is not None:
+            if to_biases:
+                out[5 : 5 + len(before)] = [grouped.bias_backward(b, ends)[0] for b in before]
+            out[7], more = grouped.bias_backward(grad, ends, token, weight, b_down)
+            to_weight += more
+    out[1] = to_weight.to(weight.dtype)
     return out
 
 
@@ -114,35 +128,33 @@ def _home(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tensor:
 
 
 @_experts.register_fake
-def _(x, weight, ends, token, slot, w_up, w_gate, w_down, activation, save):
+def _(x, weight, ends, token, slot, w_up, w_gate, w_down, b_up, b_gate, b_down, activation, save):
     rows, H = len(weight) if save else 0, w_up.shape[2]
     return torch.empty_like(x), x.new_empty(rows, H), x.new_empty(0 if w_gate is None else rows, H)
 
 
 @_experts_backward.register_fake
-def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, up, gate, activation, wanted):
-    weights = [w_down, w_up] if w_gate is None else [w_down, w_up, w_gate]
-    of = [x, weight, *weights]
-    asked = [wanted[0], True, *(wanted[1] for _ in weights)]
+def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, b_down, up, gate, activation, wanted):
+    to_x, to_weights, to_biases = wanted
+    biased, gated = b_down is not None, w_gate is not None
+    asked = [to_x, True, to_weights, to_weights and gated, to_weights]
+    asked += [to_biases and biased, to_biases and biased and gated, biased]
+    of = [x, weight, w_up, w_up, w_down, w_up[:, 0], w_up[:, 0], w_down[:, 0]]
     return [t.new_empty(t.shape if yes else 0) for t, yes in zip(of, asked, strict=True)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, _ = inputs
+    *tensors, _b_up, _b_gate, b_down, ctx.activation, _ = inputs
     _, up, gate = output
     ctx.mark_non_differentiable(up, gate)
-    ctx.save_for_backward(*tensors, up, gate)
+    ctx.save_for_backward(*tensors, b_down, up, gate)
 
 
 def _backward(ctx, grad: Tensor, *_):
-    x, weight, ends, token, slot, w_up, w_gate, w_down, up, gate = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[5] or needs[6] or needs[7]]
-    out = _experts_backward(
-        grad.contiguous(), x, weight, ends, token, slot, w_up, w_gate, w_down, up, gate, ctx.activation, wanted
-    )
-    to_x, to_weight, to_down, to_up, *to_gate = out
-    everything = to_x, to_weight, None, None, None, to_up, *(to_gate or [None]), to_down, None, None
+    needs = ctx.needs_input_grad  # in the order of the inputs: x, weight, ends, token, slot, the w, the b
+    wanted = [needs[0], any(needs[5:8]), any(needs[8:11])]
+    to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted)
+    everything = to_x, to_weight, None, None, None, *others, None, None
     return tuple(g if need else None for g, need in zip(everything, needs, strict=True))
 
 

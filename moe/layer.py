@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dispatch.base import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.plan import Plan
-from .activation import weighted
+from .activation import weighted_before
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
 from .experts import Experts
 from .free import FreeExperts
@@ -102,8 +102,6 @@ class MoE(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        if not isinstance(top_k, int | None):
-            raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
         if weight_on not in ("input", "output"):
@@ -189,7 +187,7 @@ class MoE(nn.Module):
 
     def _experts(self) -> Callable[..., Tensor]:
         """What rows go through: the experts, the weight before or after them, recomputed or not."""
-        experts = self.experts if self.weight_on == "output" else partial(_weighted_before, self.experts)
+        experts = self.experts if self.weight_on == "output" else partial(weighted_before, self.experts)
         if self.recompute and torch.is_grad_enabled():
             return partial(checkpoint, experts, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return experts
@@ -311,10 +309,6 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
-
-
-def _weighted_before(experts: Experts, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
 
 
 def _autocast(tokens: Tensor) -> Tensor:

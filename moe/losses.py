@@ -23,10 +23,11 @@ BALANCE = ("local", "global", "sequence")
 
 def balance_shares(balance: str | Mapping[str, float]) -> dict[str, float]:
     """Over which tokens losses balance, and with what share of the weight each: "global" -> {"global": 1.0}."""
-    shares = {balance: 1.0} if isinstance(balance, str) else dict(balance)
-    if not shares or not set(shares) <= set(BALANCE):
+    shares = {balance: 1.0} if isinstance(balance, str) else dict(balance or {})
+    numbers = all(isinstance(share, int | float) and share >= 0 for share in shares.values())
+    if not shares or not set(shares) <= set(BALANCE) or not numbers:
         raise ValueError(
-            f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares)"
+            f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares, 0 or more)"
         )
     return shares
 

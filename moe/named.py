@@ -13,6 +13,8 @@ from .shared import FeedForward, Residual, Sum
 
 def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
     """A gate among `num_experts`, or the one that was given."""
+    if not isinstance(top_k, int | None):
+        raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
     if isinstance(gate, type):
         raise TypeError(f"gate must be a name or a Gate, not a class: pass {gate.__name__}(dim, num_experts, ...)")
     if not isinstance(gate, str):

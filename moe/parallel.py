@@ -222,9 +222,10 @@ def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wir
 
 def _description(layer: MoE) -> Iterator[str]:
     """What must be the same on all ranks, the values of the router told by the sum of their bytes."""
-    for name in ("num_experts", "capacity_factor", "eval_capacity_factor", "drop_policy", "pad", "balance"):
+    capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
+    losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
+    for name in ("num_experts", *capacity, *losses, "weight_on"):
         yield f"{name}={getattr(layer, name)!r}"
-    yield f"aux_loss_weight={layer.aux_loss_weight}, z_loss_weight={layer.z_loss_weight}, weight_on={layer.weight_on}"
     yield f"experts of seed {layer.experts.seed}"
     yield f"gate {type(layer.gate).__name__}, top_k={getattr(layer.gate, 'top_k', None)}"
     for name, p in layer.named_parameters():

@@ -183,7 +183,8 @@ def _keep(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_weight: Tensor | None, grad_scores: Tensor | None, _):
     grads = (None if grad is None else grad.contiguous() for grad in (grad_weight, grad_scores))
-    return _route_backward(*grads, *ctx.saved_tensors, ctx.sigmoid, ctx.normalize), None, None, None, None
+    step = plain_backward if torch.is_grad_enabled() else _route_backward  # create_graph=True: differentiable again
+    return step(*grads, *ctx.saved_tensors, ctx.sigmoid, ctx.normalize), None, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_keep)

@@ -2,6 +2,8 @@
 
 python compile_experts.py 80 90 100
 python compile_experts.py 90 --all        in every size and dtype
+
+What is compiled is what `turnout.cuda.grouped` launches, recorded as it launches it, on tensors without memory.
 """
 
 from __future__ import annotations
@@ -11,67 +13,144 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from turnout.cuda import grouped_kernels as kernels
-from turnout.cuda.tiles import Blocks, sizes
+from triton.tools.tensor_descriptor import TensorDescriptor
+from turnout.cuda import grouped, grouped_kernels, tiles
 
-D, H = 2048, 1024
-TYPES = {"num_m": "i32", "rows": "i32", "weight": "*fp32", "to_weight": "*fp32"}
-TYPES |= dict.fromkeys(("token", "a_token", "b_token"), "*i64")
-TYPES |= dict.fromkeys(("tile_expert", "tile_start", "ends"), "*i32")
-
-
-def variants() -> Iterator[tuple[str, str, dict]]:
-    """A name, the key of its blocks, the kernel's constants: those of SwiGLU, which want the most."""
-    shape = {"D": D, "H": H, "ACTIVATION": "swiglu", "GATHER": True}
-    yield "up", "up", {**shape, "SAVE": True}
-    yield "down", "down", {"K": H, "N": D, "TRANSPOSED": False, "PAIR": False}
-    yield "down, backward", "down", {"K": H, "N": D, "TRANSPOSED": True, "PAIR": True}
-    yield "hidden", "hidden", shape
-    yield "weight", "weight", {"K": D, "N": H, "GATHER_A": True, "GATHER_B": False, "BOTH": True}
+T, D, H, E = 4096, 2048, 1024, 4
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
-def resources(key: str, constants: dict, blocks: Blocks, arch: int, dtype: str) -> dict:
-    kernel = getattr(kernels, f"{key}_kernel")
-    constants = constants | {"PRECISION": "ieee", "BM": blocks.rows, "BN": blocks.columns, "BK": blocks.depth}
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, f"*{dtype}") for n in kernel.arg_names}
+class Launch(NamedTuple):
+    """A kernel, and all that it was launched with, by name."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+class Recorder:
+    """Stands where a kernel stood: notes its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        names = self.kernel.arg_names
+        return lambda *args, **named: self.launches.append(
+            Launch(self.kernel, dict(zip(names, args, strict=False)) | named)
+        )
+
+
+def launches(dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blocks]) -> dict[str, Launch]:
+    """What a step of SwiGLU, which wants the most, launches, by name; with biases where rows are not gathered.
+
+    `blocks`: in the place of the one in `tiles`.
+    """
+    recorded: list[Launch] = []
+    for name in ("up", "down", "hidden", "weight", "bias"):
+        setattr(grouped, f"{name}_kernel", Recorder(getattr(grouped_kernels, f"{name}_kernel"), recorded))
+    grouped.blocks = blocks
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    R = 2 * T
+    ends, weight = empty(E, dtype=torch.int32), empty(R, dtype=torch.float32)
+    token = empty(R, dtype=torch.int64) if gathered else None
+    x, grad = (empty(T if gathered else R, D) for _ in range(2))
+    w_up, w_gate, w_down = empty(E, D, H), empty(E, D, H), empty(E, H, D)
+    b_up, b_gate, b_down = (None, None, None) if gathered else (empty(E, H), empty(E, H), empty(E, D))
+    hidden, *before = grouped.up(x, token, ends, weight, w_up, w_gate, "swiglu", True, b_up, b_gate)
+    grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
+    grouped.down(list(zip(before, (w_up, w_gate), strict=True)), ends, transposed=True)
+    grouped.hidden_backward(grad, token, ends, weight, w_down, *before, "swiglu")
+    grouped.weight_backward(hidden, [grad], ends, b_token=token)
+    grouped.weight_backward(x, before, ends, a_token=token)
+    names = ["up", "down", "down, backward", "hidden", "weight, one", "weight, two"]
+    if not gathered:
+        grouped.bias_backward(grad, ends, token, weight, b_down)
+        names.append("bias")
+    return dict(zip(names, recorded, strict=True))
+
+
+def chosen(arch: int, many: bool = True, pointers: bool = False) -> Callable[..., tiles.Blocks]:
+    """`blocks` for that architecture; `pointers`: without descriptors, as where sizes are no multiples of 16 bytes."""
+
+    def blocks(kernel: str, x: torch.Tensor, *_: object) -> tiles.Blocks:
+        size = tiles.sizes(kernel, x.element_size(), arch // 10, many)
+        return size._replace(descriptors=size.descriptors and not pointers)
+
+    return blocks
+
+
+def signature(value: Any) -> str:
+    """How Triton writes the type of an argument."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+    if isinstance(value, torch.Tensor):
+        return f"*{DTYPES[value.dtype]}"
+    return "constexpr"
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """The kernel, for that architecture."""
+    kernel, arguments = launch
+    options = {name: arguments[name] for name in OPTIONS}
+    kinds = {name: signature(arguments[name]) for name in kernel.arg_names}
+    kinds |= dict.fromkeys(set(kinds) & {"num_m", "R"}, "i32")
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")}
-    source = ASTSource(kernel, signature, {places[n]: value for n, value in constants.items()}, aligned)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    aligned = {places[n]: [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")}
+    constants = {places[n]: arguments[n] for n, kind in kinds.items() if kind == "constexpr"}
+    source = ASTSource(kernel, kinds, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of Triton's own tools prints of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        listed = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(found: Any) -> dict:
+    """Registers and memory; how the PTX loads and multiplies."""
+    listed = tool("cuobjdump", found.asm["cubin"], "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{word}:(\d+)", listed)[1]) for word in ("REG", "STACK"))
-    ptx = compiled.asm["ptx"]
+    ptx = found.asm["ptx"]
+    loops = "".join(re.findall(r"scf\.for .*?scf\.yield", found.asm["ttgir"], re.DOTALL))
     return {
         "registers": registers,
         "spilled": stack,
-        "shared": compiled.metadata.shared,
+        "shared": found.metadata.shared,
         "asynchronous": ptx.count("cp.async.cg"),
-        "product": next(name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx),
+        "described": ptx.count("cp.async.bulk.tensor"),
+        "waited for": len(re.findall(r"tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr", loops)),
+        "product": next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx), "none"),
     }
 
 
 def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
-    """What each kernel takes, in bfloat16 for many rows an expert; for few and in float32 as well if `everything`."""
+    """What each kernel takes, in bfloat16 for many rows an expert; if `everything`, for few, by pointer, in float32."""
     for arch in archs:
-        asked = [("bf16", 2, True)] + ([("bf16", 2, False), ("fp32", 4, True)] if everything else [])
-        for dtype, itemsize, many in asked:
-            for name, key, constants in variants():
-                blocks = sizes(key, itemsize, arch // 10, many)
-                head = {"arch": arch, "dtype": dtype, "kernel": name, "blocks": list(blocks)}
-                yield head | resources(key, constants, blocks, arch, dtype)
+        asked = [(torch.bfloat16, True, False)]
+        if everything:
+            asked += [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float32, True, False)]
+        for dtype, many, pointers in asked:
+            for gathered in (True, False):
+                for name, launch in launches(dtype, gathered, chosen(arch, many, pointers)).items():
+                    size = [launch.arguments[n] for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
+                    head = {"arch": arch, "dtype": DTYPES[dtype], "kernel": name, "gathered": gathered, "blocks": size}
+                    yield head | resources(compiled(launch, arch))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from turnout.moe.fused import fused
 
 NAN = float("nan")
 WAYS = ("plain", "overlapped", "compiled")
-D, H, E = 24, 40, 4  # tiles are 16 wide under the interpreter
+E = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     capacity: int | None = None
     plan: bool = True
+    bias: bool = False
+    sizes: tuple[int, int] = (24, 40)  # D, H; tiles are 16 wide under the interpreter
 
 
 RAGGED = [[0, 2], [2, 3], [2, -1], [2, 0], [-1, -1], [3, 2]] * 3  # nobody goes to 1; 12 rows to 2, 4 to 0, 5 to 3
@@ -42,6 +44,11 @@ CASES = {
     "sorted rows": Case(RAGGED[:9], plan=False),
     "sorted rows, gelu": Case(RAGGED[:6], "gelu", plan=False),
     "float16": Case(RAGGED[:6], dtype=torch.float16),
+    "biases": Case(RAGGED[:9], bias=True),
+    "biases, padded": Case(RAGGED[:6], "gelu", capacity=7, bias=True),
+    "biases, sorted rows": Case([[0]] * 5 + [[2]] * 20 + [[-1]] * 2, "relu", plan=False, bias=True),
+    "odd sizes": Case(RAGGED[:6], bias=True, sizes=(23, 33)),  # no multiples of 16 bytes
+    "odd sizes, sorted rows": Case(RAGGED[:6], plan=False, sizes=(23, 33)),
 }
 ON_A_GPU = {"bfloat16": Case(RAGGED, dtype=torch.bfloat16)}  # which the interpreter rounds towards zero
 
@@ -53,8 +60,11 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 def run(case: Case, device: str) -> dict:
     plan = Plan.of(torch.tensor(case.expert), E, case.capacity)
     rows = len(plan.token) if not case.plan else len(case.expert)
-    names = ["w_up", "w_down", "w_gate"][: 3 if case.activation == "swiglu" else 2]
+    D, H = case.sizes
+    layers = ["up", "gate", "down"] if case.activation == "swiglu" else ["up", "down"]
     shapes = {"w_up": (E, D, H), "w_gate": (E, D, H), "w_down": (E, H, D)}
+    shapes |= {"b_up": (E, H), "b_gate": (E, H), "b_down": (E, D)}
+    names = [f"{kind}_{layer}" for kind in ("wb" if case.bias else "w") for layer in layers]
     given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) / 5 for i, n in enumerate(names)}}
     given = {name: t.to(case.dtype) for name, t in given.items()}
     weight = encode_weight(random(*plan.slot.shape, seed=8).abs(), plan)
@@ -64,8 +74,9 @@ def run(case: Case, device: str) -> dict:
             t[int(plan.counts.sum()) :] = NAN  # rows of nobody
     leaves = {n: t.to(device).requires_grad_() for n, t in {**given, "weight": weight}.items()}
     on_device = Plan(*(t.to(device) for t in (plan.expert, plan.token, plan.slot, plan.counts)), plan.capacity)
-    weights = (leaves["w_up"], leaves.get("w_gate"), leaves["w_down"], case.activation)
-    y = fused(leaves["x"], leaves["weight"], on_device.counts, *weights, on_device if case.plan else None)
+    *ups, down = ((leaves[f"w_{layer}"], leaves.get(f"b_{layer}")) for layer in layers)
+    way = (case.activation, ups, down, on_device if case.plan else None)
+    y = fused(leaves["x"], leaves["weight"], on_device.counts, *way)
     grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
     return {
         "given": {**given, "weight": weight},
@@ -81,7 +92,7 @@ def run(case: Case, device: str) -> dict:
 def layer(kernel: str, device: str, way: str) -> list[torch.Tensor]:
     """A whole layer: output and gradients."""
     torch.manual_seed(0)
-    moe = MoE(16, 24, 3, 2, capacity_factor=1.0, seed=1).to(device)
+    moe = MoE(16, 24, 3, 2, capacity_factor=1.0, bias=way == "plain", seed=1).to(device)
     moe.experts.kernel = kernel
     if way == "overlapped":  # rows come sorted then
         moe.dispatcher = OverlapDispatcher(moe.dispatcher, 2)
@@ -114,7 +125,8 @@ def check_operator(device: str) -> str:
     x, weight, w = (t.to(device).requires_grad_() for t in (x, weight, w))
     ends = plan.counts.cumsum(0).to(torch.int32)
     other = w.detach().clone().requires_grad_()
-    given = (x, weight, ends, plan.token, plan.slot, w, None, other, "relu", True)
+    bias = random(2, 16, seed=2).to(device).requires_grad_()
+    given = (x, weight, ends, plan.token, plan.slot, w, None, other, bias, None, bias.detach().clone(), "relu", True)
     torch.library.opcheck(torch.ops.turnout.experts.default, given)
     return "well formed"
 

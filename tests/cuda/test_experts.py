@@ -13,7 +13,7 @@ import pytest
 import torch
 from reference import close, expert_ffn
 from torch.torch_version import TorchVersion
-from turnout.cuda.tiles import Tiles
+from turnout.cuda.tiles import Blocks, Tiles
 from turnout.dispatch import Plan
 from turnout.moe import MoE, aux_loss
 from turnout.moe.experts import FeedForwardExperts, ModuleExperts
@@ -21,6 +21,7 @@ from turnout.moe.experts import FeedForwardExperts, ModuleExperts
 HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 CASES = ["ragged", "padded", "all on one", "nothing", "sorted rows", "sorted rows, gelu", "float16", "bfloat16"]
+CASES += ["biases", "biases, padded", "biases, sorted rows", "odd sizes", "odd sizes, sorted rows"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -80,7 +81,7 @@ def test_kernels_as_by_hand(name, results):
         places = {"x": real, "weight": filled}.get(key, slice(None))
         assert actual.dtype == case["given"][key].dtype
         assert close(actual[places], exact[places], tol), key
-        if key.startswith("w_"):
+        if key.startswith(("w_", "b_")):
             empty = (case["counts"] == 0).nonzero().flatten()
             assert not actual[empty].any(), f"an expert without rows has a gradient of {key}"
             if name != "nothing":
@@ -117,17 +118,40 @@ def test_operator_is_well_formed(results):
 @pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize(("arch", "product"), [(90, "wgmma.mma"), (80, "mma.sync"), (100, "tcgen05.mma")])
-def test_kernels_compile_without_spills(arch, product, tmp_path):
+def test_kernels_compile_as_an_architecture_wants_them(arch, product, tmp_path):
     lines = [
         json.loads(line)
         for line in python("compile_experts.py", str(arch), TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     ]
-    assert [line["kernel"] for line in lines] == ["up", "down", "down, backward", "hidden", "weight"]
+    products = ["up", "down", "down, backward", "hidden", "weight, one", "weight, two"]
+    assert [line["kernel"] for line in lines] == [*products, *products, "bias"]
     for line in lines:
         assert line["spilled"] == 0, line
-        assert line["product"] == product, line
-        assert line["asynchronous"] > 0, f"gathered rows are not prefetched: {line}"
         assert line["shared"] <= (99 if arch == 80 else 227) * 1024, line
+        if line["kernel"] == "bias":
+            continue
+        assert line["product"] == product, line
+        assert line["waited for"] == 0, f"loads that are not prefetched: {line}"
+        gathers = line["gathered"] and not line["kernel"].startswith("down")
+        assert (line["asynchronous"] > 0) == (arch == 80 or gathers), line
+        assert (line["described"] > 0) == (arch >= 90), f"what lies in order has no descriptors: {line}"
+
+
+@needs_triton
+def test_what_the_copy_engine_cannot_take_is_loaded_by_pointer():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    from turnout.cuda import grouped
+
+    size = Blocks(16, 16, 16, 4, 1, descriptors=True)
+    flat = torch.zeros(4 * 32 * 24 + 1, dtype=torch.float16)
+    w = flat[:-1].view(4, 32, 24)
+    assert isinstance(grouped._matrices(w, size), TensorDescriptor)
+    assert isinstance(grouped._rows(w[0], None, size), TensorDescriptor)
+    for odd in (flat[1:].view(4, 32, 24), torch.zeros(4, 24, 33, dtype=torch.float16)):
+        assert grouped._matrices(odd, size) is odd
+        assert grouped._rows(odd[0], None, size).shape == odd.shape[1:]
+    for rows, token, given in ((w[0], w, size), (w[0, :0], None, size), (w[0], None, size._replace(descriptors=False))):
+        assert grouped._rows(rows, token, given) is rows
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 8], [0, 0, 0], [0, 16, 16], [5], [1, 2, 3, 4]])
@@ -178,8 +202,6 @@ def test_choosing_a_kernel():
     assert experts.gathers(x, plan)
     with pytest.raises(ValueError, match="kernel must be one of auto, torch, triton; got 'cutlass'"):
         experts.kernel = "cutlass"
-    with pytest.raises(ValueError, match="has no biases"):
-        FeedForwardExperts(8, 16, 4, bias=True).kernel = "triton"
     assert not ModuleExperts(lambda: torch.nn.Linear(4, 4), 2).gathers(x, plan)
 
 

@@ -158,6 +158,9 @@ def failing(what):
         tensor_parallel(build(), meshes.dense["dp"])
     if what == "length":
         tensor_parallel(build(), meshes.dense["tp"])(torch.zeros(1, 5, dtype=torch.int64))
+    if what == "second derivative":
+        model, tokens = tensor_parallel(build(), meshes.dense["tp"]), torch.zeros(1, 4, dtype=torch.int64)
+        next_token_loss(model(tokens), tokens).backward(create_graph=True)
     tensor_parallel(build(**what), meshes.dense["tp"])
 
 
@@ -170,11 +173,12 @@ def failing(what):
         ("not split", r"call tensor_parallel\(model, meshes.dense\[\"tp\"\]\) first"),
         ("twice", "call tensor_parallel once"),
         ("axis", "needs a mesh with the one axis \"tp\"; got \\('dp',\\)"),
+        ("second derivative", "the loss of split logits has no second derivative: leave out create_graph=True"),
         ("length", "sequences of 5 tokens do not split over tp=2 ranks; pad or cut them to a multiple of 2"),
     ],
     ids=str,
 )
 def test_what_does_not_fit_is_said_on_every_rank(what, message):
     for error in errors(2, failing, what):
-        assert error.startswith("ValueError")
+        assert error.startswith("RuntimeError" if what == "second derivative" else "ValueError")
         assert re.search(message, error), error

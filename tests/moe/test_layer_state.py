@@ -195,6 +195,24 @@ def test_recomputation_is_not_counted():
     assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
 
 
+def test_losses_that_are_not_kept():
+    layer, x = built(), tokens(9)
+    layer(x)
+    loss = aux_loss(layer)
+    assert loss > 0
+    assert aux_loss(layer, keep=False) == loss
+    assert aux_loss(layer) == 0
+
+
+def test_evaluation_between_a_forward_and_its_loss_is_refused():
+    layer, x = built(), tokens(9)
+    layer(x)
+    with torch.no_grad():
+        layer.eval()(x)
+    with pytest.raises(RuntimeError, match="Call aux_loss before you evaluate"):
+        aux_loss(layer.train())
+
+
 def test_reentrant_checkpoint_is_refused():
     model, x = nn.ModuleDict({"moe": built()}), tokens(9).requires_grad_()
     y = checkpoint(model["moe"], x, use_reentrant=True)
@@ -216,6 +234,8 @@ def test_reentrant_checkpoint_is_refused():
         ({"min_capacity": 0}, "min_capacity must be a positive integer; got 0"),
         ({"balance_choices": 0}, "balance_choices must be a positive integer; got 0"),
         ({"balance": "all"}, "balance must be one of local, global, sequence; got 'all'"),
+        ({"balance": {"local": -1.0}}, "balance must be one of local, global, sequence; got {'local': -1.0}"),
+        ({"balance": None}, "balance must be one of local, global, sequence; got None"),
         ({"pad": True}, "pad=True gives every expert its full capacity: set capacity_factor"),
         ({"capacity_factor": 0.0}, "capacity_factor must be a positive number"),
         ({"eval_capacity_factor": float("nan")}, "capacity_factor must be a positive number"),

@@ -77,7 +77,7 @@ def test_the_layer_never_waits(name, masked, operators):
     step("meta", masked=masked, **LAYERS[name])
 
 
-@pytest.mark.parametrize("name", ["ragged", "capped", "padded", "padded, gelu, by position"])
+@pytest.mark.parametrize("name", ["ragged", "capped", "padded", "padded, gelu, by position", "shared, bias, z-loss"])
 def test_the_layer_never_waits_with_triton(name, operators):
     step("meta", "triton", masked=True, **LAYERS[name])
 
@@ -122,6 +122,4 @@ def test_waiting_is_seen(waits):
 def test_the_layer_never_waits_for_a_gpu(name, kernel):
     if kernel == "torch" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("torch's grouped_mm itself waits there")
-    if kernel == "triton" and LAYERS[name].get("bias"):
-        pytest.skip("no biases")
     step("cuda", kernel, masked=True, **LAYERS[name])

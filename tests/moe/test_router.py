@@ -43,6 +43,19 @@ def test_float32_is_float64_rounded(score, normalize, bias):
         assert not close(2 * a, w, 1e-3)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_float32_has_second_derivatives(score):
+    def second(dtype):
+        logits = drawn(T, E).to(dtype).requires_grad_()
+        _, weight, scores = route(logits, K, score, True)
+        total = (weight * drawn(T, K, seed=2)).sum() + (scores * drawn(T, E, seed=3)).sum()
+        (first,) = torch.autograd.grad(total.square(), logits, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), logits)[0]
+
+    assert close(second(torch.float32), second(torch.float64), 1e-5)
+    assert second(torch.float64).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("score", SCORES)

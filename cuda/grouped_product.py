@@ -1,0 +1,138 @@
+# type: ignore (the language of Triton, which looks like Python)
+"""What the kernels of grouped products are made of: a program's tile, the loads of its operands, the sum of products.
+
+An operand is a pointer or a tensor descriptor, by its type. A descriptor is read by the copy engine of sm_90 and later
+(TMA), which needs no addresses and no masks: what lies outside comes as zeros. Rows in memory order are described as
+`ragged_tma` does it, so that the engine also knows where an expert's rows end; gathered rows have pointers.
+"""
+
+# ruff: noqa: RET505 (Triton leaves a branch out by its constant condition, but does not know that a return ends it)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.tools.ragged_tma import load_ragged
+
+TOGETHER = tl.constexpr(8)  # row tiles that go through the columns of a weight while these are in L2
+
+
+@triton.jit
+def place(num_m, num_n):
+    """This program's tile: row, column."""
+    program = tl.program_id(0)
+    first = program // (TOGETHER * num_n) * TOGETHER
+    height = tl.minimum(num_m - first, TOGETHER)
+    program %= TOGETHER * num_n
+    return first + program % height, program // height
+
+
+@triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE, known beforehand where blocks fill the size."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, 1, tl.int1)
+    else:
+        return index < SIZE
+
+
+@triton.jit
+def source(row, end, token):
+    """Where the rows of a tile lie: int64, -1 = nowhere."""
+    if token is None:
+        return tl.where(row < end, row, -1).to(tl.int64)
+    else:
+        return tl.load(token + row, mask=row < end, other=-1)
+
+
+@triton.jit
+def rows(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """[BM, BK] from column `start` on of the rows a[found], or of those from `first` to `end`; zeros for others."""
+    if isinstance(a, tl.tensor_descriptor):
+        return load_ragged(a, 0, end, [first, start])
+    else:
+        k = start + tl.arange(0, BK)
+        mask = (found >= 0)[:, None] & within(k, K, BK)[None, :]
+        return tl.load(a + found[:, None] * K + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def columns(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """[BK, BM]: what `rows` gives, transposed. Loaded so, as sm_80 does not prefetch what is transposed later."""
+    if isinstance(a, tl.tensor_descriptor):
+        return load_ragged(a, 0, end, [first, start]).T
+    else:
+        k = start + tl.arange(0, BK)
+        mask = (found >= 0)[None, :] & within(k, K, BK)[:, None]
+        return tl.load(a + found[None, :] * K + k[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def matrix(
+    b,
+    expert,
+    start,
+    across,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """[BK, BN] from row `start`, column `across` on of b[expert]: [K, N], or lying as [N, K] if TRANSPOSED."""
+    if isinstance(b, tl.tensor_descriptor):
+        if TRANSPOSED:
+            return b.load([expert, across, start]).reshape(BN, BK).T
+        else:
+            return b.load([expert, start, across]).reshape(BK, BN)
+    else:
+        k = (start + tl.arange(0, BK))[:, None]
+        n = (across + tl.arange(0, BN))[None, :]
+        b += expert.to(tl.int64) * K * N
+        at = k + n * K if TRANSPOSED else k * N + n
+        return tl.load(b + at, mask=within(k, K, BK) & within(n, N, BN), other=0.0)
+
+
+@triton.jit
+def product(
+    total,
+    second,
+    a,
+    found,
+    first,
+    end,
+    b,
+    c,
+    expert,
+    across,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """total + rows of a times b[expert], and second + those rows times c[expert] unless c is None."""
+    for start in range(0, K, BK):
+        left = rows(a, found, first, end, start, K, BM, BK)
+        right = matrix(b, expert, start, across, K, N, TRANSPOSED, BK, BN)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        if c is not None:
+            right = matrix(c, expert, start, across, K, N, TRANSPOSED, BK, BN)
+            second = tl.dot(left, right, second, input_precision=PRECISION)
+    return total, second
+
+
+@triton.jit
+def activate(up, gate, ACTIVATION: tl.constexpr):
+    """The hidden value, and its derivatives by up and by gate."""
+    if ACTIVATION == "swiglu":
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        return silu * up, silu, up * (sigmoid + silu * (1 - sigmoid))
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1 + tl.erf(up * 0.7071067811865476))  # of a normal distribution; then its density
+        return up * below, below + up * tl.exp(-0.5 * up * up) * 0.3989422804014327, gate
+    else:
+        return tl.where(up <= 0, 0.0, up), tl.where(up <= 0, 0.0, 1.0), gate  # as torch: NaN stays NaN
