@@ -131,9 +131,9 @@ def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
     E = routing.num_experts
     if sequences == 1:
         return load(routing.expert, E).unsqueeze(0)
-    sequence = torch.arange(sequences, device=routing.expert.device).repeat_interleave(
-        len(routing.expert) // max(sequences, 1), output_size=len(routing.expert)
-    )
+    # not repeat_interleave: for torch 2.11's compiler its number of repeats is a constant
+    sequence = torch.arange(sequences, device=routing.expert.device).unsqueeze(1)
+    sequence = sequence.expand(-1, len(routing.expert) // max(sequences, 1)).flatten()
     ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
     return load(ids, sequences * E).reshape(sequences, E)
 
