@@ -14,11 +14,12 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "cuda" / "README.md",
+    ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RANKS = {"python torchrun": 2, "python torchrun 4": 4}  # what a fence says, and the ranks its block runs on
-LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")  # file, heading
 
 
 def blocks(path: Path, kind: str) -> list[str]:
@@ -45,7 +46,8 @@ def test_every_python_block_is_of_a_kind_that_is_run(path):
 
 
 @each([path for path in PAGES if blocks(path, "python")])
-def test_python_blocks_run(path):
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what they write
     namespace = {"__name__": path.stem}
     with torch.random.fork_rng():
         for code in blocks(path, "python"):
@@ -74,5 +76,22 @@ def test_a_block_of_the_readme_runs_under_torchrun(tmp_path):
 
 @each(PAGES)
 def test_links_lead_somewhere(path):
-    links = [link for link in LINK.findall(FENCE.sub("", path.read_text())) if "://" not in link]
-    assert [link for link in links if not (path.parent / link).exists()] == []
+    links = [(path.parent / file if file else path, heading) for file, heading in linked(path)]
+    assert [file for file, _ in links if not file.exists()] == []
+    assert [(file.name, heading) for file, heading in links if heading and heading not in headings(file)] == []
+
+
+def linked(path: Path) -> list[tuple[str, str]]:
+    """Links of a page that lead to files here: the file, "" for the page itself, and the heading or ""."""
+    return [link for link in LINK.findall(FENCE.sub("", path.read_text())) if "://" not in link[0]]
+
+
+def headings(path: Path) -> set[str]:
+    """A page's headings, as links name them."""
+    found = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_the_index_has_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages - {file for file, _ in linked(ROOT / "docs" / "index.md")} == set()
