@@ -95,7 +95,7 @@ def run(case: Case, device: str) -> dict:
 
 
 def layer(kernel: str, device: str, way: str) -> list[torch.Tensor]:
-    """A whole layer: output and gradients. Of "compiled", the Triton kernels are, and torch's is what they must equal."""
+    """A whole layer: output and gradients; "compiled", if on Triton's kernels."""
     torch.manual_seed(0)
     moe = MoE(16, 24, 3, 2, capacity_factor=1.0, bias=way == "plain", seed=1).to(device)
     moe.experts.kernel = kernel
