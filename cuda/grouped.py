@@ -46,7 +46,7 @@ def up(
     Args:
         x: [T, D], gathered by `token`; rows [R, D] if that is None.
         w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
-        activation: "swiglu", "gelu" or "relu".
+        activation: "swiglu", "gelu", "gelu_tanh" or "relu".
         save: whether a backward follows.
         b_up, b_gate: [L, H], where there are biases.
         size: of the tiles, here and below; None: `blocks`.

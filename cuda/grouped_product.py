@@ -134,5 +134,9 @@ def activate(up, gate, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         below = 0.5 * (1 + tl.erf(up * 0.7071067811865476))  # of a normal distribution; then its density
         return up * below, below + up * tl.exp(-0.5 * up * up) * 0.3989422804014327, gate
+    elif ACTIVATION == "gelu_tanh":
+        square = up * up
+        below = tl.sigmoid(up * (1.5957691216057308 + 0.07135481627260025 * square))  # (1 + tanh) / 2 of half of that
+        return up * below, below + up * below * (1 - below) * (1.5957691216057308 + 0.21406444881780076 * square), gate
     else:
         return tl.where(up <= 0, 0.0, up), tl.where(up <= 0, 0.0, 1.0), gate  # as torch: NaN stays NaN

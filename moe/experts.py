@@ -129,8 +129,8 @@ class FeedForwardExperts(Experts):
     W_down (w a) = w W_down a.
 
     `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
-    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; not "gelu_tanh";
-    not run on a GPU yet); ``"auto"``, which is "torch". `autotune` measures, and sets the faster.
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; not run on
+    a GPU yet); ``"auto"``, which is "torch". `autotune` measures, and sets the faster.
 
     Args:
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
@@ -164,8 +164,6 @@ class FeedForwardExperts(Experts):
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
         if kernel == "triton" and self.adapts:
             raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
-        if kernel == "triton" and self.activation == "gelu_tanh":
-            raise ValueError('kernel="triton" has no "gelu_tanh": set kernel="torch"')
         self._kernel = kernel
 
     def split_axes(self) -> dict[str, int]:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch.ops import encode_weight, wide
 from ..dispatch.plan import Plan
@@ -123,11 +122,17 @@ class _Perceptrons(torch.autograd.Function):
         return out.done()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, w_down, b_down, *rest = ctx.saved_tensors
         number = len(rest) // 3  # of layers below the activation
         up, before = rest[: 2 * number], rest[2 * number :]
+        if torch.is_grad_enabled():  # create_graph=True: all again, as operators that autograd follows
+            given = rows, weight, None, None, None, None, w_down, b_down, *up
+            wanted = [t for t, needs in zip(given, ctx.needs_input_grad, strict=True) if t is not None and needs]
+            layers = [*zip(up[::2], up[1::2], strict=True), (w_down, b_down)]
+            y = _followed(rows, weight, ctx.activation, ctx.plan, ctx.turns, layers)
+            grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return tuple(next(grads) if needs else None for needs in ctx.needs_input_grad)
         most = _most(ctx.turns)
         needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         to_rows = _Out(rows, most, ctx.plan) if needs_rows else None
@@ -173,6 +178,23 @@ class _Perceptrons(torch.autograd.Function):
             if to_rows is not None:
                 to_rows.add(span)
         return to_rows and to_rows.done(), to_weight, None, None, None, None, to_w_down, to_b_down, *to_up
+
+
+def _followed(
+    rows: Tensor, weight: Tensor, activation: str, plan: Plan | None, turns: list[Group], layers: list[Layer]
+) -> Tensor:
+    """What `_Perceptrons` computes, an expert at a time, every operator differentiable; the last layer is down."""
+    sizes = [size for group in turns for size in group.sizes]
+    R, made = sum(sizes), []
+    x = rows[:R] if plan is None else rows[plan.token[:R]]
+    for e, (x_, w_) in enumerate(zip(x.split(sizes), weight[:R].unsqueeze(1).split(sizes), strict=True)):
+        *ups, (w_out, b_out) = [(wide(matrix[e]), 0 if b is None else wide(b[e])) for matrix, b in layers]
+        hidden = _activated(activation, *(wide(x_) @ matrix + b for matrix, b in ups))
+        made.append((hidden @ w_out + b_out) * w_)
+    y = torch.cat(made).to(rows.dtype)
+    if plan is None:
+        return F.pad(y, (0, 0, 0, len(rows) - R))
+    return torch.zeros_like(rows, dtype=wide(y).dtype).index_add(0, plan.token[:R], wide(y)).to(rows.dtype)
 
 
 class _Out:

@@ -44,6 +44,7 @@ CASES = {
     "nothing": Case([[-1]] * 3),
     "sorted rows": Case(RAGGED[:9], plan=False),
     "sorted rows, gelu": Case(RAGGED[:6], "gelu", plan=False),
+    "sorted rows, gelu_tanh": Case(RAGGED[:6], "gelu_tanh", plan=False),
     "float16": Case(RAGGED[:6], dtype=torch.float16),
     "biases": Case(RAGGED[:9], bias=True),
     "biases, padded": Case(RAGGED[:6], "gelu", capacity=7, bias=True, sizes=(24, 40)),

@@ -23,7 +23,14 @@ from turnout.moe.experts import FeedForwardExperts, ModuleExperts
 HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 CASES = ["ragged", "padded", "all on one", "nothing", "sorted rows", "sorted rows, gelu", "float16", "bfloat16"]
-CASES += ["biases", "biases, padded", "biases, sorted rows", "odd sizes", "odd sizes, sorted rows"]
+CASES += [
+    "sorted rows, gelu_tanh",
+    "biases",
+    "biases, padded",
+    "biases, sorted rows",
+    "odd sizes",
+    "odd sizes, sorted rows",
+]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -55,6 +55,23 @@ def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, mo
     assert not results[0][0][3].any(), "a token of nobody's"
 
 
+@pytest.mark.parametrize(("activation", "gathers"), [("swiglu", True), ("gelu", False)])
+def test_second_derivatives(activation, gathers):
+    plan = Plan.of(torch.tensor([[3, 0], [0, -1], [2, 3]]), 4)
+    experts = FeedForwardExperts(3, 2, 4, activation, bias=True, seed=3).double()
+    x, weight = random(3 if gathers else 6, 3).requires_grad_(), random(*((3, 2) if gathers else (6,)), seed=1).abs()
+    given = [x, weight.requires_grad_(), *experts.parameters()]
+    kept = slice(None) if gathers else slice(int(plan.counts.sum()))  # rows past them are nobody's
+
+    def first(*_):
+        y = LocalDispatcher()(x, plan, weight, experts) if gathers else experts(x, weight, plan.counts)
+        return y[kept]
+
+    assert torch.autograd.gradgradcheck(first, given)
+    (to_x,) = torch.autograd.grad(first().sum(), x, create_graph=True)  # of a gradient that needs none itself
+    assert to_x.requires_grad
+
+
 def test_gathered_rows_are_not_kept():
     experts, kept = FeedForwardExperts(8, 16, 4, "gelu"), []
     plan = Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)
