@@ -183,9 +183,10 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_weight: Tensor | None, grad_scores: Tensor | None, _):
-    grads = (None if grad is None else grad.contiguous() for grad in (grad_weight, grad_scores))
+    to_weight, to_scores = (None if grad is None else grad.contiguous() for grad in (grad_weight, grad_scores))
     step = plain_backward if torch.is_grad_enabled() else _route_backward  # create_graph=True: differentiable again
-    return step(*grads, *ctx.saved_tensors, ctx.sigmoid, ctx.normalize), None, None, None, None
+    expert, scores = ctx.saved_tensors
+    return step(to_weight, to_scores, expert, scores, ctx.sigmoid, ctx.normalize), None, None, None, None
 
 
 _route.register_autograd(_backward, setup_context=_keep)
