@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..dispatch.ops import decode, encode
+from ..dispatch.ops import decode, encode, encode_weight
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
@@ -185,7 +185,8 @@ class FeedForwardExperts(Experts):
         triton = self.kernel == "triton"
         if triton:
             check_kernel(self.kernel, rows)
-        if triton or self._few_at_a_time(rows, weight.numel()):
+        ragged = plan is None or plan.capacity is None
+        if triton or (ragged and self._few_at_a_time(rows, weight.numel())):
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return (fused if triton else perceptrons)(rows, weight, counts, self.activation, [up, *gate], down, plan)
         rows = rows if plan is None else encode(rows, plan)
@@ -195,15 +196,16 @@ class FeedForwardExperts(Experts):
             hidden = swiglu(hidden, self._linear("gate", rows, ends))
         else:
             hidden = ACTIVATIONS[self.activation](hidden)
-        if self.hidden < self.dim:
-            return self._linear("down", weighted(hidden, weight), ends, weight)
-        rows = self._linear("down", hidden, ends)
-        return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
+        if self.hidden >= self.dim:
+            rows = self._linear("down", hidden, ends)
+            return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
+        weight = weight if plan is None else encode_weight(weight, plan)
+        rows = self._linear("down", weighted(hidden, weight), ends, weight)
+        return rows if plan is None else decode(rows, plan)
 
     def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Where that saves copies: by Triton's kernels, a few experts at a time, or as `decode` weighs in passing."""
-        few = self._few_at_a_time(x, plan.slot.numel())
-        return self.kernel == "triton" or (plan.capacity is None if few else self.hidden >= self.dim)
+        """Yes, but for padded rows a few experts at a time, whose plan names rows of nobody."""
+        return self.kernel == "triton" or plan.capacity is None or not self._few_at_a_time(x, len(plan.token))
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
         plain = not torch.compiler.is_compiling() and not self.adapts

@@ -234,9 +234,7 @@ def test_choosing_a_kernel():
     experts = FeedForwardExperts(8, 16, 4)
     assert experts.kernel == "auto"
     x, plan = torch.zeros(2, 8), Plan.of(torch.tensor([[0], [1]]), 4)
-    assert experts.gathers(x, plan), "decode weighs"
-    experts = FeedForwardExperts(16, 8, 4)
-    assert not experts.gathers(x, plan), "the hidden rows are narrower, and weighed before"
+    assert experts.gathers(x, plan)
     experts.kernel = "triton"
     assert experts.gathers(x, plan)
     with pytest.raises(ValueError, match="kernel must be one of auto, torch, triton; got 'cutlass'"):
