@@ -25,7 +25,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     them, `sync_gradients`, `clip_grad_norm_` and FSDP treat them alike.
 
     Call it before or after `parallelize`, before FSDP and the optimizer. Everything in `model` is frozen but the
-    adapters; unfreeze what else is to be trained afterwards. On a CPU experts no longer run one at a time.
+    adapters; unfreeze what else is to be trained afterwards. On a CPU experts no longer run a few at a time.
 
     Args:
         model: with `MoE` layers, or one; their experts are named ones, or those of a bridge.
