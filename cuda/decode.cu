@@ -1,12 +1,19 @@
 // decode: rows [R, D] -> tokens [T, D], a token the sum of its k rows, weighted or not; and the weighted one's backward.
 #include "rows.cuh"
 
+// Blocks a multiprocessor, for loads enough under way (README.md): with k = 8 ptxas would leave room for two. In float32,
+// and before sm_90, three are too tight for it, and it spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocksOfHalves = 2;
+#else
+constexpr int kBlocksOfHalves = 3;
+#endif
+
 // Sums in float32, j = 0 .. k - 1; rows of nobody are not read. A product is rounded with the sum it is added to, as in
 // plain PyTorch on a CPU, so that both agree to the bit (its ties in bfloat16 apart: dispatch/ops.py). `weight` is null
-// where rows are weighted already. Three blocks a multiprocessor have loads enough under way (README.md): with k = 8 ptxas
-// would leave room for two. In float32 that is too tight for it.
+// where rows are weighted already.
 template <class T, class Chunk, int K>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kBlocksOfHalves : 2)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
            Chunk* __restrict__ y, long long num_tokens, int chunks, int k) {
   using Values = Elements<T, Chunk>;

@@ -68,7 +68,10 @@ def test_a_block_of_the_readme_runs_under_torchrun(tmp_path):
     job = tmp_path / "job.py"
     job.write_text(blocks(ROOT / "README.md", "python torchrun")[0])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=240, check=False)
+    for _ in range(2):
+        done = subprocess.run([*launch, str(job)], capture_output=True, text=True, timeout=240, check=False)
+        if "terminate called without an active exception" not in done.stderr:
+            break  # else a thread of gloo's outlived the interpreter: rare, torch 2.13's, see examples/launch.py
     assert done.returncode == 0, done.stderr
 
 

@@ -196,9 +196,9 @@ def test_no_part_takes_the_time_of_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "card", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--limit", "150", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--limit", "190", "--out", str(out)])
     assert gpu.main() == 0
-    assert limits == pytest.approx({"machine": 20, "checks": 40, "ops": 30, "layer": 60})
+    assert limits == pytest.approx({"machine": 20, "checks": 40, "ops": 30, "layer": 60, "tune": 40})
     assert json.loads(out.read_text())["results"] == {"machine": {"afterwards": {"rows": []}}}
 
 
