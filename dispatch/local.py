@@ -21,8 +21,7 @@ class LocalDispatcher(Dispatcher):
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
         """The whole trip: x [T, D] -> y [T, D]."""
-        gathers = getattr(experts, "gathers", None)
-        if gathers is None or not gathers(x, plan):
+        if not getattr(experts, "gathers", False):
             return super().__call__(x, plan, weight, experts)
         check_weight(weight)
         return experts(x, weight, plan.counts, plan)

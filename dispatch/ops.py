@@ -83,7 +83,7 @@ def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if kernels.sums(rows):
         return kernels.decode(rows, slot, weight)
-    return _sum(wide(rows), slot, weight).to(rows.dtype)
+    return _sum(rows, slot, wide(weight))
 
 
 @torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
@@ -111,8 +111,11 @@ def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
     else:
         number = kept.sum(1)
         home, start = slot[kept], number.cumsum(0) - number
-    each = None if weight is None else weight[kept].to(rows.dtype)
-    return torch.embedding_bag(rows, home, start, mode=0, per_sample_weights=each)[0]
+    if weight is None:
+        return torch.embedding_bag(rows, home, start, mode=0)[0]
+    terms = wide(rows)
+    each = weight[kept].to(terms.dtype)
+    return torch.embedding_bag(terms, home, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
 
 
 def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..dispatch.ops import decode, encode
+from ..dispatch.ops import decode, encode, encode_weight
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
@@ -29,16 +29,13 @@ class Experts(nn.Module, ABC):
     from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
     """
 
+    gathers = False  # whether `forward` takes tokens and their plan, in place of rows: see `FeedForwardExperts.forward`
     lora: nn.ModuleDict | None
 
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
         self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
-
-    def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Whether `forward` takes these tokens and their plan, in place of rows: see `FeedForwardExperts.forward`."""
-        return False
 
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
@@ -136,6 +133,8 @@ class FeedForwardExperts(Experts):
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
     """
 
+    gathers = True
+
     def __init__(
         self, dim: int, hidden: int, num_experts: int, activation: str = "swiglu", bias: bool = False, seed: int = 0
     ) -> None:
@@ -178,14 +177,17 @@ class FeedForwardExperts(Experts):
         return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
-        """See `Experts.forward`; with a `plan`, its tokens [T, D] and their weight [T, k] -> tokens [T, D] (`gathers`).
+        """See `Experts.forward`; with a `plan`, its tokens [T, D] and their weight [T, k] -> tokens [T, D].
 
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         triton = self.kernel == "triton"
         if triton:
             check_kernel(self.kernel, rows)
-        if triton or self._few_at_a_time(rows, weight.numel()):
+        few = self._few_at_a_time(rows, len(weight) if plan is None else len(plan.token))
+        if few and not triton and plan is not None and plan.capacity is not None:  # rows of nobody name no token
+            return decode(self.forward(encode(rows, plan), encode_weight(weight, plan), counts), plan)
+        if triton or few:
             up, down, *gate = (self._layer(name, rows) for name in self.sizes)
             return (fused if triton else perceptrons)(rows, weight, counts, self.activation, [up, *gate], down, plan)
         rows = rows if plan is None else encode(rows, plan)
@@ -195,15 +197,12 @@ class FeedForwardExperts(Experts):
             hidden = swiglu(hidden, self._linear("gate", rows, ends))
         else:
             hidden = ACTIVATIONS[self.activation](hidden)
-        if self.hidden < self.dim:
-            return self._linear("down", weighted(hidden, weight), ends, weight)
-        rows = self._linear("down", hidden, ends)
-        return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
-
-    def gathers(self, x: Tensor, plan: Plan) -> bool:
-        """Where that saves copies: by Triton's kernels, a few experts at a time, or as `decode` weighs in passing."""
-        few = self._few_at_a_time(x, plan.slot.numel())
-        return self.kernel == "triton" or (plan.capacity is None if few else self.hidden >= self.dim)
+        if self.hidden >= self.dim:
+            rows = self._linear("down", hidden, ends)
+            return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
+        weight = weight if plan is None else encode_weight(weight, plan)
+        rows = self._linear("down", weighted(hidden, weight), ends, weight)
+        return rows if plan is None else decode(rows, plan)
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
         plain = not torch.compiler.is_compiling() and not self.adapts

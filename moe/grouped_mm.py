@@ -46,9 +46,8 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (
-            grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
-        )  # of nothing, any strides count as dense
+        # of nothing, any strides count as dense
+        return grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:

@@ -189,9 +189,9 @@ class MoE(nn.Module):
         """What rows go through: the experts, the weight before or after them, recomputed or not."""
         experts = self.experts if self.weight_on == "output" else partial(weighted_before, self.experts)
         if self.recompute and torch.is_grad_enabled():
-            given, experts = experts, partial(checkpoint, experts, use_reentrant=False)
-            if not torch.compiler.is_compiling():  # no plans in graphs, and no attributes of a partial
-                experts.gathers = getattr(given, "gathers", None)  # pyright: ignore[reportAttributeAccessIssue]
+            own, experts = experts, partial(checkpoint, experts, use_reentrant=False)
+            if not torch.compiler.is_compiling():  # a graph takes neither a plan here nor an attribute of a partial
+                experts.gathers = getattr(own, "gathers", False)  # pyright: ignore[reportAttributeAccessIssue]
         return experts  # pyright: ignore[reportReturnType]
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:

@@ -108,7 +108,7 @@ def read(path: Path, of: Machine) -> list[Tuned]:
         return []
     try:
         given = json.loads(path.read_text())
-        there = given["machine"]
+        there = dict(given["machine"])
         found = [
             Tuned(Shape(**tuned["shape"]), tuned["times"], {_product(p): _times(p) for p in tuned["tiles"]})
             for tuned in given["experts"]

@@ -153,12 +153,13 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
 def _measured(shape: Shape, device: torch.device, group: ProcessGroup | None, clock: Clock) -> Tuned:
     """The same on every rank; it takes part in as many collectives whatever fails."""
     tiles: dict[Product, Times[Blocks]] = {}
-    for (product, size), ms in _slowest(_tile_times(shape, device, clock), group).items():
-        tiles.setdefault(product, {})[size] = ms
-    _install(tiles)
-    times = {kernel: _ms(lambda k=kernel: clock(_step(shape, device, k))) for kernel in ("torch", "triton")}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton launches and times on the current one
+        for (product, size), ms in _slowest(_tile_times(shape, device, clock), group).items():
+            tiles.setdefault(product, {})[size] = ms
+        _install(tiles)
+        times = {kernel: _ms(lambda k=kernel: clock(_step(shape, device, k))) for kernel in ("torch", "triton")}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return Tuned(shape, _slowest(times, group), tiles)
 
 

@@ -72,6 +72,18 @@ def test_second_derivatives(activation, gathers):
     assert to_x.requires_grad
 
 
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize("hidden", [4, 16])
+def test_a_plan_in_place_of_rows(hidden, capacity, few, monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: few)
+    plan = Plan.of(torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]]), 4, capacity)
+    experts = FeedForwardExperts(8, hidden, 4, bias=True).double()
+    x, weight = random(5, 8), random(5, 2, seed=1)
+    apart = super(LocalDispatcher, dispatcher := LocalDispatcher()).__call__(x, plan, weight, experts)
+    assert close(dispatcher(x, plan, weight, experts), apart, 1e-12)
+
+
 def test_gathered_rows_are_not_kept():
     experts, kept = FeedForwardExperts(8, 16, 4, "gelu"), []
     plan = Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)

@@ -180,7 +180,17 @@ def test_a_file_of_another_machine_is_measured_again(machine, tmp_path, caplog):
     assert json.loads(file.read_text())["machine"]["device"] == here
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"machine": {}, "experts": [{"shape": {"tokens": 1}}]}', "[1]", "3"])
+OTHER_FILES = [
+    "",
+    "{}",
+    '{"machine": {}, "experts": [{"shape": {"tokens": 1}}]}',
+    '{"machine": null, "experts": []}',
+    "[1]",
+    "3",
+]
+
+
+@pytest.mark.parametrize("text", OTHER_FILES)
 def test_another_kind_of_file_is_left_alone(text, machine, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(text)
