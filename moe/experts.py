@@ -16,7 +16,7 @@ from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_kernel, fused
 from .grouped_mm import grouped_mm
-from .in_cache import pays, perceptrons
+from .in_cache import Layer, pays, perceptrons
 from .low_rank import LowRank
 from .stacked import held_slice, local, local_as, seeded
 
@@ -181,15 +181,13 @@ class FeedForwardExperts(Experts):
 
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
-        triton = self.kernel == "triton"
-        if triton:
+        if self.kernel == "triton":
             check_kernel(self.kernel, rows)
-        few = self._few_at_a_time(rows, len(weight) if plan is None else len(plan.token))
-        if few and not triton and plan is not None and plan.capacity is not None:  # rows of nobody name no token
-            return decode(self.forward(encode(rows, plan), encode_weight(weight, plan), counts), plan)
-        if triton or few:
-            up, down, *gate = (self._layer(name, rows) for name in self.sizes)
-            return (fused if triton else perceptrons)(rows, weight, counts, self.activation, [up, *gate], down, plan)
+            return fused(rows, weight, counts, self.activation, *self._layers(rows), plan)
+        if self._few_at_a_time(rows, len(weight) if plan is None else len(plan.token)):
+            if plan is not None and plan.capacity is not None:  # its rows of nobody name no token
+                return decode(self.forward(encode(rows, plan), encode_weight(weight, plan), counts), plan)
+            return perceptrons(rows, weight, counts, self.activation, *self._layers(rows), plan)
         rows = rows if plan is None else encode(rows, plan)
         ends = counts.cumsum(0).to(torch.int32)
         hidden = self._linear("up", rows, ends)
@@ -211,7 +209,12 @@ class FeedForwardExperts(Experts):
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
         return self.adapted(name, grouped_linear(rows, ends, *self._layer(name, rows), weight), rows, ends)
 
-    def _layer(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _layers(self, rows: Tensor) -> tuple[list[Layer], Layer]:
+        """Those before the activation, up and gate, and the one behind it."""
+        up, down, *gate = (self._layer(name, rows) for name in self.sizes)
+        return [up, *gate], down
+
+    def _layer(self, name: str, rows: Tensor) -> Layer:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of rows."""
         weight = self._tensor(f"w_{name}", rows)
         if not self.bias:
