@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_product import activate, columns, place, product, rows, source, within
+from .grouped_product import activate, columns, place, product, rows, source, span, within
 
 
 @triton.jit(do_not_specialize=["num_m"])
@@ -195,10 +195,7 @@ def weight_kernel(
     """to_b [L, K, N]: for each expert the sum over its rows of a[a_token]^T b[b_token]; to_c of c, if there is one."""
     m, n = place(tl.cdiv(K, BM), tl.cdiv(N, BN))
     expert = tl.program_id(1)
-    start = 0
-    if expert > 0:
-        start = tl.load(ends + expert - 1)
-    end = tl.load(ends + expert)
+    start, end = span(ends, expert)
     total = tl.zeros([BM, BN], tl.float32)
     second = total
     # Looked up a block ahead: as a load within a load, it would take one of the loads under way.
@@ -242,10 +239,7 @@ def bias_kernel(
     """
     n = tl.program_id(0)
     expert = tl.program_id(1)
-    start = 0
-    if expert > 0:
-        start = tl.load(ends + expert - 1)
-    end = tl.load(ends + expert)
+    start, end = span(ends, expert)
     column = n * BN + tl.arange(0, BN)
     wide = within(column, N, BN)
     total = tl.zeros([BN], tl.float32)

@@ -37,6 +37,15 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def span(ends, expert):
+    """An expert's rows: the first, and where they end."""
+    start = 0
+    if expert > 0:
+        start = tl.load(ends + expert - 1)
+    return start, tl.load(ends + expert)
+
+
+@triton.jit
 def source(row, end, token):
     """Where the rows of a tile lie: int64, -1 = nowhere."""
     if token is None:

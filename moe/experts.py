@@ -14,7 +14,7 @@ from torch.func import functional_call
 from ..dispatch.ops import decode, encode, encode_weight
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
-from .fused import KERNELS, check_kernel, fused
+from .fused import KERNELS, check_triton, fused
 from .grouped_mm import grouped_mm
 from .in_cache import Layer, pays, perceptrons
 from .low_rank import LowRank
@@ -182,7 +182,7 @@ class FeedForwardExperts(Experts):
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         if self.kernel == "triton":
-            check_kernel(self.kernel, rows)
+            check_triton(rows)
             return fused(rows, weight, counts, self.activation, *self._layers(rows), plan)
         if self._few_at_a_time(rows, len(weight) if plan is None else len(plan.token)):
             if plan is not None and plan.capacity is not None:  # its rows of nobody name no token

@@ -45,19 +45,19 @@ def fused(
     return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save)[0]
 
 
-def check_kernel(kernel: str, x: Tensor) -> None:
+def check_triton(x: Tensor) -> None:
     """Raise what is wrong with Triton for rows like `x`, and what to do."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f'kernel="{kernel}" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
+        raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
     if x.is_meta or torch.compiler.is_compiling():
         return
     if importlib.util.find_spec("triton") is None:
-        raise ModuleNotFoundError(f'kernel="{kernel}" needs Triton (pip install triton), or set kernel="torch"')
+        raise ModuleNotFoundError('kernel="triton" needs Triton (pip install triton), or set kernel="torch"')
     if not x.is_cuda:
         from ..cuda.grouped import interpreted
 
         if not interpreted():
-            raise ValueError(f'kernel="{kernel}" is for CUDA devices; the rows are on {x.device}: set kernel="torch"')
+            raise ValueError(f'kernel="triton" is for CUDA devices; the rows are on {x.device}: set kernel="torch"')
 
 
 @torch.library.custom_op("turnout::experts", mutates_args=())

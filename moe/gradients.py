@@ -39,9 +39,10 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
     Raises:
         ValueError: a model that has not been parallelized, or on a mesh of other ranks.
     """
-    _check_parallelized(model, axes.data_mesh(mesh).mesh.flatten().tolist())
-    edp = axes.axis(axes.of_experts(mesh), axes.EDP)
-    own = {id(p) for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+    data, edp = axes.data_mesh(mesh), axes.axis(axes.of_experts(mesh), axes.EDP)
+    _check_parallelized(layers, data.mesh.flatten().tolist())
+    own = {id(p) for layer in layers.values() for p in layer.experts.parameters()}
     experts, split, others = [], [], []
     for p in model.parameters():
         if not p.requires_grad:
@@ -53,10 +54,9 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
             split.append(p)
         elif (dense or id(p) in own) and held_by in (None, (axes.TP,)):  # experts, too, on a mesh without "ep"
             others.append(p)
-    ranks = axes.data_mesh(mesh).size()
-    _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), ranks)
-    _reduce(split, axes.data_group(mesh), ranks)
-    _reduce(others, axes.token_group(mesh), ranks)
+    _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), data.size())
+    _reduce(split, axes.data_group(mesh), data.size())
+    _reduce(others, axes.token_group(mesh), data.size())
 
 
 @torch.no_grad()
@@ -107,17 +107,17 @@ def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> 
     return [{"params": kind, **options} for kind in kinds if kind]
 
 
-def _check_parallelized(model: nn.Module, ranks: list[int]) -> None:
-    for name, layer in model.named_modules():
-        if not isinstance(layer, MoE):
-            continue
-        group = layer.balance_group
+def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
+    groups: dict[ProcessGroup | None, str] = {}  # with the first layer of each: mostly one for all
+    for name, layer in layers.items():
+        groups.setdefault(layer.balance_group, name or "the layer")
+    for group, name in groups.items():
         if group is None and len(ranks) > 1:
-            raise ValueError(f"{name or 'the layer'} is on one rank: call parallelize(model, mesh) on all, before this")
-        if group is not None and sorted(ranks) != sorted(dist.get_process_group_ranks(group)):
+            raise ValueError(f"{name} is on one rank: call parallelize(model, mesh) on all, before this")
+        if group is not None and sorted(ranks) != sorted(theirs := dist.get_process_group_ranks(group)):
             raise ValueError(
-                f"the mesh averages over ranks {ranks}, and {name or 'the layer'} was parallelized over "
-                f"{dist.get_process_group_ranks(group)}: pass both the same mesh"
+                f"the mesh averages over ranks {ranks}, and {name} was parallelized over {theirs}: pass both the same "
+                "mesh"
             )
 
 

@@ -15,6 +15,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank that holds a part: a collective for those."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_as(tensor: Tensor, rows: Tensor) -> Tensor:
     """The part of a stacked tensor that lies here, in the dtype of rows: that of the tensor, or autocast's."""
     held = local(tensor)

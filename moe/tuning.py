@@ -19,7 +19,7 @@ from ..cuda.tune import Run, Shape
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.plan import Plan
 from .experts import FeedForwardExperts
-from .fused import check_kernel
+from .fused import check_triton
 from .layer import MoE
 from .stacked import held_slice
 from .tuned import Machine, Name, Times, Tuned, Tuning, fastest, machine, read, write
@@ -142,7 +142,7 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
     )
     before = experts.kernel
     try:
-        check_kernel("triton", torch.empty(0, dtype=dtype, device=w_up.device))
+        check_triton(torch.empty(0, dtype=dtype, device=w_up.device))
         experts.kernel = "triton"
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         return shape, str(error)

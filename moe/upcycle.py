@@ -8,13 +8,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .dense import Dense, dense_tensors, named_activation
 from .experts import Experts, FeedForwardExperts
 from .gates import Gate
 from .layer import MoE
-from .stacked import held_slice, local, seeded
+from .stacked import held_slice, local, seeded, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,9 +60,9 @@ def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, 
     rest = list(_rest(model, dense, blocks))
     plans = [(layers[name], *_plan(name, layers[name], block, reset, scale)) for name, block in blocks.items()]
     for target, value in rest:
-        local(target).copy_(_whole(value)[held_slice(target)])
+        local(target).copy_(whole(value)[held_slice(target)])
     for layer, tensors, groups, factor in plans:
-        tensors = {name: _whole(t) for name, t in tensors.items()}  # of one block at a time
+        tensors = {name: whole(t) for name, t in tensors.items()}  # of one block at a time
         _group_rows(layer.gate, groups)
         for place, expert in enumerate(layer.experts.owned):
             generator = seeded(layer.experts.seed, f"{expert}/upcycle")
@@ -226,7 +225,3 @@ def _part(dense: Dense, name: str) -> nn.Module:
 
 def _stacked(experts: Experts) -> list[tuple[str, Tensor]]:
     return [*experts.named_parameters(), *experts.named_buffers()]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ...moe.lora import lora_parameters
+from ...moe.stacked import whole
 from ..together import on_first
 from .replace import Model, bridged_layers, restore_moe
 
@@ -75,10 +76,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     Raises:
         CheckpointError: on every rank, if rank 0 cannot write.
     """
-    adapters = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).cpu().contiguous()
-        for name, p in lora_parameters(model).items()
-    }
+    adapters = {name: whole(p).cpu().contiguous() for name, p in lora_parameters(model).items()}
 
     def write() -> None:
         from safetensors.torch import save_file
@@ -93,10 +91,10 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
 def _gather(model: nn.Module) -> None:
     """Put whole tensors in the place of spread parameters: on the CPU of rank 0, and nothing on other ranks."""
     device = "meta" if dist.is_initialized() and dist.get_rank() else "cpu"
-    whole: dict[nn.Parameter, nn.Parameter] = {}  # one that is tied goes by two names
+    gathered: dict[nn.Parameter, nn.Parameter] = {}  # one that is tied goes by two names
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if isinstance(p, DTensor):
-                if p not in whole:
-                    whole[p] = nn.Parameter(p.full_tensor().to(device), requires_grad=p.requires_grad)
-                setattr(module, name, whole[p])
+                if p not in gathered:
+                    gathered[p] = nn.Parameter(p.full_tensor().to(device), requires_grad=p.requires_grad)
+                setattr(module, name, gathered[p])

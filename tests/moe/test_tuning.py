@@ -44,7 +44,7 @@ class Machine:
         return partial(self.run, kernel, self.times[kernel])
 
     def patch(self, monkeypatch):
-        monkeypatch.setattr(tuning, "check_kernel", lambda *_: None)
+        monkeypatch.setattr(tuning, "check_triton", lambda *_: None)
         monkeypatch.setattr(tune, "attempts", self.attempts)
         monkeypatch.setattr(tuning, "_step", self.step)
         return self
@@ -238,7 +238,7 @@ def on_two(folder):
         tuning.MEASURED.clear()
         machine = Machine(**(given or {})).patch(patch)
         if given is None:
-            patch.setattr(tuning, "check_kernel", lambda *_: tuning_error())
+            patch.setattr(tuning, "check_triton", lambda *_: tuning_error())
         moe = layer()
         moe.dispatcher = FlatDispatcher(dist.group.WORLD)
         said = autotune(moe, 6, clock=clock, **options)
