@@ -15,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .base import Batch, Experts, SteppedDispatcher
 from .compressed import CompressedDispatcher
+from .failure import named
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher
 from .measure import measure
 from .mesh import EP, axis, node_and_local
 from .node import NodeDispatcher
 from .overlap import OverlapDispatcher
+from .place import Place
 from .plan import Plan
 from .profile import DEGREES, Choice, Message, Profile
 from .steps import Steps
@@ -80,9 +82,9 @@ class AutoDispatcher(SteppedDispatcher):
             return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
+    def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Take part in the choice, if it is still to be made, and refuse every chunk then."""
-        self._in_chunks(torch.empty(0, 0, device=device), 0, num_experts).refuse(num_experts, device)
+        self._in_chunks(torch.empty(0, 0, device=device), 0, num_experts).refuse(num_experts, device, place)
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """As the chosen transport does it; the receipt says which that was."""
@@ -118,7 +120,8 @@ class AutoDispatcher(SteppedDispatcher):
     def _choose(self, x: Tensor, top_k: int, num_experts: int) -> Choice:
         number = x.element_size() if x.shape[1] else 0  # a refusal has no rows
         largest = torch.tensor([len(x), x.shape[1], number, top_k], device=x.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        with named("the choice of a transport", self.group):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         tokens, dim, number, top_k = largest.clamp(min=1).tolist()  # 0 if nobody has any tokens
         row = row_bytes(dim, number, self.wire)
         message = Message(tokens, row, top_k, num_experts, self.row_flops, narrow=number <= 2)

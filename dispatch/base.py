@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import node_and_local
+from .place import Place, Visit
 from .plan import Plan
 from .steps import Ready, Steps, finish, refuse
 from .traced import Sealed, outside
@@ -59,20 +60,26 @@ class Dispatcher(ABC):
         if torch.compiler.is_compiling() and not self.is_static(plan):
             batch = outside(self._dispatch_sealed, x, plan, weight)
             return outside(self._combine_sealed, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
+        plan = plan.visiting()
         batch = self.dispatch(x, plan, weight)
-        return self.combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt)
+        return self._combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt, plan.visit)
+
+    def _combine(self, rows: Tensor, receipt: Any, visit: Visit | None) -> Tensor:
+        """`combine` in the forward it belongs to."""
+        return self.combine(rows, receipt)
 
     def _dispatch_sealed(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """`dispatch` for experts that are compiled: once, for any number of rows and any receipt."""
+        plan = plan.visiting()
         rows, weight, counts, receipt = self.dispatch(x, plan, weight)
         for tensor in (rows, weight):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return Batch(rows, weight, counts, Sealed(receipt))
+        return Batch(rows, weight, counts, Sealed((receipt, plan.visit)))
 
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
-        return self.combine(rows, receipt.content)
+        return self._combine(rows, *receipt.content)
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:  # noqa: B027
+    def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:  # noqa: B027
         """Tell the other ranks that this one has failed before its dispatch, so that none waits for it."""
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
@@ -111,15 +118,18 @@ class SteppedDispatcher(Dispatcher):
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
-        return finish(self.dispatch_steps(x, plan, weight))
+        return finish(self.dispatch_steps(x, plan, weight), plan.visit)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         """Rows [R, D] back by the way they came, summed per token -> [T, D]."""
         return finish(self.combine_steps(rows, receipt))
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
+    def _combine(self, rows: Tensor, receipt: Any, visit: Visit | None) -> Tensor:
+        return finish(self.combine_steps(rows, receipt), visit)
+
+    def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Send a note of refusal in place of sizes: the other ranks raise DispatchError."""
-        refuse([self.refuse_steps(num_experts, device)])
+        refuse([self.refuse_steps(num_experts, device)], None if place is None else place.visit())
 
     @abstractmethod
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:

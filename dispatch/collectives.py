@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
-from .failure import named
+from .failure import named, timeout_of
+from .place import Visit
 from .traced import Arrived, exchange
 from .wire import Wire, pack, unpack
 
@@ -60,6 +62,7 @@ def all_to_all_start(
     recv: list[int] | None = None,
     group: ProcessGroup | None,
     wire: Wire | None = None,
+    visit: Visit | None = None,
 ) -> Travel | Arrived:
     """`all_to_all` in two halves, for what can be computed in between; differentiable.
 
@@ -74,11 +77,13 @@ def all_to_all_start(
 
     Args:
         tensors, send, recv, group, wire: as in `all_to_all`.
+        visit: the forward it belongs to. Errors name it, and on a CPU its gradients never meet those of another one:
+            see `_Messages`.
     """
     wire = wire if tensors[0].is_floating_point() else None
     if torch.compiler.is_compiling():
         return exchange(tensors, send, recv, group, wire)
-    leg = _Leg(send, recv, group, wire, tensors[0].dtype)
+    leg = _Leg(send, recv, group, wire, tensors[0].dtype, visit)
     return Travel(leg, _Start.apply(leg, *tensors))  # pyright: ignore[reportArgumentType]
 
 
@@ -91,8 +96,55 @@ class _Leg:
     group: ProcessGroup | None
     wire: Wire | None  # of the first tensor
     dtype: torch.dtype  # the first tensor's
-    arriving: list[tuple[Tensor, dist.Work]] = field(default_factory=list)  # from start to wait
+    visit: Visit | None = None
+    backward: bool = False
+    arriving: list[tuple[Tensor, dist.Work | _Messages]] = field(default_factory=list)  # from start to wait
     back: _Leg | None = None  # that of the gradients, from wait to start
+
+    def start(self, tensor: Tensor) -> tuple[Tensor, dist.Work | _Messages]:
+        tensor = tensor.contiguous()
+        out = tensor.new_empty(tensor.shape[0] if self.recv is None else sum(self.recv), *tensor.shape[1:])
+        if self.backward and self.visit is not None and tensor.device.type == "cpu":
+            return out, _Messages(out, self.recv, tensor, self.send, self.group, self.visit.tag)
+        work = dist.all_to_all_single(out, tensor, self.recv, self.send, group=self.group, async_op=True)
+        assert work is not None, "this rank is not in the group"
+        return out, work
+
+    def named(self) -> AbstractContextManager[None]:
+        """An error on the wire tells where it happened."""
+        return named("gradients of rows" if self.backward else "rows", self.group, self.visit)
+
+    def turned(self) -> _Leg:
+        """The way back: the splits exchanged, and the same group."""
+        return _Leg(self.recv, self.send, self.group, self.wire and "bf16", self.dtype, self.visit, not self.backward)
+
+
+class _Messages:
+    """An all-to-all in messages that are marked, so that they meet no others.
+
+    Ranks agree on a forward before its rows travel, but autograd decides when the backward comes: a rank whose loss
+    leaves a layer out would send another layer's gradients. gloo pairs the exchanges of a group in the order in
+    which they come, takes a message that is too short without a word, and ends the process on one that is too long.
+    Marked messages wait for their own instead, and the error after the group's timeout says where each rank is.
+    Backwards alone pay for it: 8 ranks on 2 cores need 1.5 times as long for small messages, 2 ranks as long as before.
+    """
+
+    def __init__(self, out: Tensor, recv, x: Tensor, send, group: ProcessGroup | None, tag: int) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        outs, ins = (t.split([t.shape[0] // ranks] * ranks if n is None else n) for t, n in ((out, recv), (x, send)))
+        outs[rank].copy_(ins[rank])
+        self.group, self.works = group, []
+        for step in range(1, ranks):  # every rank begins with another one
+            source, target = (rank - step) % ranks, (rank + step) % ranks
+            if outs[source].numel():
+                self.works.append(dist.irecv(outs[source], group=group, group_src=source, tag=tag))
+            if ins[target].numel():
+                self.works.append(dist.isend(ins[target], group=group, group_dst=target, tag=tag))
+
+    def wait(self) -> None:
+        limit = timeout_of(self.group)  # these do not know it by themselves (torch 2.13)
+        for work in self.works:
+            work.wait(limit)
 
 
 class _Start(torch.autograd.Function):
@@ -102,8 +154,8 @@ class _Start(torch.autograd.Function):
     def forward(ctx, leg, *tensors):
         ctx.leg = leg
         packed = tensors if leg.wire is None else (pack(tensors[0], leg.wire), *tensors[1:])
-        with named("payload", leg.group):
-            leg.arriving = [_start(t, leg.send, leg.recv, leg.group) for t in packed]
+        with leg.named():
+            leg.arriving = [leg.start(t) for t in packed]
         return tensors[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
@@ -116,7 +168,7 @@ class _Wait(torch.autograd.Function):
     def forward(ctx, leg, ticket):
         ctx.leg, arriving, leg.arriving = leg, leg.arriving, []
         assert arriving, "waited for twice"
-        with named("payload", leg.group):
+        with leg.named():
             for _, work in arriving:
                 work.wait()
         out = tuple(t for t, _ in arriving)
@@ -127,34 +179,30 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # The way back: the splits exchanged, and the same group. All gradients travel, zeros too: which
-        # of them are needed may differ between ranks, the collectives may not.
-        leg = ctx.leg
-        leg.back = _Leg(leg.recv, leg.send, leg.group, leg.wire and "bf16", leg.dtype)
-        return None, _Start.apply(leg.back, *grads)
+        # All gradients travel, zeros too: which of them are needed may differ between ranks, the collectives may not.
+        ctx.leg.back = ctx.leg.turned()
+        return None, _Start.apply(ctx.leg.back, *grads)
 
 
-def _start(tensor: Tensor, send, recv, group):
-    tensor = tensor.contiguous()
-    out = tensor.new_empty(tensor.shape[0] if recv is None else sum(recv), *tensor.shape[1:])
-    work = dist.all_to_all_single(out, tensor, recv, send, group=group, async_op=True)
-    assert work is not None, "this rank is not in the group"
-    return out, work
-
-
-def exchange_sizes(sizes: Tensor, group: ProcessGroup | None) -> Tensor:
+def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, visit: Visit | None = None) -> Tensor:
     """First phase: sizes int64 [W, ...] for each rank -> [W, ...] from each rank. Not differentiable.
 
     ::
 
         rank 0: [1, 2]   -> to 0: 1, to 1: 2             rank 0 has  [1, 1]
         rank 1: [1, 0]   -> to 0: 1, to 1: 0             rank 1 has  [2, 0]
+
+    What travels is filled up to a length that other layers of the model have, too, so that ranks that are in different
+    layers can still read each other's notes. `visit`: the forward it belongs to, for errors.
     """
-    sizes = sizes.contiguous()  # empty_like keeps strides: a permuted view would be filled in the wrong order
-    came = torch.empty_like(sizes)
-    with named("sizes", group):
-        dist.all_to_all_single(came, sizes, group=group)
-    return came
+    flat = sizes.reshape(len(sizes), -1)
+    numbers = max(flat.shape[1], 64 + visit.place.widest if visit is not None and visit.place.widest else 64)
+    sent = flat.new_zeros(len(flat), 1 << (numbers - 1).bit_length())
+    sent[:, : flat.shape[1]] = flat
+    came = torch.empty_like(sent)
+    with named("sizes", group, visit):
+        dist.all_to_all_single(came, sent, group=group)
+    return came[:, : flat.shape[1]].reshape(sizes.shape)
 
 
 def check_sizes(send: list[int], recv: list[int], group: ProcessGroup | None) -> None:
@@ -259,6 +307,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> 
     here, or that one. Each rank can do that alone: no collective in the backward.
     """
     total = x.detach().clone()
-    dist.all_reduce(total, group=group)
+    with named("sums of a balance loss", group):
+        dist.all_reduce(total, group=group)
     factor = dist.get_world_size(group) if averaged else 1
     return total + factor * (x - x.detach())  # 0, with that gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from .agreement import NOTE, Note, agree
 from .base import Batch, SteppedDispatcher
 from .blocks import invert, reorder
 from .ops import decode, encode, encode_weight, permute
+from .place import Visit
 from .plan import Plan
 from .steps import Read, Ready, Rows, Sizes, Steps
 
@@ -37,11 +38,12 @@ class FlatDispatcher(SteppedDispatcher):
     Args:
         group: the W ranks that share the experts.
         equal_tokens: a promise that all ranks always have the same number of tokens, so that padded
-            plans need not agree on a capacity first: no host sync at all, and nothing is checked.
+            plans need not agree on a capacity first: no host sync at all, and nothing is checked. ``"check"``,
+            to look for a mistake: sizes are exchanged all the same, and ranks that break the promise raise.
     """
 
     group: ProcessGroup
-    equal_tokens: bool = False
+    equal_tokens: bool | Literal["check"] = False
 
     @property
     def size(self) -> int:
@@ -59,7 +61,7 @@ class FlatDispatcher(SteppedDispatcher):
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
-        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan.capacity))
+        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan), plan.visit)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
@@ -90,21 +92,24 @@ class FlatDispatcher(SteppedDispatcher):
 
     def is_static(self, plan: Plan) -> bool:
         """Where equal tokens are promised, a padded plan."""
-        return self.equal_tokens and plan.capacity is not None
+        return self.equal_tokens is True and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """A note of refusal in place of sizes."""
-        if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
+        if self.equal_tokens is not True:  # no sizes are exchanged then, so there is nothing to write the note on
             nothing = torch.zeros(self.size, num_experts // self.size, dtype=torch.int64, device=device)
             yield from self._exchange_sizes(nothing, Note.refusal(device))
         yield Ready()
 
-    def _exchange_sizes(self, to: Tensor, note: Tensor) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
-        """to int64 [W, L], note [5] -> sizes that came [W, L], send and recv splits, agreed capacity."""
+    def _exchange_sizes(
+        self, to: Tensor, note: Tensor, visit: Visit | None = None
+    ) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
+        """to int64 [W, L], note -> sizes that came [W, L], send and recv splits, agreed capacity."""
         notes = repeat(note, "n -> w n", w=self.size)
         came = yield Sizes(torch.cat([notes, to], 1), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
         host = yield Read(torch.cat([to.sum(1), came.sum(1), notes.flatten()]))  # the one host sync
         send, recv, notes = host[: self.size], host[self.size : 2 * self.size], host[2 * self.size :]
-        capacity = agree([notes[i : i + NOTE] for i in range(0, len(notes), NOTE)])
+        every = [notes[i : i + NOTE] for i in range(0, len(notes), NOTE)]
+        capacity = agree(every, visit, self.equal_tokens == "check")
         return came, send, recv, capacity

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from .blocks import invert, reorder
 from .collectives import all_to_all
 from .mesh import node_and_local
 from .ops import decode, encode, encode_weight, permute
+from .place import Visit
 from .plan import Plan
 from .steps import Read, Ready, Rows, Sizes, Steps
 
@@ -99,20 +100,20 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
     Args:
         node: the ranks with this one's place in their nodes, in the order of the nodes.
         local: the ranks of this node. Rank (n, l) is rank n * len(local) + l of those that share the experts.
-        equal_tokens: as in `FlatDispatcher`: no host sync for padded plans, and nothing is checked.
+        equal_tokens: as in `FlatDispatcher`: no host sync for padded plans, and nothing is checked; or ``"check"``.
     """
 
     node: ProcessGroup
     local: ProcessGroup
-    equal_tokens: bool = False
+    equal_tokens: bool | Literal["check"] = False
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """Sizes of both exchanges, unless all are equal; then the rows through both."""
         return (self._dispatch_padded if self.is_static(plan) else self._dispatch_sized)(x, plan, weight)
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
-        note = Note.tensor(x, weight, plan.capacity)
-        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note)
+        note = Note.tensor(x, weight, plan)
+        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note, plan.visit)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         return (yield from self._carry(x, plan, weight, sizes))
@@ -129,11 +130,11 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def is_static(self, plan: Plan) -> bool:
         """Where equal tokens are promised, a padded plan."""
-        return self.equal_tokens and plan.capacity is not None
+        return self.equal_tokens is True and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """A note of refusal in place of sizes."""
-        if not self.equal_tokens:  # no sizes are exchanged then, so there is nothing to write the note on
+        if self.equal_tokens is not True:  # no sizes are exchanged then, so there is nothing to write the note on
             nothing = torch.zeros(num_experts, dtype=torch.int64, device=device)
             yield from self._exchange_sizes(self._by_rank(nothing), Note.refusal(device))
         yield Ready()
@@ -142,17 +143,24 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         nodes, places = self.shape
         return rearrange(counts, "(n l e) -> n l e", n=nodes, l=places)
 
-    def _exchange_sizes(self, leaving: Tensor, note: Tensor) -> Steps[tuple[_Sizes, int | None]]:
-        """leaving [n, l, e], note [5] -> the sizes of the whole trip, and the capacity all agree on."""
+    def _exchange_sizes(
+        self, leaving: Tensor, note: Tensor, visit: Visit | None = None
+    ) -> Steps[tuple[_Sizes, int | None]]:
+        """leaving [n, l, e] and this rank's note -> the sizes of the whole trip, and the capacity all agree on."""
         nodes, places = self.shape
-        notes = repeat(note, "i -> l n i", l=places, n=nodes)
-        passing = yield Sizes(torch.cat([notes, rearrange(leaving, "n l e -> l n e")], 2), self.local)
-        arriving = yield Sizes(rearrange(passing, "l n e -> n l e"), self.node)
-        notes, passing, arriving = arriving[..., :NOTE], passing[..., NOTE:], arriving[..., NOTE:]
+        # Notes come first: so they are found in the message of a rank whose layer has other sizes.
+        notes = repeat(note, "i -> l i", l=places)
+        came = yield Sizes(torch.cat([notes, rearrange(leaving, "n l e -> l (n e)")], 1), self.local)
+        notes, passing = came[:, :NOTE], rearrange(came[:, NOTE:], "l (n e) -> l n e", n=nodes)
+        notes = repeat(notes, "l i -> n (l i)", n=nodes)
+        came = yield Sizes(torch.cat([notes, rearrange(passing, "l n e -> n (l e)")], 1), self.node)
+        notes, arriving = came.split([notes.shape[1], came.shape[1] - notes.shape[1]], 1)
+        arriving = rearrange(arriving, "n (l e) -> n l e", l=places)
         sums = leaving.sum((0, 2)), passing.sum((1, 2)), passing.sum((0, 2)), arriving.sum((1, 2))
         host = iter((yield Read(torch.cat([*sums, notes.flatten()]))))  # the one host sync
         to_local, from_local, to_node, from_node = (list(islice(host, len(s))) for s in sums)
-        capacity = agree([list(islice(host, NOTE)) for _ in range(nodes * places)])
+        notes = [list(islice(host, NOTE)) for _ in range(nodes * places)]
+        capacity = agree(notes, visit, self.equal_tokens == "check")
         rows = sum(to_local), sum(from_local), sum(from_node)
         return _Sizes(leaving, passing, arriving, rows, (to_local, from_local), (to_node, from_node)), capacity
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from .agreement import NOTE, Note, agree
 from .base import Batch, NodeLocalDispatcher
 from .ops import decode, encode, encode_weight
+from .place import Visit
 from .plan import Plan, load
 from .steps import Read, Ready, Rows, Sizes, Steps
 
@@ -112,8 +113,8 @@ class NodeDispatcher(NodeLocalDispatcher):
         experts, k = plan.counts.numel(), plan.expert.shape[1]
         held = experts // nodes
         trip = Plan.of(visits(plan.expert, nodes, held), nodes)
-        note = Note.tensor(x, weight, plan.capacity)
-        sizes = yield from self._exchange_sizes(trip.counts, load(plan.expert, experts), note, k)
+        note = Note.tensor(x, weight, plan)
+        sizes = yield from self._exchange_sizes(trip.counts, load(plan.expert, experts), note, k, plan.visit)
         yield Ready(*sizes.arriving)
 
         cross = Leg(trip.trimmed(sum(sizes.cross[0])), self.node, *sizes.cross)
@@ -145,7 +146,9 @@ class NodeDispatcher(NodeLocalDispatcher):
         yield from self._exchange_sizes(nothing[num_experts:], nothing[:num_experts], Note.refusal(device), 0)
         yield Ready()
 
-    def _exchange_sizes(self, rows: Tensor, loads: Tensor, note: Tensor, k: int) -> Steps[_Sizes]:
+    def _exchange_sizes(
+        self, rows: Tensor, loads: Tensor, note: Tensor, k: int, visit: Visit | None = None
+    ) -> Steps[_Sizes]:
         """rows int64 [N] to each node, loads int64 [E] to each expert, and this rank's note.
 
         They go the way the rows will go, so that every rank knows its part of both steps and has read the
@@ -157,13 +160,16 @@ class NodeDispatcher(NodeLocalDispatcher):
         came = yield Sizes(torch.cat([notes, rows.unsqueeze(1), loads], 1), self.node)
         notes, arriving, loads = came.split([NOTE + 1, 1, loads.shape[1]], 1)
         loads = rearrange(loads, "n (l e) -> l n e", l=peers)
-        came = yield Sizes(torch.cat([repeat(notes, "n a -> l n a", l=peers), loads], 2), self.local)
-        notes, blocks = rearrange(came[..., : NOTE + 1], "l n a -> (n l a)"), came[..., NOTE + 1 :]
+        notes = repeat(notes, "n a -> l (n a)", l=peers)
+        came = yield Sizes(torch.cat([notes, rearrange(loads, "l n e -> l (n e)")], 1), self.local)
+        notes, blocks = came.split([notes.shape[1], came.shape[1] - notes.shape[1]], 1)
+        notes = rearrange(notes, "l (n a) -> (n l a)", n=nodes)
+        blocks = rearrange(blocks, "l (n e) -> l n e", n=nodes)
 
         splits = rows, arriving.flatten(), loads.sum((1, 2)), blocks.sum((1, 2))
         host = iter((yield Read(torch.cat([*splits, notes]))))  # the one host sync
         send, recv, send_inside, recv_inside = ([*islice(host, len(s))] for s in splits)
         every = [[*islice(host, NOTE + 1)] for _ in range(nodes * peers)]
-        capacity, k = agree([line[:NOTE] for line in every]), max(line[NOTE] for line in every)
+        capacity, k = agree([line[:NOTE] for line in every], visit), max(line[NOTE] for line in every)
         blocks = rearrange(blocks, "l n e -> l e n")
         return _Sizes((send, recv), (send_inside, recv_inside), blocks, capacity, k)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .base import Batch, Dispatcher, Experts
+from .place import Place
 from .plan import Plan
 from .steps import Steps, interleave, prepare, refuse
 from .traced import outside
@@ -61,10 +62,11 @@ class OverlapDispatcher(Dispatcher):
         if degree == 1:
             y = self.inner(x, plan, weight, experts)
         else:
+            plan = plan.visiting(degree)
             xs, plans, weights = _cut(x, plan, weight, degree)
             trips = [self._trip(*chunk, experts) for chunk in zip(xs, plans, weights, strict=True)]
-            prepare(trips)
-            ys = interleave(trips)
+            prepare(trips, plan.visit)
+            ys = interleave(trips, plan.visit)
             y = torch.cat(ys) if plan.capacity is None else torch.stack(ys).sum(0)
         if self.degree == "auto":
             self._trial.watch(y)
@@ -78,9 +80,10 @@ class OverlapDispatcher(Dispatcher):
         """As `inner`, in one piece."""
         return self.inner.combine(rows, receipt)
 
-    def refuse(self, num_experts: int, device: torch.device) -> None:
+    def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """A refusal for every chunk that the other ranks are about to send."""
-        refuse([self.inner.refuse_steps(num_experts, device) for _ in range(self._degree_now(device))])
+        refusals = [self.inner.refuse_steps(num_experts, device) for _ in range(self._degree_now(device))]
+        refuse(refusals, None if place is None else place.visit())
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
@@ -101,7 +104,8 @@ def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tens
     if plan.capacity is not None:
         return (x,) * degree, _by_rows(plan, plan.capacity, degree), (weight,) * degree
     sizes = _shares(x.shape[0], degree)
-    plans = [Plan.of(expert, plan.counts.numel()) for expert in plan.expert.split(sizes)]
+    whole = [Plan.of(expert, plan.counts.numel(), place=plan.place) for expert in plan.expert.split(sizes)]
+    plans = [replace(part, visit=plan.visit) for part in whole]
     return x.split(sizes), plans, weight.split(sizes)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .place import Place, Visit
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
@@ -41,6 +42,8 @@ class Plan:
         slot: int64 [T, k], assignment -> its row, -1 = none: the inverse of `token`.
         counts: int64 [E], rows per expert (padded: `capacity` each).
         capacity: rows of every expert when padded, None when ragged.
+        place: the layer it is made for, if `parallelize` has given it one.
+        visit: the forward of that layer, from the moment its rows travel on.
 
     >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
     >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
@@ -52,18 +55,27 @@ class Plan:
     slot: Tensor
     counts: Tensor
     capacity: int | None = None
+    place: Place | None = None
+    visit: Visit | None = None
 
     @classmethod
-    def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None) -> Plan:
+    def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None, place: Place | None = None) -> Plan:
         """Plan for int64 `expert` [T, k], padded to `capacity` rows an expert if that is given.
 
         No expert may hold more than `capacity` assignments then (see `moe.capacity`).
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        place = _plan if torch.compiler.is_compiling() or kernels.places(expert, num_experts) else _sorted
-        token, slot, counts = place(expert, num_experts, capacity)
-        return cls(expert, token, slot, counts, capacity)
+        make = _plan if torch.compiler.is_compiling() or kernels.places(expert, num_experts) else _sorted
+        token, slot, counts = make(expert, num_experts, capacity)
+        return cls(expert, token, slot, counts, capacity, place)
+
+    def visiting(self, chunks: int = 1) -> Plan:
+        """The same plan as its rows leave: a forward of its layer starts, to travel in so many chunks."""
+        if self.place is None or torch.compiler.is_compiling():  # a graph has no notes, and no numbers that change
+            return self
+        visit = self.place.visit() if self.visit is None else self.visit
+        return replace(self, visit=visit._replace(chunks=chunks))
 
     def padded(self, capacity: int) -> Plan:
         """The same assignments with `capacity` rows for every expert, at least as many as now.

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .collectives import Travel, all_to_all_start, exchange_sizes
+from .place import Visit
 from .traced import Arrived
 from .wire import Wire
 
@@ -31,10 +32,10 @@ class Sizes(NamedTuple):
     group: ProcessGroup
 
     @staticmethod
-    def answer(asked: Sequence[Sizes]) -> list[Tensor]:
+    def answer(asked: Sequence[Sizes], visit: Visit | None) -> list[Tensor]:
         """Of any number of trips in one exchange."""
         flat = [a.sizes.flatten(1) for a in asked]
-        came = exchange_sizes(torch.cat(flat, 1), asked[0].group).split([f.shape[1] for f in flat], 1)
+        came = exchange_sizes(torch.cat(flat, 1), asked[0].group, visit).split([f.shape[1] for f in flat], 1)
         return [c.reshape(a.sizes.shape) for c, a in zip(came, asked, strict=True)]
 
 
@@ -44,7 +45,7 @@ class Read(NamedTuple):
     numbers: Tensor
 
     @staticmethod
-    def answer(asked: Sequence[Read]) -> list[list[int]]:
+    def answer(asked: Sequence[Read], visit: Visit | None) -> list[list[int]]:
         """Of any number of trips in one wait."""
         host = iter(torch.cat([a.numbers for a in asked]).tolist())
         return [list(islice(host, len(a.numbers))) for a in asked]
@@ -59,9 +60,10 @@ class Rows(NamedTuple):
     group: ProcessGroup
     wire: Wire | None = None  # how the first tensor travels
 
-    def start(self) -> Travel | Arrived:
+    def start(self, visit: Visit | None) -> Travel | Arrived:
         """Send them on their way."""
-        return all_to_all_start(*self.tensors, send=self.send, recv=self.recv, group=self.group, wire=self.wire)
+        send, recv, group, wire = self.send, self.recv, self.group, self.wire
+        return all_to_all_start(*self.tensors, send=send, recv=recv, group=group, wire=wire, visit=visit)
 
 
 class Ready(NamedTuple):
@@ -78,8 +80,8 @@ Ask: TypeAlias = Sizes | Read | Rows | Ready
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
-def finish(steps: Steps[Result]) -> Result:
-    """One trip by itself: every question is answered as it comes."""
+def finish(steps: Steps[Result], visit: Visit | None = None) -> Result:
+    """One trip by itself: every question is answered as it comes. `visit`: the forward it belongs to."""
     answer = None
     while True:
         try:
@@ -89,9 +91,9 @@ def finish(steps: Steps[Result]) -> Result:
         if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
-            answer = ask.start().wait()
+            answer = ask.start(visit).wait()
         else:
-            (answer,) = ask.answer([ask])  # pyright: ignore[reportArgumentType]
+            (answer,) = ask.answer([ask], visit)  # pyright: ignore[reportArgumentType]
 
 
 def returned(end: StopIteration) -> Any:
@@ -99,11 +101,11 @@ def returned(end: StopIteration) -> Any:
     return end.args[0] if end.args else None
 
 
-def prepare(trips: Sequence[Steps]) -> None:
+def prepare(trips: Sequence[Steps], visit: Visit | None = None) -> None:
     """Bring trips of one kind to where they are ready to leave, with one exchange and one wait for all."""
     asked = [next(trip) for trip in trips]
     while isinstance(asked[0], Sizes | Read):
-        answers = asked[0].answer(asked)  # pyright: ignore[reportArgumentType]
+        answers = asked[0].answer(asked, visit)  # pyright: ignore[reportArgumentType]
         asked = [trip.send(answer) for trip, answer in zip(trips, answers, strict=True)]
     assert all(isinstance(ask, Ready) for ask in asked), "a trip sent rows before it was ready"
 
@@ -116,7 +118,7 @@ def until_ready(trip: Steps) -> Steps[Ready]:
     return ask
 
 
-def interleave(trips: Sequence[Steps[Result]]) -> list[Result]:
+def interleave(trips: Sequence[Steps[Result]], visit: Visit | None = None) -> list[Result]:
     """Trips that are ready, one setting out after the other, each under way while the one before computes.
 
     In each round a trip sets out and all others take one step: wait for their rows, do what there is to do,
@@ -143,16 +145,16 @@ def interleave(trips: Sequence[Steps[Result]]) -> list[Result]:
                 done[place] = returned(end)
                 continue
             assert isinstance(ask, Rows)
-            still.append((place, ask.start()))
+            still.append((place, ask.start(visit)))
         under_way = still[::-1]
     return [done[place] for place in range(len(trips))]
 
 
-def refuse(refusals: Sequence[Steps[None]]) -> None:
+def refuse(refusals: Sequence[Steps[None]], visit: Visit | None = None) -> None:
     """What ranks do that cannot take part: where trips ask for sizes, the others learn of it there.
 
     Of dispatchers that are not in steps the first trip fails on every rank, so they are told once.
     """
     with suppress(DispatchError):
-        prepare(refusals)
-        finish(refusals[0])
+        prepare(refusals, visit)
+        finish(refusals[0], visit)

@@ -17,6 +17,7 @@ from .base import Batch, SteppedDispatcher
 from .blocks import invert, reorder
 from .node import Leg
 from .ops import encode, encode_weight, permute
+from .place import Visit
 from .plan import Plan
 from .steps import Read, Ready, Sizes, Steps, until_ready
 
@@ -61,11 +62,11 @@ class TensorParallelDispatcher(SteppedDispatcher):
         inner = self.inner.dispatch_steps(x, plan, weight)
         try:
             ready = yield from until_ready(inner)
-        except DispatchError:
-            yield from self._pass_on(plan.counts.numel(), x.device)
+        except DispatchError as error:
+            yield from self._pass_on(plan.counts.numel(), x.device, plan.visit, error.met)
             raise
         assert ready.counts is not None
-        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan.capacity))
+        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.visit)
         yield Ready(came.sum(0), sum(recv))
 
         batch = yield from inner
@@ -95,18 +96,22 @@ class TensorParallelDispatcher(SteppedDispatcher):
         """Those of `inner`, and the one of the slices: one after the other they reach all ranks."""
         return *self.inner.groups, self.group
 
-    def _pass_on(self, num_experts: int, device: torch.device) -> Steps[None]:
+    def _pass_on(
+        self, num_experts: int, device: torch.device, visit: Visit | None = None, met: int = -1
+    ) -> Steps[None]:
         """Tell the group that this rank's `inner` has failed: the other ranks of it may not know."""
         ranks = torch.tensor([dist.get_world_size(group) for group in self.inner.groups]).prod()
         nothing = torch.zeros(num_experts // int(ranks), dtype=torch.int64, device=device)
         with suppress(DispatchError):  # what went wrong here is said by `inner`
-            yield from self._exchange_sizes(nothing, Note.refusal(device))
+            yield from self._exchange_sizes(nothing, Note.refusal(device, visit, met))
 
-    def _exchange_sizes(self, counts: Tensor, note: Tensor) -> Steps[tuple[Tensor, list[int]]]:
+    def _exchange_sizes(
+        self, counts: Tensor, note: Tensor, visit: Visit | None = None
+    ) -> Steps[tuple[Tensor, list[int]]]:
         """counts int64 [L] of this rank -> those of every rank of the group [t, L], and their sums."""
         size = dist.get_world_size(self.group)
         came = yield Sizes(repeat(torch.cat([note, counts]), "n -> s n", s=size), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
         host = yield Read(torch.cat([came.sum(1), notes.flatten()]))
-        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)])
+        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], visit)
         return came, host[:size]

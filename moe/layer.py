@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dispatch.base import Dispatcher
 from ..dispatch.local import LocalDispatcher
+from ..dispatch.place import Place
 from ..dispatch.plan import Plan
 from .activation import weighted_before
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
@@ -121,6 +122,7 @@ class MoE(nn.Module):
         self.shared = named_shared(experts, dim, hidden, shared_experts, bias, residual)
         self.free = FreeExperts(free_experts, dim) if free_experts else None
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.place: Place | None = None  # among the layers of its model
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -146,9 +148,10 @@ class MoE(nn.Module):
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             limit = self._limit(routing)
             kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # whom experts turn away
-            plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None)  # which token fills which row
+            # which token fills which row
+            plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None, self.place)
         except Exception:
-            self.dispatcher.refuse(self.num_experts, x.device)  # the other ranks wait for this one
+            self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
         y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
@@ -161,6 +164,12 @@ class MoE(nn.Module):
         y = y.to(x.dtype).reshape(x.shape)
         self._record(y, routing, (routed.expert >= 0) & (kept.expert < 0), sequences=x.shape[:-2].numel())
         return y
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`; its place knows of it, too, for ranks to compare."""
+        if self.place is not None:
+            self.place.training = mode
+        return super().train(mode)
 
     @property
     def top_k(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..dispatch.local import LocalDispatcher
 from ..dispatch.mesh import Meshes
 from ..dispatch.node import NodeDispatcher
 from ..dispatch.overlap import OverlapDispatcher
+from ..dispatch.place import Place
 from ..dispatch.profile import Profile
 from ..dispatch.tensor_parallel import TensorParallelDispatcher
 from ..dispatch.wire import WIRES, Wire
@@ -107,6 +109,7 @@ def parallelize(
             dispatchers[work] = _equipped(dispatcher, work, overlap, wire)
         _spread(layer.experts, axes.holders(mesh))
         layer.dispatcher = dispatchers[work]
+    _number(model, everyone)
     return model
 
 
@@ -198,6 +201,17 @@ def _equipped(
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, MoE))
+
+
+def _number(model: nn.Module, group: ProcessGroup | None) -> None:
+    """Give every layer its place, by which ranks notice that they are in different ones."""
+    drawn = [secrets.randbits(30)]  # not from a generator of the user's
+    if group is not None:
+        dist.broadcast_object_list(drawn, group=group, group_src=0)
+    layers = dict(_moe_layers(model))
+    sizes = {layer.num_experts for layer in layers.values()}
+    for number, layer in enumerate(layers.values()):
+        layer.place = Place(drawn[0], number, tuple(layers), layer.training, max(sizes) if len(sizes) > 1 else 0)
 
 
 def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wire: Any) -> None:

@@ -178,7 +178,7 @@ def test_a_rank_that_raises_before_the_choice(profile):
     found = errors(4, wrong_width, profile)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
-        assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
+        assert found[rank].startswith("DispatchError: layer '0': rank 2 of the expert group raised an error")
 
 
 def bad(path) -> None:

@@ -161,7 +161,7 @@ def test_every_rank_hears_of_it(dispatcher):
     said, *others = run(4, heard, dispatcher)
     assert others == [said] * 3
     for error, message in zip(said, FAULTS.values(), strict=True):
-        assert error.startswith(message)
+        assert error.startswith(f"layer '0': {message}")
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_a_rank_that_raises_alone_takes_the_others_with_it(dispatcher):
     found = errors(4, wrong_width, dispatcher)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
-        assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
+        assert found[rank].startswith("DispatchError: layer '0': rank 2 of the expert group raised an error")

@@ -199,7 +199,7 @@ def fault(what: str) -> None:
         ("grad", "ranks differ in whether a backward will follow: [1, 1, 0, 1]"),
         ("capacity", "some ranks send padded rows and some ragged ones: capacities [-1, -1, 3, -1]"),
         ("nan", "rank 2 of the expert group: NaN"),
-        ("refusal", "rank 2 of the expert group: raised an error"),
+        ("refusal", "rank 2 of the expert group raised an error"),
     ],
 )
 def test_every_rank_raises(what, message):

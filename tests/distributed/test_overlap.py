@@ -91,8 +91,8 @@ class Plain(Dispatcher):
     def combine(self, rows, receipt):
         return self.inner.combine(rows, receipt)
 
-    def refuse(self, num_experts, device):
-        self.inner.refuse(num_experts, device)
+    def refuse(self, num_experts, device, place=None):
+        self.inner.refuse(num_experts, device, place)
 
 
 def not_in_steps() -> None:
@@ -122,7 +122,7 @@ def test_after_a_refusal_all_ranks_are_in_step(dispatcher):
     found = errors(4, refused_by_one, dispatcher)
     assert found[2].startswith(f"ValueError: x must be (..., {WIDTH})")
     for rank in (0, 1, 3):
-        assert found[rank].startswith("DispatchError: rank 2 of the expert group: raised an error")
+        assert found[rank].startswith("DispatchError: layer '0': rank 2 of the expert group raised an error")
 
 
 def clocked(costs: dict[int, dict[int, float]], checkpointed: bool) -> list[int]:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from turnout.cuda.tiles import Tiles
-from turnout.dispatch import ops
+from turnout.dispatch import Plan, ops
 from turnout.dispatch.agreement import Note
 from turnout.moe import MoE, aux_loss
 from turnout.moe.gates import GATES
@@ -50,8 +50,14 @@ def step(device: str, kernel: str = "torch", masked: bool = False, **options) ->
 @contextmanager
 def waiting_forbidden(device: str):
     """Copies from the host wait as well: `torch.tensor` on a device is one that meta would not notice."""
-    refuse = mock.Mock(side_effect=RuntimeError("torch.tensor copies from the host and waits"))
-    with mock.patch.object(torch, "tensor", refuse):
+    made = torch.tensor
+
+    def on_host(data, *, device=None, **options):
+        if device is not None:
+            raise RuntimeError("torch.tensor copies from the host and waits")
+        return made(data, **options)
+
+    with mock.patch.object(torch, "tensor", on_host):
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -85,7 +91,7 @@ def test_the_layer_never_waits_with_triton(name, operators):
 def test_a_note_for_the_other_ranks_is_made_without_waiting():
     x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(4, 2, device="meta")
     with waiting_forbidden("meta"):
-        assert Note.tensor(x, weight, None).device.type == "meta"
+        assert Note.tensor(x, weight, Plan.of(weight.long(), 4)).device.type == "meta"
 
 
 def test_rows_are_cut_into_tiles_without_waiting():
