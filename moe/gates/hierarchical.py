@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .base import Gate, best, projected, uniform
+from .router import picks
 
 
 class HierarchicalGate(Gate):
@@ -55,26 +56,13 @@ class HierarchicalGate(Gate):
         self._reset_adapter()
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: as many experts in each of the groups a token picks."""
+        """See `Gate.check_top_k`: equally many experts in each of the groups a token picks."""
         super().check_top_k(top_k)
-        self._picks(top_k)
+        picks(top_k, self.num_experts, self.groups, self.top_groups)
 
     def picks(self) -> tuple[int, int]:
         """Groups a token picks, and experts in each."""
-        return self._picks(self.top_k)
-
-    def _picks(self, top_k: int) -> tuple[int, int]:
-        size = self.num_experts // self.groups
-        fit = [g for g in range(1, self.groups + 1) if top_k % g == 0 and top_k // g <= size]
-        wanted = fit if self.top_groups is None else [g for g in fit if g == self.top_groups]
-        if not wanted:
-            raise ValueError(
-                f"top_k={top_k} with top_groups={self.top_groups}: a token picks top_groups of "
-                f"groups={self.groups}, and top_k / top_groups of the {size} experts in each; "
-                + (f"use top_groups from {fit}" if fit else "use another top_k or other groups")
-            )
-        top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(top_k)))[0]  # min(key=) breaks a graph
-        return top_groups, top_k // top_groups
+        return picks(self.top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]; logits are the sums of both levels', choices come heaviest first."""
