@@ -35,9 +35,6 @@ class BERT(nn.Module):
     (arXiv:1907.11692) they say nothing. Built under one `torch.manual_seed`, it is the same model at every world size.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
         self.config = config
@@ -48,9 +45,6 @@ class BERT(nn.Module):
         self.norm = norm(config)
         self.head = nn.Linear(config.dim, config.dim, bias=False)
         self.head_norm = norm(config)
-        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         for part in (self.embed, self.segment, self.head):
             if part is not None:
                 nn.init.normal_(part.weight, std=0.02)
@@ -70,7 +64,9 @@ class BERT(nn.Module):
         elif segments is not None:
             raise ValueError("segments were given, but the config has none: set segments=2")
         attn_mask = None if mask is None else mask[:, None, None, :]
-        x = self.blocks(self.dropout(x), Context(tokens, mask, self.cos, self.sin, attn_mask))
+        config = self.config
+        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
+        x = self.blocks(self.dropout(x), Context(tokens, mask, cos, sin, attn_mask))
         x = self.head_norm(F.gelu(self.head(self.norm(x))))
         return F.linear(x, self.embed.weight)
 

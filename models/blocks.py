@@ -161,10 +161,14 @@ def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> 
         raise ValueError(f"mask must be bool {tuple(tokens.shape)}; got {mask.dtype} {tuple(mask.shape)}")
 
 
-def rotary(length: int, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, size / 2] of the angles by which position and pair turn (RoPE, arXiv:2104.09864)."""
-    speed = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), speed)
+def rotary(length: int, size: int, base: float = 10_000.0, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, size / 2] of the angles by which position and pair turn (RoPE, arXiv:2104.09864).
+
+    float32. Models compute them in each forward: as buffers they would be undefined after `to_empty`, and rounded by
+    ``.to(bfloat16)``.
+    """
+    speed = base ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), speed)
     return angle.cos(), angle.sin()
 
 

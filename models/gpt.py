@@ -30,9 +30,6 @@ class GPT(nn.Module):
             rest is None, so that names and initial values are those of the whole model.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: GPTConfig, kept: range | None = None) -> None:
         super().__init__()
         self.config = config
@@ -46,9 +43,6 @@ class GPT(nn.Module):
             self.blocks.add_module(str(index), block if index in kept else None)
         self.norm = norm(config) if last else None
         self.dropout = Dropout(config.dropout)
-        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         nn.init.normal_(embed.weight, std=0.02)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -65,7 +59,9 @@ class GPT(nn.Module):
             if self.embed is None:
                 raise ValueError("this stage has no embedding: give it the hidden states of the stage before it")
             x = self.dropout(self.embed(x))
-        x = self.blocks(x, Context(tokens, cos=self.cos, sin=self.sin))
+        config = self.config
+        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
+        x = self.blocks(x, Context(tokens, cos=cos, sin=sin))
         if self.norm is None or self.embed is None:
             return x
         return F.linear(self.norm(x), self.embed.weight)

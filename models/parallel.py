@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
+from ..moe.auxiliary import aux_loss
 from ..moe.gradients import clip_grad_norm_, sync_gradients
-from ..moe.layer import aux_loss
 from ..moe.parallel import parallelize
 from .boundary import Boundary
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 
-from ..moe.layer import aux_loss
+from ..moe.auxiliary import aux_loss
 from .boundary import Boundary
 
 

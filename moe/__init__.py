@@ -1,5 +1,6 @@
 """The layer. Start at `layer.py`."""
 
+from .auxiliary import aux_loss
 from .biases import balance_biases
 from .capacity import capacity, capacity_limit
 from .experts import Experts
@@ -21,7 +22,7 @@ from .gates import (
     TopKGate,
 )
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
-from .layer import MoE, aux_loss
+from .layer import MoE
 from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize

@@ -42,13 +42,21 @@ def _(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int, mask: Tensor | None = None) -> Tensor:
-    """Logits [T, E] -> logarithm of the plan [T, E], up to a constant: columns sum to 1, rows nearly to E / T."""
+    """Logits [T, E] -> logarithm of the plan [T, E], up to a constant: columns sum to 1, rows nearly to E / T.
+
+    Rows and columns of -inf alone stay as they are.
+    """
     outside = None if mask is None else ~mask.unsqueeze(1)
     for _ in range(iterations):
-        logits = logits - logits.logsumexp(1, keepdim=True)
+        logits = logits - _log_total(logits, 1)
         real = logits if outside is None else logits.masked_fill(outside, -torch.inf)
-        logits = logits - real.logsumexp(0, keepdim=True)
+        logits = logits - _log_total(real, 0)
     return logits
+
+
+def _log_total(logits: Tensor, dim: int) -> Tensor:
+    total = logits.logsumexp(dim, keepdim=True)
+    return total.masked_fill(total.isneginf(), 0)  # -inf less -inf is NaN
 
 
 def _on_grid(scores: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..dispatch.ops import decode, encode, encode_weight
 from ..dispatch.plan import Plan
@@ -76,8 +75,11 @@ class Experts(nn.Module, ABC):
                 adapter.reset_parameters()
         stacked = dict(self.named_parameters()) | dict(self.named_buffers())
         stacked = {name: t for name, t in stacked.items() if not name.startswith("lora.")}
-        if any(t.is_meta for t in stacked.values()):
-            return
+        if not any(t.is_meta for t in stacked.values()):
+            self._fill(stacked)
+
+    def _fill(self, stacked: dict[str, Tensor]) -> None:
+        """Give stacked tensors, by name, their first values."""
         for place, expert in enumerate(self.owned):
             initial = self._initial(seeded(self.seed, f"{expert}"))
             for name, tensor in stacked.items():
@@ -256,61 +258,3 @@ def grouped_linear(
     by_row = bias[expert.clamp(max=len(ends) - 1)]
     by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
     return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
-
-
-class ModuleExperts(Experts):
-    """Experts of any kind: what ``factory()`` returns, [n, D] -> [n, D], run once per expert that has rows.
-
-    The factory is called once for each expert; its modules must have parameters of the same shapes,
-    which are stacked into `module`, a module of the factory's own class. The number of rows of each
-    expert is read by the host.
-    """
-
-    def __init__(self, factory: Callable[[], nn.Module], num_experts: int, seed: int = 0) -> None:
-        super().__init__(num_experts, seed)
-        self.factory = factory
-        self.module = self._build(seed)
-        if len(list(self.module.named_parameters())) < len(list(self.module.named_parameters(remove_duplicate=False))):
-            raise ValueError(f"{type(self.module).__name__} ties parameters to each other; experts cannot")
-        for module in self.module.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                empty = p.new_empty(num_experts, *p.shape)
-                setattr(module, name, nn.Parameter(empty, requires_grad=p.requires_grad))
-            for name, b in list(module.named_buffers(recurse=False)):
-                setattr(module, name, b.new_empty(num_experts, *b.shape))
-        if next(self.module.parameters(), None) is None:
-            raise ValueError(f"an expert needs parameters, and {type(self.module).__name__} has none")
-        self.reset_parameters()
-
-    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """See `Experts.forward`."""
-        sizes = counts.tolist()
-        stacked = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        each = {name: local(t).unbind(0) for name, t in stacked.items()}  # t[e] would make full-size gradients
-        blocks = rows[: sum(sizes)].split(sizes)
-        out = [self._run(each, e, block) for e, block in enumerate(blocks) if len(block)]
-        out.append(rows[sum(sizes) :])  # rows of nobody
-        y = (torch.cat(out) * weight.unsqueeze(1)).to(rows.dtype)
-        if any(sizes):
-            return y
-        # Nothing ran: the parameters take part all the same, with gradients of zero.
-        return y + sum((local(p).flatten()[:0].sum() for p in self.module.parameters()), y.new_zeros(()))
-
-    def _run(self, each: dict[str, tuple[Tensor, ...]], place: int, block: Tensor) -> Tensor:
-        y = functional_call(self.module, {name: tensors[place] for name, tensors in each.items()}, (block,))
-        if y.shape != block.shape:
-            raise ValueError(
-                f"an expert must return the shape it is given: {tuple(block.shape)} became {tuple(y.shape)}"
-            )
-        return y
-
-    def _build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            torch.manual_seed(seed)
-            return self.factory()
-
-    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
-        module = self._build(generator.initial_seed())
-        return {f"module.{name}": t for name, t in module.state_dict(keep_vars=True).items()} | {
-            f"module.{name}": t for name, t in module.named_buffers()
-        }

@@ -22,9 +22,9 @@ from .capacity import POLICIES, capacity, capacity_limit, factor_of
 from .experts import Experts
 from .free import FreeExperts
 from .gates import Gate
-from .losses import balance_loss, balance_shares, mean_over_split, z_loss
+from .losses import StepLosses, balance_loss, balance_shares, mean_over_split, z_loss
 from .named import named_experts, named_gate, named_shared
-from .routing import Routing
+from .routing import Routing, can_be_read, wrong_shapes, wrong_values
 from .shared import Residual
 from .stats import Stats
 
@@ -126,8 +126,8 @@ class MoE(nn.Module):
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._losses: list[Tensor] = []  # of the forwards since the last backward or `aux_loss`
-        self._losses_done = True
+        self._losses = StepLosses()
+        self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was looked at, in training and eval
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
     eval_capacity_factor = factor_of("_eval_capacity")
@@ -139,12 +139,14 @@ class MoE(nn.Module):
         `mask`: bool (...), False = padding, which goes to no expert. `ids`: int64 (...), for gates that
         route by token id; others ignore them.
         """
-        if self._losses_done and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-            self._losses = []  # of a step that is over: their graph would bind this one to the CUDA stream of that
         try:
+            self._begin()
             self._check(x, mask, ids)
+            real = None if mask is None else mask.flatten()
             tokens = rearrange(x, "... d -> (...) d")
-            routing = self._route(tokens, mask, ids)  # who goes where
+            if real is not None:  # padding may hold anything: zeros keep NaN out of all that follows, and its gradients
+                tokens = torch.where(real.unsqueeze(1), tokens, 0)
+            routing = self._route(tokens, real, ids)  # who goes where
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             limit = self._limit(routing)
             kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # whom experts turn away
@@ -161,6 +163,8 @@ class MoE(nn.Module):
             y = self.shared(tokens, y)
         elif self.shared is not None:
             y = y + self.shared(tokens)
+        if self.shared is not None and real is not None:  # the others leave zeros there
+            y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
         self._record(y, routing, (routed.expert >= 0) & (kept.expert < 0), sequences=x.shape[:-2].numel())
         return y
@@ -178,8 +182,6 @@ class MoE(nn.Module):
 
     @top_k.setter
     def top_k(self, top_k: int) -> None:
-        if not 1 <= top_k <= self._choices:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self._choices}")
         self.gate.top_k = top_k
 
     @property
@@ -215,43 +217,47 @@ class MoE(nn.Module):
         if "sequence" in self.balance and x.ndim < 2:
             raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
 
-    def _route(self, tokens: Tensor, mask: Tensor | None, ids: Tensor | None) -> Routing:
-        real = None if mask is None else mask.flatten()
-        if real is not None:  # padding may hold anything: zeros keep NaN out of the router's gradient
-            tokens = torch.where(real.unsqueeze(1), tokens, 0)
+    def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
+        """Ask the gate; its answer is checked, its values once."""
         more = {"mask": real} if self.gate.takes_mask else {}
         if self.gate.takes_ids:
             more["ids"] = None if ids is None else ids.flatten()
-        return self.gate(tokens, **more).masked(real)
+        routing = self.gate(tokens, **more)
+        wrong = wrong_shapes(routing, len(tokens), self._choices)
+        mode = type(self.gate), self.training
+        if wrong is None and mode not in self._checked and can_be_read(routing.expert):
+            wrong = wrong_values(routing)  # one wait for the device
+            self._checked |= {mode} if len(tokens) else set()
+        if wrong is not None:
+            raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
+        return routing.masked(real)
 
     def _limit(self, routing: Routing) -> int | None:
         """Rows an expert takes from this rank, None if any number."""
-        if routing.num_experts != self._choices:
-            raise ValueError(f"the gate scores {routing.num_experts} experts, the layer has {self._choices}")
         factor = (None if self.training else self.eval_capacity_factor) or self.capacity_factor
         T, E = len(routing.expert), self.num_experts
         return None if factor is None else capacity_limit(factor, self.top_k, T, E, self.min_capacity)
+
+    def _begin(self) -> None:
+        """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
+        if torch.compiler.is_compiling() or _in_backward():
+            return
+        if self.training and any(p.requires_grad for p in self.gate.parameters()):
+            self._losses.warn_if_forgotten(described(self))
+        self._losses.let_go()
 
     def _record(self, y: Tensor, routing: Routing, dropped: Tensor, sequences: int) -> None:
         """Keep what `stats` and `aux_loss` will be asked for."""
         loss = self._loss(routing, sequences)
         self._last = (routing.expert, torch.where(dropped, -1, routing.expert), routing.weight.detach())
         compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            return  # activation recomputation, inside backward: this forward has been counted
-        adds_up = self.training and y.requires_grad  # an evaluation stands alone
-        if adds_up:
+        if not compiling and _in_backward():
+            return  # activation recomputation: this forward has been counted
+        if self.training and y.requires_grad:
             self.gate.observe(routing)
-        if self._losses_done or not adds_up:
-            self._losses = []
-        if loss is not None:
-            self._losses.append(loss)
-        self._losses_done = not adds_up
-        if y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
-            y.register_hook(self._after_backward)
-
-    def _after_backward(self, grad: Tensor) -> None:
-        self._losses_done = True  # the next forward is of another step
+        step = self._losses.add(loss, self.training, y.requires_grad)
+        if self.training and y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
+            y.register_hook(lambda _: self._losses.after_backward(step))
 
     def _loss(self, routing: Routing, sequences: int) -> Tensor | None:
         """The weighted losses of one forward."""
@@ -285,41 +291,16 @@ class MoE(nn.Module):
 
     def _state(self) -> dict[str, Any]:
         # What can be copied: not a loss with its graph, nor what `compile` made of this very layer.
-        return {**super().__getstate__(), "_last": None, "_losses": [], "_losses_done": True}
+        return {**super().__getstate__(), "_last": None, "_losses": StepLosses()}
 
 
-def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
-    """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
+def described(layer: MoE) -> str:
+    """The layer as messages name it."""
+    return f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
 
-    It covers the last forward of each layer; of a layer in training that ran several times since the last backward
-    (or the last `aux_loss`), every run: try a model out under `torch.no_grad`. A model without MoE layers gives 0.
 
-    Args:
-        model: a module with `MoE` layers anywhere in it.
-        keep: False: layers let go of the losses and their graphs now, not with their next forward.
-
-    Raises:
-        RuntimeError: a layer in training whose loss has no graph, as after an evaluation in between or under re-entrant
-            activation checkpointing: the gate would silently get no gradient.
-    """
-    losses = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, MoE):
-            continue
-        wants_grad = (
-            layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in layer.gate.parameters())
-        )
-        if wants_grad and not all(loss.requires_grad for loss in layer._losses):
-            raise RuntimeError(
-                f"the balance loss of {name or 'the layer'} has no graph: its last forward ran without gradients. Call "
-                "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
-            )
-        losses += layer._losses
-        layer._losses, layer._losses_done = layer._losses if keep else [], True
-    if losses:
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-    parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _autocast(tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ over ranks (what DDP, FSDP and `sync_gradients` compute): add it on every rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,71 @@ from ..dispatch.plan import load
 from .routing import Routing
 
 BALANCE = ("local", "global", "sequence")
+
+
+class StepLosses:
+    """The losses of one layer's forwards, kept until `aux_loss` asks for them.
+
+    A step is the training forwards up to their first backward or to `aux_loss`; the next training forward begins
+    another. Training forwards without gradients add to a step that has begun but begin none: the next forward takes
+    their place. An evaluation, which is a forward in eval mode, is kept beside the step and does not disturb it.
+    """
+
+    def __init__(self) -> None:
+        self.step: list[Tensor] = []
+        self.evaluation: list[Tensor] | None = None  # of the last forward, if that was an evaluation
+        self.under_way = False  # the step has forwards with a graph, and is not over
+        self.forgotten = False  # a backward ran before anything had asked for the losses
+        self.warned = False
+
+    def add(self, loss: Tensor | None, training: bool, differentiable: bool) -> list[Tensor]:
+        """Keep the loss of a forward, whose output is `differentiable` or not; returns the step as it is now."""
+        losses = [] if loss is None else [loss]
+        self.evaluation = None if training else losses
+        if training and self.under_way:
+            self.step.extend(losses)
+        elif training:
+            self.step, self.under_way = losses, differentiable
+        return self.step
+
+    def ask(self, training: bool, keep: bool) -> tuple[list[Tensor], bool]:
+        """The losses of the step under way in training mode, else of the last forward; is that an evaluation's?
+
+        `keep=False`: let go of them.
+        """
+        if self.evaluation is not None and not (training and self.under_way):
+            losses = self.evaluation
+            self.evaluation = losses if keep else []
+            return losses, bool(losses)
+        losses = list(self.step)
+        self.under_way = self.forgotten = False
+        if not keep:
+            self.step.clear()
+        return losses, False
+
+    def after_backward(self, step: list[Tensor]) -> None:
+        """A backward went through an output of `step`, which is over now."""
+        if step is self.step and self.under_way:
+            self.under_way = False
+            self.forgotten = any(loss.requires_grad for loss in step)
+
+    def let_go(self) -> None:
+        """Free the graph of a step that is over: it would tie the next step to its CUDA stream."""
+        self.evaluation = None
+        if not self.under_way:
+            self.step.clear()  # in place: the hooks of its outputs hold it, too
+
+    def warn_if_forgotten(self, layer: str) -> None:
+        """Warn, once, if the backward of the last step ran without its losses."""
+        if self.forgotten and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the balance loss of {layer} was left out of the last step: its backward ran, and nothing had called "
+                "aux_loss(model). Add it once a step, loss = task_loss + aux_loss(model); to train without it, set "
+                "the layer's aux_loss_weight and z_loss_weight to 0",
+                stacklevel=2,
+            )
+        self.forgotten = False
 
 
 def balance_shares(balance: str | Mapping[str, float]) -> dict[str, float]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .experts import Experts, FeedForwardExperts, ModuleExperts
+from .experts import Experts, FeedForwardExperts
 from .gates import GATES, Gate
+from .module_experts import ModuleExperts
 from .shared import FeedForward, Residual, Sum
 
 

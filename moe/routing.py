@@ -62,3 +62,42 @@ class Routing:
     def masked(self, mask: Tensor | None) -> Routing:
         """Take padding out: tokens where `mask`, bool [T], is False go to no expert."""
         return self if mask is None else replace(self.keep(mask.unsqueeze(1)), mask=mask)
+
+
+def wrong_shapes(routing: Routing, tokens: int, num_experts: int) -> str | None:
+    """What is wrong with a gate's answer for T `tokens` and E experts, as the end of a sentence; None: nothing."""
+    if not isinstance(routing, Routing):
+        return f"returned a {type(routing).__name__}: return a Routing(expert, weight, scores)"
+    if len(routing.expert) != tokens:
+        return f"returned expert {tuple(routing.expert.shape)} for {tokens} tokens: return [T, k], a row for each token"
+    if routing.num_experts != num_experts:
+        return f"scores {routing.num_experts} experts, but the layer has {num_experts}: return scores [T, E]"
+    return None
+
+
+def wrong_values(routing: Routing) -> str | None:
+    """The same of the values, all read from the device at once."""
+    expert, E = routing.expert, routing.num_experts
+    if not expert.numel():
+        return None
+    ordered = expert.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    weighs = (expert < 0) & (routing.weight != 0)
+    found = [expert.min(), expert.max(), twice.any(), weighs.any()]
+    least, most, is_twice, does_weigh = torch.stack([each.to(torch.int64) for each in found]).tolist()
+    if least < -1 or most >= E:
+        return (
+            f"chose experts from {least} to {most}: number them from 0 to E - 1 = {E - 1}, and leave a choice out by -1"
+        )
+    if is_twice:
+        return "chose an expert twice for the same token: choose each at most once, and leave a choice out by -1"
+    if does_weigh:
+        return "gave a weight to a choice it left out: where expert is -1, weight must be 0 (Routing.keep does both)"
+    return None
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether a tensor has values that the host may wait for: not while compiling, on meta, or in a CUDA graph."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...moe.activation import weighted
-from ...moe.experts import Experts, ModuleExperts, grouped_linear
+from ...moe.experts import Experts, grouped_linear
+from ...moe.module_experts import ModuleExperts
 from ...moe.stacked import local_as
 
 

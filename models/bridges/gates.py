@@ -57,12 +57,19 @@ class RouterGate(Gate):
 
     @top_k.setter
     def top_k(self, top_k: int) -> None:
+        self.check_top_k(top_k)
         router = self._modules.get("router")  # none yet in the constructor
         if router is not None and top_k != self._top_k:
-            if not self.changes_k or not hasattr(router, "top_k"):
-                raise ValueError(f"{type(router).__name__} always picks {self._top_k}; top_k={top_k} is not to be had")
             router.top_k = top_k  # pyright: ignore[reportArgumentType]
         self._top_k = top_k
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: another one needs a router that heeds it."""
+        super().check_top_k(top_k)
+        router = self._modules.get("router")
+        if router is None or top_k == self._top_k or (self.changes_k and hasattr(router, "top_k")):
+            return
+        raise ValueError(f"{type(router).__name__} always picks {self._top_k}; top_k={top_k} is not to be had")
 
 
 class PhimoeGate(RouterGate):
@@ -103,7 +110,12 @@ class DbrxGate(RouterGate):
 
     @top_k.setter
     def top_k(self, top_k: int) -> None:
+        self.check_top_k(top_k)
         self._top_k = top_k
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: any number, as the router has no part in the choice."""
+        Gate.check_top_k(self, top_k)
 
 
 class SwitchTransformersGate(RouterGate):

@@ -27,10 +27,11 @@ class BalancedGate(Gate):
     balances_itself = True
     takes_mask = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`."""
+        super().check_top_k(top_k)
         if top_k != 1:
             raise ValueError(f"the base gate gives a token one expert; got top_k={top_k}, for more use 'sinkhorn'")
-        super().__init__(dim, num_experts, top_k=1, scale=scale, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route tokens x [T, D]; in training one where `mask`, bool [T], is False has no expert."""

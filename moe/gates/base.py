@@ -27,7 +27,7 @@ class Gate(nn.Module, ABC):
     Args:
         dim: model width D.
         num_experts: experts on all ranks together, E.
-        top_k: experts a token picks, k. May be changed between steps.
+        top_k: experts a token picks, k. May be changed between steps, to what `check_top_k` takes.
         scale: multiplies the weights, last of all ("routed scaling factor", DeepSeek-V3, arXiv:2412.19437).
         bias: a number for each expert, `bias` [E], is learned and added to its logits.
     """
@@ -41,8 +41,6 @@ class Gate(nn.Module, ABC):
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
         self.lora = None  # an adapter beside `weight`: see `add_lora`
         if bias and not self.learned:
@@ -51,6 +49,23 @@ class Gate(nn.Module, ABC):
             self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if bias else None)
         self.reset_parameters()
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token picks, k."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        self.check_top_k(top_k)
+        self._top_k = top_k
+
+    def check_top_k(self, top_k: int) -> None:
+        """ValueError or TypeError unless this gate can pick k experts; a subclass adds its own rule."""
+        if not isinstance(top_k, int):
+            raise TypeError(f"top_k must be an integer; got {top_k!r}")
+        if not 1 <= top_k <= self.num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={self.num_experts}")
 
     def reset_parameters(self) -> None:
         """Initialise the router's weight as `nn.Linear` does: uniform within 1 / sqrt(D); bias and adapter as zero."""

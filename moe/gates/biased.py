@@ -27,7 +27,6 @@ class BiasedGate(Gate, ABC):
 
     balances_itself = True
     expert_bias: Tensor  # float32 [E], saved in checkpoints; not `bias`, the router's own, which is learned
-    load: Tensor  # int64 [E], assignments since the last update
 
     def __init__(
         self,
@@ -41,18 +40,27 @@ class BiasedGate(Gate, ABC):
         super().__init__(dim, num_experts, top_k, scale, bias)
         self.rate = rate
         self.register_buffer("expert_bias", torch.zeros(num_experts))
-        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self._load = torch.zeros(num_experts, dtype=torch.int64)  # not a buffer: after `to_empty` it would be anything
+
+    @property
+    def load(self) -> Tensor:
+        """int64 [E], on the gate's device: assignments since the last update; in no state dict."""
+        device = self.expert_bias.device
+        if self._load.device != device:
+            self._load = torch.zeros_like(self._load, device=device) if self._load.is_meta else self._load.to(device)
+        return self._load
 
     def reset_parameters(self) -> None:
-        """Initialise the router as any `Gate` does, the bias of experts with zeros."""
+        """Initialise the router as any `Gate` does, the bias of experts and the count with zeros."""
         super().reset_parameters()
-        for buffer in self.buffers():
-            nn.init.zeros_(buffer)
+        if hasattr(self, "expert_bias"):  # not yet in the constructor of `Gate`
+            nn.init.zeros_(self.expert_bias)
+            self.load.zero_()
 
     @torch.no_grad()
     def observe(self, routing: Routing) -> None:
         """Count where tokens went."""
-        self.load += load(routing.expert, self.num_experts)
+        self.load.add_(load(routing.expert, self.num_experts))
 
     @torch.no_grad()
     def update_bias(self) -> None:

@@ -21,9 +21,13 @@ class GShardGate(Gate):
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 2, scale: float = 1.0, bias: bool = False) -> None:
+        super().__init__(dim, num_experts, top_k, scale, bias)
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`."""
+        super().check_top_k(top_k)
         if top_k != 2:
             raise ValueError(f"the gshard gate picks two experts a token; got top_k={top_k}, for others use 'topk'")
-        super().__init__(dim, num_experts, top_k=2, scale=scale, bias=bias)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .base import Gate, best, projected, uniform
+from .router import picks
 
 
 class HierarchicalGate(Gate):
@@ -26,6 +27,9 @@ class HierarchicalGate(Gate):
         top_groups: groups a token picks, a divisor of k; None: of those that fit the one nearest to sqrt(k).
     """
 
+    groups: int = 1
+    top_groups: int | None = None
+
     def __init__(
         self,
         dim: int,
@@ -41,7 +45,7 @@ class HierarchicalGate(Gate):
         if groups < 1 or num_experts % groups:
             raise ValueError(f"groups={groups} must divide num_experts={num_experts}")
         self.groups, self.top_groups = groups, top_groups
-        self.picks()
+        self.check_top_k(top_k)  # now that the groups are known
         self.group_weight = nn.Parameter(torch.empty(groups, dim))
         uniform(self.group_weight)
 
@@ -51,25 +55,22 @@ class HierarchicalGate(Gate):
             uniform(weight)
         self._reset_adapter()
 
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: equally many experts in each of the groups a token picks."""
+        super().check_top_k(top_k)
+        picks(top_k, self.num_experts, self.groups, self.top_groups)
+
     def picks(self) -> tuple[int, int]:
         """Groups a token picks, and experts in each."""
-        size = self.num_experts // self.groups
-        fit = [g for g in range(1, self.groups + 1) if self.top_k % g == 0 and self.top_k // g <= size]
-        wanted = fit if self.top_groups is None else [g for g in fit if g == self.top_groups]
-        if not wanted:
-            raise ValueError(
-                f"top_k={self.top_k} with top_groups={self.top_groups}: a token picks top_groups of "
-                f"groups={self.groups}, and top_k / top_groups of the {size} experts in each; "
-                + (f"use top_groups from {fit}" if fit else "use another top_k or other groups")
-            )
-        top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(self.top_k)))[0]  # min(key=) breaks a graph
-        return top_groups, self.top_k // top_groups
+        return picks(self.top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]; logits are the sums of both levels', choices come heaviest first."""
         top_groups, each = self.picks()
         outer = projected(x, self.group_weight)  # [T, G]
         inner = self.logits(x).unflatten(1, (self.groups, -1))  # [T, G, E/G]
+        off = inner.isneginf().all(2)  # a group whose experts are all switched off
+        outer, inner = outer.masked_fill(off, -torch.inf), inner.masked_fill(off.unsqueeze(2), 0)
         group_weight, group = best(outer, top_groups)
         weight, place = best(inner.take_along_dim(group.unsqueeze(2), 1), each)
         expert = group.unsqueeze(2) * inner.shape[2] + place

@@ -76,9 +76,13 @@ class NoisyTopKGate(Gate):
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:
     """P(x, i), [T, E]: the chance that expert i is among the k best, were its noise alone drawn again; k < E.
 
-    It would have to beat the k-th best of the others: the (k+1)-th of all where i is chosen, else the k-th.
+    It would have to beat the k-th best of the others: the (k+1)-th of all where i is chosen, else the k-th. An expert
+    whose logit is -inf has no chance, and against a rival of -inf any other is sure to be chosen.
     """
     top = noisy.topk(k + 1).values
     last, next_one = top[:, k - 1 : k], top[:, k:]
     rival = torch.where(noisy > next_one, next_one, last)
-    return torch.erfc((rival - logits) / (math.sqrt(2) * deviation)) / 2  # the normal CDF; ndtr keeps more for backward
+    off, sure = logits.isneginf(), rival.isneginf()
+    ahead = torch.where(off | sure, 0, rival) - torch.where(off | sure, 0, logits)  # infinities have no gradient
+    chance = torch.erfc(ahead / (math.sqrt(2) * deviation)) / 2  # the normal CDF; ndtr keeps more for backward
+    return torch.where(off, 0, torch.where(sure, 1, chance))

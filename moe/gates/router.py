@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,7 @@ def route_in_groups(
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     compared = scores.detach() if bias is None else scores.detach() + bias
     by_group = compared.unflatten(1, (groups, -1))  # [T, G, E/G]
-    if k > (room := top_groups * by_group.shape[2]):
-        raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts")
+    check_room(k, scores.shape[1], groups, top_groups)
     value = by_group.topk(best).values.sum(-1)  # [T, G]
     chosen = torch.zeros_like(value).scatter(1, value.topk(top_groups).indices, 1.0) > 0
     expert = torch.where(chosen.unsqueeze(2), by_group, -torch.inf).flatten(1).topk(k).indices
@@ -87,6 +88,30 @@ def check_groups(num_experts: int, groups: int, top_groups: int | None) -> int:
             f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} be one of 1 to it"
         )
     return top_groups
+
+
+def check_room(k: int, num_experts: int, groups: int, top_groups: int) -> None:
+    """ValueError if k is more than the experts of `top_groups` groups."""
+    if k > (room := top_groups * (num_experts // groups)):
+        raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts")
+
+
+def picks(k: int, num_experts: int, groups: int, top_groups: int | None) -> tuple[int, int]:
+    """Groups a token picks and experts in each, equally many; ValueError if k does not split so.
+
+    `top_groups` None: of the divisors of k that fit the one nearest to sqrt(k).
+    """
+    size = num_experts // groups
+    fit = [g for g in range(1, groups + 1) if k % g == 0 and k // g <= size]
+    wanted = fit if top_groups is None else [g for g in fit if g == top_groups]
+    if not wanted:
+        raise ValueError(
+            f"top_k={k} with top_groups={top_groups}: a token picks top_groups of groups={groups}, and top_k / "
+            f"top_groups of the {size} experts in each; "
+            + (f"use top_groups from {fit}" if fit else "use another top_k or other groups")
+        )
+    top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(k)))[0]  # min(key=) breaks a graph
+    return top_groups, k // top_groups
 
 
 def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .biased import BiasedGate
-from .router import check_groups, route_in_groups
+from .router import check_groups, check_room, route_in_groups
 
 
 class SigmoidGate(BiasedGate):
@@ -27,6 +27,8 @@ class SigmoidGate(BiasedGate):
             weight of 1e-4.
     """
 
+    groups = top_groups = 1
+
     def __init__(
         self,
         dim: int,
@@ -43,6 +45,12 @@ class SigmoidGate(BiasedGate):
         super().__init__(dim, num_experts, top_k, rate, scale, bias)
         self.normalize, self.balances_itself = normalize, not balance_loss
         self.groups, self.top_groups = groups, check_groups(num_experts, groups, top_groups)
+        self.check_top_k(top_k)  # now that the groups are known
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: there must be as many experts in the groups of a token."""
+        super().check_top_k(top_k)
+        check_room(top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]; scores are the sigmoids, without the bias on the choice."""

@@ -22,6 +22,10 @@ class SwitchGate(TopKGate):
         scale: float = 1.0,
         bias: bool = False,
     ) -> None:
+        super().__init__(dim, num_experts, top_k, jitter=jitter, scale=scale, bias=bias)
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`."""
+        super().check_top_k(top_k)
         if top_k != 1:
             raise ValueError(f"the switch gate picks one expert a token; got top_k={top_k}, for more use 'topk'")
-        super().__init__(dim, num_experts, top_k=1, jitter=jitter, scale=scale, bias=bias)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .base import Gate, jittered
-from .router import check_groups, route_in_groups
+from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")
 
@@ -24,6 +24,8 @@ class TopKGate(Gate):
         groups, top_groups: G, a divisor of E, and how many of them a token may go to, those of its highest scores
             (DeepSeek-V2's device-limited routing, arXiv:2405.04434); None: all. Group g is experts [g*E/G, (g+1)*E/G).
     """
+
+    groups = top_groups = 1
 
     def __init__(
         self,
@@ -43,6 +45,12 @@ class TopKGate(Gate):
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
         self.order, self.normalize, self.jitter = order, normalize, jitter
         self.groups, self.top_groups = groups, check_groups(num_experts, groups, top_groups)
+        self.check_top_k(top_k)  # now that the groups are known
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: there must be as many experts in the groups of a token."""
+        super().check_top_k(top_k)
+        check_room(top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]; scores are the softmax over all experts."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.models import checkpoint
 from turnout.models.checkpoint import CheckpointError, DamagedError, load, load_newest, newest, prune, save
-from turnout.moe import parallelize, param_groups, sync_gradients
+from turnout.moe import aux_loss, parallelize, param_groups, sync_gradients
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def trainer(steps: int = 0, model: nn.Module | None = None):
     mesh = init_device_mesh("cpu", (1, ranks) if ranks != 3 else (3, 1), mesh_dim_names=("edp", "ep"))
     optimizer = torch.optim.AdamW(param_groups(model := parallelize(model or build(), mesh)), lr=1e-2)
     for step in range(steps):
-        (model(tokens(6) + step).square().mean() / ranks).backward()
+        ((model(tokens(6) + step).square().mean() + aux_loss(model)) / ranks).backward()
         sync_gradients(model, mesh)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,12 +110,12 @@ def test_two_ranks_checkpoint_comes_back_bit_for_bit_on_any_number(saved, ranks)
 def test_training_goes_on_as_if_it_had_not_stopped(alone, tmp_path):
     write(tmp_path, 2)
     model, optimizer = trainer(model=scrambled())
-    model(tokens(3)).sum().backward()  # gradients, and an optimizer that never stepped
+    (model(tokens(3)).sum() + aux_loss(model)).backward()  # gradients, and an optimizer that never stepped
     loaded = load(newest(tmp_path), model, optimizer)
     assert (loaded.step, loaded.rank_state["seen"]) == (2, [0, 7])
     expected, goal = trainer(2)
     for m, o in ((model, optimizer), (expected, goal)):
-        m(tokens(6)).square().mean().backward()
+        (m(tokens(6)).square().mean() + aux_loss(m)).backward()
         o.step()
     same(bits(model, optimizer), bits(expected, goal))
     assert load(save(tmp_path / "made" / "for it", model, optimizer, 1), model, optimizer) == (1, {}, None)

@@ -6,8 +6,9 @@ from reference import close, expert_ffn
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from turnout.moe.activation import ACTIVATIONS, swiglu, weighted
-from turnout.moe.experts import FeedForwardExperts, ModuleExperts
+from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import _fits_torch
+from turnout.moe.module_experts import ModuleExperts
 
 NAN = float("nan")
 COUNTS = [3, 0, 4, 1]

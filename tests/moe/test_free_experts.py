@@ -81,7 +81,7 @@ def test_free_experts_of_unknown_kinds():
 
 @pytest.mark.parametrize("experts", ["swiglu", "gelu"])
 def test_weights_on_the_input(experts):
-    layer, x = built(weight_on="input", experts=experts), drawn(T, D).requires_grad_()
+    layer, x = built(weight_on="input", experts=experts, aux_loss_weight=0), drawn(T, D).requires_grad_()
     wanted = by_hand(layer, x, on_input=True)[0]
     assert same(layer, x, wanted)
     assert not close(by_hand(layer, x)[0], wanted, 1e-2)
@@ -105,7 +105,7 @@ def test_several_balance_losses():
 
 @pytest.mark.parametrize("options", [{"shared_experts": 2}, {"shared_experts": 1, "free_experts": KINDS}], ids=str)
 def test_residual_experts_as_in_the_reference(options):
-    layer, x = built(residual=True, **options), drawn(T, D).requires_grad_()
+    layer, x = built(residual=True, aux_loss_weight=0, **options), drawn(T, D).requires_grad_()
     mix, plain = layer.shared.coefficient, by_hand(layer, x)[0]
     branch = layer.shared.branch(x)
     rows = [reference_gates.residual(*each, mix.weight, mix.bias) for each in zip(x, plain, branch, strict=True)]

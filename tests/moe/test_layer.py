@@ -155,7 +155,7 @@ def test_no_tokens_where_torchs_grouped_mm_is_used(dtype):
 
 
 def test_any_strides():
-    layer, x = built(), tokens(5, 3)
+    layer, x = built(aux_loss_weight=0), tokens(5, 3)
     assert close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), 1e-12)
     y = layer(x.expand(2, 5, 3, D))
     y.sum().backward()
@@ -216,7 +216,10 @@ def test_autocast_leaves_float64_alone():
 
 def test_gradcheck():
     for settings in ({}, {"capacity_factor": 0.8, "pad": True}, {"shared_experts": 1}):
-        layer, x = built(dim=3, hidden=2, **settings), tokens(5)[:, :3].requires_grad_()  # each number costs two steps
+        layer, x = (
+            built(dim=3, hidden=2, aux_loss_weight=0, **settings),
+            tokens(5)[:, :3].requires_grad_(),
+        )  # each number costs two steps
         names = [name for name, _ in layer.named_parameters()]
 
         def run(x, *values, layer=layer, names=names):
@@ -264,7 +267,7 @@ def test_shared_experts():
     routed.shared = None
     assert close(made(x), routed(x) + first(x) + second(x), 1e-12)
     none = torch.zeros(T, dtype=torch.bool)
-    assert close(made(x, none), first(x) + second(x), 1e-12)
+    assert not made(x, none).any()
 
 
 def test_experts_and_shared_modules_of_ones_own():
@@ -294,5 +297,5 @@ def test_a_gate_of_ones_own():
     assert layer.gate.weight.grad.any()
     with pytest.raises(ValueError, match="top_k=1, but the gate's is 3"):
         MoE(D, H, E, top_k=1, gate=Sigmoid(D, E, 3))
-    with pytest.raises(ValueError, match="gate scores 3 experts, the layer has 4"):
+    with pytest.raises(ValueError, match=r"Sigmoid, the gate of MoE.*, scores 3 experts, but the layer has 4"):
         MoE(D, H, E, gate=Sigmoid(D, 3)).double()(x)

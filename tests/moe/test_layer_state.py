@@ -1,4 +1,4 @@
-"""What a layer keeps between forwards, copies and saves, the losses it collects, and what it refuses."""
+"""What a layer keeps between forwards, copies and saves, what its losses are, and what it refuses."""
 
 import copy
 import io
@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import close
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 from turnout.moe import Gate, MoE, Routing, TopKGate, aux_loss, balance_loss, z_loss
 
 D, H, E = 6, 5, 4
@@ -129,32 +129,6 @@ def test_aux_loss_sums_runs_and_layers():
     assert close(aux_loss(nn.ModuleList([layer, other])), loss_of(layer, x) + loss_of(other, z), 1e-12)
 
 
-def test_aux_loss_starts_again_after_itself_and_after_backward():
-    layer, x, z = built(), tokens(9), tokens(7, seed=1)
-    layer(x)
-    aux_loss(layer)
-    layer(z)
-    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
-    layer(x).sum().backward()
-    layer(z)
-    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
-    layer(x)
-    layer.eval()
-    layer(x)
-    layer.train()
-    layer(z)
-    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)  # an evaluation stands alone
-
-
-@pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
-def test_aux_loss_in_evaluation(how):
-    layer, x, z = built().train(how != "eval"), tokens(9), tokens(7, seed=1)
-    with {"eval": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[how]():
-        for given in (x, z):
-            layer(given)
-        assert close(aux_loss(layer), loss_of(layer, z), 1e-12)  # of the last forward alone
-
-
 def test_aux_loss_with_a_frozen_gate():
     layer = built()
     layer.gate.requires_grad_(False)
@@ -185,43 +159,6 @@ def test_checkpoint(settings):
     assert plain[0] > 0.5
     layer.aux_loss_weight = 0.0
     assert not close(gradients(layer, x, block)[2], plain[2], 1e-3)  # the gate's gradient has the loss in it
-
-
-def test_recomputation_is_not_counted():
-    layer, x, z = built(), tokens(9).requires_grad_(), tokens(7, seed=1)
-    with set_checkpoint_early_stop(False):  # or recomputation would end before the layer does
-        checkpoint(layer, x, use_reentrant=False).sum().backward()
-    layer(z)
-    assert close(aux_loss(layer), loss_of(layer, z), 1e-12)
-
-
-def test_losses_that_are_not_kept():
-    layer, x = built(), tokens(9)
-    layer(x)
-    loss = aux_loss(layer)
-    assert loss > 0
-    assert aux_loss(layer, keep=False) == loss
-    assert aux_loss(layer) == 0
-
-
-def test_evaluation_between_a_forward_and_its_loss_is_refused():
-    layer, x = built(), tokens(9)
-    layer(x)
-    with torch.no_grad():
-        layer.eval()(x)
-    with pytest.raises(RuntimeError, match="Call aux_loss before you evaluate"):
-        aux_loss(layer.train())
-
-
-def test_reentrant_checkpoint_is_refused():
-    model, x = nn.ModuleDict({"moe": built()}), tokens(9).requires_grad_()
-    y = checkpoint(model["moe"], x, use_reentrant=True)
-    for part, name in ((model, "moe"), (model["moe"], "the layer")):
-        with pytest.raises(RuntimeError, match=f"balance loss of {name} has no graph.*use_reentrant=False"):
-            aux_loss(part)
-    y.sum().backward()
-    model["moe"](x)  # without checkpointing it is right again
-    assert close(aux_loss(model), loss_of(model["moe"], x), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -294,20 +231,3 @@ def test_nan_in_padding_reaches_no_gradient():
     (y[real].square().sum() + aux_loss(layer)).backward()
     for name, p in layer.named_parameters():
         assert p.grad.isfinite().all(), name
-
-
-def test_nothing_of_a_step_is_left_when_the_next_begins():
-    """Else gradients of this step would be added on that one's CUDA stream, which a graph being captured forbids."""
-    layer, x, seen = built(), tokens(9), []
-
-    def notes():  # of what adds to the router's gradient: they last as long as a graph that leads there
-        return torch.autograd.graph.get_gradient_edge(layer.gate.weight).node.metadata
-
-    layer.gate.register_forward_pre_hook(lambda *_: seen.append("step" in notes()))
-    for _ in range(2):
-        y = layer(x)
-        notes()["step"] = True
-        (y.square().mean() + aux_loss(layer)).backward()
-        assert "step" in notes()
-        del y
-    assert seen == [False, False]
