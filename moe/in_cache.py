@@ -58,8 +58,8 @@ def perceptrons(
     """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
 
     `up` has one layer, or if the activation is gated two, the gate being the second. The gate's weight multiplies the
-    hidden row: W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens come back: the
-    rows of a group are gathered when it is its turn, and all [R, D] never exist.
+    hidden row: W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens
+    come back: the rows of a group are gathered when it is its turn, and all [R, D] never exist.
     """
     weight = weight if plan is None else encode_weight(weight, plan)
     tensors = [tensor for layer in (down, *up) for tensor in layer]

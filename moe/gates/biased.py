@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class BiasedGate(Gate, ABC):
     ) -> None:
         super().__init__(dim, num_experts, top_k, scale, bias)
         self.rate = rate
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -61,9 +62,22 @@ class BiasedGate(Gate, ABC):
         self.load.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasedGate:
-        """As in `nn.Module`, but ``.to(bfloat16)`` leaves the bias float32: a step would be lost in its rounding."""
+        """As in `nn.Module`, but ``.to(bfloat16)`` leaves the bias float32: a step would be lost in its rounding.
+
+        What ``to_empty`` makes of the meta device is zeros, as `load` is in no checkpoint.
+        """
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        if self.expert_bias.dtype != bias.dtype and not self.expert_bias.is_meta:
-            self.expert_bias = bias.to(self.expert_bias.device)
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device, torch.float32)
+        if bias.is_meta and not self.expert_bias.is_meta:
+            self.expert_bias.zero_()
+            self.load.zero_()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As in `nn.Module`, but ``assign=True`` takes no other dtype, and `load` follows where the bias goes."""
+        super()._load_from_state_dict(*args)
+        self.expert_bias = self.expert_bias.to(torch.float32)
+        if self.load.device != self.expert_bias.device:
+            self.load = torch.zeros_like(self.load, device=self.expert_bias.device)
