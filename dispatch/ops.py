@@ -33,7 +33,7 @@ def encode(x: Tensor, plan: Plan) -> Tensor:
     """
     if x.ndim != 2 or x.shape[0] != plan.slot.shape[0]:
         raise ValueError(f"x must be [T, D] with the plan's T={plan.slot.shape[0]}; got {tuple(x.shape)}")
-    return _gather(x, plan.token) if forward_mode() else _encode(x, plan.token, plan.slot)
+    return _gather(x, plan.token) if transformed() else _encode(x, plan.token, plan.slot)
 
 
 def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
     """
     if rows.ndim != 2 or rows.shape[0] != plan.token.shape[0]:
         raise ValueError(f"rows must be [R, D] with the plan's R={plan.token.shape[0]}; got {tuple(rows.shape)}")
-    if forward_mode():
+    if transformed():
         return _sum_of_terms(rows, plan.slot, None if weight is None else wide(weight))
     if weight is None:
         return _decode(rows, plan.token, plan.slot)
@@ -64,7 +64,7 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """
     if rows.ndim == 1:
         return permute(rows.unsqueeze(1), order, inverse).squeeze(1)
-    return _gather(rows, order) if forward_mode() else _encode(rows, order, inverse.unsqueeze(1))
+    return _gather(rows, order) if transformed() else _encode(rows, order, inverse.unsqueeze(1))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -72,23 +72,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives are computed (`torch.func.jvp`, `torch.autograd.forward_ad`).
-
-    Custom operators have none, and would silently pass zero tangents on: plain PyTorch computes in their place.
-    """
-    return forward_ad._current_level >= 0
-
-
 def transformed(*grads: Tensor) -> bool:
     """Whether PyTorch follows each operator: in `torch.func`, in forward mode, or where gradients are batched.
 
-    An `autograd.Function` of ours cannot take part, as it writes to memory of its own: plain PyTorch does.
+    Operators of ours have a backward and nothing else; in forward mode a custom one would silently pass on tangents of
+    zero. So plain PyTorch computes in their place.
 
     Args:
         grads: gradients that may be batched (``torch.autograd.grad(..., is_grads_batched=True)``).
     """
-    followed = forward_mode() or torch._C._are_functorch_transforms_active()
+    followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     return followed or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 

@@ -177,9 +177,11 @@ def differentiated(
     What an `autograd.Function` does in its backward where that is differentiated (create_graph=True) or batched.
     """
     create = torch.is_grad_enabled()
-    wanted = [t for t, need in zip(given, needs, strict=True) if t is not None and need]
     with torch.enable_grad():
-        grads = iter(torch.autograd.grad(function(*given), wanted, grad, create_graph=create))
+        # views: one may have been made of another (a weight of the tokens), which is not this function's to follow
+        views = [None if t is None else t.view_as(t) for t in given]
+        wanted = [t for t, need in zip(views, needs, strict=True) if t is not None and need]
+        grads = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=create))
     return tuple(next(grads) if t is not None and need else None for t, need in zip(given, needs, strict=True))
 
 

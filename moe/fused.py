@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..dispatch.ops import encode_weight, forward_mode
+from ..dispatch.ops import encode_weight, transformed
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS
 from .in_cache import Layer
@@ -51,8 +51,8 @@ def check_triton(x: Tensor, activation: str) -> None:
     """Raise what is wrong with Triton for rows like `x` and this activation, and what to do."""
     if not ACTIVATIONS[activation].triton:
         raise ValueError(f'kernel="triton" has no activation {activation!r} (cuda/activations.py): set kernel="torch"')
-    if forward_mode():
-        raise NotImplementedError('kernel="triton" has no forward-mode derivatives: set kernel="torch"')
+    if transformed():
+        raise NotImplementedError('kernel="triton" has no part in torch.func and forward mode: set kernel="torch"')
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
     if x.is_meta or torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.ops import forward_mode, transformed, wide
+from ..dispatch.ops import transformed, wide
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
 
     The gradient of an expert's bias is the sum over its rows in float32 or wider, in a fixed order, rounded once.
     """
-    if forward_mode():
+    if transformed():
         return bias[_owners(ends, rows)]
     return _grouped_bias(bias, ends, rows)
 
@@ -143,12 +143,18 @@ def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
 @torch.library.custom_op("turnout::grouped_sum", mutates_args=())
 def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
     """The bias's gradient: rows [R, H] -> [L, H], the sum of each expert's rows."""
-    if rows.device.type == "cpu":
-        out = rows.new_empty(len(ends), rows.shape[1])
-        for e, span in spans(ends):
-            sum_rows(rows[span], out[e])
-        return out
-    # unsafe: it neither asks the host for the lengths nor minds rows past their sum
+    return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)
+
+
+def _sum_of_spans(rows: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_empty(len(ends), rows.shape[1])
+    for e, span in spans(ends):
+        sum_rows(rows[span], out[e])
+    return out
+
+
+def _sum_of_segments(rows: Tensor, ends: Tensor) -> Tensor:
+    """Without asking the host how many rows an expert has; on a CPU it is slow."""
     lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
     return torch.segment_reduce(wide(rows), "sum", lengths=lengths, unsafe=True).to(rows.dtype)
 

@@ -143,9 +143,9 @@ def normalised(weight: Tensor) -> Tensor:
 
 
 def jittered(x: Tensor, eps: float) -> Tensor:
-    """x times noise drawn uniformly from [1 - eps, 1 + eps], in float32 or wider (Switch Transformer, arXiv:2101.03961).
+    """x times noise drawn uniformly from [1 - eps, 1 + eps] (Switch Transformer, arXiv:2101.03961).
 
-    The router computes in that anyway; bfloat16 has four numbers within 1 percent of 1.
+    In float32 or wider, as the router computes anyway: bfloat16 has six numbers within 1 percent of 1.
     """
     x = wide(x)
     return x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)

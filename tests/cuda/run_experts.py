@@ -75,7 +75,10 @@ def run(case: Case, device: str) -> dict:
     shapes = {"w_up": (E, D, H), "w_gate": (E, D, H), "w_down": (E, H, D)}
     shapes |= {"b_up": (E, H), "b_gate": (E, H), "b_down": (E, D)}
     names = [f"{kind}_{layer}" for kind in ("wb" if case.bias else "w") for layer in layers]
-    given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) * case.scale for i, n in enumerate(names)}}
+    given = {
+        "x": random(rows, D, seed=1),
+        **{n: random(*shapes[n], seed=2 + i) * case.scale for i, n in enumerate(names)},
+    }
     given = {name: t.to(case.dtype) for name, t in given.items()}
     weight = random(*plan.slot.shape, seed=8).abs()
     weight = weight if case.plan else encode_weight(weight, plan)
