@@ -28,7 +28,7 @@ def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
 def tiles(clock: Clock, shape: Shape, kernel: str) -> list[Row]:
     """The device's own time of a product in each size of tiles; those of `turnout.cuda.tiles.sizes` come first."""
     T, D, H, E, k = shape
-    experts = tune.Shape(T, D, H, E, k, activation="swiglu", bias=False, dtype="bfloat16", gathers=True)
+    experts = tune.Shape(T, D, H, E, k, activation="swiglu", bias=False, dtype="bfloat16", gathers=True, gated=True)
     rows: list[Row] = []
     for product, runs in tune.attempts(experts, clock.device, kernel).items():
         times = clock.measure({", ".join(map(str, size)): run for size, run in runs.items()}, queued=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import activations
 from .grouped_kernels import bias_kernel, down_kernel, hidden_kernel, up_kernel, weight_kernel
 from .tiles import Blocks, Tiles, blocks
 
@@ -45,8 +46,8 @@ def up(
 
     Args:
         x: [T, D], gathered by `token`; rows [R, D] if that is None.
-        w_up, w_gate: [L, D, H]; w_gate for "swiglu" alone.
-        activation: "swiglu", "gelu", "gelu_tanh" or "relu".
+        w_up, w_gate: [L, D, H]; w_gate for gated activations alone.
+        activation: the name of a function in `activations.py`.
         save: whether a backward follows.
         b_up, b_gate: [L, H], where there are biases.
         size: of the tiles, here and below; None: `blocks`.
@@ -62,7 +63,7 @@ def up(
     up_kernel[(_programs(tiles, H, size),)](
         _rows(x, token, size), token, weight, _matrices(w_up, size), _matrices(w_gate, size), b_up, b_gate,
         *tiles, before, gate, hidden, len(tiles.expert),
-        D=D, H=H, ACTIVATION=activation, SAVE=save, **_constants(x, size),
+        D=D, H=H, ACTIVATION=getattr(activations, activation), SAVE=save, **_constants(x, size),
     )  # fmt: skip
     return hidden, before, gate
 
@@ -99,27 +100,28 @@ def hidden_backward(
     weight: Tensor,
     w_down: Tensor,
     up: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     activation: str,
     size: Blocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """Back through the down projection w_down [L, H, D] and the activation, from grad [T, D] or [R, D] (see `up`).
 
     Returns:
-        The hidden rows [R, H] as `up` made them, computed again; the gradients of up, of gate (empty if there is
-        none) and of weight, float32 [R].
+        The hidden rows [R, H] as `up` made them, computed again; the gradients of up and, if there is one, of gate;
+        the gradient of weight, float32 [R].
     """
     (_, H, D), R = w_down.shape, len(weight)
-    hidden, to_up, to_gate = (torch.empty_like(t) for t in (up, up, gate))
+    hidden, to_up = torch.empty_like(up), torch.empty_like(up)
+    to_gate = None if gate is None else torch.empty_like(gate)
     size = size or blocks("hidden", grad, R // len(ends), (D, H))
     tiles = Tiles.of(ends, R, size.rows)
     to_weight = torch.zeros(-(-H // size.columns), R, device=grad.device)
     hidden_kernel[(_programs(tiles, H, size),)](
         _rows(grad, token, size), token, weight, _matrices(w_down, size, transposed=True), *tiles,
         up, gate, to_up, to_gate, hidden, to_weight, len(tiles.expert), R,
-        D=D, H=H, ACTIVATION=activation, **_constants(grad, size),
+        D=D, H=H, ACTIVATION=getattr(activations, activation), **_constants(grad, size),
     )  # fmt: skip
-    return hidden, to_up, to_gate, to_weight.sum(0)
+    return hidden, [to_up] if to_gate is None else [to_up, to_gate], to_weight.sum(0)
 
 
 def weight_backward(

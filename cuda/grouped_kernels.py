@@ -3,6 +3,7 @@
 
 A program makes one tile [BM, BN] of a result and sums over BK at a time, in float32. Sizes that a model fixes are
 constants of the kernel, so that masks fold away where tiles divide them; rows are 64-bit: there may be 2^31 elements.
+ACTIVATION is a function of `activations.py`.
 What an operation goes without (token, gate, biases) is None, and no code is made for it.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_product import activate, columns, place, product, rows, source, span, within
+from .grouped_product import columns, place, product, rows, source, span, within
 
 
 @triton.jit(do_not_specialize=["num_m"])
@@ -65,7 +66,7 @@ def up_kernel(
         tl.store(up + at, u, mask=mask)
         if w_gate is not None:
             tl.store(gate + at, g, mask=mask)
-    h, _, _ = activate(u.to(tl.float32), g.to(tl.float32), ACTIVATION)
+    h, _, _ = ACTIVATION(u.to(tl.float32), g.to(tl.float32))
     h *= tl.load(weight + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
     tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=mask)
 
@@ -162,16 +163,16 @@ def hidden_kernel(
     mask = inside[:, None] & within(column, H, BN)[None, :]
     u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     g = u
-    if ACTIVATION == "swiglu":
+    if gate is not None:
         g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-    h, by_up, by_gate = activate(u, g, ACTIVATION)
+    h, by_up, by_gate = ACTIVATION(u, g)
     tl.store(to_weight + n.to(tl.int64) * R + row, tl.sum(d * h, 1), mask=inside)
     scale = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     d *= scale
     dtype = hidden.dtype.element_ty
     tl.store(hidden + at, (h * scale).to(dtype), mask=mask)
     tl.store(to_up + at, (d * by_up).to(dtype), mask=mask)
-    if ACTIVATION == "swiglu":
+    if gate is not None:
         tl.store(to_gate + at, (d * by_gate).to(dtype), mask=mask)
 
 

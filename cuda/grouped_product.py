@@ -131,21 +131,3 @@ def product(
             right = matrix(c, expert, start, across, K, N, TRANSPOSED, BK, BN)
             second = tl.dot(left, right, second, input_precision=PRECISION)
     return total, second
-
-
-@triton.jit
-def activate(up, gate, ACTIVATION: tl.constexpr):
-    """The hidden value, and its derivatives by up and by gate."""
-    if ACTIVATION == "swiglu":
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        return silu * up, silu, up * (sigmoid + silu * (1 - sigmoid))
-    elif ACTIVATION == "gelu":
-        below = 0.5 * (1 + tl.erf(up * 0.7071067811865476))  # of a normal distribution; then its density
-        return up * below, below + up * tl.exp(-0.5 * up * up) * 0.3989422804014327, gate
-    elif ACTIVATION == "gelu_tanh":
-        square = up * up
-        below = tl.sigmoid(up * (1.5957691216057308 + 0.07135481627260025 * square))  # (1 + tanh) / 2 of half of that
-        return up * below, below + up * below * (1 - below) * (1.5957691216057308 + 0.21406444881780076 * square), gate
-    else:
-        return tl.where(up <= 0, 0.0, up), tl.where(up <= 0, 0.0, 1.0), gate  # as torch: NaN stays NaN

@@ -29,6 +29,7 @@ class Shape(NamedTuple):
         activation, bias: as in the experts.
         dtype: "float32", "bfloat16" or "float16".
         gathers: whether rows are read from tokens by index, or lie sorted.
+        gated: whether there is a gate projection beside the up projection.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     bias: bool
     dtype: str
     gathers: bool
+    gated: bool
 
 
 def drawn(shape: Shape, device: torch.device) -> Tensor:
@@ -56,7 +58,7 @@ def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Bloc
     """
     from . import grouped
 
-    _, D, H, L, k, activation, _, dtype, gathers = shape
+    _, D, H, L, k, activation, _, dtype, gathers, gated = shape
     g = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -64,13 +66,13 @@ def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Bloc
 
     expert, order = drawn(shape, device).flatten().sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(L, device=device), right=True).to(torch.int32)
-    R, gated = len(order), activation == "swiglu"
+    R = len(order)
     token = order // k if gathers else None
     x, grad = (random(shape.tokens if gathers else R, D) for _ in range(2))
     weight = torch.rand(R, generator=g, device=device)
     w_up, w_down, hidden, up = random(L, D, H), random(L, H, D), random(R, H), random(R, H)
-    w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, up.new_empty(0, H))
-    back = [(up, w_up), (gate, w_gate)] if w_gate is not None else [(up, w_up)]
+    w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, None)
+    back = [(up, w_up)] if w_gate is None or gate is None else [(up, w_up), (gate, w_gate)]
     runs: list[tuple[str, tuple[int, int], Callable[[Blocks], object]]] = [
         ("up", (D, H), lambda size: grouped.up(x, token, ends, weight, w_up, w_gate, activation, True, size=size)),
         ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], ends, size=size)),

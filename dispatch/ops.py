@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import kernels
 from .plan import Plan
@@ -32,7 +33,7 @@ def encode(x: Tensor, plan: Plan) -> Tensor:
     """
     if x.ndim != 2 or x.shape[0] != plan.slot.shape[0]:
         raise ValueError(f"x must be [T, D] with the plan's T={plan.slot.shape[0]}; got {tuple(x.shape)}")
-    return _encode(x, plan.token, plan.slot)
+    return _gather(x, plan.token) if transformed() else _encode(x, plan.token, plan.slot)
 
 
 def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
@@ -44,6 +45,8 @@ def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
     """
     if rows.ndim != 2 or rows.shape[0] != plan.token.shape[0]:
         raise ValueError(f"rows must be [R, D] with the plan's R={plan.token.shape[0]}; got {tuple(rows.shape)}")
+    if transformed():
+        return _sum_of_terms(rows, plan.slot, None if weight is None else wide(weight))
     if weight is None:
         return _decode(rows, plan.token, plan.slot)
     return _decode_weighted(rows, weight, plan.token, plan.slot)
@@ -61,12 +64,25 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """
     if rows.ndim == 1:
         return permute(rows.unsqueeze(1), order, inverse).squeeze(1)
-    return _encode(rows, order, inverse.unsqueeze(1))
+    return _gather(rows, order) if transformed() else _encode(rows, order, inverse.unsqueeze(1))
 
 
 def wide(x: Tensor) -> Tensor:
     """x in float32, or float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def transformed(*grads: Tensor) -> bool:
+    """Whether PyTorch follows each operator: in `torch.func`, in forward mode, or where gradients are batched.
+
+    Operators of ours have a backward and nothing else; in forward mode a custom one would silently pass on tangents of
+    zero. So plain PyTorch computes in their place.
+
+    Args:
+        grads: gradients that may be batched (``torch.autograd.grad(..., is_grads_batched=True)``).
+    """
+    followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return followed or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
@@ -103,8 +119,7 @@ def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
     if slot.shape[1] == 1 and weight is None:
         return _gather(rows, slot.squeeze(1))
     if rows.device.type != "cpu" or not len(rows):
-        terms = wide(rows) if weight is None else rows * _row_weight(weight, slot, len(rows)).unsqueeze(1)
-        return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
+        return _sum_of_terms(rows, slot, weight)
     kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
     if bool(kept.all()):
         home, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
@@ -116,6 +131,12 @@ def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
     terms = wide(rows)
     each = weight[kept].to(terms.dtype)
     return torch.embedding_bag(terms, home, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
+
+
+def _sum_of_terms(rows: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
+    """`_sum`, choice by choice, every operator differentiable."""
+    terms = wide(rows) if weight is None else rows * _row_weight(weight, slot, len(rows)).unsqueeze(1)
+    return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
 
 
 def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def named_activation(tensors: Mapping[str, Tensor], activation: Callable[[Tensor
     """What named experts call an activation, told by its values; None if they do not have it."""
     x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
     for name, ours in ACTIVATIONS.items():
-        if (name == "swiglu") == ("w_gate" in tensors) and (
-            activation is None or bool((activation(x) - ours(x)).abs().max() < 1e-6)
-        ):
+        if ours.gated != ("w_gate" in tensors) or ours.on_up is not None:
+            continue
+        if activation is None or bool((activation(x) - ours.act.value(x)).abs().max() < 1e-6):
             return name
     return None

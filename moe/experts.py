@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch.ops import decode, encode, encode_weight
+from ..dispatch.ops import decode, encode, encode_weight, transformed, wide
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, swiglu, weighted
+from .activation import ACTIVATIONS, activated, weighted
 from .fused import KERNELS, check_triton, fused
-from .grouped_mm import grouped_mm
+from .grouped_mm import grouped_bias, grouped_mm
 from .in_cache import Layer, pays, perceptrons
 from .low_rank import LowRank
 from .stacked import held_slice, local, local_as, seeded
@@ -121,7 +121,7 @@ class Experts(nn.Module, ABC):
 
 
 class FeedForwardExperts(Experts):
-    """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (silu(W_gate x) * W_up x).
+    """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (act(W_gate x) * W_up x).
 
     `w_up` and `w_gate` are [E, D, H], `w_down` [E, H, D]; with `bias`, `b_up` and `b_gate` [E, H],
     `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
@@ -132,7 +132,9 @@ class FeedForwardExperts(Experts):
     a GPU yet); ``"auto"``, which is "torch". `autotune` measures, and sets the faster.
 
     Args:
-        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"swiglu"`` (gated, arXiv:2002.05202).
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (squared, arXiv:2109.08668); or
+            gated (arXiv:2002.05202), ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``, ``"clamped_swiglu"``
+            (gpt-oss, arXiv:2508.10925). The table is `ACTIVATIONS` in `moe/activation.py`.
     """
 
     gathers = True
@@ -146,7 +148,7 @@ class FeedForwardExperts(Experts):
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
         self.kernel = "auto"
         self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
-        if activation == "swiglu":
+        if ACTIVATIONS[activation].gated:
             self.sizes["gate"] = (dim, hidden)
         for name, (fan_in, fan_out) in self.sizes.items():
             self.register_parameter(f"w_{name}", nn.Parameter(torch.empty(num_experts, fan_in, fan_out)))
@@ -163,6 +165,8 @@ class FeedForwardExperts(Experts):
     def kernel(self, kernel: str) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+        if kernel == "triton" and not ACTIVATIONS[self.activation].triton:
+            raise ValueError(f'kernel="triton" has no activation {self.activation!r}: set kernel="torch"')
         if kernel == "triton" and self.adapts:
             raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
         self._kernel = kernel
@@ -184,19 +188,16 @@ class FeedForwardExperts(Experts):
         One grouped matrix product a layer, or on a CPU a few experts at a time (`pays`); empty experts cost nothing.
         """
         if self.kernel == "triton":
-            check_triton(rows)
+            check_triton(rows, self.activation)
             return fused(rows, weight, counts, self.activation, *self._layers(rows), plan)
         if self._few_at_a_time(rows, len(weight) if plan is None else len(plan.token)):
             if plan is not None and plan.capacity is not None:  # its rows of nobody name no token
                 return decode(self.forward(encode(rows, plan), encode_weight(weight, plan), counts), plan)
-            return perceptrons(rows, weight, counts, self.activation, *self._layers(rows), plan)
+            return perceptrons(rows, weight, counts, ACTIVATIONS[self.activation], *self._layers(rows), plan)
         rows = rows if plan is None else encode(rows, plan)
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = self._linear("up", rows, ends)
-        if self.activation == "swiglu":
-            hidden = swiglu(hidden, self._linear("gate", rows, ends))
-        else:
-            hidden = ACTIVATIONS[self.activation](hidden)
+        kind, hidden = ACTIVATIONS[self.activation], self._linear("up", rows, ends)
+        hidden = activated(kind, hidden, self._linear("gate", rows, ends) if kind.gated else None)
         if self.hidden >= self.dim:
             rows = self._linear("down", hidden, ends)
             return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
@@ -205,7 +206,7 @@ class FeedForwardExperts(Experts):
         return rows if plan is None else decode(rows, plan)
 
     def _few_at_a_time(self, x: Tensor, rows: int) -> bool:
-        plain = not torch.compiler.is_compiling() and not self.adapts
+        plain = not torch.compiler.is_compiling() and not transformed() and not self.adapts
         return plain and pays(x, rows, max(self.dim, self.hidden))
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -254,7 +255,6 @@ def grouped_linear(
     y = grouped_mm(rows, matrix, ends)
     if bias is None:
         return y
-    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
-    by_row = bias[expert.clamp(max=len(ends) - 1)]
-    by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
-    return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
+    if weight is None:
+        return y + grouped_bias(bias, ends, len(rows))
+    return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)

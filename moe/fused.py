@@ -7,8 +7,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..dispatch.ops import encode_weight
+from ..dispatch.ops import encode_weight, transformed
 from ..dispatch.plan import Plan
+from .activation import ACTIVATIONS
 from .in_cache import Layer
 
 KERNELS = ("auto", "torch", "triton")
@@ -33,11 +34,12 @@ def fused(
             no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the layers.
         weight: [R], the gate's weight of each row; with a `plan` [T, k].
         counts: int64 [L], rows of each expert; rows past their sum come back undefined.
-        ups: one layer, or for "swiglu" up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
+        activation: a name in `ACTIVATIONS`.
+        ups: one layer, or if gated up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
         down: [L, H, D] and [L, D].
     """
     weight = weight if plan is None else encode_weight(weight, plan)
-    (w_up, b_up), (w_gate, b_gate) = ups if activation == "swiglu" else (*ups, (None, None))
+    (w_up, b_up), (w_gate, b_gate) = ups if len(ups) == 2 else (*ups, (None, None))
     layers = [None if t is None else t.contiguous() for t in (w_up, w_gate, down[0], b_up, b_gate, down[1])]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *layers))
     token, slot = (None, None) if plan is None else (plan.token, plan.slot)
@@ -45,8 +47,12 @@ def fused(
     return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save)[0]
 
 
-def check_triton(x: Tensor) -> None:
-    """Raise what is wrong with Triton for rows like `x`, and what to do."""
+def check_triton(x: Tensor, activation: str) -> None:
+    """Raise what is wrong with Triton for rows like `x` and this activation, and what to do."""
+    if not ACTIVATIONS[activation].triton:
+        raise ValueError(f'kernel="triton" has no activation {activation!r} (cuda/activations.py): set kernel="torch"')
+    if transformed():
+        raise NotImplementedError('kernel="triton" has no part in torch.func and forward mode: set kernel="torch"')
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
     if x.is_meta or torch.compiler.is_compiling():
@@ -106,12 +112,11 @@ def _experts_backward(
 
     to_x, to_weights, to_biases = wanted
     with torch.cuda.device_of(x):
-        hidden, *befores, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation)
-        gated = w_gate is not None
-        before = befores if gated else befores[:1]
+        gates = None if w_gate is None else gate
+        hidden, before, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gates, activation)
         out = [x.new_empty(0) for _ in range(8)]
         if to_x:
-            ups = [w_up, w_gate] if gated else [w_up]
+            ups = [w_up] if w_gate is None else [w_up, w_gate]
             out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
         if to_weights:
             out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.ops import transformed, wide
+
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows [R, D] x weight [L, D, H] -> [R, H]: rows ends[e-1]..ends[e] are multiplied by weight[e].
@@ -20,9 +22,27 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows, weight: of one floating dtype.
         ends: int32 [L], where each expert's rows end.
     """
+    if transformed():
+        return _each(rows, weight, ends)
     if _fits_torch(rows, weight):
-        return _ContiguousGradient.apply(F.grouped_mm(rows, weight, offs=ends))  # pyright: ignore[reportReturnType]
+        return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
     return _grouped_mm(rows, weight, ends)
+
+
+def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    """bias [L, H] -> [rows, H], each row its expert's bias; `ends` as in `grouped_mm`, past ends[-1] undefined.
+
+    The gradient of an expert's bias is the sum over its rows in float32 or wider, in a fixed order, rounded once.
+    """
+    if transformed():
+        return bias[_owners(ends, rows)]
+    return _grouped_bias(bias, ends, rows)
+
+
+def _owners(ends: Tensor, rows: int) -> Tensor:
+    """The expert of each row, int64 [rows]; of rows past ends[-1] the last one."""
+    row = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
 
 
 def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
@@ -37,9 +57,13 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+@torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
+def _dense_gradient(y: Tensor) -> Tensor:
+    """y: torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+    return _DenseGradient.apply(y)  # pyright: ignore[reportReturnType]
 
+
+class _DenseGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y):
         return y.detach()  # not a view: FSDP2 warns of experts that return one
@@ -82,6 +106,12 @@ def _asked(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm`, every operator differentiable in every mode."""
+    *products, stop = *(rows[span] @ weight[e] for e, span in spans(ends)), int(ends[-1])
+    return torch.cat([*products, rows.new_zeros(len(rows) - stop, weight.shape[2])])
+
+
 def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert and its rows."""
     stops = ends.tolist()
@@ -105,6 +135,35 @@ def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
+@torch.library.custom_op("turnout::grouped_bias", mutates_args=())
+def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    return bias.index_select(0, _owners(ends, rows))
+
+
+@torch.library.custom_op("turnout::grouped_sum", mutates_args=())
+def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
+    """The bias's gradient: rows [R, H] -> [L, H], the sum of each expert's rows."""
+    return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)
+
+
+def _sum_of_spans(rows: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_empty(len(ends), rows.shape[1])
+    for e, span in spans(ends):
+        sum_rows(rows[span], out[e])
+    return out
+
+
+def _sum_of_segments(rows: Tensor, ends: Tensor) -> Tensor:
+    """Without asking the host how many rows an expert has; on a CPU it is slow."""
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    return torch.segment_reduce(wide(rows), "sum", lengths=lengths, unsafe=True).to(rows.dtype)
+
+
+def sum_rows(rows: Tensor, out: Tensor) -> None:
+    """The sum of rows [n, H] into `out` [H], in float32 or wider: in half precision a sum of many stands still."""
+    out.copy_(rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)))
+
+
 @_grouped_mm.register_fake
 def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
@@ -113,6 +172,16 @@ def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @_grouped_mm_weight.register_fake
 def _(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
+
+
+@_grouped_bias.register_fake
+def _(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    return bias.new_empty(rows, bias.shape[1])
+
+
+@_grouped_sum.register_fake
+def _(rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], rows.shape[1])
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -136,5 +205,17 @@ def _weight_backward(ctx, grad: Tensor):
     return to_rows, to_grad, None
 
 
+def _keep_ends(ctx, inputs, output) -> None:
+    first, ends, *_ = inputs
+    ctx.rows = len(first)  # of `_grouped_sum`
+    ctx.save_for_backward(ends)
+
+
 _grouped_mm.register_autograd(_backward, setup_context=_save_inputs)
 _grouped_mm_weight.register_autograd(_weight_backward, setup_context=_save_inputs)
+_grouped_bias.register_autograd(
+    lambda ctx, grad: (_grouped_sum(grad.contiguous(), *ctx.saved_tensors), None, None), setup_context=_keep_ends
+)
+_grouped_sum.register_autograd(
+    lambda ctx, grad: (_grouped_bias(grad.contiguous(), *ctx.saved_tensors, ctx.rows), None), setup_context=_keep_ends
+)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.ops import encode_weight, wide
+from ..dispatch.ops import encode_weight, transformed, wide
 from ..dispatch.plan import Plan
-from .activation import ACTIVATIONS, blocks
-from .grouped_mm import computed, mm
+from .activation import Activation, blocks, differentiated
+from .grouped_mm import computed, mm, sum_rows
 
 _LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
 _GROUP = 1 << 21  # elements of a group's widest buffer, of which there are four: 8 MiB each in float32
@@ -53,18 +53,18 @@ def _faulted_anew() -> bool:
 
 
 def perceptrons(
-    rows: Tensor, weight: Tensor, counts: Tensor, activation: str, up: list[Layer], down: Layer, plan: Plan | None
+    rows: Tensor, weight: Tensor, counts: Tensor, kind: Activation, up: list[Layer], down: Layer, plan: Plan | None
 ) -> Tensor:
     """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
 
-    `up` has one layer, or for "swiglu" two, the gate being the second. The gate's weight multiplies the hidden row:
-    W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens come back: the
-    rows of a group are gathered when it is its turn, and all [R, D] never exist.
+    `up` has one layer, or if the activation is gated two, the gate being the second. The gate's weight multiplies the
+    hidden row: W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens
+    come back: the rows of a group are gathered when it is its turn, and all [R, D] never exist.
     """
     weight = weight if plan is None else encode_weight(weight, plan)
     tensors = [tensor for layer in (down, *up) for tensor in layer]
     graph = torch.is_grad_enabled()  # asked here: inside, it never is
-    return _Perceptrons.apply(rows, weight, counts, activation, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
+    return _Perceptrons.apply(rows, weight, counts, kind, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
 
 
 class Group(NamedTuple):
@@ -94,7 +94,7 @@ def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
 
 class _Perceptrons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, counts, activation, plan, graph, w_down, b_down, *up):
+    def forward(ctx, rows, weight, counts, kind, plan, graph, w_down, b_down, *up):
         kept, hidden_width = graph and any(ctx.needs_input_grad), w_down.shape[1]
         turns = groups(counts, max(w_down.shape[1:]), _GROUP)
         most = _most(turns)
@@ -111,14 +111,14 @@ class _Perceptrons(torch.autograd.Function):
                     for u_, b in zip(u.split(sizes), bias[few], strict=True):
                         u_.add_(b)
             for h_, w_, *us_ in blocks(h, w, *us):
-                torch.mul(_activated(activation, *map(wide, us_)), w_, out=h_)
+                torch.mul(_in_place(kind, *map(wide, us_)), w_, out=h_)
             y = out.at(span)
             products(h.split(sizes), w_down[few], y.split(sizes))
             if b_down is not None:
                 for y_, w_, b in zip(y.split(sizes), w.split(sizes), b_down[few], strict=True):
                     y_.copy_(torch.addcmul(wide(y_), w_, wide(b)))
             out.add(span)
-        ctx.activation, ctx.plan, ctx.turns = activation, plan, turns
+        ctx.kind, ctx.plan, ctx.turns = kind, plan, turns
         ctx.save_for_backward(rows, weight, w_down, b_down, *up, *before)
         return out.done()
 
@@ -127,13 +127,11 @@ class _Perceptrons(torch.autograd.Function):
         rows, weight, w_down, b_down, *rest = ctx.saved_tensors
         number = len(rest) // 3  # of layers below the activation
         up, before = rest[: 2 * number], rest[2 * number :]
-        if torch.is_grad_enabled():  # create_graph=True: all again, as operators that autograd follows
-            given = rows, weight, None, None, None, None, w_down, b_down, *up
-            wanted = [t for t, needs in zip(given, ctx.needs_input_grad, strict=True) if t is not None and needs]
-            layers = [*zip(up[::2], up[1::2], strict=True), (w_down, b_down)]
-            y = _followed(rows, weight, ctx.activation, ctx.plan, ctx.turns, layers)
-            grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return tuple(next(grads) if needs else None for needs in ctx.needs_input_grad)
+        if torch.is_grad_enabled() or transformed(grad):
+            again = partial(_followed, ctx.kind, ctx.plan, ctx.turns)
+            needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[6:]
+            to_rows, to_weight, *others = differentiated(again, [rows, weight, w_down, b_down, *up], needs, grad)
+            return to_rows, to_weight, None, None, None, None, *others
         most = _most(ctx.turns)
         needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         to_rows = _Out(rows, most, ctx.plan) if needs_rows else None
@@ -153,7 +151,7 @@ class _Perceptrons(torch.autograd.Function):
             products(ys, w_down[few].mT, dus[0].split(sizes))
             for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
                 d = wide(both[0])
-                a, *slopes_ = _back(ctx.activation, d, *map(wide, both[number:]))
+                a, *slopes_ = ctx.kind.backward(d, *map(wide, both[number:]))
                 torch.mul(a, w_, out=h_)
                 dw_.copy_(a.mul_(d).sum(1))
                 for du_, slope in zip(both[:number], slopes_, strict=True):
@@ -163,7 +161,7 @@ class _Perceptrons(torch.autograd.Function):
                     dw_ += (wide(y_) * b).sum(1)
             if to_b_down is not None:
                 for to_b, y_, w_ in zip(to_b_down[few], ys, w.split(sizes), strict=True):
-                    to_b.copy_((y_ * w_).sum(0))
+                    sum_rows(y_ * w_, to_b)
             if to_w_down is not None:
                 products((h_.T for h_ in hs), ys, to_w_down[few])
             for j, du in enumerate(dus):
@@ -175,27 +173,38 @@ class _Perceptrons(torch.autograd.Function):
                     products((x_.T for x_ in xs), parts, to_matrix[few])
                 if to_bias is not None:
                     for to_b, part in zip(to_bias[few], parts, strict=True):
-                        to_b.copy_(part.sum(0))
+                        sum_rows(part, to_b)
             if to_rows is not None:
                 to_rows.add(span)
         return to_rows and to_rows.done(), to_weight, None, None, None, None, to_w_down, to_b_down, *to_up
 
 
 def _followed(
-    rows: Tensor, weight: Tensor, activation: str, plan: Plan | None, turns: list[Group], layers: list[Layer]
+    kind: Activation,
+    plan: Plan | None,
+    turns: list[Group],
+    rows: Tensor,
+    weight: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    *up: Tensor | None,
 ) -> Tensor:
-    """What `_Perceptrons` computes, an expert at a time, every operator differentiable; the last layer is down."""
+    """What `_Perceptrons` computes, an expert at a time, every operator differentiable."""
     sizes = [size for group in turns for size in group.sizes]
     R, made = sum(sizes), []
     x = rows[:R] if plan is None else rows[plan.token[:R]]
     for e, (x_, w_) in enumerate(zip(x.split(sizes), weight[:R].unsqueeze(1).split(sizes), strict=True)):
-        *ups, (w_out, b_out) = [(wide(matrix[e]), 0 if b is None else wide(b[e])) for matrix, b in layers]
-        hidden = _activated(activation, *(wide(x_) @ matrix + b for matrix, b in ups))
-        made.append((hidden @ w_out + b_out) * w_)
+        hidden = kind(*(_linear(wide(x_), e, *layer) for layer in zip(up[::2], up[1::2], strict=True)))
+        made.append(_linear(hidden, e, w_down, b_down) * w_)
     y = torch.cat(made).to(rows.dtype)
     if plan is None:
         return F.pad(y, (0, 0, 0, len(rows) - R))
     return torch.zeros_like(rows, dtype=wide(y).dtype).index_add(0, plan.token[:R], wide(y)).to(rows.dtype)
+
+
+def _linear(x: Tensor, expert: int, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    y = x @ wide(matrix[expert])
+    return y if bias is None else y + wide(bias[expert])
 
 
 class _Out:
@@ -246,17 +255,6 @@ def _taker(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slic
     return take
 
 
-def _activated(activation: str, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    act = ACTIVATIONS[activation]
-    return act(up) if gate is None else act(gate).mul_(up)
-
-
-def _back(activation: str, grad: Tensor, up: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
-    """What `_activated` returns, again, and from its gradient the gradients of what it was given."""
-    if gate is not None:
-        act = F.silu(gate)
-        return act * up, grad * act, torch.ops.aten.silu_backward(grad * up, gate)
-    if activation == "relu":
-        return F.relu(up), torch.ops.aten.threshold_backward(grad, up, 0)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return F.gelu(up, approximate=approximate), torch.ops.aten.gelu_backward(grad, up, approximate=approximate)
+def _in_place(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`kind` without a tensor for the product; in a forward that keeps no graph."""
+    return kind(up) if gate is None else kind.act.value(gate).mul_(kind.factor(up))

@@ -12,7 +12,7 @@ from .gates.base import projected
 
 
 class FeedForward(nn.Module):
-    """A dense perceptron of the experts' kind: W_down act(W_up x), or W_down (silu(W_gate x) * W_up x).
+    """A dense perceptron of the experts' kind: W_down act(W_up x), or W_down (act(W_gate x) * W_up x).
 
     x [..., D] -> [..., D]. n shared experts of width H are one of width n*H (DeepSeekMoE,
     arXiv:2401.06066).
@@ -20,15 +20,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.kind = ACTIVATIONS[activation]
+        self.act = self.kind.act.value  # as `dense_tensors` looks for it
         self.up = nn.Linear(dim, hidden, bias)
-        self.gate = nn.Linear(dim, hidden, bias) if activation == "swiglu" else None
+        self.gate = nn.Linear(dim, hidden, bias) if self.kind.gated else None
         self.down = nn.Linear(hidden, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        hidden = self.up(x)
-        return self.down(self.act(hidden) if self.gate is None else self.act(self.gate(x)) * hidden)
+        return self.down(self.kind(self.up(x), None if self.gate is None else self.gate(x)))
 
 
 class Residual(nn.Module):

@@ -18,6 +18,7 @@ from ..cuda.tiles import MEASURED, Blocks, Product
 from ..cuda.tune import Run, Shape
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.plan import Plan
+from .activation import ACTIVATIONS
 from .experts import FeedForwardExperts
 from .fused import check_triton
 from .layer import MoE
@@ -139,10 +140,11 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
         bias=experts.bias,
         dtype=str(dtype).removeprefix("torch."),
         gathers=isinstance(layer.dispatcher, LocalDispatcher),
+        gated=ACTIVATIONS[experts.activation].gated,
     )
     before = experts.kernel
     try:
-        check_triton(torch.empty(0, dtype=dtype, device=w_up.device))
+        check_triton(torch.empty(0, dtype=dtype, device=w_up.device), experts.activation)
         experts.kernel = "triton"
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         return shape, str(error)

@@ -23,6 +23,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("turnout")
 
 
+@pytest.fixture(params=[True, False], ids=["half-precision units", "half precision emulated"])
+def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a CPU with units for bfloat16 and float16, and as on one without, whatever CPU this is.
+
+    Nothing else in the package depends on the kind of CPU.
+    """
+    monkeypatch.setattr("turnout.moe.grouped_mm._emulated", lambda dtype: not request.param and dtype.itemsize == 2)
+    return request.param
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="all cases of tests marked `sampled`, not every third")
 

@@ -140,6 +140,39 @@ def drop(expert, weight, limit, policy, scores=None):
     return torch.where(kept, expert, -1), torch.where(kept, weight, 0.0)
 
 
+def _gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _gelu_tanh(x):
+    return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _relu(x):
+    return torch.where(x > 0, x, 0.0)
+
+
+def _silu(x, slope=1.0):
+    return x / (1 + (-slope * x).exp())
+
+
+def _clamped(x, low, high):
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+ACTIVATIONS = {  # up, gate -> hidden
+    "gelu": lambda up, _: _gelu(up),
+    "gelu_tanh": lambda up, _: _gelu_tanh(up),
+    "relu": lambda up, _: _relu(up),
+    "relu2": lambda up, _: _relu(up) ** 2,
+    "swiglu": lambda up, gate: _silu(gate) * up,
+    "geglu": lambda up, gate: _gelu(gate) * up,
+    "geglu_tanh": lambda up, gate: _gelu_tanh(gate) * up,
+    "reglu": lambda up, gate: _relu(gate) * up,
+    "clamped_swiglu": lambda up, gate: _silu(_clamped(gate, -math.inf, 7.0), 1.702) * (_clamped(up, -7.0, 7.0) + 1),
+}
+
+
 def expert_ffn(x, tensors, e, activation):
     """One token x [D] through expert e -> [D]."""
 
@@ -147,16 +180,8 @@ def expert_ffn(x, tensors, e, activation):
         y = (v.unsqueeze(1) * tensors[f"w_{name}"][e]).sum(0)
         return y + tensors[f"b_{name}"][e] if tensors.get(f"b_{name}") is not None else y
 
-    up = linear("up", x)
-    if activation == "gelu":
-        hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
-    elif activation == "gelu_tanh":
-        hidden = up * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-    elif activation == "relu":
-        hidden = torch.where(up > 0, up, 0.0)
-    else:
-        gate = linear("gate", x)
-        hidden = gate / (1 + (-gate).exp()) * up
+    gate = linear("gate", x) if "w_gate" in tensors else None
+    hidden = ACTIVATIONS[activation](linear("up", x), gate)
     return linear("down", hidden)
 
 

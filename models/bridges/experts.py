@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...moe.activation import weighted
+from ...moe.activation import ACTIVATIONS, activated, weighted
 from ...moe.experts import Experts, grouped_linear
 from ...moe.module_experts import ModuleExperts
 from ...moe.stacked import local_as
@@ -100,6 +100,17 @@ class FusedExperts(Experts):
             drawn = torch.empty(p.shape[1:], device="cpu", dtype=torch.float32)
             initial[f"module.{name}"] = drawn.uniform_(-bound, bound, generator=generator)
         return initial
+
+
+class GptOssExperts(FusedExperts):
+    """gpt-oss: gate and up are interleaved in the last axis of `gate_up_proj`."""
+
+    def up(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.up`; at the alpha and limit of the released models as `clamped_swiglu` computes it."""
+        if (self.module.alpha, self.module.limit) != (1.702, 7.0):
+            return super().up(rows, ends)
+        gate_up = self._linear("gate_up_proj", rows, ends)
+        return activated(ACTIVATIONS["clamped_swiglu"], gate_up[:, 1::2], gate_up[:, ::2])
 
 
 class DbrxExperts(FusedExperts):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import DbrxExperts, FusedExperts, ListedExperts
+from .experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts
 from .gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .parts import Parts
 
@@ -60,7 +60,7 @@ def qwen2_moe(block: Block) -> Parts:
 def gpt_oss(block: Block) -> Parts:
     """Transposed, interleaved, with biases; a pair is returned."""
     gate = RouterGate(block.router, block.router.weight, block.router.top_k)
-    return Parts(gate, FusedExperts(block.experts, transposed=True), pair=True)
+    return Parts(gate, GptOssExperts(block.experts, transposed=True), pair=True)
 
 
 def llama4(block: Block) -> Parts:

@@ -40,7 +40,7 @@ class BridgedMoE(MoE):
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Any:
         """x (..., D) -> y (..., D), or (y, None) where the family's block returned a pair."""
         if self.training and self.jitter:
-            x = jittered(x, self.jitter)
+            x = jittered(x, self.jitter).to(x.dtype)
         if self.gate.takes_ids and ids is None and x.ndim > 2:  # gates of families that count by sequence
             ids = torch.arange(len(x), device=x.device).unsqueeze(1).expand(x.shape[:-1])
         y = super().forward(x, mask, ids)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...dispatch.ops import wide
 from ..low_rank import LowRank
 from ..routing import Routing
 
@@ -157,5 +158,9 @@ def normalised(weight: Tensor) -> Tensor:
 
 
 def jittered(x: Tensor, eps: float) -> Tensor:
-    """x times noise drawn uniformly from [1 - eps, 1 + eps] (Switch Transformer, arXiv:2101.03961)."""
+    """x times noise drawn uniformly from [1 - eps, 1 + eps] (Switch Transformer, arXiv:2101.03961).
+
+    In float32 or wider, as the router computes anyway: bfloat16 has six numbers within 1 percent of 1.
+    """
+    x = wide(x)
     return x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)

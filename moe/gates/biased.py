@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class BiasedGate(Gate, ABC):
     ) -> None:
         super().__init__(dim, num_experts, top_k, scale, bias)
         self.rate = rate
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
         self._load = torch.zeros(num_experts, dtype=torch.int64)  # not a buffer: after `to_empty` it would be anything
 
     @property
@@ -72,6 +73,13 @@ class BiasedGate(Gate, ABC):
         """As in `nn.Module`, but ``.to(bfloat16)`` leaves the bias float32: a step would be lost in its rounding."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        if self.expert_bias.dtype != bias.dtype and not self.expert_bias.is_meta:
-            self.expert_bias = bias.to(self.expert_bias.device)
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device, torch.float32)
+        if bias.is_meta and not self.expert_bias.is_meta:
+            self.expert_bias.zero_()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As in `nn.Module`, but ``assign=True`` takes no other dtype."""
+        super()._load_from_state_dict(*args)
+        self.expert_bias = self.expert_bias.to(torch.float32)

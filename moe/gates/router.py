@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...cuda.launch import available, launch
+from ...dispatch.ops import transformed
 from .base import normalised
 
 SCORES = ("softmax", "sigmoid")
@@ -43,7 +44,7 @@ def route(
             raise ValueError(f"bias must be [E], E={logits.shape[1]}; got {tuple(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
     one_kernel = logits.dtype == torch.float32 and (torch.compiler.is_compiling() or _has_kernel(logits, k))
-    step = _route if one_kernel else plain
+    step = _route if one_kernel and not transformed() else plain
     weight, scores, expert = step(logits, bias, k, score == "sigmoid", normalize)
     return expert, weight, scores
 

@@ -9,13 +9,14 @@ A process of its own: Triton asks for its interpreter when it is first imported.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from turnout.cuda.tiles import MEASURED, Product
 from turnout.dispatch import OverlapDispatcher, Plan
 from turnout.dispatch.ops import encode_weight
 from turnout.moe import MoE, Tuning, autotune
+from turnout.moe.activation import ACTIVATIONS
 from turnout.moe.fused import fused
 
 NAN = float("nan")
@@ -34,6 +35,7 @@ class Case:
     plan: bool = True
     bias: bool = False
     sizes: tuple[int, int] = (24, 8)  # D, H; tiles are 16 wide under the interpreter
+    scale: float = 0.2  # of weights
 
 
 RAGGED = [[0, 2], [2, 3], [2, -1], [2, 0], [-1, -1], [3, 2]] * 3  # nobody goes to 1; 12 rows to 2, 4 to 0, 5 to 3
@@ -52,7 +54,13 @@ CASES = {
     "odd sizes": Case(RAGGED[:6], bias=True, sizes=(23, 17)),  # no multiples of 16 bytes
     "odd sizes, sorted rows": Case(RAGGED[:6], plan=False, sizes=(23, 17)),
 }
-ON_A_GPU = {"bfloat16": Case(RAGGED, dtype=torch.bfloat16)}  # which the interpreter rounds towards zero
+CASES |= {kind: Case(RAGGED[:9], kind, bias=True, plan=False, scale=3.0) for kind in ACTIVATIONS}
+MANY_ROWS = Case([[1]] * 600, "gelu", bias=True, sizes=(8, 8))  # bfloat16 cannot count to 600
+BFLOAT16 = {
+    f"{name}, bfloat16": replace(case, dtype=torch.bfloat16)
+    for name, case in (CASES | {"many rows": MANY_ROWS}).items()
+    if case.dtype == torch.float32
+}
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -63,11 +71,14 @@ def run(case: Case, device: str) -> dict:
     plan = Plan.of(torch.tensor(case.expert), E, case.capacity)
     rows = len(plan.token) if not case.plan else len(case.expert)
     D, H = case.sizes
-    layers = ["up", "gate", "down"] if case.activation == "swiglu" else ["up", "down"]
+    layers = ["up", "gate", "down"] if ACTIVATIONS[case.activation].gated else ["up", "down"]
     shapes = {"w_up": (E, D, H), "w_gate": (E, D, H), "w_down": (E, H, D)}
     shapes |= {"b_up": (E, H), "b_gate": (E, H), "b_down": (E, D)}
     names = [f"{kind}_{layer}" for kind in ("wb" if case.bias else "w") for layer in layers]
-    given = {"x": random(rows, D, seed=1), **{n: random(*shapes[n], seed=2 + i) / 5 for i, n in enumerate(names)}}
+    given = {
+        "x": random(rows, D, seed=1),
+        **{n: random(*shapes[n], seed=2 + i) * case.scale for i, n in enumerate(names)},
+    }
     given = {name: t.to(case.dtype) for name, t in given.items()}
     weight = random(*plan.slot.shape, seed=8).abs()
     weight = weight if case.plan else encode_weight(weight, plan)
@@ -193,8 +204,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device = arguments.device
-    cases = CASES if device == "cpu" else CASES | ON_A_GPU
-    results = {"cases": {name: run(case, device) for name, case in cases.items()}}
+    if device == "cpu":
+        import interpreter
+
+        interpreter.repair()
+    results = {"cases": {name: run(case, device) for name, case in (CASES | BFLOAT16).items()}}
     results["layers"] = {way: [layer(kernel, device, way) for kernel in ("torch", "triton")] for way in WAYS}
     results["frozen"] = frozen(device)
     results["operator"] = check_operator(device)

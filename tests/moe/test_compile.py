@@ -117,8 +117,8 @@ def test_what_is_set_between_steps():
             torch.testing.assert_close(ours, same)
 
 
-@pytest.mark.sampled
 @pytest.mark.slow
+@pytest.mark.usefixtures("half_units")
 @pytest.mark.parametrize("pad", [True, False], ids=["padded", "ragged"])
 def test_recomputed_under_autocast_with_a_length_marked_as_dynamic(pad):
     """One graph from the first step on. That it is a whole one says, too, that nobody waits for numbers on the host."""

@@ -5,14 +5,14 @@ import torch
 from reference import close, expert_ffn
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from turnout.moe.activation import ACTIVATIONS, swiglu, weighted
+from turnout.moe.activation import ACTIVATIONS
 from turnout.moe.experts import FeedForwardExperts
 from turnout.moe.grouped_mm import _fits_torch
 from turnout.moe.module_experts import ModuleExperts
 
 NAN = float("nan")
 COUNTS = [3, 0, 4, 1]
-KINDS = ["gelu", "gelu_tanh", "relu", "swiglu"]
+KINDS = list(ACTIVATIONS)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
 
 
@@ -61,7 +61,7 @@ def test_as_in_the_reference(at_once, activation, size, bias, dtype, monkeypatch
     for name, p in experts.named_parameters():
         assert close(p.grad, oracle[name].grad, tol), name
         assert not p.grad[1].any(), "the empty expert gets a gradient of exactly zero"
-        if activation == "swiglu" or name in ("w_down", "b_down"):  # the first may be dead under relu
+        if activation not in ("relu", "relu2", "reglu") or name in ("w_down", "b_down"):  # the first may be dead
             assert p.grad[[0, 2, 3]].flatten(1).any(1).all()
     swapped = {name: p[[2, 1, 0, 3]] for name, p in oracle.items()}
     assert not close(y, by_hand(swapped, *exact, COUNTS, activation), tol)
@@ -110,36 +110,6 @@ def test_rows_of_nobody_do_not_leak(make, poison):
     for clean, poisoned in zip(run(0.0, 0.0), run(poison, poison), strict=True):
         assert poisoned.isfinite().all()
         assert torch.equal(clean, poisoned)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [0, 1, 6])
-def test_gradients_of_activation_and_weight(kind, rows):
-    up, gate, weight = (
-        random(*shape, seed=i).requires_grad_() for i, shape in enumerate([(rows, 5), (rows, 5), (rows,)])
-    )
-    given = (up, gate) if kind == "swiglu" else (up,)
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(swiglu if kind == "swiglu" else ACTIVATIONS[kind], given)
-        assert check(weighted, (up, weight))
-
-
-@pytest.mark.parametrize("rows", [6, 700])  # 700 rows of 1000 are several blocks
-def test_gating_and_weighting_in_bfloat16_round_once(rows):
-    up, gate = (random(rows, 1000, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
-    weight = random(rows, seed=2, dtype=torch.float32)
-    gated, product = swiglu(up, gate), weighted(up, weight)
-    assert gated.dtype == product.dtype == torch.bfloat16
-    exact = ACTIVATIONS["swiglu"](gate.double()) * up.double()
-    assert _relative_error(gated, exact) <= 2**-8  # half a unit in the last of 8 places
-    assert _relative_error(ACTIVATIONS["swiglu"](gate) * up, exact) > 2**-8  # rounded twice
-    exact = up.double() * weight.double().unsqueeze(1)
-    assert _relative_error(product, exact) <= 2**-8
-    assert _relative_error(up * weight.bfloat16().unsqueeze(1), exact) > 2**-8
-
-
-def _relative_error(actual, exact) -> float:
-    return ((actual.double() - exact) / exact).abs()[exact.abs() > 1e-2].max().item()
 
 
 def perceptron():
@@ -203,9 +173,7 @@ def test_bad_modules():
 
 
 def test_bad_arguments():
-    with pytest.raises(
-        ValueError, match="experts must be one of gelu, gelu_tanh, relu, swiglu or a factory; got 'tanh'"
-    ):
+    with pytest.raises(ValueError, match=r"experts must be one of gelu, .*clamped_swiglu or a factory; got 'tanh'"):
         FeedForwardExperts(8, 16, 4, "tanh")
     with pytest.raises(TypeError, match=r"tokens are torch.float64 and expert weights torch.float32"):
         FeedForwardExperts(8, 16, 4)(*inputs(8))

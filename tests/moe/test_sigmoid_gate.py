@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from turnout.moe import MoE, SigmoidGate, aux_loss, balance_biases, parallelize
+from turnout.moe.gates import GATES
 
 D, H, E, T = 6, 5, 6, 13
 
@@ -104,6 +105,47 @@ def test_the_bias_is_saved_and_stays_float32():
     empty.to_empty(device="cpu").reset_parameters()
     assert not empty.expert_bias.any()
     assert not empty.load.any()
+
+
+def halved(layer):
+    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+
+
+def test_the_bias_is_float32_however_the_layer_came_to_be():
+    def one(device="cpu") -> MoE:
+        with torch.device(device):
+            return MoE(D, H, E, gate="sigmoid")
+
+    made = {}
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        made["under a default of bfloat16"] = one()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    made["halved"] = one().half()
+    made["by way of the meta device"] = one("meta").to(torch.bfloat16).to_empty(device="cpu")
+    for name, assign in {"copied": False, "assigned": True}.items():
+        made[f"{name} from a file in bfloat16"] = one()
+        made[f"{name} from a file in bfloat16"].load_state_dict(halved(one()), assign=assign)
+    made["assigned to the meta device"] = one("meta")
+    made["assigned to the meta device"].load_state_dict(halved(one()), assign=True)
+    for how, layer in made.items():
+        gate = layer.gate
+        assert gate.expert_bias.dtype == torch.float32, how
+        assert gate.load.dtype == torch.int64, how
+        assert gate.expert_bias.device == gate.load.device == torch.device("cpu"), how
+        assert set(gate._buffers) == {"expert_bias", "load"}, how
+        assert not gate.load.any(), how
+        assert not gate.expert_bias.any(), how
+        gate.load[0] += 1
+        gate.update_bias()
+        assert gate.expert_bias[0] < 0 < gate.expert_bias[1], how
+
+
+def test_no_gate_has_another_state():
+    """Buffers of other gates, if there will be any, want the same care."""
+    with_buffers = {name for name, gate in GATES.items() if dict(gate(4, 4).named_buffers())}
+    assert with_buffers == {"sigmoid"}
 
 
 def test_with_a_balance_loss_if_asked_for():

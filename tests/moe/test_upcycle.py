@@ -226,7 +226,7 @@ def test_a_dense_model_of_hugging_face(family, options):
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
-        ({"hidden_act": "gelu_pytorch_tanh"}, {}, "gated by"),
+        ({"hidden_act": "tanh"}, {}, "gated by"),
         ({}, {"every": 3}, "has 2 dense blocks"),
         ({}, {"every": 0}, "positive"),
         ({}, {"granularity": 5}, "48 wide"),
