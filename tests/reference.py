@@ -140,6 +140,16 @@ def drop(expert, weight, limit, policy, scores=None):
     return torch.where(kept, expert, -1), torch.where(kept, weight, 0.0)
 
 
+ACTIVATIONS = {
+    "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / math.sqrt(2))),
+    "gelu_tanh": lambda v: v * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    "relu": lambda v: torch.where(v > 0, v, 0.0),
+    "relu2": lambda v: torch.where(v > 0, v, 0.0) ** 2,
+    "silu": lambda v: v / (1 + (-v).exp()),
+}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}  # act(gate x) * up x
+
+
 def expert_ffn(x, tensors, e, activation):
     """One token x [D] through expert e -> [D]."""
 
@@ -147,16 +157,10 @@ def expert_ffn(x, tensors, e, activation):
         y = (v.unsqueeze(1) * tensors[f"w_{name}"][e]).sum(0)
         return y + tensors[f"b_{name}"][e] if tensors.get(f"b_{name}") is not None else y
 
-    up = linear("up", x)
-    if activation == "gelu":
-        hidden = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
-    elif activation == "gelu_tanh":
-        hidden = up * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-    elif activation == "relu":
-        hidden = torch.where(up > 0, up, 0.0)
+    if activation in GATED:
+        hidden = ACTIVATIONS[GATED[activation]](linear("gate", x)) * linear("up", x)
     else:
-        gate = linear("gate", x)
-        hidden = gate / (1 + (-gate).exp()) * up
+        hidden = ACTIVATIONS[activation](linear("up", x))
     return linear("down", hidden)
 
 
@@ -218,7 +222,7 @@ def balance_loss(scores, expert, E, mask=None, choices=None):
 
 def balance_loss_sequence(scores, expert, E, sequences, mask=None, choices=None):
     """The mean of `balance_loss` over the sequences that have a token."""
-    S = len(scores) // sequences
+    S = len(scores) // max(sequences, 1)
     terms = []
     for s in range(sequences):
         part = slice(s * S, (s + 1) * S)
