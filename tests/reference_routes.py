@@ -38,7 +38,12 @@ class Call:
     training: bool
     mask: torch.Tensor | None
     ids: torch.Tensor | None
-    dtype: torch.dtype  # of draws
+    dtype: torch.dtype  # of the tokens outside of here
+
+    @property
+    def wide(self):
+        """The dtype of a router's draws."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def router(self, x):
         """Features, and a matrix for them: a bias is the weight of a feature that is 1."""
@@ -56,7 +61,8 @@ def jittered(call, default=0.0):
     jitter = call.options.get("jitter", default)
     if not (call.training and jitter):
         return call.x
-    return call.x * torch.empty(call.x.shape, dtype=call.dtype).uniform_(1 - jitter, 1 + jitter)
+    noise = torch.empty(call.x.shape, dtype=call.dtype).uniform_(1 - jitter, 1 + jitter)
+    return (call.x * noise).to(call.dtype).double()
 
 
 def top_of(call, x, router):
@@ -73,14 +79,14 @@ def gshard(call):
     routed = reference.route_topk(*call.router(call.x), 2, True)
     if not call.training:
         return Routed(*routed)
-    lost = torch.rand(routed[1].shape, dtype=call.dtype) >= 2 * routed[1].detach().to(call.dtype)
+    lost = torch.rand(routed[1].shape, dtype=call.wide) >= 2 * routed[1].detach().to(call.wide)
     return Routed(torch.where(lost, -1, routed[0]), torch.where(lost, 0.0, routed[1]), *routed[2:])
 
 
 def noisy_topk(call):
     x, router = call.router(call.x)
     logits = x @ router.T
-    noise = torch.randn(logits.shape, dtype=call.dtype).double() if call.training else None
+    noise = torch.randn(logits.shape, dtype=call.wide).double() if call.training else None
     spread = torch.cat([call.tensors["noise_weight"], torch.zeros(call.E, x.shape[1] - call.x.shape[1])], 1)
     *routed, importance, load = reference.route_noisy(x, router, spread, noise, call.k, mask=call.mask)
     return Routed(*routed, logits, (importance, load))

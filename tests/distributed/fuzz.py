@@ -19,10 +19,24 @@ WIDTH = 12
 NODES = [{"node": 2, "local": 2}, {"node": 1, "local": 2}, {"node": 2, "local": 1}, {"node": 4, "local": 1}]
 MESHES = [
     *({"ep": 1}, {"edp": 1, "ep": 1}, {"ep": 2}, {"edp": 2}, {"edp": 1, "ep": 2}, {"edp": 2, "ep": 1}),
-    *({"ep": 3}, {"edp": 3, "ep": 1}, {"ep": 4}, {"edp": 2, "ep": 2}, {"edp": 2, "ep": 2}, {"edp": 1, "ep": 4}, {"edp": 4}),
+    *(
+        {"ep": 3},
+        {"edp": 3, "ep": 1},
+        {"ep": 4},
+        {"edp": 2, "ep": 2},
+        {"edp": 2, "ep": 2},
+        {"edp": 1, "ep": 4},
+        {"edp": 4},
+    ),
     *(*NODES, {"node": 2, "local": 2}, {"node": 1, "local": 4}),
     *({"edp": 2, "node": 2, "local": 1}, {"edp": 2, "node": 1, "local": 2}),
-    *({"ep": 1, "etp": 2}, {"ep": 2, "etp": 2}, {"ep": 1, "etp": 3}, {"ep": 1, "etp": 4}, {"edp": 2, "ep": 1, "etp": 2}),
+    *(
+        {"ep": 1, "etp": 2},
+        {"ep": 2, "etp": 2},
+        {"ep": 1, "etp": 3},
+        {"ep": 1, "etp": 4},
+        {"edp": 2, "ep": 1, "etp": 2},
+    ),
     *({"node": 2, "local": 1, "etp": 2}, {"node": 1, "local": 2, "etp": 2}),
 ]
 FOLDED = [  # of `Meshes.of`, with their number of ranks
@@ -74,7 +88,7 @@ class Case:
     micro_batches: int
     optimizer: str
     clip: float | None
-    flaw: str | None = None
+    flaw: str | None = None  # see flaws.py
 
     @property
     def tp(self) -> int:
@@ -114,7 +128,7 @@ def drawn(seed: int) -> Case:
     exact = r.random() < 0.8
     wire = r.choice(["bf16", "fp8"]) if r.random() < 0.15 else None
     once = not exact or wire is not None  # one layer and one step: choices must not depend on what was rounded
-    layers = tuple(layer(r, ep, etp, tp > 1) for _ in range(1 if once else r.choice([1, 1, 2])))
+    layers = tuple(layer(r, ep, etp) for _ in range(1 if once else r.choice([1, 1, 2])))
     named = all(isinstance(each.settings.experts, str) for each in layers)
     adapters = r.choice(["early", "late"]) if named and etp == 1 and r.random() < 0.2 else None
     steps, micro_batches = 1 if once else r.choice([1, 2]), 1 if once else r.choice([1, 1, 2])
@@ -135,8 +149,7 @@ def drawn(seed: int) -> Case:
         adapters=adapters,
         router=r.random() < 0.5,
         sizes=tuple(
-            tuple(r.choice(some) if even is None else even for _ in range(dp))
-            for _ in range(steps * micro_batches + 1)
+            tuple(r.choice(some) if even is None else even for _ in range(dp)) for _ in range(steps * micro_batches + 1)
         ),
         length=r.choice([2, 3, 5]),
         masked=r.random() < 0.3,
@@ -150,13 +163,15 @@ def drawn(seed: int) -> Case:
         if folded or ("edp" in axes and len(axes) > 1):
             wrappers.append("fsdp")
     case = replace(case, wrapper=r.choice(wrappers))
+    if case.wrapper == "fsdp":  # which splits each tensor of an expert evenly, or not at all
+        wide = tuple(replace(each, hidden=max(each.hidden, 12)) for each in case.layers)
+        case = replace(case, layers=wide)
     if case.wrapper == "fsdp" and case.edp == 1:  # which FSDP2 cannot do in float64
-        case = replace(case, dtype=torch.float32, layers=layers[:1], sizes=case.sizes[-2:], micro_batches=1)
-    fitting = [name for name, flaw in FLAWS.items() if flaw.fits(case)]
-    return planted(case, r.choice(fitting)) if r.random() < 0.1 and fitting else case
+        case = replace(case, dtype=torch.float32, layers=case.layers[:1], sizes=case.sizes[-2:], micro_batches=1)
+    return case
 
 
-def layer(r: random.Random, ep: int, etp: int, split: bool) -> Layer:
+def layer(r: random.Random, ep: int = 1, etp: int = 1) -> Layer:
     """A layer that fits the mesh."""
     E = r.choice([n for n in (1, 2, 3, 4, 6, 8) if n % ep == 0])
     free = tuple(r.choices(["null", "identity", "constant"], k=r.choice([1, 2, 3]))) if r.random() < 0.15 else ()
@@ -216,79 +231,16 @@ def gate_options(r: random.Random, name: str, E: int) -> tuple[int, dict[str, An
     top_k = 1 if name in ("switch", "base") else 2 if name == "gshard" else r.randint(1, min(E, 4))
     if name == "hierarchical":
         groups = max(g for g in range(1, math.isqrt(E) + 1) if E % g == 0)
-        fits = [k for k in range(1, min(E, 4) + 1) if any(k % g == 0 and k // g <= E // groups for g in range(1, groups + 1))]
+        fits = [
+            k
+            for k in range(1, min(E, 4) + 1)
+            if any(k % g == 0 and k // g <= E // groups for g in range(1, groups + 1))
+        ]
         top_k = r.choice(fits)
     if name in ("topk", "sigmoid", "cosine") and options:
         groups = r.choice([g for g in range(1, E + 1) if E % g == 0])
-        options |= {"groups": groups, "top_groups": r.choice([g for g in range(1, groups + 1) if g * E // groups >= top_k])}
+        options |= {
+            "groups": groups,
+            "top_groups": r.choice([g for g in range(1, groups + 1) if g * E // groups >= top_k]),
+        }
     return top_k, options
-
-
-@dataclass(frozen=True)
-class Flaw:
-    """What must be refused, as a ValueError on every rank."""
-
-    message: str
-    fits: Callable[[Case], bool]
-    change: Callable[[Case], Case] = lambda case: case
-
-
-def planted(case: Case, name: str) -> Case:
-    """A case with a flaw."""
-    return replace(FLAWS[name].change(case), flaw=name)
-
-
-def first(case: Case, **settings: Any) -> Case:
-    """With another first layer, of the simplest gate."""
-    hidden = settings.pop("hidden", case.layers[0].hidden)
-    plain = Settings(case.layers[0].settings.num_experts, "topk", 1)
-    changed = replace(case.layers[0], settings=replace(plain, **settings), hidden=hidden, shared=0)
-    return replace(case, layers=(changed, *case.layers[1:]), adapters=None)
-
-
-def ep_of(case: Case) -> int:
-    return case.axes.get("ep", case.axes.get("node", 1) * case.axes.get("local", 1))
-
-
-FLAWS = {
-    "experts do not split": Flaw(
-        "does not split over ep=", lambda c: ep_of(c) > 1, lambda c: first(c, num_experts=ep_of(c) + 1)
-    ),
-    "hidden does not split": Flaw("does not split over etp=", lambda c: c.axes.get("etp", 1) > 1, lambda c: first(c, hidden=13)),
-    "modules split inside": Flaw(
-        "cannot be split inside an expert", lambda c: c.axes.get("etp", 1) > 1, lambda c: first(c, experts=perceptron)
-    ),
-    "adapters split inside": Flaw(
-        "experts with adapters cannot be split inside",
-        lambda c: c.axes.get("etp", 1) > 1,
-        lambda c: replace(first(c), layers=first(c).layers[:1], adapters="early"),
-    ),
-    "adapters beside modules": Flaw(
-        "whose matrices are not known",
-        lambda c: c.axes.get("etp", 1) == 1,
-        lambda c: replace(first(c, experts=perceptron), adapters="early"),
-    ),
-    "nodes without axes": Flaw(
-        'needs a mesh with axes "node" and "local"',
-        lambda c: "node" not in c.axes and "ranks_per_node" not in c.axes,
-        lambda c: replace(c, dispatcher=("2dh", "node")[c.seed % 2]),
-    ),
-    "a loss without logits": Flaw(
-        "z_loss needs the router's logits", lambda c: True, lambda c: first(c, gate="random", z_loss_weight=0.1)
-    ),
-    "no ids": Flaw("pass ids", lambda c: True, lambda c: first(c, gate="hash")),
-    "FSDP of float64": Flaw(
-        "FSDP2 divides torch.float64 gradients twice",
-        lambda c: c.wrapper == "fsdp" and c.edp == 1,
-        lambda c: replace(c, dtype=torch.float64),
-    ),
-    "FSDP without edp": Flaw(
-        "fully_shard_experts needs the axes edp",
-        lambda c: not c.folded and not {"edp", "etp"} & set(c.axes),
-        lambda c: replace(c, wrapper="fsdp"),
-    ),
-    "unknown wire": Flaw("wire must be None or one of", lambda c: True, lambda c: replace(c, wire="fp4")),
-    "no chunks": Flaw("overlap must be None", lambda c: True, lambda c: replace(c, overlap=0)),
-    "one rank differs": Flaw("has built other MoE layers than rank 0", lambda c: c.ranks > 1),
-    "nothing split over tp": Flaw("nothing is split over", lambda c: c.tp > 1),
-}
