@@ -78,7 +78,14 @@ def through(experts, tensors, e, x):
     if isinstance(experts, str):
         return reference.expert_ffn(x, tensors, e, experts)
     own = {name.removeprefix("module."): t[e] for name, t in tensors.items()}
-    return functional_call(experts(), own, (x.unsqueeze(0),))[0]
+    return made_by(experts, own, x)
+
+
+def made_by(factory, tensors, x):
+    """One token through a module of the factory's, which draws nothing here."""
+    with torch.device("meta"):
+        module = factory()
+    return functional_call(module, tensors, (x.unsqueeze(0),))[0]
 
 
 def beside(experts, tensors, x):
@@ -92,7 +99,7 @@ def beside(experts, tensors, x):
         return linear("", x)
     if not isinstance(experts, str):
         number = len({name.split(".")[1] for name in tensors})
-        return sum(functional_call(experts(), part(tensors, f"each.{i}."), (x.unsqueeze(0),))[0] for i in range(number))
+        return sum(made_by(experts, part(tensors, f"each.{i}."), x) for i in range(number))
     if experts in reference.GATED:
         act = reference.ACTIVATIONS[reference.GATED[experts]]
         return linear("down.", act(linear("gate.", x)) * linear("up.", x))

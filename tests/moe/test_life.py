@@ -10,7 +10,10 @@ import copy
 import io
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -21,17 +24,31 @@ import torch.distributed as dist
 from fuzz import WIDTH, Layer, layer
 from fuzz_model import LORA, moe
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from ranks import run
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from ranks import errors, run
 from reference_routes import BALANCED
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, LocalDispatcher, NodeDispatcher, OverlapDispatcher
-from turnout.moe import add_lora, aux_loss, balance_biases, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import MoE, add_lora, aux_loss, balance_biases, lora_parameters, merge_lora, unmerge_lora
 
 LIVES = 25
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.06}
 FACTORS = st.sampled_from([None, 0.5, 0.8, 1.0, 1.7, 6.0])
 SEEDS = st.integers(0, 999)
+
+
+class Loss(NamedTuple):
+    """Of one forward, by the oracle."""
+
+    value: torch.Tensor
+    graph: bool
+    dtype: torch.dtype
 
 
 def dispatchers():
@@ -47,8 +64,8 @@ class Life(RuleBasedStateMachine):
         self.made: Layer = layer(random.Random(seed))
         self.settings, self.dtype, self.merged = self.made.settings, torch.float64, False
         torch.manual_seed(seed)
-        self.layer = self.new()
-        self.pending: list[tuple[torch.Tensor, bool]] = []  # losses that `aux_loss` covers, and whether with a graph
+        self.layer, self.age = self.new(), 0
+        self.pending: list[Loss] = []  # what `aux_loss` covers
         self.done = True  # the next forward is of another step
         self.load = torch.zeros(self.settings.choices, dtype=torch.int64)
 
@@ -89,8 +106,8 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def copied(self):
-        self.layer = copy.deepcopy(self.layer)
-        self.forget()
+        old, self.layer = self.layer, copy.deepcopy(self.layer)
+        self.forget(old)
 
     @rule()
     def pickled(self):
@@ -98,8 +115,8 @@ class Life(RuleBasedStateMachine):
             with pytest.raises(TypeError, match=r"save model\.state_dict\(\)"):
                 pickle.dumps(self.layer)
             self.layer.dispatcher = LocalDispatcher()
-        self.layer = pickle.loads(pickle.dumps(self.layer))
-        self.forget()
+        old, self.layer = self.layer, pickle.loads(pickle.dumps(self.layer))
+        self.forget(old)
 
     @precondition(lambda self: not self.merged)
     @rule(assign=st.booleans())
@@ -115,9 +132,12 @@ class Life(RuleBasedStateMachine):
         self.layer.dispatcher, self.layer.recompute, self.layer.top_k = old.dispatcher, old.recompute, old.top_k
         self.set_capacity(old.capacity_factor, old.eval_capacity_factor)
         self.load.zero_()  # not in a state dict
-        self.forget()
+        self.forget(old)
 
-    def forget(self):
+    def forget(self, old):
+        """A layer in the place of another has its weights, and nothing of its past."""
+        new = self.layer.state_dict()
+        assert all(torch.equal(t.to(new[name].dtype), new[name]) for name, t in old.state_dict().items())
         self.pending, self.done = [], True
         with pytest.raises(RuntimeError, match="no statistics yet"):
             self.layer.stats.dropped.item()
@@ -172,23 +192,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(seed=SEEDS, sequences=st.lists(st.integers(0, 3), min_size=1, max_size=2), masked=st.booleans())
     def step(self, seed, sequences, masked):
-        self.settle()
-        self.layer.zero_grad()
-        state = self.state()
-        total, wanted = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for i, n in enumerate(sequences):
-            x, y, exact, expected = self.forward(seed + 7 * i, n, masked, state)
-            toward = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            total, wanted = total + (y.double() * toward).sum(), wanted + (expected * toward).sum()
-        aux = sum((loss for loss, _ in self.pending), torch.zeros(()))
-        (total + self.settle()).backward()
-        (wanted + aux).backward()
-        self.same(x.grad, exact.grad, "x.grad")
-        for name, p in self.layer.named_parameters():
-            if p.requires_grad:
-                self.same(p.grad, state[name].grad, f"gradient of {name}")
-            else:
-                assert p.grad is None, name
+        self.gradients(seed, sequences, masked)
         torch.optim.SGD(self.layer.parameters(), lr=0.02).step()
 
     @precondition(lambda self: "expert_bias" in dict(self.layer.gate.named_buffers()))
@@ -202,6 +206,32 @@ class Life(RuleBasedStateMachine):
         self.load.zero_()
 
     # ---- what must hold
+
+    @invariant()
+    def is_what_is_written_down(self):
+        if self.done or not self.pending:  # otherwise losses wait to be asked for
+            self.age += 1
+            self.gradients(self.age, [2], masked=self.age % 2 == 0)
+
+    def gradients(self, seed, sequences, masked):
+        """Those of forwards of so many sequences, and of their losses."""
+        self.settle()
+        self.layer.zero_grad()
+        state = self.state()
+        total, wanted = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for i, n in enumerate(sequences):
+            x, y, exact, expected = self.forward(seed + 7 * i, n, masked, state)
+            toward = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            total, wanted = total + (y.double() * toward).sum(), wanted + (expected * toward).sum()
+        aux = sum((loss.value for loss in self.pending), torch.zeros(()))
+        (total + self.settle()).backward()
+        (wanted + aux).backward()
+        self.same(x.grad, exact.grad, "x.grad")
+        for name, p in self.layer.named_parameters():
+            if p.requires_grad:
+                self.same(p.grad, state[name].grad, f"gradient of {name}")
+            else:
+                assert p.grad is None, name
 
     def state(self):
         """The layer's in float64, what is trained as leaves."""
@@ -235,7 +265,10 @@ class Life(RuleBasedStateMachine):
             )
         loss = oracle.aux_loss(self.settings, [routed], [sequences], training=training)
         adds_up = training and y.requires_grad
-        self.pending = [*(self.pending if adds_up and not self.done else []), (loss, torch.is_grad_enabled())]
+        self.pending = [
+            *(self.pending if adds_up and not self.done else []),
+            Loss(loss, torch.is_grad_enabled(), self.dtype),
+        ]
         self.done = not adds_up
         if adds_up:
             self.load += torch.tensor(stats["tokens_per_expert"])
@@ -247,12 +280,13 @@ class Life(RuleBasedStateMachine):
         balanced = s.gate in BALANCED and s.gate != "noisy_topk" and not s.options.get("balance_loss")
         some = s.z_loss_weight or (s.aux_loss_weight and not balanced)
         wants = self.layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters())
-        if some and wants and not all(graph for _, graph in self.pending):
+        if some and wants and not all(loss.graph for loss in self.pending):
             with pytest.raises(RuntimeError, match="has no graph: its last forward ran without gradients"):
                 aux_loss(self.layer)
             return torch.zeros(())
         aux, self.done = aux_loss(self.layer), True
-        self.same(aux, sum((loss for loss, _ in self.pending), torch.zeros(())), "aux loss")
+        off = aux.detach() - sum(loss.value.detach() for loss in self.pending)
+        assert abs(float(off)) <= max((TOLERANCE[loss.dtype] for loss in self.pending), default=0), "aux loss"
         return aux
 
     def same(self, actual, wanted, what):
@@ -262,14 +296,47 @@ class Life(RuleBasedStateMachine):
         wanted = wanted.detach()
         actual = torch.zeros_like(wanted) if actual is None else actual.detach()
         off, scale = (actual.double() - wanted).abs(), max(float(wanted.abs().max()) if wanted.numel() else 0.0, 0.3)
-        assert not off.numel() or float(off.max()) <= TOLERANCE[self.dtype] * scale, f"{what}: {off.max()} of {scale}"
+        assert not off.numel() or float(off.max()) <= TOLERANCE[self.dtype] * scale, f"{what} is off by {off.max()}"
 
 
-def live(examples: int) -> None:
-    options = {"max_examples": examples, "stateful_step_count": 20, "deadline": None, "database": None}
+def deaf_to_top_k() -> None:
+    MoE.top_k = property(lambda layer: layer.gate.top_k, lambda layer, top_k: None)
+
+
+def deaf_to_capacity_in_evaluation() -> None:
+    MoE.eval_capacity_factor = property(lambda layer: None, lambda layer, factor: None)
+
+
+def blind_to_checkpoints() -> None:
+    MoE.load_state_dict = lambda layer, state, assign: None
+
+
+def without_merging() -> None:
+    globals()["merge_lora"] = lambda layer, keep: layer
+
+
+def with_every_gradient_a_little_off() -> None:
+    step = MoE.forward
+    MoE.forward = lambda layer, x, mask, ids: step(layer, x + 1e-6 * (x - x.detach()), mask, ids)
+
+
+def live(examples: int, fault: Callable[[], None] | None = None, **options: Any) -> None:
+    if fault is not None:
+        fault()  # of this process alone
+    options = {"phases": [hypothesis.Phase.generate, hypothesis.Phase.shrink]} | options
+    options |= {"max_examples": examples, "stateful_step_count": 20, "deadline": None, "database": None}
     quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
-    run_state_machine_as_test(Life, settings=hypothesis.settings(**options, suppress_health_check=quiet))
+    lived(Life, settings=hypothesis.settings(**options, suppress_health_check=quiet))
 
 
 def test_fuzz_a_layer_is_at_any_time_what_is_written_down(request):
     run(1, live, request.config.getoption("--fuzz") or LIVES, timeout=3600)
+
+
+FAULTS = [deaf_to_top_k, deaf_to_capacity_in_evaluation, blind_to_checkpoints, without_merging]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, with_every_gradient_a_little_off])
+def test_a_life_notices(fault):
+    (error,) = errors(1, partial(live, LIVES, fault, phases=[hypothesis.Phase.generate]))
+    assert error
