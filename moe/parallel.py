@@ -276,7 +276,8 @@ def _spread(experts: Experts, mesh: DeviceMesh) -> None:
                 )
             held = held.chunk(mesh[name].size(), axis)[place]
             placements.append(Shard(axis))
-        return DTensor.from_local(held.clone(), mesh, placements, run_check=False)  # a view would keep them all
+        held = held.clone(memory_format=torch.contiguous_format)  # a view would keep them all; FSDP2 asks for no gaps
+        return DTensor.from_local(held, mesh, placements, run_check=False)
 
     for prefix, module in experts.named_modules():
         for own, p in list(module.named_parameters(recurse=False)):

@@ -35,6 +35,8 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="all cases of tests marked `sampled`, not every third")
+    parser.addoption("--fuzz", type=int, help="so many seeds, or examples, of tests that draw at random")
+    parser.addoption("--fuzz-seed", type=int, help="this seed alone of test_fuzz.py, or with --fuzz the first one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -243,7 +243,7 @@ def balance_loss(scores, expert, E, mask=None, choices=None):
 
 def balance_loss_sequence(scores, expert, E, sequences, mask=None, choices=None):
     """The mean of `balance_loss` over the sequences that have a token."""
-    S = len(scores) // sequences
+    S = len(scores) // max(sequences, 1)
     terms = []
     for s in range(sequences):
         part = slice(s * S, (s + 1) * S)

@@ -98,6 +98,18 @@ def test_under_fsdp():
         assert max(differences.values()) < 1e-12, differences
 
 
+def one_each() -> None:
+    """A slice of one expert is laid out without gaps, which FSDP2 asks for."""
+    mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("edp", "ep", "etp"))
+    model = parallelize(nn.Sequential(MoE(WIDTH, 12, 1, top_k=1, experts="gelu")), mesh)
+    assert all(p.is_contiguous() for p in model.parameters())
+    fully_shard_experts(model, mesh)
+
+
+def test_one_expert_a_rank_under_fsdp():
+    run(2, one_each)
+
+
 def one_refuses(which: int, degree: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "etp"))
     layer = parallelize(nn.Sequential(MoE(WIDTH, 12, EXPERTS)), mesh)[0]
