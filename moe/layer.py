@@ -296,7 +296,8 @@ class MoE(nn.Module):
 
 def described(layer: MoE) -> str:
     """The layer as messages name it."""
-    return f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
+    sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
+    return sizes if layer.place is None else f"layer {layer.place.name!r}, {sizes}"
 
 
 def _in_backward() -> bool:

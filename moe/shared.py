@@ -20,15 +20,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        self.kind = ACTIVATIONS[activation]
-        self.act = self.kind.act.value  # as `dense_tensors` looks for it
+        self.activation = activation  # its name: a pickle has no lambdas
         self.up = nn.Linear(dim, hidden, bias)
-        self.gate = nn.Linear(dim, hidden, bias) if self.kind.gated else None
+        self.gate = nn.Linear(dim, hidden, bias) if ACTIVATIONS[activation].gated else None
         self.down = nn.Linear(hidden, dim, bias)
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """What is applied to `up`, or if there is a gate to `gate`."""
+        return ACTIVATIONS[self.activation].act.value
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.down(self.kind(self.up(x), None if self.gate is None else self.gate(x)))
+        return self.down(ACTIVATIONS[self.activation](self.up(x), None if self.gate is None else self.gate(x)))
 
 
 class Residual(nn.Module):

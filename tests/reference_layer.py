@@ -110,6 +110,9 @@ def forward(settings, state, x, training=True, mask=None, ids=None, dtype=torch.
     tensors, shared, free = part(state, "experts."), part(state, "shared."), part(state, "free.")
     for t in range(len(x)):
         y = torch.zeros_like(x[t])
+        if mask is not None and not mask[t]:
+            rows.append(y)  # padding: no expert sees it
+            continue
         for j, e in enumerate(routed.kept[t].tolist()):
             w = routed.weight[t, j]
             if e >= settings.num_experts:
