@@ -215,10 +215,10 @@ class MoE(nn.Module):
             more["ids"] = None if ids is None else ids.flatten()
         routing = self.gate(tokens, **more)
         wrong = wrong_shapes(routing, len(tokens), self._choices)
-        mode = type(self.gate), self.training
-        if wrong is None and mode not in self._checked and can_be_read(routing.expert):
+        if wrong is None and can_be_read(routing.expert) and (type(self.gate), self.training) not in self._checked:
             wrong = wrong_values(routing)  # one wait for the device
-            self._checked |= {mode} if len(tokens) else set()
+            if len(tokens):
+                self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
         return routing.masked(real)
