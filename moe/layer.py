@@ -33,8 +33,8 @@ class MoE(nn.Module):
     """Mixture of experts: each token goes to k of E networks and comes back as their weighted sum.
 
     Drop it in where a feed-forward block was: x (..., D) -> y (..., D) in the same dtype, nothing else.
-    The balance loss is collected by `aux_loss(model)`. One process holds all experts until
-    `parallelize(model, mesh)` spreads them; nothing else changes then.
+    The balance loss is collected by `aux_loss(model)`; a layer warns once if a training step leaves it out. One
+    process holds all experts until `parallelize(model, mesh)` spreads them; nothing else changes then.
 
     Args:
         dim: model width D.
@@ -46,7 +46,8 @@ class MoE(nn.Module):
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
             ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: ``"swiglu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, or a factory ``() -> nn.Module``,
-            [n, D] -> [n, D], called once per expert, or `Experts` of your own; these two do not look at `hidden`.
+            [n, D] -> [n, D], whose modules differ in values of parameters and buffers alone (`ModuleExperts`), or
+            `Experts` of your own; these two do not look at `hidden`.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
         eval_capacity_factor: the same in eval mode; None: as in training.
@@ -136,8 +137,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
 
-        `mask`: bool (...), False = padding, which goes to no expert. `ids`: int64 (...), for gates that
-        route by token id; others ignore them.
+        `mask`: bool (...), False = padding, which goes to no expert, shared ones included, whatever stands in it: y
+        and the gradient of x are zero there. `ids`: int64 (...), for gates that route by token id; others ignore them.
         """
         try:
             self._begin()
@@ -224,10 +225,10 @@ class MoE(nn.Module):
             more["ids"] = None if ids is None else ids.flatten()
         routing = self.gate(tokens, **more)
         wrong = wrong_shapes(routing, len(tokens), self._choices)
-        mode = type(self.gate), self.training
-        if wrong is None and mode not in self._checked and can_be_read(routing.expert):
+        if wrong is None and can_be_read(routing.expert) and (type(self.gate), self.training) not in self._checked:
             wrong = wrong_values(routing)  # one wait for the device
-            self._checked |= {mode} if len(tokens) else set()
+            if len(tokens):
+                self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
         return routing.masked(real)
@@ -242,8 +243,9 @@ class MoE(nn.Module):
         """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
         if torch.compiler.is_compiling() or _in_backward():
             return
-        if self.training and any(p.requires_grad for p in self.gate.parameters()):
-            self._losses.warn_if_forgotten(described(self))
+        if self.training and self._losses.forgotten:
+            learns = any(p.requires_grad for p in self.gate.parameters())
+            self._losses.warn_of_forgotten(described(self) if learns else None)
         self._losses.let_go()
 
     def _record(self, y: Tensor, routing: Routing, dropped: Tensor, sequences: int) -> None:

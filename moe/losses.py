@@ -74,9 +74,9 @@ class StepLosses:
         if not self.under_way:
             self.step.clear()  # in place: the hooks of its outputs hold it, too
 
-    def warn_if_forgotten(self, layer: str) -> None:
-        """Warn, once, if the backward of the last step ran without its losses."""
-        if self.forgotten and not self.warned:
+    def warn_of_forgotten(self, layer: str | None) -> None:
+        """Warn, once, that the last step left out the losses of `layer`; None: there is nothing to warn of."""
+        if layer is not None and not self.warned:
             self.warned = True
             warnings.warn(
                 f"the balance loss of {layer} was left out of the last step: its backward ran, and nothing had called "

@@ -90,7 +90,9 @@ def test_an_exchange_and_its_gradients(wire):
 def layer(dispatcher: str, **options) -> MoE:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     torch.manual_seed(0)
-    return parallelize(nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, **options)]), mesh, dispatcher)[0]
+    return parallelize(
+        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, aux_loss_weight=0, **options)]), mesh, dispatcher
+    )[0]
 
 
 def outcome(moe: MoE) -> list[torch.Tensor]:

@@ -32,7 +32,9 @@ def layer(dispatcher: str = "flat", **options) -> MoE:
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     (moe,) = parallelize(
-        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0, **options)]).double(), mesh, dispatcher
+        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0, aux_loss_weight=0, **options)]).double(),
+        mesh,
+        dispatcher,
     )
     return moe
 
@@ -184,7 +186,7 @@ def test_chunks_under_fsdp():
 
 def test_one_rank_alone_may_compute_in_chunks():
     torch.manual_seed(0)
-    moe = MoE(WIDTH, 12, EXPERTS, capacity_factor=1.0, pad=True).double()
+    moe = MoE(WIDTH, 12, EXPERTS, capacity_factor=1.0, pad=True, aux_loss_weight=0).double()
     expected = outcome(moe, tokens(9))
     moe.dispatcher = OverlapDispatcher(LocalDispatcher(), 4)
     for actual, wanted in zip(outcome(moe, tokens(9)), expected, strict=True):
