@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -36,8 +37,9 @@ class Loss(NamedTuple):
     dtype: torch.dtype
 
 
+@cache
 def dispatchers():
-    """All that one rank can have."""
+    """All that one rank can have; their groups are made once."""
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("node", "local"))
     inner = [FlatDispatcher(dist.group.WORLD), HierarchicalDispatcher.of(mesh), NodeDispatcher.of(mesh)]
     return [LocalDispatcher(), OverlapDispatcher(LocalDispatcher(), 2), *inner, OverlapDispatcher(inner[2], 3)]
