@@ -149,6 +149,8 @@ def _reduce(parameters: list[nn.Parameter], group: ProcessGroup | None, divisor:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if isinstance(p, DTensor) and _is_whole(p):
             p.grad = _summed_part(p, p.grad)
+        elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)  # DTensor's choice, where a rank has no tokens
         grads.append(_held(p.grad))
     if group is not None:
         for bucket in _buckets(grads):

@@ -120,3 +120,11 @@ def test_the_comparison_notices(change):
 def test_what_is_not_refused_is_noticed():
     case: Case = replace(CONTROL, flaw="unknown wire")
     assert any("a flaw has passed" in error for error in errors(2, trained, case, None))
+
+
+def test_a_rank_of_dp_may_have_no_sequences_where_matrices_are_split():
+    """DTensor lays the gradient of a matrix out in another way there: sums were of unlike parts."""
+    for length in (2, 3):
+        axes = {"tp": 2, "ep": 2}
+        case = replace(CONTROL, ranks=4, axes=axes, folded=True, sizes=((0, 2), (2, 1)), length=length)
+        run(4, trained, case, expected(case))
