@@ -75,9 +75,9 @@ class BiasedGate(Gate, ABC):
             self.load.zero_()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
         """As in `nn.Module`, but ``assign=True`` takes no other dtype, and `load` follows where the bias goes."""
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **more)
         self.expert_bias = self.expert_bias.to(torch.float32)
         if self.load.device != self.expert_bias.device:
             self.load = torch.zeros_like(self.load, device=self.expert_bias.device)
