@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from . import kernels
@@ -82,7 +83,7 @@ def transformed(*grads: Tensor) -> bool:
         grads: gradients that may be batched (``torch.autograd.grad(..., is_grads_batched=True)``).
     """
     followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return followed or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return followed or any(is_legacy_batchedtensor(grad) for grad in grads)
 
 
 @torch.library.custom_op("turnout::encode", mutates_args=())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ def _followed(
     weight: Tensor,
     w_down: Tensor,
     b_down: Tensor | None,
-    *up: Tensor | None,
+    *up: Any,
 ) -> Tensor:
     """What `_Perceptrons` computes, an expert at a time, every operator differentiable."""
     sizes = [size for group in turns for size in group.sizes]

@@ -79,7 +79,7 @@ class BiasedGate(Gate, ABC):
             self.expert_bias.zero_()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
         """As in `nn.Module`, but ``assign=True`` takes no other dtype."""
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **more)
         self.expert_bias = self.expert_bias.to(torch.float32)

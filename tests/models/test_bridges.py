@@ -128,6 +128,13 @@ def test_half_precision(family):
     assert difference(expected, got) < 0.02
 
 
+def test_gpt_oss_with_another_limit():
+    usual, original = (tiny("gpt_oss", **options)(**batch("gpt_oss")).logits for options in ({}, {"swiglu_limit": 1e-3}))
+    ours = replace_moe(tiny("gpt_oss", swiglu_limit=1e-3))(**batch("gpt_oss")).logits
+    assert difference(original, ours) < TOLERANCE
+    assert difference(original, usual) > 10 * TOLERANCE
+
+
 def test_a_copy_is_a_model_of_its_own():
     ours = replace_moe(tiny("qwen3_moe"))
     ours(**batch("qwen3_moe")).loss.backward()

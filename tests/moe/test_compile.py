@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from turnout.moe import MoE, TopKGate, aux_loss
 from turnout.moe.gates import GATES
+from turnout.moe.grouped_mm import grouped_mm
 
 LAYERS = {
     "ragged": {},
@@ -115,6 +116,17 @@ def test_what_is_set_between_steps():
     for layer.capacity_factor, layer.top_k in [(1.25, 2), (0.9, 2), (0.7, 1), (1.25, 2)]:
         for ours, same in zip(step(layer, compiled, tokens(32)), step(layer, layer, tokens(32)), strict=True):
             torch.testing.assert_close(ours, same)
+
+
+@pytest.mark.usefixtures("half_units")
+def test_a_sum_of_products_compiles():
+    """It has an expanded gradient, which torch's grouped_mm refuses."""
+    rows, weight = torch.randn(6, 16).bfloat16().requires_grad_(), torch.randn(3, 16, 8).bfloat16().requires_grad_()
+    ends, results = torch.tensor([2, 2, 6], dtype=torch.int32), []
+    for product in (torch.compile(grouped_mm, backend="aot_eager", fullgraph=True), grouped_mm):
+        results.append(torch.autograd.grad(product(rows, weight, ends).sum(), [rows, weight]))
+    for ours, same in zip(*results, strict=True):
+        torch.testing.assert_close(ours, same)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def tensors_of(experts):
     return {name: p.detach().double().requires_grad_() for name, p in experts.named_parameters()}
 
 
+@pytest.mark.usefixtures("half_units")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(7, 5), (8, 16)])  # one that torch's grouped_mm does not take, one it does

@@ -32,6 +32,7 @@ def few_at_a_time(monkeypatch):
     monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
 
 
+@pytest.mark.usefixtures("half_units")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
