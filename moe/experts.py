@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,10 @@ from ..dispatch.ops import decode, encode, encode_weight
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, swiglu, weighted
 from .fused import KERNELS, check_triton, fused
-from .grouped_mm import grouped_mm
+from .grouped_mm import grouped_linear, grouped_mm
 from .in_cache import Layer, pays, perceptrons
 from .low_rank import LowRank
-from .stacked import held_slice, local, local_as, seeded
+from .stacked import held_slice, local, local_as, seeded, take_parts, unchanged
 
 
 class Experts(nn.Module, ABC):
@@ -36,6 +37,7 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
         self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
+        self.register_forward_hook(unchanged)
 
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
@@ -85,6 +87,10 @@ class Experts(nn.Module, ABC):
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
                     raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
                 local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        take_parts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def owned(self) -> range:
@@ -240,22 +246,6 @@ class FeedForwardExperts(Experts):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
-
-
-def grouped_linear(
-    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
-) -> Tensor:
-    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
-
-    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
-    """
-    y = grouped_mm(rows, matrix, ends)
-    if bias is None:
-        return y
-    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
-    by_row = bias[expert.clamp(max=len(ends) - 1)]
-    by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
-    return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
 
 
 class ModuleExperts(Experts):

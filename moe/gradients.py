@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from .layer import MoE
+from .named import called
 
 
 def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = True) -> None:
@@ -110,7 +111,7 @@ def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> 
 def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
     groups: dict[ProcessGroup | None, str] = {}  # with the first layer of each: mostly one for all
     for name, layer in layers.items():
-        groups.setdefault(layer.balance_group, name or "the layer")
+        groups.setdefault(layer.balance_group, called(name))
     for group, name in groups.items():
         if group is None and len(ranks) > 1:
             raise ValueError(f"{name} is on one rank: call parallelize(model, mesh) on all, before this")

@@ -25,6 +25,22 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _grouped_mm(rows, weight, ends)
 
 
+def grouped_linear(
+    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
+
+    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    """
+    y = grouped_mm(rows, matrix, ends)
+    if bias is None:
+        return y
+    expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
+    by_row = bias[expert.clamp(max=len(ends) - 1)]
+    by_row = torch.where((expert < len(ends)).unsqueeze(1), by_row, 0)  # by branch: past the end stands anything
+    return (y + (by_row if weight is None else by_row * weight.unsqueeze(1))).to(rows.dtype)
+
+
 def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):

@@ -22,7 +22,7 @@ from .experts import Experts
 from .free import FreeExperts
 from .gates import Gate
 from .losses import balance_loss, balance_shares, mean_over_split, z_loss
-from .named import named_experts, named_gate, named_shared
+from .named import called, named_experts, named_gate, named_shared
 from .routing import Routing
 from .shared import Residual
 from .stats import Stats
@@ -302,7 +302,7 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
         )
         if wants_grad and not all(loss.requires_grad for loss in layer._losses):
             raise RuntimeError(
-                f"the balance loss of {name or 'the layer'} has no graph: its last forward ran without gradients. Call "
+                f"the balance loss of {called(name)} has no graph: its last forward ran without gradients. Call "
                 "aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += layer._losses

@@ -216,7 +216,7 @@ def test_evaluation_between_a_forward_and_its_loss_is_refused():
 def test_reentrant_checkpoint_is_refused():
     model, x = nn.ModuleDict({"moe": built()}), tokens(9).requires_grad_()
     y = checkpoint(model["moe"], x, use_reentrant=True)
-    for part, name in ((model, "moe"), (model["moe"], "the layer")):
+    for part, name in ((model, "layer moe"), (model["moe"], "the MoE layer itself")):
         with pytest.raises(RuntimeError, match=f"balance loss of {name} has no graph.*use_reentrant=False"):
             aux_loss(part)
     y.sum().backward()
