@@ -224,6 +224,12 @@ def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
     return mesh.get_group(NODE), mesh.get_group(LOCAL)
 
 
+def staged(mesh: DeviceMesh | Meshes) -> bool:
+    """Whether ranks along "pp" have other layers."""
+    pp = axis(of_experts(mesh), PP)
+    return pp is not None and pp.size() > 1
+
+
 def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:
     """The mesh with the axes of the experts."""
     return mesh.experts if isinstance(mesh, Meshes) else mesh

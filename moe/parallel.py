@@ -81,8 +81,8 @@ def parallelize(
             would repeat, a timeout that is not positive.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
-    axes.seconds(timeout)
     _check_options(dispatcher, overlap, wire)
+    axes.set_timeout(mesh, timeout)
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
@@ -102,8 +102,11 @@ def parallelize(
         return layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
 
     layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
-    if not layers:
-        warnings.warn(f"{type(model).__name__} has no MoE layer: parallelize leaves it as it is", stacklevel=2)
+    if not layers and not axes.staged(given):  # a stage of a pipeline may have none
+        warnings.warn(
+            f"{type(model).__name__} has no MoE layer, so that parallelize changes nothing: call it on the model that has",
+            stacklevel=2,
+        )
     planned, fault = [], None
     dispatchers: dict[float, Dispatcher] = {}  # what chooses by costs is shared by layers whose experts cost the same
     try:
@@ -115,7 +118,6 @@ def parallelize(
     options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
     agree(layers, options, fault, everyone, "before parallelize, which every rank calls with the same arguments")
 
-    axes.set_timeout(given, timeout)
     for share in planned:
         spread(share, holders)
     for layer in layers.values():
