@@ -2,6 +2,7 @@
 
 from .biases import balance_biases
 from .capacity import capacity, capacity_limit
+from .check import check
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
@@ -62,6 +63,7 @@ __all__ = [
     "balance_loss",
     "capacity",
     "capacity_limit",
+    "check",
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",

@@ -88,9 +88,9 @@ class Experts(nn.Module, ABC):
                     raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
                 local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         take_parts(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def owned(self) -> range:

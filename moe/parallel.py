@@ -104,7 +104,7 @@ def parallelize(
     layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
     if not layers and not axes.staged(given):  # a stage of a pipeline may have none
         warnings.warn(
-            f"{type(model).__name__} has no MoE layer, so that parallelize changes nothing: call it on the model that has",
+            f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
             stacklevel=2,
         )
     planned, fault = [], None
@@ -119,7 +119,7 @@ def parallelize(
     agree(layers, options, fault, everyone, "before parallelize, which every rank calls with the same arguments")
 
     for share in planned:
-        spread(share, holders)
+        spread(share)
     for layer in layers.values():
         layer.balance_group, layer.sequence_group = batch, sequence
         if holders is not None:

@@ -21,12 +21,14 @@ class Share:
 
     Attributes:
         tensor: of all experts.
+        mesh: over which it is spread.
         split: the tensor's axis, for each axis of the mesh.
         where: the first place, in words.
         places: modules, and the tensor's name in each.
     """
 
     tensor: Tensor
+    mesh: DeviceMesh
     split: tuple[int, ...]
     where: str
     places: list[tuple[nn.Module, str]]
@@ -47,7 +49,7 @@ def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[S
         for own, tensor, module in _tensors(layer.experts):
             where = f"{own} of {called(name)}"
             split = tuple(sliced[own] if axis == axes.ETP else 0 for axis in axes.names(mesh))
-            share = found.setdefault(id(tensor), Share(tensor, split, where, []))
+            share = found.setdefault(id(tensor), Share(tensor, mesh, split, where, []))
             if share.split != split:
                 raise ValueError(
                     f"{share.where} and {where} are one tensor and would be split along different axes: give one a copy"
@@ -65,9 +67,9 @@ def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[S
 
 
 @torch.no_grad()
-def spread(share: Share, mesh: DeviceMesh) -> None:
+def spread(share: Share) -> None:
     """Put this rank's part of a tensor, as a DTensor, in all of its places."""
-    held = share.tensor.detach()
+    held, mesh = share.tensor.detach(), share.mesh
     for axis, place, at in zip(axes.names(mesh), mesh.get_coordinate() or (), share.split, strict=True):
         held = held.chunk(mesh[axis].size(), at)[place]
     part = held.clone()  # a view would keep them all
