@@ -25,7 +25,7 @@ VALUES, SHOWN = "the values of ", 4
 
 
 def agree(
-    layers: dict[str, MoE], options: Notes, fault: Exception | None, group: ProcessGroup | None, when: str
+    layers: dict[str, MoE], others: Notes, fault: Exception | None, group: ProcessGroup | None, when: str
 ) -> None:
     """Raise on every rank of a group unless all have the same layers, and no rank has a `fault`. One exchange.
 
@@ -34,7 +34,7 @@ def agree(
 
     Args:
         layers: by their names.
-        options: what else must be alike.
+        others: what else must be alike.
         fault: what this rank refuses already; on other ranks a ValueError names it.
         group: the ranks; None: this one alone.
         when: until when weights should have been made equal, for the error.
@@ -43,7 +43,7 @@ def agree(
         if fault is not None:
             raise fault
         return
-    notes = options | {key: said for name, layer in layers.items() for key, said in described(name, layer)}
+    notes = others | {key: said for name, layer in layers.items() for key, said in described(name, layer)}
     digest = hashlib.blake2b(repr(notes).encode(), digest_size=16).hexdigest()
     seeded = [module for layer in layers.values() for module in _seeded(layer)]
     mine = None if fault is None else str(fault), digest, [module.seed for module in seeded]
@@ -93,7 +93,15 @@ def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = 
 
 
 def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
-    """What must be the same of one layer on all ranks: its arguments, its parts and theirs, and all values."""
+    """What must be the same of one layer on all ranks: options, values, and the experts' seed if there are none yet."""
+    yield from options(name, layer)
+    yield from values(layer, behind=f" of {called(name)}")
+    if any(t.is_meta for t in layer.experts.parameters()):
+        yield f"the seed of the experts of {called(name)}", f"{layer.experts.seed}"
+
+
+def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
+    """A layer's arguments, and those of its gate, experts and other parts."""
     capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
     losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
     for option in ("num_experts", *capacity, *losses, "weight_on"):
@@ -101,17 +109,15 @@ def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
     for own, module in layer.named_modules():
         if own:
             yield f"{own} of {called(name)}", _described(module)
-    yield from values(layer, f" of {called(name)}")
-    if any(t.is_meta for t in layer.experts.parameters()):
-        yield f"the seed of the experts of {called(name)}", f"{layer.experts.seed}"
 
 
-def values(module: nn.Module, behind: str = "", buffers: bool = True) -> Iterator[tuple[str, str]]:
+def values(
+    module: nn.Module, kinds: Sequence[str] = ("parameter", "buffer"), behind: str = ""
+) -> Iterator[tuple[str, str]]:
     """Shape and checksum of each parameter and buffer of a module, of one that is split for the part that lies here."""
     counts = {id(gate.load) for gate in module.modules() if isinstance(gate, BiasedGate)}  # each rank's are its own
-    kinds = {"parameter": module.named_parameters(), "buffer": module.named_buffers() if buffers else []}
-    for kind, tensors in kinds.items():
-        for own, t in tensors:
+    for kind in kinds:
+        for own, t in module.named_parameters() if kind == "parameter" else module.named_buffers():
             if id(t) in counts:
                 continue
             yield f"{kind} {own}{behind}", f"{tuple(t.shape)} {t.dtype}"
@@ -130,7 +136,7 @@ def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:
     False
     """
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    words = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)  # room above, for the products
     flat = flat.contiguous().flatten().view(words)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     weight = mixed(torch.arange(min(chunk, len(flat)), device=flat.device)) | 1  # odd: no bit of an element is lost

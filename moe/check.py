@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
-from .alike import described, differences, gathered, values
+from .alike import differences, gathered, options, values
 from .gates.biased import BiasedGate
 from .layer import MoE
 from .named import called
@@ -52,10 +52,9 @@ def check(model: nn.Module, mesh: DeviceMesh | Meshes, optimizer: Optimizer | It
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     mine = [*_optimizers(model, optimizers), *_layers(layers, mesh), *_wrappers(model, layers, mesh)]
     group = axes.token_group(mesh)
-    notes = dict(values(model, buffers=False))
+    notes = dict(values(model, ["parameter"]))
     for name, layer in layers.items():
-        notes |= {key: said for key, said in described(name, layer) if "parameter " not in key and "buffer " not in key}
-        notes |= dict(values(layer.gate, f" of the gate of {called(name)}"))
+        notes |= dict(options(name, layer)) | dict(values(layer.gate, ["buffer"], f" of the gate of {called(name)}"))
     everyones = [(mine, notes)] if group is None else gathered((mine, notes), group)
     ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
     found: dict[str, list[int]] = {}
@@ -120,8 +119,8 @@ def _layers(layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
         whole = [own for own, p in layer.experts.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             yield (
-                f"{_some(whole)} of the experts of {called(name)} is no DTensor, so that each rank would compute with the "
-                "first experts: do not assign plain tensors, and keep replicate from experts (ignored_modules)"
+                f"{_some(whole)} of the experts of {called(name)} is no DTensor, so that each rank would compute with "
+                "the first experts: do not assign plain tensors, and keep replicate from experts (ignored_modules)"
             )
         sizes = [dist.get_world_size(group) for group in reached]
         where = {rank for group in reached for rank in dist.get_process_group_ranks(group)}

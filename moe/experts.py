@@ -80,13 +80,17 @@ class Experts(nn.Module, ABC):
         stacked = {name: t for name, t in stacked.items() if not name.startswith("lora.")}
         if any(t.is_meta for t in stacked.values()):
             return
-        for place, expert in enumerate(self.owned):
+        held = {name: held_slice(t) for name, t in stacked.items()}  # FSDP may split one tensor otherwise than the next
+        for expert in range(self.num_experts):
+            here = {name: t for name, t in stacked.items() if held[name][0].start <= expert < held[name][0].stop}
+            if not here:
+                continue
             initial = self._initial(seeded(self.seed, f"{expert}"))
-            for name, tensor in stacked.items():
+            for name, tensor in here.items():
                 if initial[name].shape != tensor.shape[1:]:
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
                     raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
-                local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
+                local(tensor)[expert - held[name][0].start].copy_(initial[name][held[name][1:]])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         take_parts(self, state_dict, prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -32,6 +33,7 @@ from .experts import Experts
 from .layer import MoE
 from .named import called
 from .spread import shares, spread
+from .stacked import local
 
 BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
 DISPATCHERS = ("auto", "flat", *BY_NODE)
@@ -133,15 +135,25 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
     Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
     over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
     batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
+
+    Raises:
+        ValueError: a mesh without "edp" and "ep", parameters that layers share or that split on no axis, gradients
+            that FSDP2 would divide twice.
     """
     averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
     policy = options.get("mp_policy", MixedPrecisionPolicy())
-    options.setdefault("shard_placement_fn", _free_axis)
+    place = partial(_fsdp_axis, ranks=edp.size())
     layers = moe_layers(model)
     _check_untied(layers)
+    for name, p in expert_parameters(model).items() if "shard_placement_fn" not in options else ():
+        if place(p) is None:
+            raise ValueError(
+                f"{name}, of which a rank has {tuple(local(p).shape)}, does not split over edp={edp.size()} on any axis: "
+                "take sizes that do, another edp, or sync_gradients in place of FSDP2"
+            )
     for experts in dict.fromkeys(layer.experts for layer in layers.values()):
         reduced = policy.reduce_dtype or policy.param_dtype or next(experts.parameters()).dtype
         if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
@@ -149,7 +161,7 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
                 f"with edp=1, FSDP2 divides {reduced} gradients twice (torch 2.13); pass "
                 "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
             )
-        wrapped = cast(FSDPModule, fully_shard(experts, mesh=edp, **options))
+        wrapped = cast(FSDPModule, fully_shard(experts, mesh=edp, **{"shard_placement_fn": place, **options}))
         wrapped.set_gradient_divide_factor(float(averaged))
         # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
         wrapped.set_force_sum_reduction_for_comms(edp.size() > 1)
@@ -233,7 +245,12 @@ def _check_untied(layers: dict[str, MoE]) -> None:
                 )
 
 
-def _free_axis(p: nn.Parameter) -> Shard:
-    """Where FSDP may split a stacked parameter: experts lie on axis 0, etp's slices on another."""
+def _fsdp_axis(p: nn.Parameter, ranks: int) -> Shard | None:
+    """Where FSDP may split a stacked parameter, None if nowhere: on an axis that no other mesh axis splits, if it can.
+
+    Beyond axis 0 FSDP2 splits evenly or not at all (torch 2.13).
+    """
     taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
-    return Shard(next((axis for axis in range(p.ndim) if axis not in taken), p.ndim - 1))
+    free = [axis for axis in range(p.ndim) if axis not in taken]
+    held = local(p).shape
+    return next((Shard(axis) for axis in (*free, *sorted(taken, reverse=True)) if held[axis] % ranks == 0), None)

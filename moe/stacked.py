@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -83,7 +83,7 @@ def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
             continue
         if isinstance(value, DTensor):
             _check_part(prefix + name, value, tensor)
-        elif value.shape == tensor.shape and all(type(p) in (Shard, Replicate) for p in tensor.placements):
+        elif value.shape == tensor.shape:
             state[prefix + name] = DTensor.from_local(
                 value.detach()[held_slice(tensor)].clone(),  # a view would keep all of it
                 tensor.device_mesh,
