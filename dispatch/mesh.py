@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -26,15 +29,25 @@ class Meshes:
         dense: axes "pp", "dp", "tp".
         experts: axes "pp", "edp", "ep" (or "node" and "local" in its place), "etp"; edp * ep * etp = dp * tp.
         tokens: "dp_tp", one axis: the ranks of a pipeline stage, each of which has tokens of its own.
+        timeout: of the groups of all three; None: that of the default group.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
     tokens: DeviceMesh
+    timeout: timedelta | None = None
 
     @classmethod
     def of(
-        cls, device_type: str, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, ranks_per_node: int | None = None
+        cls,
+        device_type: str,
+        *,
+        pp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        etp: int = 1,
+        ranks_per_node: int | None = None,
+        timeout: timedelta | float | None = None,
     ) -> Meshes:
         """Meshes over all ranks of the default group; every rank must call it. dp and edp are what remains.
 
@@ -49,10 +62,13 @@ class Meshes:
             etp: ranks that split each expert.
             ranks_per_node: torchrun's LOCAL_WORLD_SIZE. Where ep spans several whole nodes of several ranks, its
                 axis is given as "node" and "local"; None: never.
+            timeout: how long an operation of any of the meshes' groups may last, sends and receives included; in
+                seconds, or a timedelta. None: as long as `init_process_group` was told.
 
         Raises:
-            ValueError: sizes that do not multiply to the number of ranks, naming them.
+            ValueError: sizes that do not multiply to the number of ranks, naming them; a timeout that is not positive.
         """
+        limit = seconds(timeout)
         ranks = dist.get_world_size()
         for name, size in {"pp": pp, "tp": tp, "ep": ep, "etp": etp}.items():
             if not isinstance(size, int) or size < 1:
@@ -71,9 +87,11 @@ class Meshes:
         if ranks_per_node is not None and (nodes := _whole_nodes(ep, etp, ranks_per_node)):
             spread = {NODE: nodes, LOCAL: ep // nodes}
         world = init_device_mesh(device_type, (ranks,), mesh_dim_names=("world",))
-        dense = _fold(world, {PP: pp, DP: stage // tp, TP: tp})
-        experts = _fold(world, {PP: pp, EDP: stage // (ep * etp), **spread, ETP: etp})
-        return cls(dense, experts, dense[DP, TP]._flatten(f"{DP}_{TP}"))
+        dense = _fold(world, {PP: pp, DP: stage // tp, TP: tp}, limit)
+        experts = _fold(world, {PP: pp, EDP: stage // (ep * etp), **spread, ETP: etp}, limit)
+        tokens = f"{DP}_{TP}"
+        flat = dense[DP, TP]._flatten(tokens, _options({tokens: stage}, limit).get(tokens))
+        return cls(dense, experts, flat, limit)
 
     def __deepcopy__(self, memo: dict) -> Meshes:
         return self  # immutable, and of process groups
@@ -88,9 +106,79 @@ def _whole_nodes(ep: int, etp: int, ranks_per_node: int) -> int:
     return nodes if rest == 0 and nodes > 1 and ranks_per_node % etp == 0 and local > 1 else 0
 
 
-def _fold(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+def _fold(world: DeviceMesh, sizes: dict[str, int], limit: timedelta | None) -> DeviceMesh:
     assert math.prod(sizes.values()) == world.size()
-    return world._unflatten(0, tuple(sizes.values()), tuple(sizes))
+    return world._unflatten(0, tuple(sizes.values()), tuple(sizes), _options(sizes, limit) or None)
+
+
+def _options(sizes: dict[str, int], limit: timedelta | None) -> dict[str, Any]:
+    """For each axis, the options with which torch makes its groups; without, they have a timeout of torch's own.
+
+    A send or a receive on gloo waits as long as its group was told when it was made, whatever `set_timeout` says later.
+    An axis of all ranks is left out where the default group, which torch takes for it, has the right timeout.
+    """
+    default = default_timeout()
+    limit = default if limit is None else limit
+    if limit is None:
+        return {}
+    made = {}
+    for name, size in sizes.items():
+        if size < dist.get_world_size() or limit != default:
+            nccl = "nccl" in dist.get_backend_config()
+            made[name] = dist.ProcessGroupNCCL.Options() if nccl else Backend.Options("gloo", limit)
+            made[name]._timeout = limit
+    return made
+
+
+def seconds(timeout: timedelta | float | None) -> timedelta | None:
+    """A timeout given in seconds, as a timedelta.
+
+    Raises:
+        ValueError: one that is not positive.
+        TypeError: no number and no timedelta.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, timedelta | int | float):
+        raise TypeError(f"timeout must be a number of seconds, a timedelta or None; got {timeout!r}")
+    limit = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+    if limit <= timedelta(0):
+        raise ValueError(f"timeout must be positive; got {timeout!r}")
+    return limit
+
+
+def default_timeout() -> timedelta | None:
+    """How long `init_process_group` was told to wait; None for a backend that does not say."""
+    everyone = dist.distributed_c10d._get_default_group()
+    for device in everyone._device_types:
+        options = getattr(everyone._get_backend(device), "options", None)
+        if (timeout := getattr(options, "_timeout", None)) is not None:
+            return timeout
+    return None
+
+
+def set_timeout(mesh: DeviceMesh | Meshes, timeout: timedelta | float | None = None) -> None:
+    """Give every group that an MoE layer on these meshes uses a timeout, for its collectives from now on.
+
+    torch gives groups of a mesh 30 minutes (10 on NCCL), whatever `init_process_group` was told. An axis of all ranks
+    has the default group, whose timeout changes as well. On gloo sends and receives keep the timeout with which their
+    group was made: `Meshes.of` takes it.
+
+    Args:
+        mesh: as given to `parallelize`.
+        timeout: seconds, or a timedelta. None: as long as `Meshes.of` or else `init_process_group` was told.
+    """
+    limit = seconds(timeout) or (mesh.timeout if isinstance(mesh, Meshes) else None) or default_timeout()
+    if limit is None:
+        return
+    parts = [mesh.dense, mesh.experts] if isinstance(mesh, Meshes) else [mesh]
+    groups = {part.get_group(name) for part in parts for name in names(part)}
+    groups |= {token_group(mesh), data_group(mesh), sequence_group(mesh)}
+    ep = axis(of_experts(mesh), EP)
+    groups |= {None if ep is None else ep.get_group()}
+    for group in groups - {None}:
+        assert group is not None
+        group.set_timeout(limit)
 
 
 def names(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -134,6 +222,12 @@ def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
             f"ranks must ascend along node and local; got {mesh.mesh.tolist()}; init_device_mesh makes it so"
         )
     return mesh.get_group(NODE), mesh.get_group(LOCAL)
+
+
+def staged(mesh: DeviceMesh | Meshes) -> bool:
+    """Whether ranks along "pp" have other layers."""
+    pp = axis(of_experts(mesh), PP)
+    return pp is not None and pp.size() > 1
 
 
 def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:

@@ -12,7 +12,7 @@ from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from ..moe.auxiliary import aux_loss
 from ..moe.gradients import clip_grad_norm_, sync_gradients
-from ..moe.parallel import parallelize
+from ..moe.parallel import moe_layers, parallelize
 from .boundary import Boundary
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig
@@ -60,14 +60,16 @@ def parallel_model(
         recompute: as for `recompute`.
         activations_on_cpu: what the backward needs, weights apart, waits in the host's memory.
         dtype: of the parameters.
-        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire.
+        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout.
     """
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
-        parallelize(tensor_parallel(part, tp), meshes, **experts)
+        tensor_parallel(part, tp)
+        if moe_layers(part):  # a stage may have none, and a dense model has none
+            parallelize(part, meshes, **experts)
     pipeline = None
     if stages:  # before parameters are offloaded: it takes their device for its own
         boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)

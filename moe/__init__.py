@@ -3,6 +3,7 @@
 from .auxiliary import aux_loss
 from .biases import balance_biases
 from .capacity import capacity, capacity_limit
+from .check import check
 from .experts import Experts
 from .free import FreeExperts
 from .gates import (
@@ -63,6 +64,7 @@ __all__ = [
     "balance_loss",
     "capacity",
     "capacity_limit",
+    "check",
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",

@@ -1,105 +1,168 @@
-"""Whether two objects of a user's own do the same: told by their classes, attributes and functions."""
+"""Whether all ranks hold the same layers: options, shapes, values, and buffers that steer the routing."""
 
 from __future__ import annotations
 
-from collections import deque
-from functools import partial
-from types import CellType, FunctionType, MethodType
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
-OF_MODULES = {"training", "_parameters", "_buffers", "_modules"}
-OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "_abc_impl"}
+from .experts import Experts
+from .gates.biased import BiasedGate
+from .gates.hash import FIRST, mixed
+from .layer import MoE
+from .low_rank import LowRank
+from .named import called
+from .stacked import held_slice, local
+
+Notes = dict[str, str]  # what a rank says of its model, by what it speaks of; all of it should be alike
+VALUES, SHOWN = "the values of ", 4
 
 
-def difference(one: Any, other: Any, where: str = "", seen: set[tuple[int, int]] | None = None) -> str | None:
-    """The first place where two objects differ, with what stands there; None: they do the same.
+def agree(
+    layers: dict[str, MoE], others: Notes, fault: Exception | None, group: ProcessGroup | None, when: str
+) -> None:
+    """Raise on every rank of a group unless all have the same layers, and no rank has a `fault`. One exchange.
 
-    Modules may differ in the values and shapes of parameters and buffers, and in being in training or not. Functions
-    and classes made anew by the same code are equal if what they enclose is. What cannot be looked into is compared
-    by ``==``.
+    Experts of equal values may have been built under different seeds: they get those of the first rank, so that
+    a later `reset_parameters` draws alike.
 
-    >>> difference(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2)))
-    '1.p is 0.1 and 0.2'
-    >>> difference(nn.Linear(2, 2), nn.Linear(2, 2)) is None
-    True
+    Args:
+        layers: by their names.
+        others: what else must be alike.
+        fault: what this rank refuses already; on other ranks a ValueError names it.
+        group: the ranks; None: this one alone.
+        when: until when weights should have been made equal, for the error.
     """
-    seen = set() if seen is None else seen
-    if one is other or (id(one), id(other)) in seen:
-        return None
-    mine, theirs = _parts(one), _parts(other)
-    if mine is None or theirs is None:
-        return None if type(one) is type(other) and _equal(one, other) else _said(where, one, other)
-    if not isinstance(one, tuple):  # those may be made here, and their ids used again
-        seen.add((id(one), id(other)))
-    if difference(type(one), type(other), where, seen) or mine.keys() != theirs.keys():
-        return _said(where, one, other)
-    return next(
-        (found for name in mine if (found := difference(mine[name], theirs[name], _path(where, name), seen))), None
-    )
+    if group is None:
+        if fault is not None:
+            raise fault
+        return
+    notes = others | {key: said for name, layer in layers.items() for key, said in described(name, layer)}
+    digest = hashlib.blake2b(repr(notes).encode(), digest_size=16).hexdigest()
+    seeded = [module for layer in layers.values() for module in _seeded(layer)]
+    mine = None if fault is None else str(fault), digest, [module.seed for module in seeded]
+    everyones = gathered(mine, group)
+    ranks = dist.get_process_group_ranks(group)
+    if fault is not None:
+        raise fault
+    for rank, (text, _, _) in zip(ranks, everyones, strict=True):
+        if text is not None:
+            raise ValueError(f"rank {rank}: {text}")
+    if any(theirs != everyones[0][1] for _, theirs, _ in everyones):
+        found = differences(gathered(notes, group), ranks)
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ValueError(
+            f"MoE layers differ between ranks: {'; '.join(found[:SHOWN])}{more}. Build the model with the same "
+            f"arguments and under the same torch.manual_seed on every rank, or load the same weights on all of them, "
+            f"{when}"
+        )
+    for module, seed in zip(seeded, everyones[0][2], strict=True):
+        module.seed = seed
 
 
-def _parts(x: Any) -> dict[str, Any] | None:
-    """What there is to compare in an object, by name; None: the object itself."""
-    if isinstance(x, nn.Module):
-        tensors = {
-            name: t if t is None else (t.dtype, t.requires_grad) for name, t in (x._parameters | x._buffers).items()
-        }
-        own = {name: value for name, value in vars(x).items() if name not in OF_MODULES}
-        hooks = {name: tuple(value.values()) for name, value in own.items() if "_hooks" in name and value}
-        return own | hooks | x._modules | tensors
-    if isinstance(x, FunctionType):
-        enclosed = tuple(_content(cell) for cell in x.__closure__ or ())
-        return {"code": x.__code__, "defaults": x.__defaults__, "keywords": x.__kwdefaults__, "enclosed": enclosed}
-    if isinstance(x, MethodType):
-        return {"function": x.__func__, "of": x.__self__}
-    if isinstance(x, partial):
-        return {"function": x.func, "arguments": x.args, "keywords": x.keywords}
-    if isinstance(x, property):
-        return {"get": x.fget, "set": x.fset, "delete": x.fdel}
-    if isinstance(x, classmethod | staticmethod):
-        return {"function": x.__func__}
-    if isinstance(x, type):
-        own = {name: value for name, value in vars(x).items() if name not in OF_CLASSES}
-        return own | {"name": x.__qualname__, "bases": x.__bases__}
-    if isinstance(x, list | tuple | deque):
-        return {str(place): value for place, value in enumerate(x)}
-    if isinstance(x, dict):
-        return {str(key): value for key, value in x.items()}
-    if isinstance(x, Tensor | np.ndarray) or not hasattr(x, "__dict__"):
-        return None
-    return vars(x)
+def gathered(mine: Any, group: ProcessGroup | None) -> list[Any]:
+    """What every rank of a group says."""
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group=group)
+    return everyones
 
 
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing in it yet
-        return None
+def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = True) -> list[str]:
+    """What ranks say differently of one thing, in words; where one says nothing of it that counts if `whole`."""
+    found = []
+    for key in dict.fromkeys(key for notes in everyones for key in notes):
+        said: dict[str, list[int]] = {}
+        for rank, notes in zip(ranks, everyones, strict=True):
+            if whole or key in notes:
+                said.setdefault(notes.get(key, "missing"), []).append(rank)
+        if len(said) < 2:
+            continue
+        if key.startswith(VALUES) and "missing" not in said:
+            first, *_ = said.values()
+            others = [rank for rank in ranks if rank not in first]
+            found.append(f"{key} on {_ranks(others)} are not those on {_ranks(first)}")
+        else:
+            found.append(f"{key} is {', '.join(f'{what} on {_ranks(where)}' for what, where in said.items())}")
+    return found
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and (one.is_meta or torch.equal(one, other))
-    if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    try:
-        return bool(one == other or (one != one and other != other))  # NaN
-    except Exception:  # no answer: then nobody can tell
-        return False
+def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
+    """What must be the same of one layer on all ranks: options, values, and the experts' seed if there are none yet."""
+    yield from options(name, layer)
+    yield from values(layer, behind=f" of {called(name)}")
+    if any(t.is_meta for t in layer.experts.parameters()):
+        yield f"the seed of the experts of {called(name)}", f"{layer.experts.seed}"
 
 
-def _path(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
+    """A layer's arguments, and those of its gate, experts and other parts."""
+    capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
+    losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
+    for option in ("num_experts", *capacity, *losses, "weight_on"):
+        yield f"{option} of {called(name)}", repr(getattr(layer, option))
+    for own, module in layer.named_modules():
+        if own:
+            yield f"{own} of {called(name)}", _described(module)
 
 
-def _said(where: str, one: Any, other: Any) -> str:
-    return f"{where or 'the module itself'} is {_shown(one)} and {_shown(other)}"
+def values(
+    module: nn.Module, kinds: Sequence[str] = ("parameter", "buffer"), behind: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Shape and checksum of each parameter and buffer of a module, of one that is split for the part that lies here."""
+    counts = {id(gate.load) for gate in module.modules() if isinstance(gate, BiasedGate)}  # each rank's are its own
+    for kind in kinds:
+        for own, t in module.named_parameters() if kind == "parameter" else module.named_buffers():
+            if id(t) in counts:
+                continue
+            yield f"{kind} {own}{behind}", f"{tuple(t.shape)} {t.dtype}"
+            if not t.is_meta:
+                held = (
+                    ", ".join(f"{part.start}:{part.stop}" for part in held_slice(t)) if isinstance(t, DTensor) else ""
+                )
+                yield f"{VALUES}{kind} {own}{held and f'[{held}]'}{behind}", f"{checksum(local(t.detach())):x}"
 
 
-def _shown(x: Any) -> str:
-    text = repr(x)
-    return text if len(text) <= 80 and "\n" not in text else f"a {type(x).__qualname__}"
+@torch.no_grad()
+def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:
+    """A number made of a tensor's bits and their order; one element that differs always changes it.
+
+    >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+    False
+    """
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    words = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)  # room above, for the products
+    flat = flat.contiguous().flatten().view(words)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    weight = mixed(torch.arange(min(chunk, len(flat)), device=flat.device)) | 1  # odd: no bit of an element is lost
+    for part in flat.split(chunk):
+        total = total * FIRST + (part.long() * weight[: len(part)]).sum()  # int64 wraps around
+    return int(total) % 2**64
+
+
+def _described(module: nn.Module) -> str:
+    """Its class, and what numbers and names it was built with; not a seed by which it only was initialised."""
+    left = {"training", "seed"} if isinstance(module, Experts | LowRank) else {"training"}
+    plain = {
+        name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in left and (callable(value) or _plain(value))
+    }
+    return f"{type(module).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (isinstance(value, tuple) and all(map(_plain, value)))
+
+
+def _seeded(layer: MoE) -> list[Any]:
+    return [module for module in layer.modules() if isinstance(module, Experts | LowRank)]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layer import MoE, described
+from .layer import MoE
+from .named import called
 
 
 def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
@@ -31,7 +32,7 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
         learns = layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in layer.gate.parameters())
         if learns and (evaluated or not all(loss.requires_grad for loss in own)):
             raise RuntimeError(
-                f"the balance loss of {name or described(layer)} has no graph: its last forward ran in eval mode or "
+                f"the balance loss of {called(name)} has no graph: its last forward ran in eval mode or "
                 "without gradients. Call aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
             )
         losses += own

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch.ops import decode, encode, encode_weight, transformed, wide
+from ..dispatch.ops import decode, encode, encode_weight, transformed
 from ..dispatch.plan import Plan
 from .activation import ACTIVATIONS, activated, weighted
 from .fused import KERNELS, check_triton, fused
-from .grouped_mm import grouped_bias, grouped_mm
+from .grouped_mm import grouped_linear, grouped_mm
 from .in_cache import Layer, pays, perceptrons
 from .low_rank import LowRank
-from .stacked import held_slice, local, local_as, seeded
+from .stacked import held_slice, local, local_as, seeded, take_parts, unchanged
 
 
 class Experts(nn.Module, ABC):
@@ -35,6 +36,7 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
         self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
+        self.register_forward_hook(unchanged)
 
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
@@ -80,13 +82,21 @@ class Experts(nn.Module, ABC):
 
     def _fill(self, stacked: dict[str, Tensor]) -> None:
         """Give stacked tensors, by name, their first values."""
-        for place, expert in enumerate(self.owned):
+        held = {name: held_slice(t) for name, t in stacked.items()}  # FSDP may split one tensor otherwise than the next
+        for expert in range(self.num_experts):
+            here = {name: t for name, t in stacked.items() if held[name][0].start <= expert < held[name][0].stop}
+            if not here:
+                continue
             initial = self._initial(seeded(self.seed, f"{expert}"))
-            for name, tensor in stacked.items():
+            for name, tensor in here.items():
                 if initial[name].shape != tensor.shape[1:]:
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
                     raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
-                local(tensor)[place].copy_(initial[name][held_slice(tensor)[1:]])
+                local(tensor)[expert - held[name][0].start].copy_(initial[name][held[name][1:]])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        take_parts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def owned(self) -> range:
@@ -243,18 +253,3 @@ class FeedForwardExperts(Experts):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
-
-
-def grouped_linear(
-    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
-) -> Tensor:
-    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
-
-    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
-    """
-    y = grouped_mm(rows, matrix, ends)
-    if bias is None:
-        return y
-    if weight is None:
-        return y + grouped_bias(bias, ends, len(rows))
-    return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)

@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from .layer import MoE
+from .named import called
+
+ABSENT, DENSE, SPARSE = range(3)
 
 
 def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = True) -> None:
@@ -27,8 +30,8 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
 
     Expert gradients are summed over "edp" (over "ep" they were summed on the way back), those of matrices split over
     "tp" over "dp", others over all ranks that have tokens of their own; all are divided by the number of ranks
-    that have parts of the batch. Absent gradients count as zeros. What a wrapper reduces by itself (FSDP2's DTensors)
-    is left alone.
+    that have parts of the batch. A gradient that some ranks lack counts as zeros there; one that all lack stays None.
+    What a wrapper reduces by itself (FSDP2's DTensors) is left alone.
 
     Call it once a step, after the last micro-batch's backward: each call divides whatever has been gathered until then.
 
@@ -37,7 +40,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
         dense: False where something else reduces the gradients of all but experts, such as DDP.
 
     Raises:
-        ValueError: a model that has not been parallelized, or on a mesh of other ranks.
+        ValueError: a model that has not been parallelized, or on a mesh of other ranks; sparse gradients on a GPU.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     data, edp = axes.data_mesh(mesh), axes.axis(axes.of_experts(mesh), axes.EDP)
@@ -54,9 +57,10 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
             split.append(p)
         elif (dense or id(p) in own) and held_by in (None, (axes.TP,)):  # experts, too, on a mesh without "ep"
             others.append(p)
-    _reduce(experts, None if edp is None or edp.size() == 1 else edp.get_group(), data.size())
-    _reduce(split, axes.data_group(mesh), data.size())
-    _reduce(others, axes.token_group(mesh), data.size())
+    kinds = _kinds([*experts, *split, *others], axes.token_group(mesh))
+    _reduce(experts, kinds, None if edp is None or edp.size() == 1 else edp.get_group(), data.size())
+    _reduce(split, kinds, axes.data_group(mesh), data.size())
+    _reduce(others, kinds, axes.token_group(mesh), data.size())
 
 
 @torch.no_grad()
@@ -78,7 +82,7 @@ def clip_grad_norm_(
     parameters = [p for p in model.parameters() if p.requires_grad]
     squares: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for p in parameters:
-        square = _zero(p) if p.grad is None or id(p) in copies else _held(p.grad).norm(dtype=_zero(p).dtype).square()
+        square = _zero(p) if p.grad is None or id(p) in copies else _squared(p.grad, _zero(p).dtype)
         squares.setdefault(_split_over(p), []).append(square)
     total = torch.zeros((), device=parameters[0].device if parameters else None)
     for groups, parts in squares.items():
@@ -110,7 +114,7 @@ def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> 
 def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
     groups: dict[ProcessGroup | None, str] = {}  # with the first layer of each: mostly one for all
     for name, layer in layers.items():
-        groups.setdefault(layer.balance_group, name or "the layer")
+        groups.setdefault(layer.balance_group, called(name))
     for group, name in groups.items():
         if group is None and len(ranks) > 1:
             raise ValueError(f"{name} is on one rank: call parallelize(model, mesh) on all, before this")
@@ -123,6 +127,11 @@ def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
 
 def _held(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _squared(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    held = grad.coalesce().values() if grad.is_sparse else _held(grad)
+    return held.norm(dtype=dtype).square()
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -141,25 +150,62 @@ def _split_over(p: Tensor) -> tuple[ProcessGroup, ...]:
     return tuple(mesh.get_group(dim) for dim, placed in enumerate(p.placements) if not placed.is_replicate())
 
 
+def _kinds(parameters: list[nn.Parameter], group: ProcessGroup | None) -> dict[nn.Parameter, int]:
+    """Of each parameter's gradient on all ranks together: ABSENT on each, DENSE, or SPARSE on one at least."""
+    mine = [ABSENT if p.grad is None else SPARSE if p.grad.is_sparse else DENSE for p in parameters]
+    if group is None or not mine:
+        return dict(zip(parameters, mine, strict=True))
+    kinds = torch.tensor(mine, dtype=torch.uint8).to(parameters[0].device)
+    dist.all_reduce(kinds, dist.ReduceOp.MAX, group=group)
+    return dict(zip(parameters, kinds.tolist(), strict=True))
+
+
 @torch.no_grad()
-def _reduce(parameters: list[nn.Parameter], group: ProcessGroup | None, divisor: int) -> None:
-    """Sum gradients over a group and divide them."""
+def _reduce(
+    parameters: list[nn.Parameter], kinds: dict[nn.Parameter, int], group: ProcessGroup | None, divisor: int
+) -> None:
+    """Sum gradients over a group and divide them; those that no rank has stay None."""
     grads = []
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(p, DTensor) and _is_whole(p):
-            p.grad = _summed_part(p, p.grad)
-        elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
-            p.grad = p.grad.redistribute(placements=p.placements)  # DTensor's choice, where a rank has no tokens
-        grads.append(_held(p.grad))
-    if group is not None:
-        for bucket in _buckets(grads):
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat, group=group)
-            for g, reduced in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(reduced.view_as(g))
+        if kinds[p] == SPARSE:
+            p.grad = _mean_of_sparse(p, group, divisor)
+        elif kinds[p] == DENSE:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if isinstance(p, DTensor) and _is_whole(p):
+                p.grad = _summed_part(p, p.grad)
+            elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+                p.grad = p.grad.redistribute(placements=p.placements)  # DTensor's choice, where a rank has no tokens
+            grads.append(_held(p.grad))
     for g in grads:
-        g.div_(divisor)
+        if group is None or g.dtype == torch.float16:  # its sum could overflow, at 65504
+            g.div_(divisor)
+    for bucket in _buckets(grads) if group is not None else []:
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat, group=group)
+        if flat.dtype != torch.float16:
+            flat.div_(divisor)
+        for g, reduced in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(reduced.view_as(g))
+
+
+def _mean_of_sparse(p: nn.Parameter, group: ProcessGroup | None, divisor: int) -> Tensor:
+    """The gradient of an ``nn.Embedding(sparse=True)``, summed and divided: sparse, with the rows of all ranks."""
+    if group is not None and p.device.type != "cpu":
+        raise ValueError(
+            f"a parameter {tuple(p.shape)} has sparse gradients, which {dist.get_backend(group)} cannot sum: build its "
+            "nn.Embedding with sparse=False"
+        )
+    grad = p.grad
+    if grad is None:
+        index, rows = torch.empty(1, 0, dtype=torch.int64, device=p.device), p.new_empty(0, *p.shape[1:])
+        grad = torch.sparse_coo_tensor(index, rows, p.shape, check_invariants=False)
+    elif not grad.is_sparse:  # a rank that used the matrix elsewhere as well
+        grad = grad.to_sparse(1)
+    early = grad.dtype == torch.float16
+    grad = grad / divisor if early else grad
+    if group is not None:
+        dist.all_reduce(grad, group=group)
+    return grad.coalesce() if early else grad.coalesce() / divisor
 
 
 def _summed_part(p: DTensor, grad: Tensor) -> Tensor:

@@ -45,6 +45,21 @@ def _owners(ends: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
 
 
+def grouped_linear(
+    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
+
+    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    """
+    y = grouped_mm(rows, matrix, ends)
+    if bias is None:
+        return y
+    if weight is None:
+        return y + grouped_bias(bias, ends, len(rows))
+    return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)
+
+
 def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):

@@ -23,7 +23,7 @@ from .experts import Experts
 from .free import FreeExperts
 from .gates import Gate
 from .losses import StepLosses, balance_loss, balance_shares, mean_over_split, z_loss
-from .named import named_experts, named_gate, named_shared
+from .named import called, named_experts, named_gate, named_shared
 from .routing import Routing, can_be_read, wrong_shapes, wrong_values
 from .shared import Residual
 from .stats import Stats
@@ -299,7 +299,7 @@ class MoE(nn.Module):
 def described(layer: MoE) -> str:
     """The layer as messages name it."""
     sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
-    return sizes if layer.place is None else f"layer {layer.place.name!r}, {sizes}"
+    return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
 
 
 def _in_backward() -> bool:

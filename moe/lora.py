@@ -12,6 +12,7 @@ from .experts import Experts
 from .gates import Gate
 from .layer import MoE
 from .low_rank import LowRank
+from .named import called
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +40,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer; got {rank!r}")
-    layers = {name or "the layer": m for name, m in model.named_modules() if isinstance(m, MoE)}
+    layers = {called(name): m for name, m in model.named_modules() if isinstance(m, MoE)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     for name, layer in layers.items():

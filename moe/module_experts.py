@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .alike import difference
+from .difference import difference
 from .experts import Experts
 from .stacked import local, seeded
 

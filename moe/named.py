@@ -1,4 +1,4 @@
-"""What a layer's arguments name: its gate, its experts, those that are shared."""
+"""Names: what a layer's arguments name, and what errors call a layer."""
 
 from __future__ import annotations
 
@@ -64,3 +64,12 @@ def named_shared(
     if isinstance(experts, Experts):
         raise ValueError(f"shared_experts={shared} of what kind? Beside experts of your own, pass a module")
     return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
+
+
+def called(name: str) -> str:
+    """What errors call the layer of this name in ``model.named_modules()``; a model that is the layer has none.
+
+    >>> called("blocks.1.moe"), called("")
+    ('layer blocks.1.moe', 'the MoE layer itself')
+    """
+    return f"layer {name}" if name else "the MoE layer itself"

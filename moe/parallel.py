@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+import warnings
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -30,8 +32,11 @@ from ..dispatch.place import Place
 from ..dispatch.profile import Profile
 from ..dispatch.tensor_parallel import TensorParallelDispatcher
 from ..dispatch.wire import WIRES, Wire
+from .alike import agree
 from .experts import Experts
 from .layer import MoE
+from .named import called
+from .spread import shares, spread
 from .stacked import local
 
 BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
@@ -46,15 +51,18 @@ def parallelize(
     profile: str | Path | Profile | None = None,
     overlap: int | Literal["auto"] | None = None,
     wire: Wire | None = None,
+    timeout: timedelta | float | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
 
     Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
     after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`). Parameters of
-    the experts are new objects: make the optimizer afterwards.
+    the experts are new objects: make the optimizer afterwards. Experts and parameters that layers share stay shared.
+    An error leaves the model as it was, on every rank.
 
     Args:
-        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too.
+        model: alike on every rank: built under one `torch.manual_seed` or with the same weights; on the meta device,
+            where there are no weights, with the same `seed` of experts. One without `MoE` layers is warned of.
         mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
             experts are spread, ``"edp"``, over which they are repeated, and ``"etp"``, over which the hidden
             width of each is split (`TensorParallelDispatcher`); each rank of it has a part of the batch.
@@ -69,21 +77,25 @@ def parallelize(
             2 and 4 in the first training steps. None: one, or as many as ``dispatcher="auto"`` has chosen.
         wire: ``"bf16"`` or ``"fp8"``: rows travel in fewer bytes (`CompressedDispatcher`). None: as they are. Where one
             rank has all experts nothing travels, and neither this nor `overlap` has an effect on a named dispatcher.
+        timeout: how long a collective of the mesh's groups may wait for a rank, in seconds or as a timedelta; None: as
+            long as `Meshes.of` or else `init_process_group` was told. torch's own for groups of a mesh: 30 minutes.
 
     Raises:
-        ValueError: axes missing or unknown, experts that do not split, models that differ between ranks, a profile that
-            does not fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens
-            that tp ranks would repeat.
+        ValueError: axes missing or unknown, experts that do not split or that share a parameter with the rest of the
+            model, layers that differ between ranks (in options, weights, or buffers of a gate), a profile that does not
+            fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens that tp ranks
+            would repeat, a timeout that is not positive.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
+    axes.set_timeout(mesh, timeout)
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
             'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
             'tensor_parallel(model, meshes.dense["tp"]) first'
         )
-    mesh = axes.of_experts(mesh)
+    given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep = axes.axis(mesh, axes.EP)
@@ -91,25 +103,34 @@ def parallelize(
         dispatcher = _named(dispatcher, mesh, ep, profile)
         if isinstance(dispatcher, LocalDispatcher):
             overlap = wire = None
-    _check_alike(model, everyone, overlap, wire)
+
+    def work_of(layer: MoE) -> float:
+        return layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
+
+    layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
+    if not layers and not axes.staged(given):  # a stage of a pipeline may have none
+        warnings.warn(
+            f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
+            stacklevel=2,
+        )
+    planned, fault = [], None
     dispatchers: dict[float, Dispatcher] = {}  # what chooses by costs is shared by layers whose experts cost the same
-    for name, layer in _moe_layers(model):
+    try:
+        if holders is not None:
+            planned = shares(model, layers, holders)
+            dispatchers = {work: _equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
+    except (ValueError, TypeError) as error:
+        fault = error
+    options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
+    agree(layers, options, fault, everyone, "before parallelize, which every rank calls with the same arguments")
+
+    for share in planned:
+        spread(share)
+    for layer in layers.values():
         layer.balance_group, layer.sequence_group = batch, sequence
-        if ep is None:
-            continue
-        if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
-            raise ValueError(f"the experts of {name} are spread already: call parallelize once, before any FSDP")
-        if layer.num_experts % ep.size():
-            raise ValueError(
-                f"num_experts={layer.num_experts} of {name} does not split over ep={ep.size()} ranks; use a "
-                f"multiple of {ep.size()}, or a mesh whose ep axis divides {layer.num_experts}"
-            )
-        work = layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
-        if work not in dispatchers:
-            dispatchers[work] = _equipped(dispatcher, work, overlap, wire)
-        _spread(layer.experts, axes.holders(mesh))
-        layer.dispatcher = dispatchers[work]
-    _number(model, everyone)
+        if holders is not None:
+            layer.dispatcher = dispatchers[work_of(layer)]
+    _number(layers, everyone)
     return model
 
 
@@ -119,24 +140,36 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
     Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
     over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
     batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
+
+    Raises:
+        ValueError: a mesh without "edp" and "ep", parameters that layers share or that split on no axis, gradients
+            that FSDP2 would divide twice.
     """
     averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
         raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
     policy = options.get("mp_policy", MixedPrecisionPolicy())
-    options.setdefault("shard_placement_fn", _free_axis)
-    for _, layer in _moe_layers(model):
-        reduced = policy.reduce_dtype or policy.param_dtype or next(layer.experts.parameters()).dtype
+    place = partial(_fsdp_axis, ranks=edp.size())
+    layers = moe_layers(model)
+    _check_untied(layers)
+    for name, p in expert_parameters(model).items() if "shard_placement_fn" not in options else ():
+        if place(p) is None:
+            raise ValueError(
+                f"{name}, of which a rank has {tuple(local(p).shape)}, does not split over edp={edp.size()}: "
+                "take sizes that do, another edp, or sync_gradients in place of FSDP2"
+            )
+    for experts in dict.fromkeys(layer.experts for layer in layers.values()):
+        reduced = policy.reduce_dtype or policy.param_dtype or next(experts.parameters()).dtype
         if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"with edp=1, FSDP2 divides {reduced} gradients twice (torch 2.13); pass "
                 "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
             )
-        experts = cast(FSDPModule, fully_shard(layer.experts, mesh=edp, **options))
-        experts.set_gradient_divide_factor(float(averaged))
+        wrapped = cast(FSDPModule, fully_shard(experts, mesh=edp, **{"shard_placement_fn": place, **options}))
+        wrapped.set_gradient_divide_factor(float(averaged))
         # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
-        experts.set_force_sum_reduction_for_comms(edp.size() > 1)
+        wrapped.set_force_sum_reduction_for_comms(edp.size() > 1)
     return model
 
 
@@ -144,7 +177,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model, by name, that belong to `MoE` experts: what DDP must be told to ignore."""
     return {
         f"{name}.experts.{own}" if name else f"experts.{own}": p
-        for name, layer in _moe_layers(model)
+        for name, layer in moe_layers(model).items()
         for own, p in layer.experts.named_parameters()
     }
 
@@ -199,89 +232,40 @@ def _equipped(
     return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
 
 
-def _moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, MoE))
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The `MoE` layers of a model by name; a model that is one has the name ""."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
-def _number(model: nn.Module, group: ProcessGroup | None) -> None:
+def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:
     """Give every layer its place, by which ranks notice that they are in different ones."""
     drawn = [secrets.randbits(30)]  # not from a generator of the user's
     if group is not None:
         dist.broadcast_object_list(drawn, group=group, group_src=0)
-    layers = dict(_moe_layers(model))
     sizes = {layer.num_experts for layer in layers.values()}
     for number, layer in enumerate(layers.values()):
         layer.place = Place(drawn[0], number, tuple(layers), layer.training, max(sizes) if len(sizes) > 1 else 0)
 
 
-def _check_alike(model: nn.Module, group: ProcessGroup | None, overlap: Any, wire: Any) -> None:
-    """The layers must be the same on all ranks, seeds too: replicas of an expert start equal. And the options."""
-    if group is None:
-        return
-    mine = [f"overlap={overlap!r}, wire={wire!r}"]
-    mine += [f"layer {name}: {what}" for name, layer in _moe_layers(model) for what in _description(layer)]
-    everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
-    for rank, theirs in enumerate(everyones):
-        if theirs != everyones[0]:
-            what = next(
-                (f"{a} against {b}" for a, b in zip(theirs, everyones[0], strict=False) if a != b), "their number"
-            )
-            raise ValueError(
-                f"rank {rank} has built other MoE layers than rank 0: {what}; build the model with the same arguments "
-                "and under the same torch.manual_seed on every rank, load the same weights on all of them, and call "
-                "parallelize with the same arguments, too"
-            )
-
-
-def _description(layer: MoE) -> Iterator[str]:
-    """What must be the same on all ranks, the values of the router told by the sum of their bytes."""
-    capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
-    losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
-    for name in ("num_experts", *capacity, *losses, "weight_on"):
-        yield f"{name}={getattr(layer, name)!r}"
-    yield f"experts of seed {layer.experts.seed}"
-    yield f"gate {type(layer.gate).__name__}, top_k={getattr(layer.gate, 'top_k', None)}"
-    for name, p in layer.named_parameters():
-        yield f"{name} {tuple(p.shape)} {p.dtype}"
-    for name, p in layer.gate.named_parameters():
-        if not p.is_meta and not (isinstance(p, DTensor) and any(isinstance(placed, Shard) for placed in p.placements)):
-            yield f"the bytes of gate.{name} add up to {_bytes(p)}"
-
-
-def _bytes(tensor: Tensor) -> int:
-    """A sum that is the same in any order."""
-    return int(local(tensor.detach()).flatten().view(torch.uint8).sum(dtype=torch.int64))
-
-
-def _free_axis(p: nn.Parameter) -> Shard:
-    """Where FSDP may split a stacked parameter: experts lie on axis 0, etp's slices on another."""
-    taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
-    return Shard(next((axis for axis in range(p.ndim) if axis not in taken), p.ndim - 1))
-
-
-@torch.no_grad()
-def _spread(experts: Experts, mesh: DeviceMesh) -> None:
-    """Keep this rank's part of every stacked tensor, as a DTensor: its experts, and of these its slice (axis etp)."""
-    sliced = experts.split_axes() if axes.ETP in axes.names(mesh) else {}
-    places = dict(zip(axes.names(mesh), mesh.get_coordinate() or (), strict=True))
-
-    def shard(tensor: Tensor, what: str) -> DTensor:
-        held, placements = tensor.detach(), []
-        for name, place in places.items():
-            axis = sliced[what] if name == axes.ETP else 0
-            if held.shape[axis] % mesh[name].size():
+def _check_untied(layers: dict[str, MoE]) -> None:
+    """FSDP2 keeps parameters by module: one that two modules have would become two."""
+    owner: dict[int, tuple[str, Experts]] = {}
+    for name, layer in layers.items():
+        for p in layer.experts.parameters():
+            first, experts = owner.setdefault(id(p), (name, layer.experts))
+            if experts is not layer.experts:
                 raise ValueError(
-                    f"{what} {tuple(tensor.shape)} does not split over {name}={mesh[name].size()} on axis {axis}"
+                    f"{called(first)} and {called(name)} share parameters of experts, and FSDP2 would part them: let "
+                    "both have the same Experts module, or leave fully_shard_experts out"
                 )
-            held = held.chunk(mesh[name].size(), axis)[place]
-            placements.append(Shard(axis))
-        held = held.clone(memory_format=torch.contiguous_format)  # a view would keep them all; FSDP2 asks for no gaps
-        return DTensor.from_local(held, mesh, placements, run_check=False)
 
-    for prefix, module in experts.named_modules():
-        for own, p in list(module.named_parameters(recurse=False)):
-            spread = shard(p, f"{prefix}.{own}" if prefix else own)
-            setattr(module, own, nn.Parameter(spread, requires_grad=p.requires_grad))
-        for own, b in list(module.named_buffers(recurse=False)):
-            setattr(module, own, shard(b, f"{prefix}.{own}" if prefix else own))
+
+def _fsdp_axis(p: nn.Parameter, ranks: int) -> Shard | None:
+    """Where FSDP may split a stacked parameter, None if nowhere: on an axis that no other mesh axis splits, if it can.
+
+    Beyond axis 0 FSDP2 splits evenly or not at all (torch 2.13).
+    """
+    taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
+    free = [axis for axis in range(p.ndim) if axis not in taken]
+    held = local(p).shape
+    return next((Shard(axis) for axis in (*free, *sorted(taken, reverse=True)) if held[axis] % ranks == 0), None)

@@ -38,7 +38,7 @@ class GradScaler(torch.amp.GradScaler):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    grad = local(p.grad)
+                    grad = p.grad._values() if p.grad.is_sparse else local(p.grad)
                     if grad.dtype == torch.float16 and not allow_fp16:
                         raise ValueError("gradients are float16: keep parameters in float32, and use torch.autocast")
                     grads[grad.device, grad.dtype].append(grad)

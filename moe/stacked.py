@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -40,3 +42,69 @@ def seeded(seed: int, use: str) -> torch.Generator:
     """A generator for what `use` names, such as an expert by its global id: the same wherever that lies."""
     digest = hashlib.blake2b(f"{seed}/{use}".encode(), digest_size=7).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest))
+
+
+def unchanged(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+    """A forward hook: a backward after a DTensor of the module was changed in place raises, as for a plain tensor.
+
+    Computing with `local(tensor)` saves the local part for the backward, whose version counter does not move when the
+    DTensor is changed. The DTensor's does: so it is saved as well, and autograd compares.
+    """
+    if torch.compiler.is_compiling() or not y.requires_grad:
+        return None
+    spread = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, DTensor)]
+    return _Unchanged.apply(y, spread) if spread else None  # pyright: ignore[reportReturnType]
+
+
+class _Unchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, tensors):
+        ctx.save_for_backward(*tensors)
+        return y.detach()  # not a view: FSDP2 warns of experts that return one
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = ctx.saved_tensors  # raises where one has changed
+        return grad, None
+
+
+def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Before `module` loads a state dict: of whole tensors in it, keep the part that lies here, as a DTensor.
+
+    Without it ``load_state_dict(whole, assign=True)`` would put all experts in the place of each rank's.
+
+    Raises:
+        ValueError: the part of another rank, or one that lies otherwise.
+    """
+    mine = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in mine:
+        value = state.get(prefix + name)
+        if not isinstance(tensor, DTensor) or not isinstance(value, Tensor):
+            continue
+        if isinstance(value, DTensor):
+            _check_part(prefix + name, value, tensor)
+        elif value.shape == tensor.shape:
+            state[prefix + name] = DTensor.from_local(
+                value.detach()[held_slice(tensor)].clone(),  # a view would keep all of it
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+
+
+def _check_part(name: str, value: DTensor, tensor: DTensor) -> None:
+    if (value.device_mesh, value.placements) != (tensor.device_mesh, tensor.placements):
+        raise ValueError(
+            f"{name} is loaded from a DTensor with placements {value.placements} on {value.device_mesh}, and lies here "
+            f"with {tensor.placements} on {tensor.device_mesh}: load with torch.distributed.checkpoint, or pass "
+            "value.full_tensor()"
+        )
+    here = (value.device_mesh.mesh == dist.get_rank()).nonzero().flatten().tolist()
+    there = list(value.device_mesh.get_coordinate() or ())
+    if here and here != there:  # unpickled, a mesh still tells the place of the rank that saved it
+        raise ValueError(
+            f"{name} was saved by the rank at {there} of the mesh, and holds its experts; rank {dist.get_rank()} is at "
+            f"{here}: save and load with torch.distributed.checkpoint"
+        )

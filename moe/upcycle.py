@@ -13,6 +13,7 @@ from .dense import Dense, dense_tensors, named_activation
 from .experts import Experts, FeedForwardExperts
 from .gates import Gate
 from .layer import MoE
+from .named import called
 from .stacked import held_slice, local, seeded, whole
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,7 +82,7 @@ def _plan(
     name: str, layer: MoE, dense: Dense, reset: float, scale: float | None
 ) -> tuple[dict[str, Tensor], int, float]:
     """Tensors of the dense block by the names of an expert's, shards G, and the factor of down projections."""
-    where = name or "the layer"
+    where = called(name)
     for what, given in {"shared_experts": layer.shared, "free_experts": layer.free}.items():
         if given is not None:
             raise ValueError(f"{where} has {what}, which add to what the copies compute: build it without")

@@ -168,5 +168,5 @@ def unlike() -> None:
 
 def test_ranks_that_differ():
     for found in errors(4, unlike):
-        assert found.startswith("ValueError: rank 3 has built other MoE layers than rank 0: ")
-        assert "overlap=3, wire='bf16'" in found
+        assert found.startswith("ValueError: MoE layers differ between ranks: ")
+        assert "overlap is 2 on ranks 0, 1, 2, 3 on rank 3" in found

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from turnout.moe import MoE
-from turnout.moe.alike import difference
+from turnout.moe.difference import difference
 from turnout.moe.module_experts import ModuleExperts
 
 D = 4
