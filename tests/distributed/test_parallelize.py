@@ -91,7 +91,8 @@ def refused(case):
 )
 def test_what_is_refused_is_left_as_it_was(case, message):
     for error in errors(2, refused, case):
-        assert error.startswith("ValueError") and message in error
+        assert error.startswith("ValueError")
+        assert message in error
 
 
 def other_seed(gate):
@@ -104,8 +105,6 @@ def other_seed(gate):
     model.load_state_dict({k: v for k, v in same.state_dict().items() if "experts.b_" not in k})
     parallelize(model, spread_over(2))
     assert model[0].experts.seed == 7
-    for adapter in model[0].experts.lora.values():
-        assert adapter.seed == model[0].experts.seed - 7 + adapter.seed  # a number, and the first rank's:
     seeds = [None] * 2
     dist.all_gather_object(seeds, [m.seed for m in model.modules() if hasattr(m, "seed")])
     assert seeds[0] == seeds[1]
@@ -160,7 +159,8 @@ def test_layers_that_differ_are_told_apart(what, message):
     found = errors(3, differs, what)
     for error in found:
         assert error == found[0]
-        assert message in error and bool(error) == bool(message)
+        assert message in error
+        assert bool(error) == bool(message)
 
 
 def on_meta(seed):
@@ -179,7 +179,8 @@ def test_seeds_must_agree_where_there_are_no_weights_yet():
 def test_a_checksum_knows_values_and_their_order(dtype):
     x = torch.randn(700, 3).mul(9).to(dtype)
     seen = {checksum(x), checksum(x.flip(0)), checksum(x[:-1])}
-    assert len(seen) == 3 and checksum(x.clone()) in seen
+    assert len(seen) == 3
+    assert checksum(x.clone()) in seen
     if dtype.is_floating_point:
         assert checksum(-x) not in seen
         assert checksum(x, chunk=100) != checksum(torch.cat([x[100:200], x[:100], x[200:]]), chunk=100)
