@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..dispatch import mesh as axes
+from ..dispatch.failure import named
 from ..dispatch.mesh import Meshes
 from .layer import MoE
 from .named import called
@@ -88,11 +89,13 @@ def clip_grad_norm_(
     for groups, parts in squares.items():
         square = torch.stack([part.to(total.device) for part in parts]).sum()
         for group in groups:
-            dist.all_reduce(square, group=group)
+            with named("the gradient's norm (clip_grad_norm_)", group):
+                dist.all_reduce(square, group=group)
         total = total + square
     if stages is not None:
         total = total.double()  # a stage may be of another dtype than the next
-        dist.all_reduce(total, group=stages)
+        with named("the gradient's norm (clip_grad_norm_)", stages):
+            dist.all_reduce(total, group=stages)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
@@ -156,7 +159,8 @@ def _kinds(parameters: list[nn.Parameter], group: ProcessGroup | None) -> dict[n
     if group is None or not mine:
         return dict(zip(parameters, mine, strict=True))
     kinds = torch.tensor(mine, dtype=torch.uint8).to(parameters[0].device)
-    dist.all_reduce(kinds, dist.ReduceOp.MAX, group=group)
+    with named("gradients (sync_gradients)", group):
+        dist.all_reduce(kinds, dist.ReduceOp.MAX, group=group)
     return dict(zip(parameters, kinds.tolist(), strict=True))
 
 
@@ -181,7 +185,8 @@ def _reduce(
             g.div_(divisor)
     for bucket in _buckets(grads) if group is not None else []:
         flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat, group=group)
+        with named("gradients (sync_gradients)", group):
+            dist.all_reduce(flat, group=group)
         if flat.dtype != torch.float16:
             flat.div_(divisor)
         for g, reduced in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
@@ -204,7 +209,8 @@ def _mean_of_sparse(p: nn.Parameter, group: ProcessGroup | None, divisor: int) -
     early = grad.dtype == torch.float16
     grad = grad / divisor if early else grad
     if group is not None:
-        dist.all_reduce(grad, group=group)
+        with named("sparse gradients (sync_gradients)", group):
+            dist.all_reduce(grad, group=group)
     return grad.coalesce() if early else grad.coalesce() / divisor
 
 
