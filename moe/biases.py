@@ -27,7 +27,8 @@ def balance_biases(model: nn.Module) -> None:
         loads = torch.cat([gate.load for gate in alike])
         for group in groups:
             if group is not None:
-                dist.all_reduce(loads, group=group)
+                with named("loads (balance_biases)", group):
+                    dist.all_reduce(loads, group=group)
         for gate, load in zip(alike, loads.split([gate.num_experts for gate in alike]), strict=True):
             gate.load.copy_(load)
             gate.update_bias()
