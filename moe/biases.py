@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from ..dispatch.failure import named
 from .gates.biased import BiasedGate
 from .layer import MoE
 
