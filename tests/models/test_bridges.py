@@ -129,7 +129,9 @@ def test_half_precision(family):
 
 
 def test_gpt_oss_with_another_limit():
-    usual, original = (tiny("gpt_oss", **options)(**batch("gpt_oss")).logits for options in ({}, {"swiglu_limit": 1e-3}))
+    usual, original = (
+        tiny("gpt_oss", **options)(**batch("gpt_oss")).logits for options in ({}, {"swiglu_limit": 1e-3})
+    )
     ours = replace_moe(tiny("gpt_oss", swiglu_limit=1e-3))(**batch("gpt_oss")).logits
     assert difference(original, ours) < TOLERANCE
     assert difference(original, usual) > 10 * TOLERANCE
