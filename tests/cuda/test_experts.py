@@ -82,7 +82,7 @@ def test_kernels_as_by_hand(name, results):
         if key.startswith(("w_", "b_")):
             empty = (case["counts"] == 0).nonzero().flatten()
             assert not actual[empty].any(), f"an expert without rows has a gradient of {key}"
-            if name != "nothing":
+            if case["counts"].any():
                 assert exact.any()
                 assert not close(actual.roll(1, 0), exact, 1e-2)
 
