@@ -74,6 +74,8 @@ def adapt(case: Case, model: Model) -> None:
 
 
 def optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
+    if case.wire:  # after a step by rounded gradients others would be chosen
+        return torch.optim.SGD(parameters, lr=0.0)
     if case.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=0.1)
     return torch.optim.AdamW(parameters, lr=RATE, eps=1e-3)  # an eps far above rounding
