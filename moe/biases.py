@@ -18,7 +18,7 @@ def balance_biases(model: nn.Module) -> None:
     Call it once a step on every rank, with or without gradient accumulation or a pipeline; or let the optimizer
     do so: ``optimizer.register_step_post_hook(lambda *_: balance_biases(model))``. Loads are summed over the ranks
     that `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
-    (DDP must not copy rank 0's loads over those of the others: ``broadcast_buffers=False``.)
+    (DDP must not copy rank 0's loads over those of the others: ``ddp.broadcast_buffers = False``.)
     """
     gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
     for layer in model.modules():
