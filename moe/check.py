@@ -140,7 +140,7 @@ def _wrappers(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh | Meshe
         if isinstance(part, DistributedDataParallel) and part.broadcast_buffers and biased:
             yield (
                 f"DDP copies rank 0's buffers over the others', also the loads by which {_some(biased)} balance "
-                "experts: pass it broadcast_buffers=False"
+                "experts: set ddp.broadcast_buffers = False"
             )
         averaged = [names[id(p)] for p in _replicated(part) if id(p) in experts and isinstance(p, DTensor)]
         if averaged:
