@@ -16,13 +16,9 @@ from .layer import MoE
 def balance_biases(model: nn.Module) -> None:
     """Move the bias of every `BiasedGate` of a model by one step, from the loads of the forwards since the last call.
 
-        Call it once a step on every rank, with or without gradient accumulation or a pipeline; or let the optimizer
-        do so: ``optimizer.register_step_post_hook(lambda *_: balance_biases(model))``. Loads are summed over the ranks
-        that `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
-    <<<<<<< HEAD
-    =======
-        (DDP must not copy rank 0's loads over those of the others: ``ddp.broadcast_buffers = False``.)
-    >>>>>>> par
+    Call it once a step on every rank, with or without gradient accumulation or a pipeline; or let the optimizer
+    do so: ``optimizer.register_step_post_hook(lambda *_: balance_biases(model))``. Loads are summed over the ranks
+    that `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
     """
     gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
     for layer in model.modules():
