@@ -124,7 +124,7 @@ def _options(sizes: dict[str, int], limit: timedelta | None) -> dict[str, Any]:
     made = {}
     for name, size in sizes.items():
         if size < dist.get_world_size() or limit != default:
-            nccl = "nccl" in dist.get_backend_config()
+            nccl = dist.is_nccl_available() and "nccl" in dist.get_backend_config()
             made[name] = dist.ProcessGroupNCCL.Options() if nccl else Backend.Options("gloo", limit)
             made[name]._timeout = limit
     return made

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..moe.layer import MoE
+from ..moe.stacked import watching
 from .blocks import Block
 from .dropout import Dropout, Part
 from .gpt import GPT
@@ -100,7 +101,7 @@ def _lay_out(module: nn.Module, args: Any) -> None:
         part.__dict__["_whole"] = dict(part._parameters)
         for name, p in part._parameters.items():
             if isinstance(p, DTensor):
-                part._parameters[name] = p.to_local(grad_placements=[Partial()])  # pyright: ignore[reportArgumentType]
+                part._parameters[name] = watching(p.to_local(grad_placements=[Partial()]), p)  # pyright: ignore
 
 
 def _shard_gradient(embed: nn.Module, args: Any) -> None:

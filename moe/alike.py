@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from .experts import Experts
-from .gates.biased import BiasedGate
 from .gates.hash import FIRST, mixed
 from .layer import MoE
 from .low_rank import LowRank
@@ -115,11 +114,8 @@ def values(
     module: nn.Module, kinds: Sequence[str] = ("parameter", "buffer"), behind: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Shape and checksum of each parameter and buffer of a module, of one that is split for the part that lies here."""
-    counts = {id(gate.load) for gate in module.modules() if isinstance(gate, BiasedGate)}  # each rank's are its own
     for kind in kinds:
         for own, t in module.named_parameters() if kind == "parameter" else module.named_buffers():
-            if id(t) in counts:
-                continue
             yield f"{kind} {own}{behind}", f"{tuple(t.shape)} {t.dtype}"
             if not t.is_meta:
                 held = (

@@ -12,13 +12,11 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from .alike import differences, gathered, options, values
-from .gates.biased import BiasedGate
 from .layer import MoE
 from .named import called
 from .parallel import moe_layers
@@ -135,13 +133,7 @@ def _layers(layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
 def _wrappers(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
     names = {id(p): name for name, p in model.named_parameters()}
     experts = {id(p) for layer in layers.values() for p in layer.experts.parameters()}
-    biased = [called(name) for name, layer in layers.items() if isinstance(layer.gate, BiasedGate)]
     for part in model.modules():
-        if isinstance(part, DistributedDataParallel) and part.broadcast_buffers and biased:
-            yield (
-                f"DDP copies rank 0's buffers over the others', also the loads by which {_some(biased)} balance "
-                "experts: set ddp.broadcast_buffers = False"
-            )
         averaged = [names[id(p)] for p in _replicated(part) if id(p) in experts and isinstance(p, DTensor)]
         if averaged:
             yield (

@@ -156,8 +156,8 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
     for name, p in expert_parameters(model).items() if "shard_placement_fn" not in options else ():
         if place(p) is None:
             raise ValueError(
-                f"{name}, of which a rank has {tuple(local(p).shape)}, does not split over edp={edp.size()}: "
-                "take sizes that do, another edp, or sync_gradients in place of FSDP2"
+                f"{name}, of which a rank has {tuple(local(p).shape)}, does not split over edp={edp.size()} on any "
+                "axis: take sizes that do, another edp, or sync_gradients in place of FSDP2"
             )
     for experts in dict.fromkeys(layer.experts for layer in layers.values()):
         reduced = policy.reduce_dtype or policy.param_dtype or next(experts.parameters()).dtype

@@ -44,16 +44,22 @@ def seeded(seed: int, use: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest))
 
 
-def unchanged(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-    """A forward hook: a backward after a DTensor of the module was changed in place raises, as for a plain tensor.
+def unchanged(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    """A forward hook: a backward after a DTensor of the module was changed in place raises, as for a plain tensor."""
+    return watching(y, *module.parameters(), *module.buffers())
+
+
+def watching(y: Tensor, *tensors: Tensor) -> Tensor:
+    """y, whose backward raises if one of the DTensors that it was computed from has been changed in place.
 
     Computing with `local(tensor)` saves the local part for the backward, whose version counter does not move when the
-    DTensor is changed. The DTensor's does: so it is saved as well, and autograd compares.
+    DTensor is changed. The DTensor's does: so it is saved as well, and autograd compares. (torch's foreach and fused
+    operations do not count their changes of a DTensor; in a compiled graph nothing is compared.)
     """
-    if torch.compiler.is_compiling() or not y.requires_grad:
-        return None
-    spread = [t for t in (*module.parameters(), *module.buffers()) if isinstance(t, DTensor)]
-    return _Unchanged.apply(y, spread) if spread else None  # pyright: ignore[reportReturnType]
+    spread = [t for t in tensors if isinstance(t, DTensor)]
+    if not spread or torch.compiler.is_compiling() or not y.requires_grad:
+        return y
+    return _Unchanged.apply(y, spread)  # pyright: ignore[reportReturnType]
 
 
 class _Unchanged(torch.autograd.Function):

@@ -59,7 +59,6 @@ def well(how):
         fully_shard(model)
     elif how == "ddp":
         model = ignoring_experts(model)
-        model.broadcast_buffers = False
     elif how == "replicate":
         replicate(model, ignored_modules=[m.experts for m in model if isinstance(m, MoE)])
     optimizer = adamw(model, foreach=True)
@@ -90,7 +89,7 @@ def test_nothing_is_found_in_a_whole_job(data):
 
 
 def mistake(what):
-    mesh, model = grid(), build(gate="sigmoid" if what == "buffers" else "topk")
+    mesh, model = grid(), build()
     if what == "early":
         optimizer = torch.optim.AdamW(model.parameters())
         return check(parallelize(model, mesh), mesh, optimizer)
@@ -110,8 +109,6 @@ def mistake(what):
         model[1].dispatcher = FlatDispatcher(mesh["edp"].get_group())
     elif what == "assigned":
         model[2].experts.w_up = nn.Parameter(torch.zeros(EXPERTS, WIDTH, 12))
-    elif what == "buffers":
-        model = ignoring_experts(model)
     elif what == "replicate":
         replicate(model)
     elif what == "fully_shard":
@@ -142,7 +139,6 @@ def mistake(what):
         ("no dispatcher", "the dispatcher of layer 1, LocalDispatcher, exchanges with ranks [] in groups of []"),
         ("dispatcher", "the dispatcher of layer 1, FlatDispatcher, exchanges with ranks [0, 2] in groups of [2]"),
         ("assigned", "w_up of the experts of layer 2 is no DTensor"),
-        ("buffers", "DDP copies rank 0's buffers over the others'"),
         ("replicate", "replicate averages 1.experts.w_up, 1.experts.w_down"),
         ("fully_shard", "FSDP2 divides the gradients of 1.experts.w_up, 1.experts.w_down, 1.experts.w_gate by 2"),
         ("dense over edp", "FSDP2 averages the gradients of 0.weight, 0.bias, 1.gate.weight, 2.gate.weight, 3.weight"),

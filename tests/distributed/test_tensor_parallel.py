@@ -22,6 +22,7 @@ from turnout.moe import (
     param_groups,
     sync_gradients,
 )
+from turnout.moe.parallel import moe_layers
 
 pytestmark = pytest.mark.sampled
 
@@ -63,7 +64,8 @@ def train(model, tokens, sync):
 
 def spread(model, **sizes):
     meshes = Meshes.of("cpu", **sizes)
-    return parallelize(tensor_parallel(model, meshes.dense["tp"]), meshes), meshes
+    tensor_parallel(model, meshes.dense["tp"])
+    return parallelize(model, meshes) if moe_layers(model) else model, meshes
 
 
 def equal_to_one_rank(tp, ep, options, change=lambda model: None, **sizes):
