@@ -45,8 +45,8 @@ class MoE(nn.Module):
         gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (needs
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
             ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
-        experts: ``"swiglu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, or a factory ``() -> nn.Module``,
-            [n, D] -> [n, D], whose modules differ in values of parameters and buffers alone (`ModuleExperts`), or
+        experts: an activation by name (``"swiglu"``, ``"geglu"``, ``"gelu"``, ``"relu"``, ``"relu2"``, and others of
+            `moe.activation.ACTIVATIONS`), or a factory ``() -> nn.Module``, [n, D] -> [n, D], whose modules differ in values of parameters and buffers alone (`ModuleExperts`), or
             `Experts` of your own; these two do not look at `hidden`.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
