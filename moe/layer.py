@@ -46,8 +46,9 @@ class MoE(nn.Module):
             `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
             ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
         experts: an activation by name (``"swiglu"``, ``"geglu"``, ``"gelu"``, ``"relu"``, ``"relu2"``, and others of
-            `moe.activation.ACTIVATIONS`), or a factory ``() -> nn.Module``, [n, D] -> [n, D], whose modules differ in values of parameters and buffers alone (`ModuleExperts`), or
-            `Experts` of your own; these two do not look at `hidden`.
+            `moe.activation.ACTIVATIONS`); or a factory ``() -> nn.Module``, [n, D] -> [n, D], whose modules differ in
+            values of parameters and buffers alone (`ModuleExperts`); or `Experts` of your own. The last two do not
+            look at `hidden`.
         capacity_factor: None: no token is dropped. A number: an expert takes at most
             ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
         eval_capacity_factor: the same in eval mode; None: as in training.
