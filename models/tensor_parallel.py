@@ -48,7 +48,7 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
         mesh: one axis, named "tp": `Meshes.dense["tp"]`. With one rank the model stays as it is.
 
     Raises:
-        ValueError: sizes that do not split; in forward, sequences that do not.
+        ValueError: sizes that do not split; in forward, sequences that do not, or no sequences at all.
     """
     if mesh.mesh_dim_names != ("tp",):
         raise ValueError(f'tensor_parallel needs a mesh with the one axis "tp"; got {mesh.mesh_dim_names}')
@@ -167,6 +167,11 @@ def _check(model: GPT, ranks: int) -> None:
 
 def _check_length(ranks: int, embed: nn.Module, args: tuple[Tensor, ...]) -> None:
     length = args[0].shape[-1]
+    if not args[0].numel():  # torch 2.13 never comes back from reshaping a DTensor without elements
+        raise ValueError(
+            f"tokens {tuple(args[0].shape)} have no elements, which tp={ranks} cannot split: give every rank of dp at "
+            "least one sequence, of padding with targets that are ignored if it must be"
+        )
     if length % ranks:
         raise ValueError(
             f"sequences of {length} tokens do not split over tp={ranks} ranks; pad or cut them to a multiple of {ranks}"

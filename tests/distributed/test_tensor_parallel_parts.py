@@ -161,6 +161,8 @@ def failing(what):
         tensor_parallel(tensor_parallel(build(), meshes.dense["tp"]), meshes.dense["tp"])
     if what == "axis":
         tensor_parallel(build(), meshes.dense["dp"])
+    if what == "nothing":
+        tensor_parallel(build(), meshes.dense["tp"])(torch.zeros(0, 4, dtype=torch.int64))
     if what == "length":
         tensor_parallel(build(), meshes.dense["tp"])(torch.zeros(1, 5, dtype=torch.int64))
     if what == "second derivative":
@@ -179,6 +181,7 @@ def failing(what):
         ("twice", "call tensor_parallel once"),
         ("axis", "needs a mesh with the one axis \"tp\"; got \\('dp',\\)"),
         ("second derivative", "the loss of split logits has no second derivative: leave out create_graph=True"),
+        ("nothing", r"tokens \(0, 4\) have no elements, which tp=2 cannot split"),
         ("length", "sequences of 5 tokens do not split over tp=2 ranks; pad or cut them to a multiple of 2"),
     ],
     ids=str,
