@@ -75,7 +75,10 @@ class Traffic(TorchDispatchMode):
             size *= 1 - rows[group.rank()] / max(1, sum(rows))
         elif kind != "send":
             size *= (group.size() - 1) / group.size() * (2 if kind == "all_reduce" else 1)
-        self.sent[self.names.get(group.group_name, "other"), kind] += round(size)
+        axis = self.names.get(group.group_name, "other")
+        if kind == "send" and axes.PP not in axis.split("="):  # an all-to-all in messages: gradients of rows on a CPU
+            kind = "all_to_all"
+        self.sent[axis, kind] += round(size)
 
 
 def axes_of(meshes: Meshes) -> dict[str, str]:

@@ -88,7 +88,6 @@ def parallelize(
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
-    axes.set_timeout(mesh, timeout)
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
@@ -98,6 +97,7 @@ def parallelize(
     given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
+    axes.set_timeout(given, timeout)
     ep = axes.axis(mesh, axes.EP)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)

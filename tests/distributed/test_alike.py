@@ -53,8 +53,6 @@ def differs(what):
                 moe.gate.rate = 0.5
             elif what == "activation":
                 moe.experts.activation = "gelu"
-            elif what == "counts":
-                moe.gate.load += 5  # what a rank has counted is its own
             else:
                 moe.gate.seed = 1
     parallelize(model, spread_over(3, "edp"))
@@ -70,7 +68,6 @@ def differs(what):
         ("rate", "rate=0.5"),
         ("activation", "activation='gelu'"),
         ("seed of the hash", "seed=1"),
-        ("counts", ""),
     ],
 )
 def test_layers_that_differ_are_told_apart(what, message):

@@ -140,9 +140,10 @@ def by_trainer(
         mesh = init_device_mesh("cpu", tuple(mesh_of.values()), mesh_dim_names=tuple(mesh_of))
         with torch.no_grad():
             model.lm_head.weight += dist.get_rank()  # a head that each rank has drawn by itself
-            for layer in model.model.layers if "edp" in mesh_of else ():
-                layer.mlp.experts.down_proj += mesh["edp"].get_local_rank()
         parallelize(replace_moe(model), mesh, dispatcher="flat")
+        with torch.no_grad():
+            for layer in model.model.layers if "edp" in mesh_of else ():
+                layer.mlp.experts.module.down_proj += mesh["edp"].get_local_rank()  # and experts that went apart
         if fsdp:
             fully_shard_experts(model, mesh)
             fully_shard(model, mesh=mesh._flatten())

@@ -114,7 +114,7 @@ def with_experts_spread(schedule):
     mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "edp", "ep"))
     pipeline = build(schedule, mesh.get_group("pp"), 2)
     for part in pipeline.parts:
-        parallelize(part, mesh["edp", "ep"])
+        parallelize(part, mesh)
     everyones = [batch(rank, 4) for rank in range(2)]
     losses = pipeline.step(*everyones[mesh.get_local_rank("ep")])
     for part in pipeline.parts:
