@@ -85,16 +85,19 @@ def test_tensor_parallel_sends_hidden_states():
         assert moved == (8 * LAYERS + 4) * HIDDEN / 2  # 4 for the embedding and the head
 
 
+PARAMETERS = 38  # `sync_gradients` asks first which of them have a gradient, a byte each
+
+
 def test_data_parallel_sends_gradients_and_zero_no_more():
     for sent, model in run(2, step, "--dense --ep 1"):
-        assert sent == {"dp=edp all_reduce": model}
+        assert sent == {"dp=edp all_reduce": pytest.approx(model + PARAMETERS)}
     for sent, model in run(2, step, "--dense --ep 1 --data-parallel zero1 --micro-batches 2"):
         assert sent == {"dp=edp reduce_scatter": model / 2, "dp=edp all_gather": model / 2}
 
 
 def test_gradients_in_a_pipeline_go_along_dp():
     for sent, model in run(4, step, "--dense --pp 2 --ep 1 --micro-batches 2"):
-        assert sent["dp all_reduce"] == model
+        assert model < sent["dp all_reduce"] <= model + PARAMETERS
 
 
 def test_a_pipeline_sends_hidden_states_and_the_gradient_of_the_embedding():
