@@ -84,7 +84,7 @@ def parallelize(
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
-    axes.set_timeout(mesh, timeout)
+    axes.seconds(timeout)
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
@@ -95,6 +95,7 @@ def parallelize(
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
     ep = axes.axis(mesh, axes.EP)
+    axes.set_timeout(given, timeout)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)
         if isinstance(dispatcher, LocalDispatcher):
