@@ -225,9 +225,10 @@ def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
 
 
 def staged(mesh: DeviceMesh | Meshes) -> bool:
-    """Whether ranks along "pp" have other layers."""
-    pp = axis(of_experts(mesh), PP)
-    return pp is not None and pp.size() > 1
+    """Whether ranks along "pp" have other layers, also where `mesh` is a part of a mesh with that axis."""
+    own = of_experts(mesh)
+    stages = [axis(whole, PP) for whole in (own, own._get_root_mesh())]
+    return any(pp is not None and pp.size() > 1 for pp in stages)
 
 
 def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:

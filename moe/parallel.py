@@ -88,6 +88,7 @@ def parallelize(
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
+    axes.seconds(timeout)  # raises on what is no time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
@@ -97,8 +98,8 @@ def parallelize(
     given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
-    axes.set_timeout(given, timeout)
     ep = axes.axis(mesh, axes.EP)
+    axes.set_timeout(given, timeout)
     if isinstance(dispatcher, str):
         dispatcher = _named(dispatcher, mesh, ep, profile)
         if isinstance(dispatcher, LocalDispatcher):
