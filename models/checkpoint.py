@@ -32,7 +32,6 @@ from .together import CheckpointError, DamagedError, full_disk_named, on_first, 
 
 _Path = str | os.PathLike[str]
 _Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
-_ENTRY = {"size", "sha256"}
 _log = logging.getLogger(__name__)
 
 
@@ -234,9 +233,16 @@ def _read_manifest(file: Path) -> _Files:
         raise DamagedError(f"{file} is torn or has flipped bits: {error}") from None
     if _manifest(files) != text:
         raise DamagedError(f"{file} has flipped bits: its own checksum differs")
-    if bad := [name for name, entry in files.items() if not re.fullmatch(r"\.?\w[\w.-]*", name) or {*entry} != _ENTRY]:
+    entries = files.items() if isinstance(files, dict) else [(files, None)]
+    if bad := [name for name, entry in entries if not _is_ours(name, entry)]:
         raise DamagedError(f"{file} lists {bad[0]!r}, which is no file of a checkpoint")
     return files
+
+
+def _is_ours(name: Any, entry: Any) -> bool:
+    """Whether a file's entry in a list has the form that we write, and its name leads to no other folder."""
+    plain = isinstance(name, str) and re.fullmatch(r"\.?\w[\w.-]*", name)
+    return bool(plain) and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
 
 
 def _manifest(files: _Files) -> bytes:
