@@ -50,8 +50,8 @@ class Contents:
 
         def collect() -> None:
             own = self.optimizer.state_dict()
-            held, settings = _values(self._places(own)), self._settings(own).values()
-            values.update(held | {name: group[key] for each in settings for name, (group, key) in each.items()})
+            held = _values(self._places(own))
+            values.update(held | _values(self._settings(own, {name for name, _ in self.parameters})))
             plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
             state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
             _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
@@ -73,53 +73,53 @@ class Contents:
         together(lambda: found.append(PlainReader(folder, files)))
         reader, saved = found[0], found[0].metadata.state_dict_metadata
         everyones = {n for each in together(lambda: [f"model.{_whole(n)}" for n in self.weights]) for n in each}
-        stateful, state = _stateful(saved, {name for name, _ in self.parameters}), self.optimizer.state
+        names, state = {name for name, _ in self.parameters}, self.optimizer.state
+        stateful, known = (_owned(saved, f"optimizer.{kind}.", names) for kind in ("state", "param_groups"))
         started = [p for name, p in self.parameters if name in stateful and not state.get(p)]
         own: _Values = {}
         places: _Places = {}
-        settings: dict[str, _Place] = {}
+        settings: _Places = {}
+        plain: _Values = dict(more)
         agreed: list[tuple[_Place, Any]] = []
 
         def fit() -> None:
             if left := [name for name in saved if name.startswith("model.") and name not in everyones]:
-                raise _misfit("model of other sizes", f"the model has no {left[0].removeprefix('model.')}")
+                raise _misfit("a model of other sizes", f"the model has no {left[0].removeprefix('model.')}")
             _start(self.optimizer, started)
             own.update(self.optimizer.state_dict())
             for index, (name, _) in enumerate(self.parameters):
                 if name not in stateful:
                     own["state"].pop(index, None)
             places.update(self._places(own))
-            for each in self._settings(own).values():
-                settings.update(each if any(name in saved for name in each) else {})
-            if left := [name for names in stateful.values() for name in names if name not in places]:
-                raise _misfit("model of another kind of optimizer", f"the optimizer keeps no {left[0]}")
-            _check_fit(_values(places), settings.keys(), saved)
+            settings.update(self._settings(own, known))
+            if left := [name for each in stateful.values() for name in each if name not in places]:
+                raise _misfit("another kind of optimizer", f"the optimizer keeps no {left[0]}")
+            _check_fit(_values(places), settings, saved)
+            plain.update({name: value for name, value in _values(places).items() if not isinstance(value, Tensor)})
+            plain.update({name: _target(saved[name], value) for name, value in _values(settings).items()})
 
         try:
             together(fit)
-            values = _values(places)
-            plain = {name: value for name, value in values.items() if not isinstance(value, Tensor)} | more
-            plain |= {name: _target(saved[name], group[key]) for name, (group, key) in settings.items()}
             plain = read_values(reader, plain)
             together(lambda: agreed.extend(_agreed(settings, plain)))
         except CheckpointError as error:
             for p in started:
                 state.pop(p, None)
             raise type(error)(f"{folder} does not load: {error}") from None
+        tensors = {name: value for name, value in _values(places).items() if isinstance(value, Tensor)}
         try:
-            tensors = read_values(reader, {name: value for name, value in values.items() if isinstance(value, Tensor)})
+            read = plain | read_values(reader, tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: read in part into model and optimizer, then failed: {error}") from None
 
         for name, held in places.items():
-            value = tensors[name] if name in tensors else plain[name]
-            for n, (values, key) in enumerate(held):  # two parameters must not share a tensor of state
-                values[key] = value.clone() if n and isinstance(value, Tensor) else value
+            for copy, (values, key) in enumerate(held):  # two parameters must not share a tensor of state
+                values[key] = read[name].clone() if copy and isinstance(read[name], Tensor) else read[name]
         for (group, key), value in agreed:
             group[key] = value
         set_model_state_dict(self.modules, self.weights)
         self.optimizer.load_state_dict(own)
-        return {name: plain[name] for name in more}
+        return {name: read[name] for name in more}
 
     def _places(self, own: _Values) -> _Places:
         """Of the model's values, and of the state in an optimizer's state dict."""
@@ -131,17 +131,14 @@ class Contents:
                 places.setdefault(name, []).append((at[0], at[1]))
         return places
 
-    def _settings(self, own: _Values) -> dict[str, dict[str, _Place]]:
-        """For each parameter, the places of its group's settings (rate, betas) in an optimizer's state dict."""
-        return {
-            (name := self.parameters[index][0]): {
-                f"optimizer.param_groups.{name}.{key}": (group, key)
-                for key in group
-                if key not in ("params", "param_names")
-            }
-            for group in own["param_groups"]
-            for index in group["params"]
-        }
+    def _settings(self, own: _Values, parameters: Collection[str]) -> _Places:
+        """Of what the groups in an optimizer's state dict say of these parameters: rate, betas, and so on."""
+        places: _Places = {}
+        for group in own["param_groups"]:
+            for name in (self.parameters[index][0] for index in group["params"]):
+                for key in group.keys() - {"params", "param_names"} if name in parameters else ():
+                    places.setdefault(f"optimizer.param_groups.{name}.{key}", []).append((group, key))
+        return places
 
 
 def _whole(name: str) -> str:
@@ -179,13 +176,13 @@ def _values(places: _Places) -> _Values:
     return {name: held[key] for name, [(held, key), *_] in places.items()}
 
 
-def _stateful(saved: Collection[str], parameters: Collection[str]) -> dict[str, list[str]]:
-    """For each parameter that has state of an optimizer in a checkpoint, the names of its values."""
+def _owned(saved: Collection[str], prefix: str, parameters: Collection[str]) -> dict[str, list[str]]:
+    """The names in a checkpoint that begin so, by the parameter they are of; only of these parameters."""
     found: dict[str, list[str]] = {}
     for name in saved:
-        if name.startswith(prefix := "optimizer.state."):
+        if name.startswith(prefix):
             parts = accumulate(name.removeprefix(prefix).split("."), "{}.{}".format)
-            for parameter in set(parts) & set(parameters):
+            if parameter := next((part for part in parts if part in parameters), None):
                 found.setdefault(parameter, []).append(name)
     return found
 
@@ -213,18 +210,18 @@ def _start(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 
 def _check_fit(values: _Values, settings: Collection[str], saved: _Values) -> None:
     if missing := [name for name in (*values, *settings) if name not in saved]:
-        raise _misfit("model of other sizes", f"the checkpoint has no {missing[0]}")
+        raise _misfit("a model of other sizes", f"the checkpoint has no {missing[0]}")
     for name, value in values.items():
         entry = saved[name]
         if isinstance(value, Tensor) != isinstance(entry, TensorStorageMetadata):
-            raise _misfit("model of another kind", f"only one of checkpoint and model has {name} as a tensor")
+            raise _misfit("a model of another kind", f"only one of checkpoint and model has {name} as a tensor")
         if isinstance(value, Tensor) and value.shape != entry.size:
             sizes = f"{list(entry.size)}, and the model's {list(value.shape)}"
-            raise _misfit("model of other sizes", f"the checkpoint's {name} is {sizes}")
+            raise _misfit("a model of other sizes", f"the checkpoint's {name} is {sizes}")
 
 
 def _misfit(of: str, why: str) -> CheckpointError:
-    return CheckpointError(f"is it of a {of}? rank {place()[0]}: {why}")
+    return CheckpointError(f"is it of {of}? rank {place()[0]}: {why}")
 
 
 def _target(entry: Any, value: Any) -> Any:
@@ -234,10 +231,10 @@ def _target(entry: Any, value: Any) -> Any:
     return None if isinstance(value, Tensor) else value
 
 
-def _agreed(settings: dict[str, _Place], read: _Values) -> Iterator[tuple[_Place, Any]]:
+def _agreed(settings: _Places, read: _Values) -> Iterator[tuple[_Place, Any]]:
     """One value for each setting of a group, as the group keeps it."""
-    first: dict[tuple[int, Any], tuple[str, Any]] = {}
-    for name, (group, key) in settings.items():
+    first: dict[tuple[int, str], tuple[str, Any]] = {}
+    for name, group, key in ((name, *at) for name, held in settings.items() for at in held):
         value, kept = read[name], group[key]
         if isinstance(value, Tensor) and not isinstance(kept, Tensor):
             value = value.item()

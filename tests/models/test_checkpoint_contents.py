@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an optimizer comes back as it was, fresh parameters among it; one process needs no group."""
+"""An optimizer comes back as it was, parameters that it has not met among it; one process needs no group."""
 
 from __future__ import annotations
 
@@ -244,5 +244,6 @@ def write_two(folder: Path) -> dict:
 def test_one_process_reads_what_two_ranks_wrote(tmp_path):
     kept = run(2, write_two, tmp_path)[0]
     model = towers()
-    assert load(tmp_path / "step-1", model, optimizer := AdamW(model.parameters())).rank_state is None
+    optimizer = AdamW(model.parameters())
+    assert load(tmp_path / "step-1", model, optimizer).rank_state is None
     same(bits(model, optimizer), kept)

@@ -1,4 +1,4 @@
-"""A checkpoint that anyone may have made runs no code; one that a rank, the disk or a number spoils is not made at all."""
+"""A checkpoint that anyone may have made runs no code; one that a rank, a disk or a number spoils is not made."""
 
 from __future__ import annotations
 
