@@ -247,3 +247,29 @@ def test_one_process_reads_what_two_ranks_wrote(tmp_path):
     optimizer = AdamW(model.parameters())
     assert load(tmp_path / "step-1", model, optimizer).rank_state is None
     same(bits(model, optimizer), kept)
+
+
+def test_what_two_stages_of_a_process_have_is_kept_once_and_read_into_both(tmp_path):
+    def stages(lr: float) -> tuple[list[nn.Module], AdamW]:
+        torch.manual_seed(0)
+        one = [nn.ModuleDict({"embedding": nn.Linear(3, 3), name: nn.Linear(3, 3)}) for name in ("first", "last")]
+        one[1]["embedding"].load_state_dict(one[0]["embedding"].state_dict())
+        return one, AdamW([{"params": list(stage.parameters()), "lr": lr} for stage in one])
+
+    def step(parts: list[nn.Module], optimizer: AdamW) -> None:
+        for stage in parts:  # the gradients of the embedding are alike
+            stage["embedding"](torch.ones(3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parts, optimizer = stages(0.1)
+    step(parts, optimizer)
+    path = save(tmp_path, parts, optimizer, 1)
+    others, into = stages(0.2)
+    load(path, others, into)
+    assert [group["lr"] for group in into.param_groups] == [0.1, 0.1]
+    for _ in range(2):  # a tensor in the state of both would be moved twice
+        step(parts, optimizer)
+        step(others, into)
+    for stage, other in zip(parts, others, strict=True):
+        same(bits(other, into), bits(stage, optimizer))
