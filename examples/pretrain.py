@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -129,9 +130,20 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_aside(out: Path) -> None:
     """Keep what an earlier run left in `out` under another name."""
-    free = next(path for n in itertools.count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
-    out.rename(free)
+    free = unused(out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
+    try:
+        out.rename(free)
+    except OSError:  # a mount point has to stay, or the folder above is not ours: go down instead
+        free = unused(out / f"run.{n}" for n in itertools.count(1))
+        held = [path for path in out.iterdir() if not path.match("run.*") and path.name != "lost+found"]
+        free.mkdir()
+        for path in held:
+            path.rename(free / path.name)
     say(f"{out} held another run, now {free}; --resume would have gone on with it")
+
+
+def unused(paths: Iterable[Path]) -> Path:
+    return next(path for path in paths if not path.exists())
 
 
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:

@@ -13,38 +13,26 @@ has the parameters of all of them.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Collection, Sequence
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as _read
-from torch.distributed.checkpoint.state_dict_saver import save as _write
 from torch.optim import Optimizer
 
-from .together import CheckpointError, on_first, together
+from .contents import Contents, Model
+from .plain_files import METADATA, plain_bytes
+from .together import CheckpointError, DamagedError, full_disk_named, on_first, place, together
 
-_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by position: groups differ between meshes
-_NUMBER = re.compile(r"^((?:state|param_groups)\.)?\d+\.")  # of a module in a list of them, before its names
-_Model = nn.Module | Sequence[nn.Module]
+_Path = str | os.PathLike[str]
 _Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
 _log = logging.getLogger(__name__)
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint is not what was written; the message names a file that is torn, altered or cannot be read."""
 
 
 class Loaded(NamedTuple):
@@ -56,40 +44,45 @@ class Loaded(NamedTuple):
 
 
 def save(
-    folder: Path, model: _Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
+    folder: _Path, model: Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
 ) -> Path:
     """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
 
-    `rank_state` is this rank's own, such as its random states: tensors and plain Python values. Until all is on the
-    disk the name is step-N.incomplete; what a crash left under such names is removed. A damaged step-N that is in
-    the way becomes step-N.damaged.
+    All ranks write to one folder, on a file system that they share. `rank_state` is this rank's own, such as its
+    random states: tensors and plain Python values. Until all is on the disk the name is step-N.incomplete; what a
+    crash left under such names is removed. A damaged step-N that is in the way becomes step-N.damaged.
 
     Raises:
-        CheckpointError: on every rank, if one cannot write or step-N exists already; other checkpoints are left alone.
+        CheckpointError: on every rank, if one cannot write, has a parameter or optimizer state with NaN or infinity,
+            or has another folder than rank 0; or if step-N exists already. Other checkpoints are left alone.
     """
+    folder = Path(folder)
     final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
-    rank = dist.get_rank()
+    rank = place()[0]
     if on_first(final.exists) and _intact(final):
         raise CheckpointError(f"{final} exists already; resume from it, or choose another folder")
 
     def begin() -> str:
         for left in folder.glob("step-*.incomplete"):
             shutil.rmtree(left)
-        aside.mkdir(parents=True)
+        with full_disk_named(folder):
+            aside.mkdir(parents=True)
         return json.dumps(extra or {})
 
     def write_own() -> _Files:
-        buffer = io.BytesIO()
-        torch.save(rank_state, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # what cannot be read back is refused today
-        own = _put(aside / f"rank-{rank}.pt", buffer.getvalue())
-        files = [own, *aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
+        with full_disk_named(aside):
+            own = _put(aside / f"rank-{rank}.pt", plain_bytes(rank_state))
+        files = [own, *aside.glob(f"__{rank}_*"), *([aside / METADATA] if rank == 0 else [])]
         return {file.name: _describe(file) for file in files}
 
     def finish() -> None:
+        files = {name: entry for share in shares for name, entry in share.items()}
         if strange := {file.name for file in aside.iterdir()} - files.keys():
             raise CheckpointError(f"{aside} holds {sorted(strange)}: does another run write there?")
-        _put(aside / "checksums.json", _manifest(files))
+        for writer, share in enumerate(shares):
+            _check_arrived(aside, writer, share)
+        with full_disk_named(aside):
+            _put(aside / "checksums.json", _manifest(files))
         _sync(aside)
         if final.exists():
             shutil.rmtree(damaged := folder / f"{final.name}.damaged", ignore_errors=True)
@@ -97,49 +90,41 @@ def save(
         aside.rename(final)
         _sync(folder)
 
-    contents = {"step": step, "extra": on_first(begin)}
-    try:
-        _write(contents | _of_the_whole(_state(model, optimizer)), checkpoint_id=aside)
-    except CheckpointException as error:  # not an Exception
-        raise CheckpointError(f"{aside} cannot be written: {_cause(error)}") from None
-    files = {name: entry for share in together(write_own) for name, entry in share.items()}
+    contents = Contents(model, optimizer)
+    more = {"step": step, "extra": on_first(begin)}
+    contents.write(aside, more)
+    shares = together(write_own)
     on_first(finish)
     return final
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: _Path) -> Path | None:
     """The complete checkpoint of most steps in a folder, damaged or not, as this rank sees it; None without any."""
-    return next(iter(_complete(folder)), None)
+    return next(iter(_complete(Path(folder))), None)
 
 
-def load(path: Path, model: _Model, optimizer: Optimizer) -> Loaded:
+def load(path: _Path, model: Model, optimizer: Optimizer) -> Loaded:
     """Read a checkpoint into a model and an optimizer, on any mesh; the model's gradients are dropped.
 
+    It may come from anyone: no code in it is run, and no file outside of it is read. A parameter for which it has no
+    optimizer state, as it had no gradient yet or was frozen, is as fresh to the optimizer as it was then.
+
     Raises:
-        DamagedError: on every rank, if a file is not what was written; model and optimizer are as they were.
-        CheckpointError: on every rank, if it is of another model; model and optimizer are as they were.
+        DamagedError: on every rank, if a file is not what was written, or holds more than tensors and plain values.
+        CheckpointError: on every rank, if it is of another model or optimizer, or cannot be read to its end. Unless
+            the message says that a part was read, model and optimizer are as they were, after each of the errors.
     """
+    path = Path(path)
     files, own = _verify(path), []
-    if dist.get_world_size() == sum(name.startswith("rank-") for name in files):
-        file = path / f"rank-{dist.get_rank()}.pt"
-        together(lambda: own.append(torch.load(file, map_location="cpu", weights_only=True)))
-    optimizer.zero_grad()  # gradients would keep an optimizer that never stepped from getting its state
-    fresh, mine = not optimizer.state, _state(model, optimizer)
-    state = _of_the_whole(mine) | {"step": 0, "extra": ""}
-    names = {name for everyones in together(lambda: list(state["model"])) for name in everyones}
-    try:
-        _read(state, checkpoint_id=path, planner=_WholeModel(names))
-    except CheckpointException as error:
-        if fresh:
-            optimizer.state.clear()
-        raise CheckpointError(f"{path} does not load: is it of a model of other sizes? {_cause(error)}") from None
-    read = {kind: {name: state[kind][_whole_name(name)] for name in values} for kind, values in mine.items()}
-    parts = {"model_state_dict": read["model"], "optim_state_dict": read["optimizer"]}
-    set_state_dict(_listed(model), optimizer, **parts, options=_BY_NAME)
-    return Loaded(state["step"], json.loads(state["extra"]), own[0] if own else None)
+    rank, ranks = place()
+    if {name for name in files if name.startswith("rank-")} == {f"rank-{each}.pt" for each in range(ranks)}:
+        together(lambda: own.append(_read_own(path / f"rank-{rank}.pt")))
+    optimizer.zero_grad()  # the optimizer may make a step to get its state
+    read = Contents(model, optimizer).read(path, files, {"step": 0, "extra": ""})
+    return Loaded(read["step"], json.loads(read["extra"]), own[0] if own else None)
 
 
-def load_newest(folder: Path, model: _Model, optimizer: Optimizer) -> Loaded | None:
+def load_newest(folder: _Path, model: Model, optimizer: Optimizer) -> Loaded | None:
     """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
 
     Rank 0 logs a warning for each damaged one passed over; they stay where they are.
@@ -147,20 +132,20 @@ def load_newest(folder: Path, model: _Model, optimizer: Optimizer) -> Loaded | N
     Raises:
         CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
     """
-    damaged = []
+    folder, damaged = Path(folder), []
     for path in on_first(lambda: _complete(folder)):
         try:
             return load(path, model, optimizer)
         except DamagedError as error:
             damaged.append(str(error))
-            if dist.get_rank() == 0:
+            if place()[0] == 0:
                 _log.warning("%s; trying the one before", error)
     if damaged:
         raise CheckpointError(f"no checkpoint in {folder} is intact: " + "; ".join(damaged))
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: _Path, keep: int) -> None:
     """Delete all but the `keep` checkpoints of most steps and the newest intact one.
 
     The ranks share the work of telling which is intact; rank 0 deletes, and the others do not wait for it. What it
@@ -168,9 +153,9 @@ def prune(folder: Path, keep: int) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep must be positive; got {keep}")
-    paths = on_first(lambda: _complete(folder))
+    paths = on_first(lambda: _complete(Path(folder)))
     intact = next((path for path in paths if _intact(path)), None) if len(paths) > keep else None
-    for path in paths[keep:] if intact and dist.get_rank() == 0 else []:
+    for path in paths[keep:] if intact and place()[0] == 0 else []:
         try:
             if path != intact:
                 shutil.rmtree(path.rename(path.with_name(f"{path.name}.incomplete")))
@@ -187,7 +172,8 @@ def _complete(folder: Path) -> list[Path]:
 def _verify(path: Path) -> _Files:
     """Its files, found to be what was written; each rank reads a share of them."""
     files = on_first(lambda: _read_manifest(path / "checksums.json"))
-    share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    rank, ranks = place()
+    share = sorted(files)[rank::ranks]
     together(lambda: [_check(path / name, files[name]) for name in share])
     return files
 
@@ -200,10 +186,38 @@ def _intact(path: Path) -> bool:
     return True
 
 
+def _check_arrived(folder: Path, rank: int, share: _Files) -> None:
+    """Raises if rank 0 does not see what another rank wrote."""
+    for name, entry in share.items():
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            size = None
+        if size != entry["size"]:
+            found = "is not there" if size is None else f"has {size} of {entry['size']} bytes"
+            raise CheckpointError(
+                f"rank {rank} wrote {folder / name}, which for rank 0 {found}: the folder must be the same for all "
+                "ranks, on a file system that the nodes share. Nothing is saved"
+            )
+
+
+def _read_own(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedError(
+            f"{file} holds more than tensors and plain values; it may be code, and was not run"
+        ) from None
+
+
 def _check(file: Path, entry: dict[str, Any]) -> None:
     try:
-        if (size := file.stat().st_size) != entry["size"]:
-            raise DamagedError(f"{file} is torn: {size} of {entry['size']} bytes")
+        if not stat.S_ISREG((status := file.lstat()).st_mode):
+            raise DamagedError(
+                f"{file} is no plain file; a checkpoint may not point to files elsewhere: copy them into it"
+            )
+        if status.st_size != entry["size"]:
+            raise DamagedError(f"{file} is torn: {status.st_size} of {entry['size']} bytes")
         if _describe(file) != entry:
             raise DamagedError(f"{file} has flipped bits: checksum differs")
     except OSError as error:
@@ -219,7 +233,16 @@ def _read_manifest(file: Path) -> _Files:
         raise DamagedError(f"{file} is torn or has flipped bits: {error}") from None
     if _manifest(files) != text:
         raise DamagedError(f"{file} has flipped bits: its own checksum differs")
+    entries = files.items() if isinstance(files, dict) else [(files, None)]
+    if bad := [name for name, entry in entries if not _is_ours(name, entry)]:
+        raise DamagedError(f"{file} lists {bad[0]!r}, which is no file of a checkpoint")
     return files
+
+
+def _is_ours(name: Any, entry: Any) -> bool:
+    """Whether a file's entry in a list has the form that we write, and its name leads to no other folder."""
+    plain = isinstance(name, str) and re.fullmatch(r"\.?\w[\w.-]*", name)
+    return bool(plain) and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
 
 
 def _manifest(files: _Files) -> bytes:
@@ -246,41 +269,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _listed(model: _Model) -> nn.ModuleList:
-    return nn.ModuleList([model] if isinstance(model, nn.Module) else model)
-
-
-def _state(model: _Model, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """By names that begin with the number of a module; those of the optimizer's values by a kind before it."""
-    states = get_state_dict(_listed(model), optimizer, options=_BY_NAME)
-    return dict(zip(("model", "optimizer"), states, strict=True))
-
-
-def _whole_name(name: str) -> str:
-    return _NUMBER.sub(r"\1", name)
-
-
-def _of_the_whole(state: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Without the numbers; what two stages have, the embedding, is there once."""
-    return {kind: {_whole_name(name): value for name, value in values.items()} for kind, values in state.items()}
-
-
-class _WholeModel(DefaultLoadPlanner):
-    """Refuses a checkpoint of more than the model has; by default a small model would read its part of it."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.names = {f"model.{name}" for name in names}  # on all ranks
-
-    def create_local_plan(self) -> LoadPlan:
-        saved = self.metadata.state_dict_metadata if self.metadata else {}
-        if left := [name for name in saved if name.startswith("model.") and name not in self.names]:
-            raise ValueError(f"the model has no {left[0].removeprefix('model.')}")
-        return super().create_local_plan()
-
-
-def _cause(error: CheckpointException) -> str:
-    rank = min(error.failures)
-    return f"rank {rank}: {error.failures[rank][0]}"

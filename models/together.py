@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -12,22 +16,50 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message says which and why."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written; the message names a file that is torn, altered or cannot be read."""
+
+
+def place() -> tuple[int, int]:
+    """This rank and the number of ranks; a process without a process group is rank 0 of 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def on_first(work: Callable[[], Any]) -> Any:
     """What `work` returns on rank 0: others may still see the folder as it was."""
-    return together(lambda: work() if dist.get_rank() == 0 else None)[0]
+    return together(lambda: work() if place()[0] == 0 else None)[0]
 
 
 def together(work: Callable[[], Any]) -> list[Any]:
     """What `work` returns on each rank. If it raises on any, all raise the same CheckpointError."""
     value = raised = None
+    rank, ranks = place()
     try:
         value = work()
     except Exception as error:  # of any kind: the others wait
-        text = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        text = f"rank {rank}: {type(error).__name__}: {error}"
         raised = error if isinstance(error, CheckpointError) else CheckpointError(text)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (value, raised))
+    outcomes: list[Any] = [(value, raised)] * ranks
+    if dist.is_initialized():
+        dist.all_gather_object(outcomes, (value, raised))
     for _, error in outcomes:
         if error:
             raise error
     return [value for value, _ in outcomes]
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Say that the disk of `folder` is full where that is the cause: torch tells of a wrong position in a file."""
+    try:
+        yield
+    except Exception as error:
+        causes = (error, error.__cause__, error.__context__)
+        if not any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes):
+            raise
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        raise CheckpointError(
+            f"rank {place()[0]}: the disk of {folder} is full or over its quota, with {free:.1f} MiB free: make room, "
+            "or keep fewer checkpoints. Checkpoints written before are as they were"
+        ) from error

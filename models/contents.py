@@ -1,0 +1,265 @@
+"""What a checkpoint holds of a model and its optimizer, by the names of the whole model.
+
+A name leads to a dict of model or optimizer and a key of it, where torch keeps the value. What two stages of a
+pipeline have, the embedding, is in the file once, and goes to both when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from inspect import unwrap
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
+from torch.optim import Optimizer
+
+from ..moe.stacked import local
+from .plain_files import PlainReader, plain_bytes, read_values, write_values
+from .together import CheckpointError, place, together
+
+Model = nn.Module | Sequence[nn.Module]
+_Values = dict[str, Any]  # by their names in the file
+_Place = tuple[dict[Any, Any], Any]  # a dict and a key of it
+_Places = dict[str, list[_Place]]  # all that have the value of a name
+
+
+class Contents:
+    """The values of a model and its optimizer.
+
+    Their names are ``model.N``, ``optimizer.state.N.KEY`` and ``optimizer.param_groups.N.KEY``; N is a parameter's.
+    """
+
+    def __init__(self, model: Model, optimizer: Optimizer) -> None:
+        self.modules = nn.ModuleList([model] if isinstance(model, nn.Module) else model)
+        self.optimizer = optimizer
+        self.weights: _Values = get_model_state_dict(self.modules)
+        self.parameters = _named(self.modules, optimizer)
+
+    def write(self, folder: Path, more: _Values) -> None:
+        """Write all values, and `more`. All ranks call it.
+
+        Raises:
+            CheckpointError: on every rank, if one cannot write, or has a number that is not finite.
+        """
+        values = dict(more)
+
+        def collect() -> None:
+            own = self.optimizer.state_dict()
+            held = _values(self._places(own))
+            values.update(held | _values(self._settings(own, {name for name, _ in self.parameters})))
+            plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
+            state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
+            _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
+
+        together(collect)
+        write_values(folder, values)
+
+    def read(self, folder: Path, files: Collection[str], more: _Values) -> _Values:
+        """Read all values, and those by the names of `more`, which are returned. All ranks call it.
+
+        A parameter that has no optimizer state in the checkpoint has none afterwards: it had no gradient yet, or was
+        not in the optimizer. The optimizer's settings for it stay in the second case.
+
+        Raises:
+            DamagedError: on every rank, if it holds code, or names files other than `files`.
+            CheckpointError: on every rank, if it does not fit. In both cases model and optimizer are as they were.
+        """
+        found: list[PlainReader] = []
+        together(lambda: found.append(PlainReader(folder, files)))
+        reader, saved = found[0], found[0].metadata.state_dict_metadata
+        everyones = {n for each in together(lambda: [f"model.{_whole(n)}" for n in self.weights]) for n in each}
+        names, state = {name for name, _ in self.parameters}, self.optimizer.state
+        stateful, known = (_owned(saved, f"optimizer.{kind}.", names) for kind in ("state", "param_groups"))
+        started = [p for name, p in self.parameters if name in stateful and not state.get(p)]
+        own: _Values = {}
+        places: _Places = {}
+        settings: _Places = {}
+        plain: _Values = dict(more)
+        agreed: list[tuple[_Place, Any]] = []
+
+        def fit() -> None:
+            if left := [name for name in saved if name.startswith("model.") and name not in everyones]:
+                raise _misfit("a model of other sizes", f"the model has no {left[0].removeprefix('model.')}")
+            _start(self.optimizer, started)
+            own.update(self.optimizer.state_dict())
+            for index, (name, _) in enumerate(self.parameters):
+                if name not in stateful:
+                    own["state"].pop(index, None)
+            places.update(self._places(own))
+            settings.update(self._settings(own, known))
+            if left := [name for each in stateful.values() for name in each if name not in places]:
+                raise _misfit("another kind of optimizer", f"the optimizer keeps no {left[0]}")
+            _check_fit(_values(places), settings, saved)
+            plain.update({name: value for name, value in _values(places).items() if not isinstance(value, Tensor)})
+            plain.update({name: _target(saved[name], value) for name, value in _values(settings).items()})
+
+        try:
+            together(fit)
+            plain = read_values(reader, plain)
+            together(lambda: agreed.extend(_agreed(settings, plain)))
+        except CheckpointError as error:
+            for p in started:
+                state.pop(p, None)
+            raise type(error)(f"{folder} does not load: {error}") from None
+        tensors = {name: value for name, value in _values(places).items() if isinstance(value, Tensor)}
+        try:
+            read = plain | read_values(reader, tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: read in part into model and optimizer, then failed: {error}") from None
+
+        for name, held in places.items():
+            for copy, (values, key) in enumerate(held):  # two parameters must not share a tensor of state
+                values[key] = read[name].clone() if copy and isinstance(read[name], Tensor) else read[name]
+        for (group, key), value in agreed:
+            group[key] = value
+        set_model_state_dict(self.modules, self.weights)
+        self.optimizer.load_state_dict(own)
+        return {name: read[name] for name in more}
+
+    def _places(self, own: _Values) -> _Places:
+        """Of the model's values, and of the state in an optimizer's state dict."""
+        places: _Places = {}
+        for name in self.weights:
+            places.setdefault(f"model.{_whole(name)}", []).append((self.weights, name))
+        for index, (parameter, _) in enumerate(self.parameters):
+            for name, *at in _leaves(own["state"].get(index, {}), f"optimizer.state.{parameter}"):
+                places.setdefault(name, []).append((at[0], at[1]))
+        return places
+
+    def _settings(self, own: _Values, parameters: Collection[str]) -> _Places:
+        """Of what the groups in an optimizer's state dict say of these parameters: rate, betas, and so on."""
+        places: _Places = {}
+        for group in own["param_groups"]:
+            for name in (self.parameters[index][0] for index in group["params"]):
+                for key in group.keys() - {"params", "param_names"} if name in parameters else ():
+                    places.setdefault(f"optimizer.param_groups.{name}.{key}", []).append((group, key))
+        return places
+
+
+def _whole(name: str) -> str:
+    """Without the number of a module in the list."""
+    return name.partition(".")[2]
+
+
+def _named(modules: nn.ModuleList, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an optimizer in its order, with their names in the whole model."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.setdefault(parameters[0], {})  # an optimizer without any state torch would make a step
+    try:
+        groups: Any = get_optimizer_state_dict(modules, optimizer)["param_groups"]
+    finally:
+        if not optimizer.state[parameters[0]]:
+            del optimizer.state[parameters[0]]
+    return list(zip((_whole(name) for group in groups for name in group["params"]), parameters, strict=True))
+
+
+def _leaves(values: dict[Any, Any], prefix: str) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, name)
+        elif value is None or isinstance(value, Tensor | int | float | str):
+            yield name, values, key
+        else:
+            raise CheckpointError(
+                f"{name} is of type {type(value).__name__}; a checkpoint can keep optimizers whose state is tensors, "
+                "numbers, str, None and dicts of them"
+            )
+
+
+def _values(places: _Places) -> _Values:
+    return {name: held[key] for name, [(held, key), *_] in places.items()}
+
+
+def _owned(saved: Collection[str], prefix: str, parameters: Collection[str]) -> dict[str, list[str]]:
+    """The names in a checkpoint that begin so, by the parameter they are of; only of these parameters."""
+    found: dict[str, list[str]] = {}
+    for name in saved:
+        if name.startswith(prefix):
+            parts = accumulate(name.removeprefix(prefix).split("."), "{}.{}".format)
+            if parameter := next((part for part in parts if part in parameters), None):
+                found.setdefault(parameter, []).append(name)
+    return found
+
+
+@torch.no_grad()
+def _start(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Give parameters the state that an optimizer's first step makes: with zero gradients, at a rate of zero."""
+    if not parameters:
+        return
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    try:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        unwrap(type(optimizer).step)(optimizer)  # without its hooks: they may wait for other ranks
+    finally:
+        for p in parameters:
+            p.grad = None
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if "lr" in group:
+                group["lr"] = rate
+
+
+def _check_fit(values: _Values, settings: Collection[str], saved: _Values) -> None:
+    if missing := [name for name in (*values, *settings) if name not in saved]:
+        raise _misfit("a model of other sizes", f"the checkpoint has no {missing[0]}")
+    for name, value in values.items():
+        entry = saved[name]
+        if isinstance(value, Tensor) != isinstance(entry, TensorStorageMetadata):
+            raise _misfit("a model of another kind", f"only one of checkpoint and model has {name} as a tensor")
+        if isinstance(value, Tensor) and value.shape != entry.size:
+            sizes = f"{list(entry.size)}, and the model's {list(value.shape)}"
+            raise _misfit("a model of other sizes", f"the checkpoint's {name} is {sizes}")
+
+
+def _misfit(of: str, why: str) -> CheckpointError:
+    return CheckpointError(f"is it of {of}? rank {place()[0]}: {why}")
+
+
+def _target(entry: Any, value: Any) -> Any:
+    """What a setting is read into: a float may have been saved and be a tensor now, or the other way round."""
+    if isinstance(entry, TensorStorageMetadata):
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    return None if isinstance(value, Tensor) else value
+
+
+def _agreed(settings: _Places, read: _Values) -> Iterator[tuple[_Place, Any]]:
+    """One value for each setting of a group, as the group keeps it."""
+    first: dict[tuple[int, str], tuple[str, Any]] = {}
+    for name, group, key in ((name, *at) for name, held in settings.items() for at in held):
+        value, kept = read[name], group[key]
+        if isinstance(value, Tensor) and not isinstance(kept, Tensor):
+            value = value.item()
+        other, same = first.setdefault((id(group), key), (name, value))
+        if other == name:
+            yield (group, key), torch.as_tensor(value).to(kept) if isinstance(kept, Tensor) else value
+        elif value != same:
+            raise CheckpointError(
+                f"the optimizer has one group for what was saved with two: {other} is {same}, and {name} is {value}; "
+                "make the groups as they were when it was saved"
+            )
+
+
+def _check_finite(tensors: dict[str, Any]) -> None:
+    finite = {
+        name: tensor.isfinite().all()  # all are under way before the first is waited for
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and type(tensor := local(value).detach()) is Tensor and _may_overflow(tensor)
+    }
+    if bad := [name for name, flag in finite.items() if not flag]:
+        raise CheckpointError(
+            f"rank {place()[0]}: {bad[0]} and {len(bad) - 1} other tensors have NaN or infinity and are not saved; go "
+            "back to the newest checkpoint, with a lower learning rate or gradient clipping"
+        )
+
+
+def _may_overflow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not tensor.is_meta

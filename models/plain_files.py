@@ -1,0 +1,186 @@
+"""Files of torch.distributed.checkpoint from anyone: reading them runs no code that they hold.
+
+torch unpickles a checkpoint's ``.metadata`` and its plain values as they come, and a pickle may call any function.
+Here a pickle gets no more than the classes of the format, and no file is opened that the checkpoint does not list.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as _load
+from torch.distributed.checkpoint.state_dict_saver import save as _save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from .together import CheckpointError, DamagedError, full_disk_named
+
+_Values = dict[str, Any]  # by their names in the file
+METADATA = ".metadata"
+_FORMAT = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata"),
+        *("TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The classes of the format, and no other."""
+        if name in _FORMAT.get(module, ()) or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
+        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):  # where it was written
+            return PurePosixPath
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+class PlainReader(FileSystemReader):
+    """Reads the folder of a checkpoint that has these files.
+
+    Raises:
+        DamagedError: what describes the contents is no such description, asks for foreign code, or names other files.
+    """
+
+    def __init__(self, folder: Path, files: Collection[str]) -> None:
+        super().__init__(folder)
+        file = folder / METADATA
+        if METADATA not in files:
+            raise DamagedError(f"{folder} lists no {METADATA}")
+        try:
+            with file.open("rb") as stream:
+                self.metadata = _Unpickler(stream).load()
+            _check(self.metadata, files)
+        except Exception as error:  # a pickle can fail in any way
+            raise DamagedError(f"{file} does not describe a checkpoint, nothing is loaded: {error}") from None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was read and checked already."""
+        return self.metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads values other than tensors as what `torch.load(weights_only=True)` allows."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value where its tensor would be."""
+        *outer, key = self.mappings[read_item.dest_index.fqn]
+        holder: Any = self.original_state_dict
+        for name in outer:
+            holder = holder[name]
+        holder[key] = torch.load(value, weights_only=True)
+
+
+class _Writer(FileSystemWriter):
+    """Writes to a folder; its errors tell of a full disk."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Of this rank."""
+        with full_disk_named(Path(self.path)):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank."""
+        with full_disk_named(Path(self.path)):
+            super().finish(metadata, results)
+
+
+def plain_bytes(value: Any) -> bytes:
+    """A value as `torch.save` writes it; raises what `torch.load(weights_only=True)` would when it is read."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    return buffer.getvalue()
+
+
+def write_values(folder: Path, values: _Values) -> None:
+    """Write values by their names, the part of each DTensor that this rank has. All ranks call it.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot write.
+    """
+    try:
+        with _alone_too():
+            _save(_nested(values), storage_writer=_Writer(folder))
+    except CheckpointException as error:  # not an Exception
+        raise CheckpointError(f"{folder} cannot be written: {_cause(error)}") from None
+
+
+def read_values(reader: PlainReader, values: _Values) -> _Values:
+    """Read what is in a checkpoint by these names: into a tensor, or in place of another value. All ranks call it.
+
+    Raises:
+        DamagedError: on every rank, if a value may be code.
+        CheckpointError: on every rank, if one cannot read.
+    """
+    nested = _nested(values)
+    try:
+        with _alone_too():
+            _load(nested, storage_reader=reader, planner=_Planner())
+    except CheckpointException as error:
+        if any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values()):
+            raise DamagedError(
+                "a value in it is no tensor and no plain value; it may be code, and was not run"
+            ) from None
+        raise CheckpointError(_cause(error)) from None
+    return {
+        f"{name}.{inner}" if isinstance(value, dict) else name: each
+        for name, value in nested.items()
+        for inner, each in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def _nested(values: _Values) -> _Values:
+    """In a dict of the model's and one of the optimizer's."""
+    nested: _Values = {}
+    for name, value in values.items():
+        kind, dot, rest = name.partition(".")
+        if dot:
+            nested.setdefault(kind, {})[rest] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+@contextmanager
+def _alone_too() -> Iterator[None]:
+    """One process needs no process group; torch warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
+def _cause(error: CheckpointException) -> str:
+    rank = min(error.failures)
+    cause = error.failures[rank][0]
+    return str(cause) if isinstance(cause, CheckpointError) else f"rank {rank}: {cause}"
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _check(metadata: Any, files: Collection[str]) -> None:
+    if not isinstance(metadata, Metadata):
+        raise TypeError(f"it is of type {type(metadata).__name__}")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise TypeError(f"{name} is of type {type(entry).__name__}")
+    for index, where in metadata.storage_data.items():
+        if where.relative_path not in files:
+            raise ValueError(f"{index.fqn} is said to be in {where.relative_path}, which is not in the list of files")
