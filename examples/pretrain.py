@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -38,46 +38,55 @@ from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint
 from turnout.moe import GradScaler
 
-STOPPED = 143  # what a shell calls ended by SIGTERM
+# exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
+FAILED, REFUSED, STOPPED = 1, 2, 143
 
 
-def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device) -> int:
-    """The exit status: 0, or STOPPED after SIGTERM."""
+def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
+    """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
     out, stop = Path(job.out), launch.Stop()
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
-    meshes = Meshes.of(device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node)
+    meshes = Meshes.of(
+        device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node, timeout=job.timeout
+    )
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
     first, log = begin(job, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
+    skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
 
     stopping = False
     bar = tqdm(total=job.steps, initial=first, disable=launch.RANK != 0, file=sys.stderr)
-    for step in range(first, job.steps):
-        done = step + 1
+    for done in range(first + 1, job.steps + 1):
         logged = done % job.log_every == 0 or done == job.steps
+        place.at("training", done)
         stop.ask()
+        lr = job.lr_at(done - 1)
         with meter.step(count=logged):
-            tokens = steps.batch(job, text[0], step, meshes)
-            losses, norm = steps.train(model, optimizer, scaler, tokens, job.lr_at(step))
+            tokens = steps.batch(job, text[0], done - 1, meshes)
+            step = steps.train(model, optimizer, scaler, tokens, lr)
+        skips.add(done, step)
         stopping = stop.answer() and done < job.steps
 
         last = stopping or done == job.steps
-        if logged or last:
-            log.add(done, meter.read(), *steps.gather(model, losses.task))
-            if not math.isfinite(log.loss[-1]):
-                raise ValueError(f"the loss is {log.loss[-1]} at step {done}: try a smaller --lr or a longer --warmup")
+        log.take(step.loss, skips.total)
+        if logged:
+            place.at("the log")
+            log.add(done, meter.read(), *steps.gather(model))
             bar.set_postfix_str(f"loss {log.loss[-1]:.3f}, {told(log.usage[-1])}, {log.summary()}")
             if board:
-                board.step(log, model, {"lr": job.lr_at(step), "gradient norm": float(norm)})
+                board.step(log, model, {"lr": lr, "gradient norm": step.norm})
         bar.update()
         if done % job.eval_every == 0 or done == job.steps:
+            place.at("the evaluation")
             log.add_held_out(done, steps.evaluate(model, text[1], job))
             if board:
                 board.held_out(log)
         if done % job.save_every == 0 or last:
+            place.at("the checkpoint")
+            steps.check_finite(model, optimizer, done)
             extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
             checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
             checkpoint.prune(out, job.keep)
@@ -155,21 +164,31 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
-        job = options.parse(about=__doc__).fit(launch.RANKS)
+        with redirect_stdout(None) if launch.RANK else nullcontext():  # --help once
+            job = options.parse(about=__doc__).fit(launch.RANKS)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
-        with launch.process_group(timedelta(seconds=job.timeout)) as device:
-            return train(job, text, device)
-    except (ValueError, checkpoint.CheckpointError) as error:
-        say(str(error), every_rank=True)
-        return 2
-    except RuntimeError:
-        if launch.RANKS > 1:
-            say(
-                "ends here. If a connection was lost or timed out, another rank ended first: see its message. "
-                "--resume goes on from the newest checkpoint; torchrun --max-restarts does so by itself.",
-                True,
-            )
-        raise
+    except ValueError as error:
+        launch.once(str(error))
+        return REFUSED
+    place = launch.Place()
+    with launch.process_group(timedelta(seconds=job.timeout)) as device:
+        try:
+            return train(job, text, device, place)
+        except (ValueError, checkpoint.CheckpointError) as error:
+            launch.once(str(error))
+            return REFUSED
+        except steps.NonFiniteError as error:
+            launch.once(str(error))
+            return FAILED
+        except RuntimeError:
+            if launch.RANKS > 1:
+                say(
+                    f"{place.failed()}. If a connection was lost or timed out, look at the rank that ended first or "
+                    "gave no word. --resume goes on from the newest checkpoint; torchrun --max-restarts does so by "
+                    "itself.",
+                    every_rank=True,
+                )
+            raise
 
 
 if __name__ == "__main__":

@@ -15,18 +15,30 @@ class Log:
     """What a run has shown so far: one entry for every few steps."""
 
     step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)  # nats per byte
+    loss: list[float] = field(default_factory=list)  # nats per byte, mean over the steps since the entry before
     dropped: list[float] = field(default_factory=list)  # share of assignments
     imbalance: list[float] = field(default_factory=list)  # largest load over the mean, the worst layer's
     tokens: list[list[list[int]]] = field(default_factory=list)  # [entry][MoE layer][expert]
     usage: list[dict[str, Any]] = field(default_factory=list)  # `Meter.read`
+    skipped: list[int] = field(default_factory=list)  # steps left out so far
     val_step: list[int] = field(default_factory=list)
     val_bpb: list[float] = field(default_factory=list)  # bits per held-out byte
+    losses: list[float] = field(default_factory=list)  # of the steps since the last entry, those left out excepted
+    skips: int = 0  # steps left out so far
 
-    def add(self, step: int, usage: dict[str, Any], loss: float, tokens: list[list[int]], dropped: float) -> None:
+    def take(self, loss: float, skips: int) -> None:
+        """Note the loss of a step; and how many steps were left out so far: this one, if there are more than before."""
+        if skips == self.skips:
+            self.losses.append(loss)
+        self.skips = skips
+
+    def add(self, step: int, usage: dict[str, Any], tokens: list[list[int]], dropped: float) -> None:
+        """An entry for the steps since the one before. If all were left out, it repeats that one's loss."""
         self.step.append(step)
         self.usage.append(usage)
-        self.loss.append(loss)
+        self.loss.append(sum(self.losses) / len(self.losses) if self.losses else self.loss[-1] if self.loss else 0.0)
+        self.losses = []
+        self.skipped.append(self.skips)
         self.tokens.append(tokens)
         self.dropped.append(dropped)
         self.imbalance.append(max((max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens), default=1.0))
