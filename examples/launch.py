@@ -23,6 +23,7 @@ LAUNCHED = "WORLD_SIZE" in os.environ
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 RANKS_PER_NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+START = timedelta(minutes=10)  # that a rank waits for the others to start: machines differ in how fast they import
 GRACE = 4.0  # seconds that a rank which fails waits for word of the others
 
 
@@ -31,7 +32,8 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
     """The group of all ranks, and this rank's device. What waits longer than `timeout` for another rank raises."""
     if device := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    store = _store(timeout) if LAUNCHED else dist.HashStore()
+    store = _store(START) if LAUNCHED else dist.HashStore()
+    _all_started(store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device else "gloo", store=store, rank=RANK, world_size=RANKS, timeout=timeout
     )
@@ -50,6 +52,17 @@ def _store(timeout: timedelta) -> dist.Store:
     if NODES == 1:  # a restarted rank must not find the addresses of the one before; for more nodes see docs
         store = dist.PrefixStore(f"start {RESTARTS}", store)
     return store
+
+
+def _all_started(store: dist.Store) -> None:
+    """Wait for all ranks, so that a group may have a short timeout from its first operation on."""
+    started = [f"started/{rank}" for rank in range(RANKS)]
+    store.set(started[RANK], "")
+    try:
+        store.wait(started, START)
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(started) if not store.check([key])]
+        raise RuntimeError(f"{_ranks(late)} did not start within {START}") from error
 
 
 class Stop:
@@ -95,11 +108,18 @@ def once(text: str) -> None:
             said = store.add(key, 1) > 1
             if not said:
                 say(text, every_rank=True)
-            said, end = True, time.monotonic() + GRACE
-            while RANK == 0 and time.monotonic() < end and store.add(key, 0) < RANKS:
-                time.sleep(0.02)  # the store may be in this process
+            said = True
+            if RANK == 0:  # the store may be in this process
+                _wait_for(store, key, RANKS)
     if not said:
         say(text, every_rank=True)
+
+
+def _wait_for(store: dist.Store, key: str, ranks: int) -> None:
+    """Until so many ranks have added 1 to a key, or GRACE is over."""
+    end = time.monotonic() + GRACE
+    while store.add(key, 0) < ranks and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 class Place:
@@ -124,27 +144,30 @@ class Place:
 
         Called within `process_group`, on each rank that fails. It takes `GRACE` seconds if a rank is silent.
         """
-        heard: dict[int, str] = {RANK: str(self)}
+        heard = {RANK: str(self)}
+        told: list[int] = []
 
         def listen() -> None:
-            end = time.monotonic() + GRACE
             with suppress(Exception):  # the process with the store may be the one that has ended
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"failed/{RANK}", str(self))
-                number = store.add("failed", 1)
-                while number < RANKS and time.monotonic() < end:
-                    time.sleep(0.1)
-                    number = store.add("failed", 0)
-                told = [rank for rank in range(RANKS) if store.check([f"failed/{rank}"])]
+                store.add("failed", 1)
+                _wait_for(store, "failed", RANKS)
+                told.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
                 heard.update({rank: store.get(f"failed/{rank}").decode() for rank in told})
+                store.add("heard", 1)
+                if RANK == 0:  # the store may be in this process
+                    _wait_for(store, "heard", len(told))
 
         thread = Thread(target=listen, daemon=True)  # a store whose process is stopped never answers
         thread.start()
-        thread.join(GRACE + 2)
+        thread.join(2 * GRACE)
         words = [f"failed at {self}"]
         for place in sorted(set(heard.values()) - {str(self)}):
             words.append(f"{_ranks([r for r in heard if heard[r] == place])} failed at {place}")
-        if silent := [rank for rank in range(RANKS) if rank not in heard]:
+        if not told:
+            words.append("the store of the ranks (torchrun's, or rank 0's) does not answer")
+        elif silent := [rank for rank in range(RANKS) if rank not in heard]:
             words.append(f"no word from {_ranks(silent)}: dead, stopped or cut off")
         return "; ".join(words)
 
