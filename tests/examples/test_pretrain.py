@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from main_job import result, run
+from main_job import ROOT, result, run
+from scripts import script
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,27 @@ def test_rows_in_chunks_and_in_fewer_bytes_teach_the_same(tmp_path, text, one_ra
         (["--data", "no/such/folder"], "there is no such file"),
         (["--resume"], "there is no checkpoint"),
         (["--steps", "0"], "--steps must be positive"),
-        (["--wire", "fp4"], "--wire one of bf16, fp8"),
+        (["--lr", "nan"], "--lr must be positive; got nan"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
+        (["--config", "no/such/file"], "No such file"),
     ],
 )
-def test_errors_say_what_is_wrong(tmp_path, flags, message):
-    done = run(tmp_path, *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_errors_say_once_what_is_wrong(tmp_path, flags, message):
+    done = run(tmp_path, *flags, ranks=2)
+    assert done.codes == [2, 2]
+    assert done.stderr.count(message) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_errors_without_torchrun(tmp_path, text):
+    done = run(tmp_path, "--data", text, "--dim", "15")
+    assert done.returncode == 2
+    assert "--dim (15) must be a multiple of 4 = 2 x heads" in done.stderr
+
+
+@pytest.mark.slow
+def test_help_is_shown_once():
+    done = script(ROOT / "examples" / "pretrain.py", "--help", ranks=2)
+    assert done.codes == [0, 0]
+    assert done.stdout.count("steps between two evaluations (default: 50)") == 1
