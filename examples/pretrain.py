@@ -28,7 +28,7 @@ import steps
 import torch
 import torch.distributed as dist
 from launch import say
-from meter import Meter, told
+from meter import Meter
 from options import Job
 from report import Log, draw, tensorboard
 from torch import Tensor
@@ -57,8 +57,9 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
     skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
 
-    stopping = False
-    bar = tqdm(total=job.steps, initial=first, disable=launch.RANK != 0, file=sys.stderr)
+    say(header(job, meter, text, device, first))
+    stopping, silent = False, launch.RANK != 0 or not sys.stderr.isatty()
+    bar = tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr)
     for done in range(first + 1, job.steps + 1):
         logged = done % job.log_every == 0 or done == job.steps
         place.at("training", done)
@@ -75,7 +76,12 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
         if logged:
             place.at("the log")
             log.add(done, meter.read(), *steps.gather(model))
-            bar.set_postfix_str(f"loss {log.loss[-1]:.3f}, {told(log.usage[-1])}, {log.summary()}")
+            if launch.RANK == 0:
+                with open(out / "log.jsonl", "a") as lines:
+                    print(json.dumps(log.entry(lr=lr, gradient_norm=step.norm)), file=lines)
+            bar.set_postfix_str(log.summary())
+            if silent:
+                say(f"step {done} of {job.steps}: {log.summary()}")
             if board:
                 board.step(log, model, {"lr": lr, "gradient norm": step.norm})
         bar.update()
@@ -124,8 +130,11 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
         return loaded.step, Log(**loaded.extra["log"])
     if job.resume and not again:
         raise ValueError(f"--resume: there is no checkpoint in {out}")
-    if launch.RANK == 0 and checkpoint.newest(out):
-        set_aside(out)
+    if launch.RANK == 0:
+        if checkpoint.newest(out):
+            set_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     dist.barrier()
     torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
     return 0, Log()
@@ -141,6 +150,20 @@ def set_aside(out: Path) -> None:
     free = next(path for n in itertools.count(1) if not (path := out.with_name(f"{out.name}.{n}")).exists())
     out.rename(free)
     say(f"{out} held another run, now {free}; --resume would have gone on with it")
+
+
+def header(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device, first: int) -> str:
+    """What the job is about to do, in a line."""
+    kind = "dense" if job.dense else f"{job.experts} experts, top {job.top_k}"
+    axes = {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+    return "; ".join(
+        [
+            f"GPT of {job.layers} blocks ({kind}), {meter.parameters:,} parameters, {meter.active_parameters:,} active",
+            f"{len(text[0]):,} bytes of text and {len(text[1]):,} held out",
+            f"{device.type}, ranks {launch.RANKS}: {', '.join(f'{axis} {size}' for axis, size in axes.items())}",
+            f"steps {first + 1} to {job.steps}",
+        ]
+    )
 
 
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:

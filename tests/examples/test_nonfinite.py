@@ -78,6 +78,9 @@ def test_skip_goes_on_and_counts(tmp_path, mesh):
     log = json.loads((tmp_path / "log.json").read_text())
     assert log["skipped"] == [1, 1, 2]
     assert all(math.isfinite(loss) for loss in (*log["loss"], *log["val_bpb"]))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == log["skipped"]
+    assert [line["loss"] for line in lines] == log["loss"]
 
 
 def test_skip_gives_up(tmp_path):
