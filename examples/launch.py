@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ LAUNCHED = "WORLD_SIZE" in os.environ
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 RANKS_PER_NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+START = timedelta(minutes=10)  # that a rank waits for the others to start: machines differ in how fast they import
+GRACE = 4.0  # seconds that a rank which fails waits for word of the others
 
 
 @contextmanager
@@ -27,12 +32,8 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
     """The group of all ranks, and this rank's device. What waits longer than `timeout` for another rank raises."""
     if device := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if LAUNCHED:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        if NODES == 1:  # a restarted rank must not find the addresses of the one before; for more nodes see docs
-            store = dist.PrefixStore(f"start {RESTARTS}", store)
-    else:
-        store = dist.HashStore()
+    store = _store(START) if LAUNCHED else dist.HashStore()
+    _all_started(store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device else "gloo", store=store, rank=RANK, world_size=RANKS, timeout=timeout
     )
@@ -44,6 +45,24 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
         # without an active exception", torch 2.13); it ends with its group. Meshes lie in cycles and hold groups.
         # (Those that DTensor's caches keep stay; they have this time to let go.)
         gc.collect()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    if NODES == 1:  # a restarted rank must not find the addresses of the one before; for more nodes see docs
+        store = dist.PrefixStore(f"start {RESTARTS}", store)
+    return store
+
+
+def _all_started(store: dist.Store) -> None:
+    """Wait for all ranks, so that a group may have a short timeout from its first operation on."""
+    started = [f"started/{rank}" for rank in range(RANKS)]
+    store.set(started[RANK], "")
+    try:
+        store.wait(started, START)
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(started) if not store.check([key])]
+        raise RuntimeError(f"{_ranks(late)} did not start within {START}") from error
 
 
 class Stop:
@@ -76,3 +95,82 @@ def say(text: str, every_rank: bool = False) -> None:
     """A line on standard error."""
     if every_rank or RANK == 0:
         print(f"rank {RANK}: {text}" if every_rank else text, file=sys.stderr, flush=True)
+
+
+def once(text: str) -> None:
+    """A line on standard error that all ranks may have to say before they end: the first one says it."""
+    said = False
+    with suppress(Exception):  # without a store to ask, better twice than not at all
+        if LAUNCHED:
+            known = dist.is_initialized()
+            store = dist.distributed_c10d._get_default_store() if known else _store(timedelta(seconds=10))
+            key = f"said/{hashlib.sha256(text.encode()).hexdigest()}"
+            said = store.add(key, 1) > 1
+            if not said:
+                say(text, every_rank=True)
+            said = True
+            if RANK == 0:  # the store may be in this process
+                _wait_for(store, key, RANKS)
+    if not said:
+        say(text, every_rank=True)
+
+
+def _wait_for(store: dist.Store, key: str, ranks: int) -> None:
+    """Until so many ranks have added 1 to a key, or GRACE is over."""
+    end = time.monotonic() + GRACE
+    while store.add(key, 0) < ranks and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+class Place:
+    """Where in the job this rank is; if it fails, the ranks tell each other.
+
+    Attributes:
+        step: counted from 1; 0 before the first one.
+        phase: what the rank does there.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.phase = 0, "the start"
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        self.phase, self.step = phase, self.step if step is None else step
+
+    def __str__(self) -> str:
+        return f"step {self.step}, in {self.phase}"
+
+    def failed(self) -> str:
+        """A sentence: where this rank failed, where the others did, and which of them gave no word.
+
+        Called within `process_group`, on each rank that fails. It takes `GRACE` seconds if a rank is silent.
+        """
+        heard = {RANK: str(self)}
+        told: list[int] = []
+
+        def listen() -> None:
+            with suppress(Exception):  # the process with the store may be the one that has ended
+                store = dist.distributed_c10d._get_default_store()
+                store.set(f"failed/{RANK}", str(self))
+                store.add("failed", 1)
+                _wait_for(store, "failed", RANKS)
+                told.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
+                heard.update({rank: store.get(f"failed/{rank}").decode() for rank in told})
+                store.add("heard", 1)
+                if RANK == 0:  # the store may be in this process
+                    _wait_for(store, "heard", len(told))
+
+        thread = Thread(target=listen, daemon=True)  # a store whose process is stopped never answers
+        thread.start()
+        thread.join(2 * GRACE)
+        words = [f"failed at {self}"]
+        for place in sorted(set(heard.values()) - {str(self)}):
+            words.append(f"{_ranks([r for r in heard if heard[r] == place])} failed at {place}")
+        if not told:
+            words.append("the store of the ranks (torchrun's, or rank 0's) does not answer")
+        elif silent := [rank for rank in range(RANKS) if rank not in heard]:
+            words.append(f"no word from {_ranks(silent)}: dead, stopped or cut off")
+        return "; ".join(words)
+
+
+def _ranks(some: list[int]) -> str:
+    return f"rank {some[0]}" if len(some) == 1 else f"ranks {', '.join(map(str, sorted(some)))}"

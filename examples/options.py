@@ -5,91 +5,144 @@ from __future__ import annotations
 import argparse
 import math
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
+import torch
 from turnout.dispatch.wire import WIRES
-from turnout.models import GPTConfig
+from turnout.models import GPT, GPTConfig
 from turnout.models.stages import PER_RANK
+from turnout.moe.gates import GATES
 
 CHOICES = {
+    "gate": tuple(GATES),
+    "balance": ("sequence", "global", "local"),
     "schedule": tuple(PER_RANK),
     "data_parallel": ("replicate", "zero1", "zero2", "fsdp"),
     "recompute": ("none", "full", "selective"),
     "wire": ("", *WIRES),
+    "on_nonfinite": ("stop", "skip"),
 }
-POSITIVE = ("steps", "batch", "micro_batches", "pp", "tp", "etp", "overlap", "log_every", "timeout")
+# 0 or more; other numbers must be positive
+MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops")
 
 
 @dataclass(frozen=True)
 class Job:
     """What is trained, on what and how. On the command line `micro_batches` is --micro-batches."""
 
-    steps: Annotated[int, "optimizer steps in all"] = 200
-    out: Annotated[str, "folder of checkpoints and report.png"] = "runs/pretrain"
-    data: Annotated[tuple[str, ...], "text files and folders; none: the standard library's source"] = ()
+    steps: Annotated[int, "number of optimizer steps in all"] = 200
+    out: Annotated[str, "folder for checkpoints and report.png"] = "runs/pretrain"
+    data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
     resume: Annotated[bool, "go on from the newest checkpoint in --out, on any mesh"] = False
-    seed: Annotated[int, "of the weights and the order of the data"] = 0
+    seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
-    seq: Annotated[int, "bytes in a sequence"] = 128
-    dim: Annotated[int, "model width"] = 128
-    layers: Annotated[int, "blocks, of which every second one is a mixture of experts"] = 4
-    heads: Annotated[int, "of attention"] = 4
+    seq: Annotated[int, "number of bytes in a sequence"] = 128
+    dim: Annotated[int, "width of the model"] = 128
+    layers: Annotated[int, "number of blocks; every second one is a mixture of experts"] = 4
+    heads: Annotated[int, "number of attention heads"] = 4
     hidden: Annotated[int, "width of one expert"] = 256
-    experts: Annotated[int, "in each mixture"] = 8
-    top_k: Annotated[int, "experts a byte visits"] = 2
-    gate: Annotated[str, "a name of turnout.moe.GATES"] = "topk"
-    capacity_factor: Annotated[float, "0: no token is dropped"] = 0.0
-    balance: Annotated[str, 'over which tokens: "sequence", "global" or "local"'] = "sequence"
-    aux_weight: Annotated[float, "of the balance loss"] = 1e-2
-    dense: Annotated[bool, "no experts: the dense twin of equal FLOPs"] = False
+    experts: Annotated[int, "number of experts in each mixture"] = 8
+    top_k: Annotated[int, "number of experts that process each byte"] = 2
+    gate: Annotated[str, "router that chooses the experts"] = "topk"
+    capacity_factor: Annotated[float, "room of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
+    balance: Annotated[str, "tokens over which the balance loss evens out the load"] = "sequence"
+    aux_weight: Annotated[float, "weight of the balance loss"] = 1e-2
+    dense: Annotated[bool, "train the dense model of equal FLOPs, without experts"] = False
     # the ranks
-    pp: Annotated[int, "stages of the pipeline"] = 1
-    tp: Annotated[int, "ranks that split a layer and its sequences"] = 1
-    ep: Annotated[int, "ranks that share the experts; 0: as many as divide both ranks and experts"] = 0
-    etp: Annotated[int, "ranks that split each expert"] = 1
-    micro_batches: Annotated[int, "in which a rank takes its part of the batch"] = 1
-    schedule: Annotated[str, "of the pipeline"] = "1f1b"
-    data_parallel: Annotated[str, "what data-parallel ranks split"] = "replicate"
-    recompute: Annotated[str, "what the backward computes again"] = "none"
+    pp: Annotated[int, "number of pipeline stages"] = 1
+    tp: Annotated[int, "number of ranks that split each layer and its sequences"] = 1
+    ep: Annotated[int, "number of ranks that share the experts; 0 takes as many as divide both ranks and experts"] = 0
+    etp: Annotated[int, "number of ranks that split each expert"] = 1
+    micro_batches: Annotated[
+        int, "number of micro-batches that each rank cuts its part of the batch into; 0 takes one for each stage"
+    ] = 0
+    schedule: Annotated[str, "order in which the pipeline runs its micro-batches"] = "1f1b"
+    data_parallel: Annotated[str, "what data-parallel ranks share out between them"] = "replicate"
+    recompute: Annotated[str, "activations that the backward computes again, to save memory"] = "none"
     bf16: Annotated[bool, "compute in bfloat16"] = False
-    fp16: Annotated[bool, "compute in float16, the loss scaled"] = False
-    overlap: Annotated[int, "chunks of a batch: the next travels while the experts compute this one"] = 1
-    wire: Annotated[str, 'how rows travel; "": as they are'] = ""
-    timeout: Annotated[int, "seconds that a rank waits for another before it raises"] = 45
+    fp16: Annotated[bool, "compute in float16 and scale the loss"] = False
+    overlap: Annotated[int, "number of chunks of tokens; one travels while experts compute the one before"] = 1
+    wire: Annotated[str, "format in which tokens travel between ranks; without it they travel as they are"] = ""
+    timeout: Annotated[int, "seconds that a rank waits for another before it gives up"] = 45
     # the optimizer
-    batch: Annotated[int, "sequences in a step, on all ranks together"] = 32
+    batch: Annotated[int, "number of sequences in a step, on all ranks together"] = 32
     lr: Annotated[float, "highest learning rate"] = 4e-3
-    warmup: Annotated[int, "steps until it is reached"] = 20
+    warmup: Annotated[int, "number of steps in which the learning rate rises to --lr"] = 20
+    on_nonfinite: Annotated[str, "what to do when a loss or a gradient is NaN or infinite: end the job, or skip"] = (
+        "stop"
+    )
+    max_skipped: Annotated[int, "number of steps skipped in a row that ends the job after all"] = 10
     # what is written
-    eval_every: Annotated[int, "steps"] = 50
-    eval_size: Annotated[int, "held-out sequences read each time"] = 128
-    save_every: Annotated[int, "steps; the last one is saved as well"] = 100
-    keep: Annotated[int, "checkpoints"] = 3
-    log_every: Annotated[int, "steps"] = 10
-    peak_tflops: Annotated[float, "of one device; the log then has the share of it in use (MFU)"] = 0.0
-    tensorboard: Annotated[bool, "scalars and histograms in --out/tensorboard"] = False
+    eval_every: Annotated[int, "steps between two evaluations"] = 50
+    eval_size: Annotated[int, "number of held-out sequences in each evaluation"] = 128
+    save_every: Annotated[int, "steps between two checkpoints; the last step is saved as well"] = 100
+    keep: Annotated[int, "number of checkpoints to keep"] = 3
+    log_every: Annotated[int, "steps between two log lines"] = 10
+    peak_tflops: Annotated[float, "peak TFLOP/s of one device, for the share in use, MFU; 0 leaves it out"] = 0.0
+    tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
 
     def fit(self, ranks: int) -> Job:
-        """This job on so many ranks, with `ep` filled in, or ValueError: before any rank waits for another."""
-        for name, allowed in CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{value!r} will not do: {flag(name)} one of {', '.join(filter(None, allowed))}")
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be positive; got {getattr(self, name)}")
-        if self.bf16 and self.fp16:
-            raise ValueError("--bf16 or --fp16, not both")
+        """This job on so many ranks, with `ep` and `micro_batches` filled in.
+
+        Raises:
+            ValueError: flags that are out of range or do not go together, before any rank waits for another.
+        """
+        self._in_range()
         _divides("the number of ranks", ranks, "pp x tp", self.pp * self.tp)
         stage = ranks // self.pp
         _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
         ep = self.ep or math.gcd(stage // self.etp, self.experts)
+        micro_batches = self.micro_batches or self.pp
         _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
         _divides("--experts", self.experts, "ep", ep)
-        _divides("--batch", self.batch, "dp x micro-batches", stage // self.tp * self.micro_batches)
+        _divides("--hidden", self.hidden, "etp", self.etp)
+        _divides("--batch", self.batch, "dp x micro-batches", stage // self.tp * micro_batches)
         _divides("--eval-size", self.eval_size, "dp", stage // self.tp)
-        return replace(self, ep=ep)
+        for what, size in {
+            "--heads": self.heads,
+            "--seq": self.seq,
+            "--top-k x --hidden": self.top_k * self.hidden,
+        }.items():
+            _divides(what, size, "tp", self.tp)
+        _divides("the vocabulary", self.config().vocab, "tp", self.tp)
+        if self.pp > 1:
+            self._fit_pipeline(micro_batches)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            GPT(replace(self.config(), layers=2))  # gates have demands of their own
+        return replace(self, ep=ep, micro_batches=micro_batches)
+
+    def _in_range(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{value!r} will not do: {flag(name)} one of {', '.join(filter(None, allowed))}")
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
+                if not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
+                    raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 or --fp16, not both")
+        _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
+        if self.top_k > self.experts and not self.dense:
+            raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
+
+    def _fit_pipeline(self, micro_batches: int) -> None:
+        stages = self.pp * PER_RANK[self.schedule][0]
+        if self.layers < stages:
+            raise ValueError(
+                f"--layers ({self.layers}) must be at least {stages}: --schedule {self.schedule} cuts the model into "
+                f"{stages} stages for --pp {self.pp}"
+            )
+        if self.schedule != "gpipe" and micro_batches < self.pp:
+            raise ValueError(
+                f"--micro-batches ({micro_batches}) must be at least pp ({self.pp}) with --schedule {self.schedule}; "
+                "0 takes as many"
+            )
+        if self.schedule.startswith("interleaved"):
+            rounds = micro_batches // self.pp
+            _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
 
     def config(self) -> GPTConfig:
         """Of the whole model."""
@@ -123,18 +176,30 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError, where argparse would print its usage on each rank."""
+
+    def error(self, message: str) -> NoReturn:
+        """What is wrong with the command line."""
+        raise ValueError(f"{message}; --help lists all flags")
+
+
 def parse(argv: list[str] | None = None, about: str | None = None) -> Job:
-    """The job that the command line (None: this process's) and the file named there ask for."""
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", type=Path, help="a TOML file of these flags, as in micro-batches = 8")
+    """The job that the command line (None: this process's) and the file named there ask for.
+
+    Raises:
+        ValueError: a flag that is unknown or of the wrong type, on the command line or in the file.
+    """
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="TOML file of these flags, as in micro-batches = 8 (default: none)")
     kinds = get_type_hints(Job, include_extras=True)
     for f in fields(Job):
         kind, meaning = get_args(kinds[f.name])
-        shown = f"{meaning}; default: {f.default}" if f.default not in ((), "", False) else meaning
+        shown = meaning
         if f.name in CHOICES:
-            shown = f"{shown} ({', '.join(filter(None, CHOICES[f.name]))})"
+            shown = f"{shown}: {', '.join(filter(None, CHOICES[f.name]))}"
+        if f.name != "data":
+            shown = f"{shown} (default: {'no' if kind is bool else f.default or 'none' if kind is str else f.default})"
         how: dict[str, Any] = {"type": kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}

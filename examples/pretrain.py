@@ -14,9 +14,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,7 @@ import steps
 import torch
 import torch.distributed as dist
 from launch import say
-from meter import Meter, told
+from meter import Meter
 from options import Job
 from report import Log, draw, tensorboard
 from torch import Tensor
@@ -39,46 +39,61 @@ from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint
 from turnout.moe import GradScaler
 
-STOPPED = 143  # what a shell calls ended by SIGTERM
+# exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
+FAILED, REFUSED, STOPPED = 1, 2, 143
 
 
-def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device) -> int:
-    """The exit status: 0, or STOPPED after SIGTERM."""
+def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
+    """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
     out, stop = Path(job.out), launch.Stop()
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
-    meshes = Meshes.of(device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node)
+    meshes = Meshes.of(
+        device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node, timeout=job.timeout
+    )
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
     first, log = begin(job, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
+    skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
 
-    stopping = False
-    bar = tqdm(total=job.steps, initial=first, disable=launch.RANK != 0, file=sys.stderr)
-    for step in range(first, job.steps):
-        done = step + 1
+    say(header(job, meter, text, device, first))
+    stopping, silent = False, launch.RANK != 0 or not sys.stderr.isatty()
+    bar = tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr)
+    for done in range(first + 1, job.steps + 1):
         logged = done % job.log_every == 0 or done == job.steps
+        place.at("training", done)
         stop.ask()
+        lr = job.lr_at(done - 1)
         with meter.step(count=logged):
-            tokens = steps.batch(job, text[0], step, meshes)
-            losses, norm = steps.train(model, optimizer, scaler, tokens, job.lr_at(step))
+            tokens = steps.batch(job, text[0], done - 1, meshes)
+            step = steps.train(model, optimizer, scaler, tokens, lr)
+        skips.add(done, step)
         stopping = stop.answer() and done < job.steps
 
         last = stopping or done == job.steps
-        if logged or last:
-            log.add(done, meter.read(), *steps.gather(model, losses.task))
-            if not math.isfinite(log.loss[-1]):
-                raise ValueError(f"the loss is {log.loss[-1]} at step {done}: try a smaller --lr or a longer --warmup")
-            bar.set_postfix_str(f"loss {log.loss[-1]:.3f}, {told(log.usage[-1])}, {log.summary()}")
+        log.take(step.loss, skips.total)
+        if logged:
+            place.at("the log")
+            log.add(done, meter.read(), *steps.gather(model))
+            if launch.RANK == 0:
+                with open(out / "log.jsonl", "a") as lines:
+                    print(json.dumps(log.entry(lr=lr, gradient_norm=step.norm)), file=lines)
+            bar.set_postfix_str(log.summary())
+            if silent:
+                say(f"step {done} of {job.steps}: {log.summary()}")
             if board:
-                board.step(log, model, {"lr": job.lr_at(step), "gradient norm": float(norm)})
+                board.step(log, model, {"lr": lr, "gradient norm": step.norm})
         bar.update()
         if done % job.eval_every == 0 or done == job.steps:
+            place.at("the evaluation")
             log.add_held_out(done, steps.evaluate(model, text[1], job))
             if board:
                 board.held_out(log)
         if done % job.save_every == 0 or last:
+            place.at("the checkpoint")
+            steps.check_finite(model, optimizer, done)
             extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
             checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
             checkpoint.prune(out, job.keep)
@@ -116,8 +131,11 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
         return loaded.step, Log(**loaded.extra["log"])
     if job.resume and not again:
         raise ValueError(f"--resume: there is no checkpoint in {out}")
-    if launch.RANK == 0 and checkpoint.newest(out):
-        set_aside(out)
+    if launch.RANK == 0:
+        if checkpoint.newest(out):
+            set_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     dist.barrier()
     torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
     return 0, Log()
@@ -146,6 +164,20 @@ def unused(paths: Iterable[Path]) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def header(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device, first: int) -> str:
+    """What the job is about to do, in a line."""
+    kind = "dense" if job.dense else f"{job.experts} experts, top {job.top_k}"
+    axes = {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+    return "; ".join(
+        [
+            f"GPT of {job.layers} blocks ({kind}), {meter.parameters:,} parameters, {meter.active_parameters:,} active",
+            f"{len(text[0]):,} bytes of text and {len(text[1]):,} held out",
+            f"{device.type}, ranks {launch.RANKS}: {', '.join(f'{axis} {size}' for axis, size in axes.items())}",
+            f"steps {first + 1} to {job.steps}",
+        ]
+    )
+
+
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
     """What the job came to, for its last line of output."""
     return {
@@ -167,21 +199,31 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
-        job = options.parse(about=__doc__).fit(launch.RANKS)
+        with redirect_stdout(None) if launch.RANK else nullcontext():  # --help once
+            job = options.parse(about=__doc__).fit(launch.RANKS)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
-        with launch.process_group(timedelta(seconds=job.timeout)) as device:
-            return train(job, text, device)
-    except (ValueError, checkpoint.CheckpointError) as error:
-        say(str(error), every_rank=True)
-        return 2
-    except RuntimeError:
-        if launch.RANKS > 1:
-            say(
-                "ends here. If a connection was lost or timed out, another rank ended first: see its message. "
-                "--resume goes on from the newest checkpoint; torchrun --max-restarts does so by itself.",
-                True,
-            )
-        raise
+    except ValueError as error:
+        launch.once(str(error))
+        return REFUSED
+    place = launch.Place()
+    with launch.process_group(timedelta(seconds=job.timeout)) as device:
+        try:
+            return train(job, text, device, place)
+        except (ValueError, checkpoint.CheckpointError) as error:
+            launch.once(str(error))
+            return REFUSED
+        except steps.NonFiniteError as error:
+            launch.once(str(error))
+            return FAILED
+        except RuntimeError:
+            if launch.RANKS > 1:
+                say(
+                    f"{place.failed()}. If a connection was lost or timed out, look at the rank that ended first or "
+                    "gave no word. --resume goes on from the newest checkpoint; torchrun --max-restarts does so by "
+                    "itself.",
+                    every_rank=True,
+                )
+            raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meter import told
 from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
 
@@ -15,30 +16,66 @@ class Log:
     """What a run has shown so far: one entry for every few steps."""
 
     step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)  # nats per byte
+    loss: list[float | None] = field(
+        default_factory=list
+    )  # nats per byte, mean since the last entry; None: all left out
     dropped: list[float] = field(default_factory=list)  # share of assignments
     imbalance: list[float] = field(default_factory=list)  # largest load over the mean, the worst layer's
     tokens: list[list[list[int]]] = field(default_factory=list)  # [entry][MoE layer][expert]
     usage: list[dict[str, Any]] = field(default_factory=list)  # `Meter.read`
+    skipped: list[int] = field(default_factory=list)  # steps left out so far
     val_step: list[int] = field(default_factory=list)
     val_bpb: list[float] = field(default_factory=list)  # bits per held-out byte
+    losses: list[float] = field(default_factory=list)  # of the steps since the last entry, those left out excepted
+    skips: int = 0  # steps left out so far
 
-    def add(self, step: int, usage: dict[str, Any], loss: float, tokens: list[list[int]], dropped: float) -> None:
+    def take(self, loss: float, skips: int) -> None:
+        """Note the loss of a step; and how many steps were left out so far: this one, if there are more than before."""
+        if skips == self.skips:
+            self.losses.append(loss)
+        self.skips = skips
+
+    def add(self, step: int, usage: dict[str, Any], tokens: list[list[int]], dropped: float) -> None:
+        """An entry for the steps since the one before."""
         self.step.append(step)
         self.usage.append(usage)
-        self.loss.append(loss)
+        self.loss.append(sum(self.losses) / len(self.losses) if self.losses else None)
+        self.losses = []
+        self.skipped.append(self.skips)
         self.tokens.append(tokens)
         self.dropped.append(dropped)
-        self.imbalance.append(max((max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens), default=1.0))
+        self.imbalance.append(max(imbalances(tokens), default=1.0))
 
     def add_held_out(self, step: int, bpb: float) -> None:
         self.val_step.append(step)
         self.val_bpb.append(bpb)
 
+    def entry(self, **further: float) -> dict[str, Any]:
+        """The last entry in JSON's types, for log.jsonl; `imbalance` of each MoE layer."""
+        usage = self.usage[-1]
+        return {
+            "step": self.step[-1],
+            "loss": self.loss[-1],
+            **further,
+            "tokens_per_s": usage["tokens_per_s"],
+            "memory_bytes": usage["memory_bytes"],
+            "dropped": self.dropped[-1],
+            "imbalance": imbalances(self.tokens[-1]),
+            "skipped": self.skipped[-1],
+        }
+
     def summary(self) -> str:
-        if not self.tokens[-1]:
-            return "dense"
-        return f"dropped {self.dropped[-1]:.1%}, imbalance {self.imbalance[-1]:.2f}"
+        """The last entry in words."""
+        loss = "no loss" if self.loss[-1] is None else f"loss {self.loss[-1]:.3f}"
+        words = [loss, told(self.usage[-1])]
+        if self.tokens[-1]:
+            words.append(f"dropped {self.dropped[-1]:.1%}, imbalance {self.imbalance[-1]:.2f}")
+        return ", ".join([*words, *([f"skipped {self.skips}"] if self.skips else [])])
+
+
+def imbalances(tokens: list[list[int]]) -> list[float]:
+    """The largest load of an expert over the mean, of each layer."""
+    return [max(layer) * len(layer) / max(1, sum(layer)) for layer in tokens]
 
 
 def draw(log: Log, path: Path) -> None:
@@ -56,7 +93,13 @@ def draw(log: Log, path: Path) -> None:
         1 + layers, 1, figsize=(9, 3.4 + 2.0 * layers), height_ratios=[1.7] + [1] * layers, layout="constrained"
     )
     curves, *maps = np.atleast_1d(axes)
-    curves.plot(log.step, [nats / math.log(2) for nats in log.loss], color="tab:blue", lw=1.2, label="train")
+    curves.plot(
+        log.step,
+        [math.nan if nats is None else nats / math.log(2) for nats in log.loss],
+        color="tab:blue",
+        lw=1.2,
+        label="train",
+    )
     curves.plot(log.val_step, log.val_bpb, "o-", color="tab:orange", lw=1.5, ms=4, label="held out")
     curves.set(xlabel="step", ylabel="bits per byte", title=f"held out: {log.val_bpb[-1]:.3f} bits per byte")
     curves.grid(alpha=0.3)
@@ -95,6 +138,8 @@ class Board:
         step = log.step[-1]
         scalars = {"loss": log.loss[-1], "dropped": log.dropped[-1], "imbalance": log.imbalance[-1], **further}
         for name, value in scalars.items():
+            if value is None:
+                continue  # all steps were left out
             self.writer.add_scalar(f"train/{name}", value, step)
         usage = log.usage[-1] | {f"sent bytes/{key}": n for key, n in log.usage[-1]["sent_bytes"].items()}
         for name, value in usage.items():

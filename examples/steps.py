@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import corpus
 import torch
 import torch.distributed as dist
+from launch import say
 from options import Job
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, parallel_model
 from turnout.models.data_parallel import computed_in
 from turnout.models.gpt import Block
-from turnout.models.pipeline import Losses
 from turnout.moe import GradScaler, MoE, balance_biases, param_groups
 
 
@@ -53,52 +56,144 @@ def batch(job: Job, text: Tensor, step: int, meshes: Meshes) -> Tensor:
     return corpus.batch(text, job.seed, step, job.batch, job.seq, **mine).to(device)
 
 
+class Step(NamedTuple):
+    """What a training step came to, the same on all ranks."""
+
+    loss: float  # mean over the batch, without the balance losses
+    norm: float  # of the whole gradient, before it was clipped
+    nonfinite: str  # what was NaN or infinite; "": nothing. Else the optimizer did not step
+    overflow: bool = False  # of float16: the next step has a smaller scale, and nothing is wrong yet
+
+
 def train(
     model: ParallelModel, optimizer: Optimizer, scaler: GradScaler, tokens: Tensor, lr: float, max_norm: float = 1.0
-) -> tuple[Losses, Tensor]:
-    """One step on tokens [B, S + 1]: the losses of this data rank, and the norm of the whole gradient."""
+) -> Step:
+    """One step on tokens [B, S + 1], this data rank's part of the batch.
+
+    If the loss or the gradient of any rank is not finite, no rank's optimizer steps, and weights stay as they were.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
-    scale = scaler.scale(torch.ones((), device=tokens.device))  # 1 without float16
-    losses = model.step(tokens[:, :-1], tokens[:, 1:], float(scale))
+    scale = float(scaler.scale(torch.ones((), device=tokens.device)))  # 1 without float16
+    losses = model.step(tokens[:, :-1], tokens[:, 1:], scale)
     scaler.unscale_(optimizer)
     norm = model.clip_grad_norm_(max_norm)
-    scaler.step(optimizer)
+    means = torch.stack([x.double().to(tokens.device) for x in (losses.task, losses.aux, norm)])
+    dist.all_reduce(means)  # one rank's NaN or infinity is in the sum of all
+    task, aux, whole = (means / dist.get_world_size()).tolist()
+    wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": whole}
+    nonfinite = " and ".join(what for what, value in wrong.items() if not math.isfinite(value))
+    if not nonfinite:
+        scaler.step(optimizer)
     scaler.update()
     balance_biases(model)
     optimizer.zero_grad()
-    return losses, norm
+    # A scale below 1 means that gradients overflow as they are: no smaller scale is a remedy.
+    overflow = math.isfinite(task + aux) and 1 <= scaler.get_scale() < scale
+    return Step(task, whole, nonfinite, overflow)
+
+
+class NonFiniteError(ArithmeticError):
+    """The job cannot go on: it met NaN or infinity."""
+
+
+@dataclass
+class Skips:
+    """Steps that were left out since something was not finite: counted, and an error if there are too many.
+
+    Attributes:
+        policy: "skip", or "stop": the first one is an error.
+        most: so many in a row are an error.
+        total: steps left out so far, overflows of float16 among them.
+    """
+
+    policy: str
+    most: int
+    total: int = 0
+    in_a_row: int = 0
+
+    def add(self, number: int, step: Step) -> None:
+        """Take note of a step.
+
+        Raises:
+            NonFiniteError: on every rank alike.
+        """
+        if not step.nonfinite:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        if step.overflow:
+            return
+        self.in_a_row += 1
+        found = f"step {number}: {step.nonfinite} is NaN or infinite on some rank"
+        remedy = (
+            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume goes on from the "
+            "newest checkpoint"
+        )
+        if self.policy == "stop":
+            raise NonFiniteError(f"{found}. {remedy}, and --on-nonfinite skip leaves such steps out.")
+        if self.in_a_row >= self.most:
+            raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}.")
+        say(f"{found}; the optimizer leaves it out, the {self.in_a_row}. in a row and {self.total} in all")
+
+
+@torch.no_grad()
+def check_finite(model: ParallelModel, optimizer: Optimizer, number: int) -> None:
+    """Before a checkpoint is written: that all weights, buffers and moments are finite, on all ranks.
+
+    Raises:
+        NonFiniteError: on every rank alike.
+    """
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    bad = torch.zeros((), device=model.meshes.dense.device_type)
+    for tensor in [*model.parameters(), *model.buffers(), *moments]:
+        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        bad += (~held.isfinite().all()).to(bad.device)
+    dist.all_reduce(bad)
+    if bad:
+        raise NonFiniteError(
+            f"step {number}: a weight or a moment of the optimizer is NaN or infinite, so the step is not saved. Try a "
+            "smaller --lr; --resume goes on from the newest checkpoint."
+        )
 
 
 def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
-    """Bits per held-out byte, the same on all ranks."""
+    """Bits per held-out byte, the same on all ranks.
+
+    Raises:
+        NonFiniteError: on every rank alike.
+    """
     model.eval()
     dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
     tokens = corpus.held_out(text, job.eval_size, job.seq, dp.get_local_rank(), dp.size()).to(device)
     parts = tokens.split(job.batch // dp.size())  # as many at a time as in training
     nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
-    return float(nats) / job.eval_size / math.log(2)
+    if not math.isfinite(bits := float(nats) / job.eval_size / math.log(2)):
+        raise NonFiniteError(
+            "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
+            "--resume goes on from the newest checkpoint."
+        )
+    return bits
 
 
 @torch.no_grad()
-def gather(model: ParallelModel, loss: Tensor) -> tuple[float, list[list[int]], float]:
-    """Over all ranks: mean loss, tokens per expert of each MoE layer, share dropped; in one all-reduce.
+def gather(model: ParallelModel) -> tuple[list[list[int]], float]:
+    """Over all ranks: tokens per expert of each MoE layer, and the share dropped; in one all-reduce.
 
     Loads are of the last micro-batch.
     """
     config = model.parts[0].config
     layers = config.layers // config.moe_every if config.moe_every else 0
-    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.float64, device=loss.device)
+    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.float64, device=model.meshes.dense.device_type)
     for part in model.parts:
         for index, block in enumerate(part.blocks):
             if isinstance(block, Block) and isinstance(block.feed_forward, MoE):
                 stats = block.feed_forward.stats
                 table[index // config.moe_every, 0] = stats.dropped
                 table[index // config.moe_every, 1:] = stats.tokens_per_expert
-    flat = torch.cat([loss.double().reshape(1), table.flatten()])
-    dist.all_reduce(flat)  # a layer's numbers come from the ranks of its stage, the loss from all
-    rows = flat[1:].view_as(table).tolist()
+    dist.all_reduce(table)  # a layer's numbers come from the ranks of its stage
+    rows = table.tolist()
     dropped = sum(row[0] for row in rows) / max(1, layers * model.meshes.tokens.size())
-    return float(flat[0]) / dist.get_world_size(), [[round(n) for n in row[1:]] for row in rows], dropped
+    return [[round(n) for n in row[1:]] for row in rows], dropped

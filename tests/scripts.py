@@ -23,7 +23,17 @@ from subprocess import CompletedProcess
 import torch
 
 
-def script(path: Path, *argv: str, ranks: int = 1, alone: bool = False, timeout: float = 240) -> CompletedProcess:
+class Done(CompletedProcess):
+    """A finished script.
+
+    Attributes:
+        codes: the exit status of each rank; None: it was ended after another one had failed.
+    """
+
+    codes: list[int | None]
+
+
+def script(path: Path, *argv: str, ranks: int = 1, alone: bool = False, timeout: float = 240) -> Done:
     """What `torchrun --nproc-per-node ranks path argv...` prints, and how it ends; `alone`: `python path argv...`.
 
     The status is that of the first rank to fail; the others are ended then, as by torchrun.
@@ -47,11 +57,13 @@ def script(path: Path, *argv: str, ranks: int = 1, alone: bool = False, timeout:
                 process.join()
                 if process.exitcode and not code:
                     code, end = process.exitcode, min(end, time.monotonic() + 5)  # the others may wait for it
+        codes = [None if process in running.values() else process.exitcode for process in started]
         hung = [rank for rank, process in enumerate(started) if process in running.values()]
         for process in running.values():
             process.kill()
             process.join()
-        done = CompletedProcess([str(path), *argv], code, out.read_text(), err.read_text())
+        done = Done([str(path), *argv], code, out.read_text(), err.read_text())
+    done.codes = codes
     assert code or not hung, f"ranks {hung} hung for {timeout} s: {done.stderr}"
     return done
 

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401  forked ranks need not import it
-from scripts import script
+from scripts import Done, script
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -14,7 +14,7 @@ TINY = (
 )
 
 
-def run(out: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def run(out: Path, *flags: str, ranks: int = 1) -> Done:
     return script(
         ROOT / "examples" / "pretrain.py", *TINY.split(), "--out", str(out), *flags, ranks=ranks, alone=ranks == 1
     )

@@ -1,9 +1,12 @@
 """The main job told to stop, killed, and left with a damaged checkpoint: it goes on as if nothing had happened."""
 
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,6 +83,33 @@ def test_without_restarts_a_killed_rank_ends_the_job_with_a_clear_message(tmp_pa
     assert job.returncode == 1
     assert time.monotonic() - began < 120
     assert "--resume goes on from the newest checkpoint" in log
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("mesh", ["--pp 2 --tp 2", "--pp 2 --ep 2 --dense", "--tp 2 --data-parallel fsdp"])
+def test_a_rank_that_hangs_is_named_and_ends_the_others_in_time(tmp_path, text, mesh):
+    """Whatever it is that they wait for: sends of the pipeline, collectives of DTensor, of the experts or of FSDP2."""
+    stopped, ended = [], []
+
+    def stop_the_last() -> None:
+        while not saved(tmp_path):
+            time.sleep(0.01)
+        last = max(multiprocessing.active_children(), key=lambda process: process.pid)
+        os.kill(last.pid, signal.SIGSTOP)
+        stopped.append(time.monotonic())
+
+    watch = threading.Thread(target=stop_the_last, daemon=True)
+    watch.start()
+    flags = ("--layers", "4", "--steps", "100000", "--save-every", "10", "--eval-every", "100000")
+    done = run(tmp_path, *flags, "--data", text, "--timeout", "5", *mesh.split(), ranks=4)
+    ended.append(time.monotonic())
+    assert done.returncode == 1
+    assert ended[0] - stopped[0] < 5 + 10 + 5  # the last are those that `run` waits for the stopped rank
+    for rank in range(3):
+        assert re.search(
+            rf"rank {rank}: failed at step \d+, in (training|the (log|checkpoint)); (.*; )?no word from rank 3: ",
+            done.stderr,
+        ), done.stderr
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path, text):

@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import options
@@ -75,7 +75,36 @@ def test_no_file():
         ("--eval-size 3", 2, r"--eval-size (3) must be a multiple of 2 = dp"),
         ("--schedule dualpipe", 1, "'dualpipe' will not do: --schedule one of gpipe, 1f1b, interleaved1f1b"),
         ("--data-parallel ddp", 1, "'ddp' will not do: --data-parallel one of replicate, zero1, zero2, fsdp"),
-        ("--micro-batches 0", 1, "--micro-batches must be positive; got 0"),
+        ("--micro-batches -1", 1, "--micro-batches must be 0 or more; got -1"),
+        ("--keep 0", 1, "--keep must be positive; got 0"),
+        ("--save-every 0", 1, "--save-every must be positive; got 0"),
+        ("--eval-every 0", 1, "--eval-every must be positive; got 0"),
+        ("--eval-size 0", 1, "--eval-size must be positive; got 0"),
+        ("--seq 0", 1, "--seq must be positive; got 0"),
+        ("--max-skipped 0", 1, "--max-skipped must be positive; got 0"),
+        ("--warmup -1", 1, "--warmup must be 0 or more; got -1"),
+        ("--seed -1", 1, "--seed must be 0 or more; got -1"),
+        ("--capacity-factor -2", 1, "--capacity-factor must be 0 or more; got -2.0"),
+        ("--capacity-factor inf", 1, "--capacity-factor must be 0 or more; got inf"),
+        ("--aux-weight nan", 1, "--aux-weight must be 0 or more; got nan"),
+        ("--peak-tflops -1", 1, "--peak-tflops must be 0 or more; got -1.0"),
+        ("--lr nan", 1, "--lr must be positive; got nan"),
+        ("--lr -0.001", 1, "--lr must be positive; got -0.001"),
+        ("--lr 0", 1, "--lr must be positive; got 0.0"),
+        ("--gate topp", 1, "'topp' will not do: --gate one of topk, switch"),
+        ("--balance tokens", 1, "'tokens' will not do: --balance one of sequence, global, local"),
+        ("--on-nonfinite go", 1, "'go' will not do: --on-nonfinite one of stop, skip"),
+        ("--heads 5", 1, "--dim (128) must be a multiple of 10 = 2 x heads"),
+        ("--top-k 9", 1, "--top-k (9) must be at most --experts (8)"),
+        ("--gate gshard --top-k 3", 1, "the gshard gate picks two experts a token; got top_k=3"),
+        ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
+        ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
+        ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = tp"),
+        ("--tp 3 --heads 3 --dim 6 --seq 9 --hidden 9 --experts 3", 3, "the vocabulary (256) must be a multiple of 3"),
+        ("--pp 2 --layers 1", 2, "--layers (1) must be at least 2: --schedule 1f1b cuts the model into 2 stages"),
+        ("--pp 2 --layers 3 --schedule zbv", 2, "--layers (3) must be at least 4: --schedule zbv"),
+        ("--pp 4 --micro-batches 2", 4, "--micro-batches (2) must be at least pp (4) with --schedule 1f1b; 0 takes"),
+        ("--pp 2 --micro-batches 7 --schedule interleaved1f1b --batch 28", 2, "--micro-batches (7) must be a multiple"),
         ("--bf16 --fp16", 1, "--bf16 or --fp16, not both"),
     ],
 )
@@ -87,6 +116,32 @@ def test_flags_that_do_not_fit(flags, ranks, message):
 @pytest.mark.parametrize(("ranks", "flags", "ep"), [(4, "", 4), (6, "", 2), (8, "--pp 2 --etp 2", 2), (4, "--ep 1", 1)])
 def test_ep_is_what_divides_ranks_and_experts(ranks, flags, ep):
     assert options.parse(["--batch", "24", "--eval-size", "24", *flags.split()]).fit(ranks).ep == ep
+
+
+@pytest.mark.parametrize(("ranks", "flags", "cut"), [(2, "", 1), (4, "--pp 2", 2), (4, "--pp 4 --micro-batches 8", 8)])
+def test_micro_batches_are_what_the_pipeline_needs(ranks, flags, cut):
+    assert options.parse(flags.split()).fit(ranks).micro_batches == cut
+
+
+def test_flags_that_are_unknown_or_of_another_type():
+    for flags, message in (
+        ("--step 3", "unrecognized arguments: --step 3"),
+        ("--steps x", "--steps: invalid int value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options.parse(flags.split())
+
+
+def test_help_says_every_default(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, value in asdict(Job()).items():
+        told = {"": "none", False: "no"}.get(value, value) if isinstance(value, str | bool) else value
+        assert re.search(
+            rf"{options.flag(name)} .*?\(default: {'Python' if name == 'data' else re.escape(str(told))}", said
+        )
+    assert "steps between two evaluations (default: 50)" in said
 
 
 def fit(name: str, ranks: int) -> tuple[dict, int]:

@@ -1,13 +1,15 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from unittest import mock
 
 import pretrain
 import pytest
-from main_job import result, run
+from main_job import ROOT, result, run
+from scripts import script
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,26 @@ def test_prints_its_figures_and_draws_its_report(one_rank):
     assert 0 < figures["val_bpb"] < 8.5
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "step-6").is_dir()
+
+
+@pytest.mark.slow
+def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
+    """In a file and, where standard error is no terminal, there; a loss is the mean since the line before."""
+    flags = ("--steps", "6", "--data", text, "--pp", "2")
+    each, some = (run(tmp_path / n, *flags, "--log-every", n, ranks=2) for n in "14")
+    assert result(some)["loss"] != result(each)["loss"]
+    lines = {n: [json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "14"}
+    losses = [line["loss"] for line in lines["1"]]
+    assert [line["step"] for line in lines["4"]] == [4, 6]
+    assert [line["loss"] for line in lines["4"]] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-4)
+    assert [len(line["imbalance"]) for line in lines["4"]] == [1, 1]
+    assert lines["4"][0].keys() == {
+        *("step", "loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "dropped", "imbalance", "skipped")
+    }
+    head, *said = some.stderr.splitlines()
+    assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
+    assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
+    assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6"]
 
 
 @pytest.mark.slow
@@ -107,11 +129,27 @@ def test_rows_in_chunks_and_in_fewer_bytes_teach_the_same(tmp_path, text, one_ra
         (["--data", "no/such/folder"], "there is no such file"),
         (["--resume"], "there is no checkpoint"),
         (["--steps", "0"], "--steps must be positive"),
-        (["--wire", "fp4"], "--wire one of bf16, fp8"),
+        (["--lr", "nan"], "--lr must be positive; got nan"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
+        (["--config", "no/such/file"], "No such file"),
     ],
 )
-def test_errors_say_what_is_wrong(tmp_path, flags, message):
-    done = run(tmp_path, *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_errors_say_once_what_is_wrong(tmp_path, flags, message):
+    done = run(tmp_path, *flags, ranks=2)
+    assert done.codes == [2, 2]
+    assert done.stderr.count(message) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_errors_without_torchrun(tmp_path, text):
+    done = run(tmp_path, "--data", text, "--dim", "15")
+    assert done.returncode == 2
+    assert "--dim (15) must be a multiple of 4 = 2 x heads" in done.stderr
+
+
+@pytest.mark.slow
+def test_help_is_shown_once():
+    done = script(ROOT / "examples" / "pretrain.py", "--help", ranks=2)
+    assert done.codes == [0, 0]
+    assert done.stdout.count("steps between two evaluations (default: 50)") == 1

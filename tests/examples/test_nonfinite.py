@@ -1,0 +1,152 @@
+"""NaN in one rank's gradient: it ends the job or is left out, and never becomes a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import launch
+import matplotlib.pyplot  # noqa: F401  forked ranks need not import it
+import options
+import pretrain
+import pytest
+import steps
+import torch
+import torch.distributed as dist
+from main_job import TINY
+from ranks import run
+from turnout.dispatch import Meshes
+from turnout.moe import GradScaler
+
+TEXT = torch.arange(2000).mul(37).remainder(251).to(torch.uint8)
+MESHES = ["", "--pp 2", "--tp 2", "--data-parallel fsdp"]
+
+
+def spoiled(bad: set[int], rank: int):
+    """`steps.build` of a model whose gradient is NaN in some steps, in one number of one rank, after all is summed."""
+    build = steps.build
+
+    def spoiling(*args):
+        model, taken = build(*args), 0
+        step = model.step
+
+        def taking(*args):
+            nonlocal taken
+            taken += 1
+            losses = step(*args)
+            if taken in bad and dist.get_rank() == rank:
+                p = next(p for p in reversed(list(model.parameters())) if p.grad is not None)
+                held = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+                held.view(-1)[0] = math.nan
+            return losses
+
+        model.step = taking
+        return model
+
+    return spoiling
+
+
+def train(out: str, flags: str, bad: set[int], rank: int = 1) -> str:
+    """The job, with NaN in some steps of one rank -> its error, or ""."""
+    launch.RANK, launch.RANKS = dist.get_rank(), dist.get_world_size()
+    steps.build = spoiled(bad, rank)
+    job = options.parse([*TINY.split(), "--steps", "6", "--save-every", "1", "--out", out, *flags.split()])
+    try:
+        pretrain.train(job.fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), launch.Place())
+    except steps.NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def saved(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in out.glob("step-*"))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_stop_saves_nothing_of_it(tmp_path, mesh):
+    said = run(2, train, str(tmp_path), f"{mesh} --keep 9", {4})
+    assert said[0] == said[1]
+    assert said[0].startswith("step 4: the norm of the gradient is NaN or infinite on some rank. Nothing was saved")
+    assert "--on-nonfinite skip" in said[0]
+    assert saved(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_skip_goes_on_and_counts(tmp_path, mesh):
+    assert run(2, train, str(tmp_path), f"{mesh} --on-nonfinite skip --log-every 2", {2, 5}) == ["", ""]
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["skipped"] == [1, 1, 2]
+    assert all(math.isfinite(loss) for loss in (*log["loss"], *log["val_bpb"]))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == log["skipped"]
+    assert [line["loss"] for line in lines] == log["loss"]
+
+
+def test_skip_gives_up(tmp_path):
+    flags = "--on-nonfinite skip --max-skipped 2"
+    said = run(2, train, str(tmp_path), flags, {2, 4, 5}, 0)
+    assert said[0].startswith(
+        "step 5: the norm of the gradient is NaN or infinite on some rank, as in 2 steps in a row"
+    )
+    assert saved(tmp_path) == [2, 3, 4]
+
+
+def weights(batches: list[int], bad: set[int]) -> list[torch.Tensor]:
+    """After a step on each of the batches."""
+    job = options.parse(TINY.split()).fit(1)
+    model = spoiled(bad, 0)(job, Meshes.of("cpu"))
+    optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=False)
+    for batch in batches:
+        steps.train(model, optimizer, scaler, steps.batch(job, TEXT, batch, model.meshes), 1e-2)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone():
+    (skipped,), (without,) = run(1, weights, [0, 7, 1], {2}), run(1, weights, [0, 1], set())
+    for a, b in zip(skipped, without, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def overflows(bad: set[int], scale: float) -> list[tuple[bool, bool, float]]:
+    """Of each step with float16: whether it was left out, was an overflow, and the scale after it."""
+    job = options.parse([*TINY.split(), "--fp16"]).fit(dist.get_world_size())
+    model = spoiled(bad, 1)(job, Meshes.of("cpu"))
+    optimizer, scaler, seen = steps.adamw(model, job.lr), GradScaler("cpu", init_scale=scale), []
+    for number in range(3):
+        step = steps.train(model, optimizer, scaler, steps.batch(job, TEXT, number, model.meshes), 1e-2)
+        seen.append((bool(step.nonfinite), step.overflow, scaler.get_scale()))
+    return seen
+
+
+def test_an_overflow_of_float16_is_left_to_its_scale():
+    seen = run(2, overflows, {2}, 8.0)
+    assert seen == [[(False, False, 8.0), (True, True, 4.0), (False, False, 4.0)]] * 2
+    seen = run(2, overflows, {2}, 1.0)  # a smaller scale does not help
+    assert seen == [[(False, False, 1.0), (True, False, 0.5), (False, False, 0.5)]] * 2
+    skips = steps.Skips("stop", 10)
+    skips.add(1, steps.Step(1.0, math.inf, "the norm of the gradient", overflow=True))
+    assert (skips.total, skips.in_a_row) == (1, 0)
+
+
+def poisoned(where: str) -> str:
+    job = options.parse(TINY.split()).fit(dist.get_world_size())
+    model = steps.build(job, Meshes.of("cpu"))
+    optimizer = steps.adamw(model, job.lr)
+    steps.train(model, optimizer, GradScaler("cpu", enabled=False), steps.batch(job, TEXT, 0, model.meshes), 1e-2)
+    steps.check_finite(model, optimizer, 1)
+    if dist.get_rank() == 1:
+        p = next(model.parameters())
+        held = p if where == "weight" else optimizer.state[p]["exp_avg"]
+        held.data.view(-1)[0] = math.inf
+    try:
+        steps.check_finite(model, optimizer, 2)
+    except steps.NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_is_not_saved(where):
+    for said in run(2, poisoned, where):
+        assert said.startswith("step 2: a weight or a moment of the optimizer is NaN or infinite")
