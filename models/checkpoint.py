@@ -4,7 +4,7 @@ torch.distributed.checkpoint keeps the contents. What is spread over ranks are D
 what stages of a pipeline hold goes by the names of the whole model: a checkpoint of one mesh loads on any other.
 The rest is the same on every rank and saved once. A checkpoint is written under another name, with the checksum of
 each file, and renamed when all of it has reached the disk. What fails on one rank is raised on all of them; so all
-ranks call each function here, `newest` excepted.
+ranks call each function here, `newest` excepted. One process needs no process group.
 
 `model` is a module, or the stages of a pipeline that this rank runs, in a list (`ParallelModel.parts`). One optimizer
 has the parameters of all of them.
