@@ -210,8 +210,8 @@ def main() -> int:
         try:
             return train(job, text, device, place)
         except (ValueError, checkpoint.CheckpointError) as error:
-            launch.once(str(error))
-            return REFUSED
+            launch.once(f"{place}: {error}" if place.step else str(error))
+            return FAILED if place.step else REFUSED
         except steps.NonFiniteError as error:
             launch.once(str(error))
             return FAILED
