@@ -52,8 +52,9 @@ class Life(RuleBasedStateMachine):
         self.settings, self.dtype, self.merged = self.made.settings, torch.float64, False
         torch.manual_seed(seed)
         self.layer, self.age = self.new(), 0
-        self.pending: list[Loss] = []  # what `aux_loss` covers
-        self.done = True  # the next forward is of another step
+        self.pending: list[Loss] = []  # of the step
+        self.under_way = False  # the next training forward is of the same step
+        self.evaluation: Loss | None = None  # of the last forward, if that was in eval mode
         self.load = torch.zeros(self.settings.choices, dtype=torch.int64)
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class Life(RuleBasedStateMachine):
         """A layer in the place of another has its weights, and nothing of its past."""
         new = self.layer.state_dict()
         assert all(torch.equal(t.to(new[name].dtype), new[name]) for name, t in old.state_dict().items())
-        self.pending, self.done = [], True
+        self.pending, self.under_way, self.evaluation = [], False, None
         with pytest.raises(RuntimeError, match="no statistics yet"):
             self.layer.stats.dropped.item()
 
@@ -196,7 +197,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def is_what_is_written_down(self):
-        if self.done or not self.pending:  # otherwise losses wait to be asked for
+        if not self.under_way:  # otherwise losses wait to be asked for
             self.age += 1
             self.gradients(self.age, [2], masked=self.age % 2 == 0)
 
@@ -210,7 +211,7 @@ class Life(RuleBasedStateMachine):
             x, y, exact, expected = self.forward(seed + 7 * i, n, masked, state)
             toward = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             total, wanted = total + (y.double() * toward).sum(), wanted + (expected * toward).sum()
-        aux = sum((loss.value for loss in self.pending), torch.zeros(()))
+        aux = sum((loss.value for loss in self.covered()), torch.zeros(()))
         (total + self.settle()).backward()
         (wanted + aux).backward()
         if self.dtype == torch.bfloat16 and self.settings.experts in ("relu", "reglu"):
@@ -253,15 +254,20 @@ class Life(RuleBasedStateMachine):
                 name
             )
         loss = oracle.aux_loss(self.settings, [routed], [sequences], training=training)
-        adds_up = training and y.requires_grad
-        self.pending = [
-            *(self.pending if adds_up and not self.done else []),
-            Loss(loss, torch.is_grad_enabled(), self.dtype),
-        ]
-        self.done = not adds_up
+        noted, adds_up = Loss(loss, torch.is_grad_enabled(), self.dtype), training and y.requires_grad
+        self.pending = self.pending if self.under_way else []
+        self.evaluation = None if training else noted
+        if training:
+            self.pending = [*self.pending, noted]
+            self.under_way = self.under_way or y.requires_grad
         if adds_up:
             self.load += torch.tensor(stats["tokens_per_expert"])
         return x, y, exact, expected
+
+    def covered(self):
+        """The losses that `aux_loss` gives now: of the step under way, or else of the last forward."""
+        alone = self.evaluation is not None and not (self.layer.training and self.under_way)
+        return [self.evaluation] if alone else self.pending
 
     def settle(self):
         """Ask for the losses."""
@@ -269,13 +275,16 @@ class Life(RuleBasedStateMachine):
         balanced = s.gate in BALANCED and s.gate != "noisy_topk" and not s.options.get("balance_loss")
         some = s.z_loss_weight or (s.aux_loss_weight and not balanced)
         wants = self.layer.training and torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters())
-        if some and wants and not all(loss.graph for loss in self.pending):
-            with pytest.raises(RuntimeError, match="has no graph: its last forward ran without gradients"):
+        losses = self.covered()
+        evaluated = losses == [self.evaluation]
+        self.under_way = self.under_way and evaluated
+        if some and wants and (evaluated or not all(loss.graph for loss in losses)):
+            with pytest.raises(RuntimeError, match="has no graph: its last forward ran in eval mode"):
                 aux_loss(self.layer)
             return torch.zeros(())
-        aux, self.done = aux_loss(self.layer), True
-        off = aux.detach() - sum(loss.value.detach() for loss in self.pending)
-        assert abs(float(off)) <= max((TOLERANCE[loss.dtype] for loss in self.pending), default=0), "aux loss"
+        aux = aux_loss(self.layer)
+        off = aux.detach() - sum(loss.value.detach() for loss in losses)
+        assert abs(float(off)) <= max((TOLERANCE[loss.dtype] for loss in losses), default=0), "aux loss"
         return aux
 
     def same(self, actual, wanted, what):
