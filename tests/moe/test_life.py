@@ -53,7 +53,9 @@ def live(examples: int, fault: Callable[[], None] | None = None, **options: Any)
 
 
 def test_fuzz_a_layer_is_at_any_time_what_is_written_down(request):
-    run(1, live, request.config.getoption("--fuzz") or LIVES, timeout=3600)
+    lives = request.config.getoption("--fuzz")
+    short = {} if lives else {"phases": [hypothesis.Phase.generate]}  # to shrink a failure takes minutes
+    run(1, partial(live, lives or LIVES, **short), timeout=3600)
 
 
 FAULTS = [deaf_to_top_k, deaf_to_capacity, blind_to_checkpoints, without_merging]
