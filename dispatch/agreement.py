@@ -6,7 +6,7 @@ every other, beside the sizes; all of them read the same notes and raise the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,10 +94,10 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
         note = ranks[refused[0]]
         if note.met >= 0:
             why = f"in {_layer(note, visit)} met a rank in {_layer(replace(note, layer=note.met), visit)}"
-        raise DispatchError(f"{where}{_ranks(refused)} of the expert group {why}")
+        raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
     _check_visits(ranks, visit)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
-        raise DispatchError(f"{where}{_ranks(nan)} of the expert group: {_NAN_MESSAGE}")
+        raise DispatchError(f"{where}{told(nan)} of the expert group: {_NAN_MESSAGE}")
     for name, what, remedy in (
         ("dim", "the model width", "build the same layer on every rank"),
         ("dtype", "the dtype of the tokens", "use one dtype and the same autocast on every rank"),
@@ -124,11 +124,11 @@ def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
     """All ranks must be in the same forward of the same layer."""
 
     def differ(key: Callable[[Note], object], say: Callable[[Note], str], remedy: str) -> None:
-        told: dict[str, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for rank, note in enumerate(ranks):
-            told.setdefault(say(note), []).append(rank)
+            found.setdefault(say(note), []).append(rank)
         if len({key(note) for note in ranks}) > 1:
-            places = "; ".join(f"{_ranks(those)} in {what}" for what, those in told.items())
+            places = "; ".join(f"{told(those)} in {what}" for what, those in found.items())
             error = DispatchError(f"ranks of the expert group are in different forwards: {places}. {remedy}")
             mine = -1 if visit is None else visit.place.layer
             error.met = next((note.layer for note in ranks if note.layer != mine), mine)
@@ -171,5 +171,6 @@ def check_weight(weight: Tensor) -> None:
 _NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the layer's input or in the gate's parameters"
 
 
-def _ranks(ranks: list[int]) -> str:
+def told(ranks: Sequence[int]) -> str:
+    """Ranks as messages name them: "rank 2", "ranks 0, 1"."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from .agreement import DispatchError
+from .agreement import DispatchError, told
 from .place import Visit
 
 GRACE = 1.0  # seconds a failed rank waits for word of the others
@@ -75,8 +75,7 @@ def _census(where: str, ranks: list[int]) -> str:
     elsewhere = [f"rank {rank} failed in {place}" for rank, place in sorted(found.items()) if place != where]
     silent = [rank for rank in others if rank not in found]
     if silent:
-        names = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
-        elsewhere.append(f"no word from {names}: dead, cut off, or still waiting")
+        elsewhere.append(f"no word from {told(silent)}: dead, cut off, or still waiting")
     return "; ".join(elsewhere) or "all of them report a failure there"
 
 

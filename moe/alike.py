@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from ..dispatch.agreement import told
 from .experts import Experts
 from .gates.hash import FIRST, mixed
 from .layer import MoE
@@ -85,9 +86,9 @@ def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = 
         if key.startswith(VALUES) and "missing" not in said:
             first, *_ = said.values()
             others = [rank for rank in ranks if rank not in first]
-            found.append(f"{key} on {_ranks(others)} are not those on {_ranks(first)}")
+            found.append(f"{key} on {told(others)} are not those on {told(first)}")
         else:
-            found.append(f"{key} is {', '.join(f'{what} on {_ranks(where)}' for what, where in said.items())}")
+            found.append(f"{key} is {', '.join(f'{what} on {told(where)}' for what, where in said.items())}")
     return found
 
 
@@ -158,7 +159,3 @@ def _plain(value: Any) -> bool:
 
 def _seeded(layer: MoE) -> list[Any]:
     return [module for module in layer.modules() if isinstance(module, Experts | LowRank)]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -151,7 +151,7 @@ class MoE(nn.Module):
             routing = self._route(tokens, real, ids)  # who goes where
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             limit = self._limit(routing)
-            kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # whom experts turn away
+            kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # drop those over capacity
             # which token fills which row
             plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None, self.place)
         except Exception:
