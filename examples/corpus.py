@@ -56,6 +56,14 @@ def read(files: list[tuple[str, Path]], sequence: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in (train, held_out))
 
 
+def digest(*texts: Tensor) -> str:
+    """SHA-256 of the bytes to train on and to hold out."""
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(text.numpy())
+    return whole.hexdigest()
+
+
 def batch(
     data: Tensor, seed: int, step: int, size: int, sequence: int, rank: int, ranks: int, micro_batches: int = 1
 ) -> Tensor:

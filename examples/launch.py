@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -84,11 +87,37 @@ class Stop:
         return bool(self._flag)
 
 
-def restarted() -> bool:
-    """Did torchrun start any rank again, after one of them ended?"""
-    flag = torch.tensor(RESTARTS)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def launcher() -> str | None:
+    """Names the torchrun process that started this rank, which outlives restarts; None without torchrun."""
+    if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return None
+    return f"{socket.gethostname()} {os.getppid()} {_stat(os.getppid())[_STARTED:][:1]} {run}"
+
+
+def parent(process: int) -> int | None:
+    """The process that started another on this machine, or took it over; None if there is no such process."""
+    return int(stat[_PARENT]) if (stat := _stat(process)) else None
+
+
+_PARENT, _STARTED = 1, 19  # places in what `_stat` returns
+
+
+def _stat(process: int) -> list[str]:
+    """What Linux tells of a process, from its state on; nothing elsewhere, or if there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def end_with_launcher() -> None:
+    """Have Linux send this rank SIGTERM when torchrun is gone, so that not even a killed one leaves orphans."""
+    if not LAUNCHED or sys.platform != "linux":
+        return
+    before = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != before:
+        sys.exit("torchrun has ended")
 
 
 def say(text: str, every_rank: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +27,16 @@ CHOICES = {
 }
 # 0 or more; other numbers must be positive
 MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops")
+# What the model computes, and from which data: a run that goes on with other values is another run.
+DEFINES_RUN = (
+    *("seed", "seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor"),
+    *("balance", "aux_weight", "dense", "batch"),
+)
+# Where and how it is computed, and for how long.
+MAY_CHANGE = (
+    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "data_parallel", "recompute", "bf16", "fp16"),
+    *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Job:
     out: Annotated[str, "folder for checkpoints and report.png"] = "runs/pretrain"
     data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
     resume: Annotated[bool, "go on from the newest checkpoint in --out, on any mesh"] = False
+    allow_changes: Annotated[bool, "let --resume go on where flags change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
     seq: Annotated[int, "number of bytes in a sequence"] = 128
@@ -144,6 +156,13 @@ class Job:
             rounds = micro_batches // self.pp
             _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
 
+    def changed(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """What differs from an earlier job's `asdict`, in words: what makes another run of it, and what may change."""
+        now = asdict(self)
+        differs = [name for name in now if name in before and json.dumps(before[name]) != json.dumps(now[name])]
+        words = {name: f"{flag(name)} {_shown(now[name])} (was {_shown(before[name])})" for name in differs}
+        return [words[n] for n in differs if n in DEFINES_RUN], [words[n] for n in differs if n in MAY_CHANGE]
+
     def config(self) -> GPTConfig:
         """Of the whole model."""
         moe = {
@@ -170,6 +189,10 @@ class Job:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+
+
+def _shown(value: Any) -> str:
+    return "none" if value in ("", None) else str(value)
 
 
 def flag(name: str) -> str:

@@ -11,11 +11,9 @@ do not depend on the mesh.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
@@ -31,6 +29,7 @@ import torch.distributed as dist
 from launch import say
 from meter import Meter
 from options import Job
+from ownership import Run
 from report import Log, draw, tensorboard
 from torch import Tensor
 from torch.optim import Optimizer
@@ -46,6 +45,7 @@ FAILED, REFUSED, STOPPED = 1, 2, 143
 def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
     """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
     out, stop = Path(job.out), launch.Stop()
+    run = Run.claim(job, corpus.digest(*text))
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     meshes = Meshes.of(
         device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node, timeout=job.timeout
@@ -53,7 +53,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
-    first, log = begin(job, model, optimizer, scaler)
+    first, log = begin(job, run, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
     skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
@@ -94,7 +94,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
         if done % job.save_every == 0 or last:
             place.at("the checkpoint")
             steps.check_finite(model, optimizer, done)
-            extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
+            extra = {"log": asdict(log), "scaler": scaler.state_dict(), **run.signature()}
             checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
             checkpoint.prune(out, job.keep)
         if stopping:
@@ -112,11 +112,10 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     return 0
 
 
-def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Log]:
-    """The first step, and the curves so far: of the newest checkpoint where the job goes on with one."""
+def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Log]:
+    """The number of steps done, and the curves so far: of the newest checkpoint where the job goes on with one."""
     out = Path(job.out)
-    again = launch.restarted()
-    loaded = checkpoint.load_newest(out, model.parts, optimizer) if job.resume or again else None
+    loaded = checkpoint.load_newest(out, model.parts, optimizer, run.accept) if run.goes_on else None
     if loaded:
         if loaded.rank_state:
             torch.set_rng_state(loaded.rank_state["cpu"])
@@ -127,16 +126,10 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
             say("another number of ranks: the random numbers of gates start anew")
         if job.fp16 and loaded.extra.get("scaler"):
             scaler.load_state_dict(loaded.extra["scaler"])
-        say(f"going on after step {loaded.step}")
+        say(f"going on after step {loaded.step} of run {run.id}")
         return loaded.step, Log(**loaded.extra["log"])
-    if job.resume and not again:
-        raise ValueError(f"--resume: there is no checkpoint in {out}")
     if launch.RANK == 0:
-        if checkpoint.newest(out):
-            set_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-    dist.barrier()
     torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
     return 0, Log()
 
@@ -144,24 +137,6 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
 def random_state(device: torch.device) -> dict[str, Any]:
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
-
-
-def set_aside(out: Path) -> None:
-    """Keep what an earlier run left in `out` under another name."""
-    free = unused(out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
-    try:
-        out.rename(free)
-    except OSError:  # a mount point has to stay, or the folder above is not ours: go down instead
-        free = unused(out / f"run.{n}" for n in itertools.count(1))
-        held = [path for path in out.iterdir() if not path.match("run.*") and path.name != "lost+found"]
-        free.mkdir()
-        for path in held:
-            path.rename(free / path.name)
-    say(f"{out} held another run, now {free}; --resume would have gone on with it")
-
-
-def unused(paths: Iterable[Path]) -> Path:
-    return next(path for path in paths if not path.exists())
 
 
 def header(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device, first: int) -> str:
@@ -205,6 +180,7 @@ def main() -> int:
     except ValueError as error:
         launch.once(str(error))
         return REFUSED
+    launch.end_with_launcher()
     place = launch.Place()
     with launch.process_group(timedelta(seconds=job.timeout)) as device:
         try:

@@ -20,6 +20,7 @@ import pickle
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ import torch
 from torch.optim import Optimizer
 
 from .contents import Contents, Model
-from .plain_files import METADATA, plain_bytes
+from .plain_files import METADATA, PlainReader, plain_bytes, read_values
 from .together import CheckpointError, DamagedError, full_disk_named, on_first, place, together
 
+Accept = Callable[[int, dict[str, Any]], None]
 _Path = str | os.PathLike[str]
 _Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
 _log = logging.getLogger(__name__)
@@ -103,11 +105,15 @@ def newest(folder: _Path) -> Path | None:
     return next(iter(_complete(Path(folder))), None)
 
 
-def load(path: _Path, model: Model, optimizer: Optimizer) -> Loaded:
+def load(path: _Path, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded:
     """Read a checkpoint into a model and an optimizer, on any mesh; the model's gradients are dropped.
 
     It may come from anyone: no code in it is run, and no file outside of it is read. A parameter for which it has no
     optimizer state, as it had no gradient yet or was frozen, is as fresh to the optimizer as it was then.
+
+    Args:
+        accept: called with the checkpoint's step and `extra` before anything of it is loaded, to refuse it by raising a
+            CheckpointError.
 
     Raises:
         DamagedError: on every rank, if a file is not what was written, or holds more than tensors and plain values.
@@ -119,15 +125,20 @@ def load(path: _Path, model: Model, optimizer: Optimizer) -> Loaded:
     rank, ranks = place()
     if {name for name in files if name.startswith("rank-")} == {f"rank-{each}.pt" for each in range(ranks)}:
         together(lambda: own.append(_read_own(path / f"rank-{rank}.pt")))
+    if accept:
+        readers: list[PlainReader] = []
+        together(lambda: readers.append(PlainReader(path, files)))
+        said = read_values(readers[0], {"step": 0, "extra": ""})
+        together(lambda: accept(said["step"], json.loads(said["extra"])))
     optimizer.zero_grad()  # the optimizer may make a step to get its state
     read = Contents(model, optimizer).read(path, files, {"step": 0, "extra": ""})
     return Loaded(read["step"], json.loads(read["extra"]), own[0] if own else None)
 
 
-def load_newest(folder: _Path, model: Model, optimizer: Optimizer) -> Loaded | None:
+def load_newest(folder: _Path, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded | None:
     """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
 
-    Rank 0 logs a warning for each damaged one passed over; they stay where they are.
+    Rank 0 logs a warning for each damaged one passed over; they stay where they are. `accept` is as for `load`.
 
     Raises:
         CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
@@ -135,7 +146,7 @@ def load_newest(folder: _Path, model: Model, optimizer: Optimizer) -> Loaded | N
     folder, damaged = Path(folder), []
     for path in on_first(lambda: _complete(folder)):
         try:
-            return load(path, model, optimizer)
+            return load(path, model, optimizer, accept)
         except DamagedError as error:
             damaged.append(str(error))
             if place()[0] == 0:

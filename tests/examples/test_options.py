@@ -45,7 +45,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer = 3\nsteps = 1\nwidth = 2", "unknown layer, width; the keys are the flags, aux_weight, "),
+        ("layer = 3\nsteps = 1\nwidth = 2", "unknown layer, width; the keys are the flags, allow_changes, "),
         ("steps = 1.5", "steps is int; got 1.5"),
         ("bf16 = 1", "bf16 is bool; got 1"),
         ('data = "text"', r"data is tuple; got 'text'"),

@@ -1,12 +1,9 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
-import errno
 import json
 import shutil
 from pathlib import Path
-from unittest import mock
 
-import pretrain
 import pytest
 from main_job import ROOT, result, run
 from scripts import script
@@ -46,37 +43,6 @@ def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
     assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
     assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
     assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6"]
-
-
-@pytest.mark.slow
-def test_a_second_run_keeps_the_first_and_another_size_does_not_resume(tmp_path, text):
-    out = tmp_path / "run"
-    result(run(out, "--steps", "1", "--data", text))
-    result(run(out, "--steps", "2", "--data", text))
-    assert (tmp_path / "run.1" / "step-1").is_dir()
-    assert [path.name for path in out.glob("step-*")] == ["step-2"]
-    other = run(out, "--steps", "3", "--data", text, "--resume", "--hidden", "24")
-    assert other.returncode == 2
-    assert "step-2 does not load: is it of a model of other sizes" in other.stderr
-
-
-def test_what_an_earlier_run_left_goes_into_a_folder_of_its_own_where_the_folder_is_a_mount_point(tmp_path):
-    rename = Path.rename
-
-    def mounted(path: Path, target: Path) -> Path:
-        if path == tmp_path:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        return rename(path, target)
-
-    (tmp_path / "lost+found").mkdir()
-    for run_number in (1, 2):
-        (tmp_path / "step-1").mkdir()
-        (tmp_path / "log.json").write_text(str(run_number))
-        with mock.patch.object(Path, "rename", mounted):
-            pretrain.set_aside(tmp_path)
-        assert (tmp_path / f"run.{run_number}" / "step-1").is_dir()
-        assert (tmp_path / f"run.{run_number}" / "log.json").read_text() == str(run_number)
-    assert {path.name for path in tmp_path.iterdir()} == {"lost+found", "run.1", "run.2"}
 
 
 @pytest.mark.slow

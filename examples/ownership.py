@@ -1,0 +1,164 @@
+"""Which run a folder belongs to, and that one job at a time writes to it.
+
+`run.json` in the folder holds the id of the run and the launchers (torchrun processes) that last started its ranks.
+`lock` is locked by rank 0 for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import launch
+import torch.distributed as dist
+from launch import say
+from options import Job
+from turnout.models import checkpoint
+from turnout.models.checkpoint import CheckpointError
+
+RELEASE = 5.0  # seconds that a restarted job waits for the processes it replaces to let go of the lock
+
+
+@dataclass(frozen=True)
+class Run:
+    """What this job does to the folder --out: `Run.claim`.
+
+    Attributes:
+        id: of the run; its checkpoints carry it.
+        goes_on: whether the job goes on with what the folder holds: as --resume asks, or since torchrun started its
+            ranks again.
+        known: whether the folder named the run; else the id is new.
+        job, text: what this job computes, and a digest of what it reads.
+        lock: on rank 0, the open file; other jobs are kept out until it is closed or the process ends.
+    """
+
+    id: str
+    goes_on: bool
+    known: bool
+    job: Job
+    text: str
+    lock: IO[str] | None = None
+
+    @classmethod
+    def claim(cls, job: Job, text: str) -> Run:
+        """Take the folder --out for this job. All ranks call it.
+
+        A job that torchrun started again, after a failure or since nodes came or went, is known by its launchers, and
+        goes on with its run. Every other job needs --resume for that, or a folder without checkpoints.
+
+        Raises:
+            ValueError: on every rank, if another job writes to the folder, or it holds the checkpoints of another run,
+                or none where there should be one.
+        """
+        launchers: list[Any] = [None] * launch.RANKS
+        dist.all_gather_object(launchers, launch.launcher())
+        lock, answer = None, [None, ""]
+        if launch.RANK == 0:
+            try:
+                taken, lock = _take(Path(job.out), job.resume, {each for each in launchers if each})
+                answer = [taken, ""]
+            except (ValueError, OSError) as error:
+                answer = [None, str(error)]
+        dist.broadcast_object_list(answer)
+        if answer[0] is None:
+            raise ValueError(answer[1])
+        return cls(*answer[0], job, text, lock)
+
+    def signature(self) -> dict[str, Any]:
+        """For a checkpoint: whose it is."""
+        return {"run": self.id, "job": asdict(self.job), "text": self.text}
+
+    def accept(self, step: int, extra: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run, or of another model or other data; say what else has changed.
+
+        Raises:
+            CheckpointError: with the flags that differ.
+        """
+        if self.known and extra.get("run") != self.id:
+            raise CheckpointError(
+                f"step {step} is of run {extra.get('run')}, and {self.job.out} of run {self.id}: move it elsewhere"
+            )
+        others, changed = self.job.changed(extra.get("job", {}))
+        if extra.get("text") != self.text:
+            others.append("the text of --data (its bytes differ)")
+        if others and not self.job.allow_changes:
+            raise CheckpointError(
+                f"step {step} was trained with another model or other data: {', '.join(others)}. Use what it was "
+                "trained with, start a new run in another --out, or go on all the same by --allow-changes"
+            )
+        if others or changed:
+            say(f"going on with {', '.join(others + changed)}")
+
+
+def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool, bool], IO[str] | None]:
+    out.mkdir(parents=True, exist_ok=True)
+    held, newest = _read(out / "run.json"), checkpoint.newest(out)
+    restarted = bool(launchers & set(held.get("launchers", [])))
+    lock = _locked(out / "lock", patience=RELEASE if restarted else 0)
+    if resume and not newest and not restarted:
+        raise ValueError(f"--resume: there is no checkpoint in {out}")
+    if newest and not (resume or restarted):
+        of = f"run {held['run']}" if held else "another run"
+        raise ValueError(
+            f"{out} holds {newest.name} of {of}: go on with it by --resume, name another folder by --out, or delete it"
+        )
+    known = bool(held and (newest or restarted))
+    run = held["run"] if known else uuid.uuid4().hex[:12]
+    aside = out / "run.json.incomplete"
+    aside.write_text(json.dumps({"run": run, "launchers": sorted(launchers)}))
+    aside.replace(out / "run.json")
+    return (run, bool(newest), known), lock
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        held = None
+    if not (isinstance(held, dict) and isinstance(held.get("run"), str) and isinstance(held.get("launchers"), list)):
+        raise ValueError(f"{file} is damaged: delete it, and --resume goes on from the newest checkpoint")
+    return held
+
+
+def _locked(file: Path, patience: float) -> IO[str] | None:
+    """Lock a file and write there who has it; None, with a warning, on a file system without locks."""
+    lock = file.open("a+")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                lock.seek(0)
+                raise ValueError(f"{file.parent} is in use by another job, {_holder(lock.read())}") from None
+            time.sleep(0.1)
+        except OSError as error:
+            say(f"{file} cannot be locked ({error.strerror}): make sure that no other job writes to {file.parent}")
+            return None
+    lock.truncate(0)
+    holder = {"process": os.getpid(), "parent": os.getppid(), "host": socket.gethostname(), "since": time.ctime()}
+    print(json.dumps(holder), file=lock, flush=True)
+    return lock
+
+
+def _holder(text: str) -> str:
+    """Who has the lock, in words; an orphan is a rank whose launcher was killed."""
+    try:
+        holder = json.loads(text)
+        words = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        here = holder["host"] == socket.gethostname()
+    except (ValueError, KeyError, TypeError):
+        return "which is just starting"
+    if here and launch.parent(holder["process"]) not in (None, holder["parent"]):
+        words += ". Its launcher is gone: end it by kill -9"
+    return words
