@@ -151,6 +151,23 @@ def _wait_for(store: dist.Store, key: str, ranks: int) -> None:
         time.sleep(0.05)
 
 
+def flight_record(out: Path) -> Path | None:
+    """Write what torch's flight recorder knows of this rank's last collectives; None if this torch has none.
+
+    Each entry has the collective, its group, its number in the group, sizes and state: ranks that wait for each other
+    differ there. On a GPU torch's watchdog writes its own at a timeout, for `torchfrtrace`, to TORCH_FR_DUMP_TEMP_FILE.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    file = out / "flight" / f"rank-{RANK}.json"
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dump(True, False))  # all collectives, not only those under way
+        return file
+    return None
+
+
 class Place:
     """Where in the job this rank is; if it fails, the ranks tell each other.
 

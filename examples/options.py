@@ -35,7 +35,7 @@ DEFINES_RUN = (
 # Where and how it is computed, and for how long.
 MAY_CHANGE = (
     *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "data_parallel", "recompute", "bf16", "fp16"),
-    *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped"),
+    *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -86,6 +86,7 @@ class Job:
         "stop"
     )
     max_skipped: Annotated[int, "number of steps skipped in a row that ends the job after all"] = 10
+    check_every: Annotated[int, "steps between two comparisons of what several ranks hold alike"] = 200
     # what is written
     eval_every: Annotated[int, "steps between two evaluations"] = 50
     eval_size: Annotated[int, "number of held-out sequences in each evaluation"] = 128

@@ -31,12 +31,13 @@ from meter import Meter
 from options import Job
 from ownership import Run
 from report import Log, draw, tensorboard
+from spikes import Spikes
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint
-from turnout.moe import GradScaler
+from turnout.moe import GradScaler, ReplicaError, check_replicas
 
 # exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
@@ -56,7 +57,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     first, log = begin(job, run, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
-    skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
+    skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips), Spikes()
 
     say(header(job, meter, text, device, first))
     stopping, silent = False, launch.RANK != 0 or not sys.stderr.isatty()
@@ -68,8 +69,10 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
         lr = job.lr_at(done - 1)
         with meter.step(count=logged):
             tokens = steps.batch(job, text[0], done - 1, meshes)
-            step = steps.train(model, optimizer, scaler, tokens, lr)
+            step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
         skips.add(done, step)
+        if step.spike:
+            say(f"step {done}: {step.spike}")
         stopping = stop.answer() and done < job.steps
 
         last = stopping or done == job.steps
@@ -91,7 +94,11 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
             log.add_held_out(done, steps.evaluate(model, text[1], job))
             if board:
                 board.held_out(log)
-        if done % job.save_every == 0 or last:
+        saves = done % job.save_every == 0 or last
+        if done % job.check_every == 0 or saves:
+            place.at("the comparison of replicas")
+            check_replicas(model.parts)
+        if saves:
             place.at("the checkpoint")
             steps.check_finite(model, optimizer, done)
             extra = {"log": asdict(log), "scaler": scaler.state_dict(), **run.signature()}
@@ -191,12 +198,17 @@ def main() -> int:
         except steps.NonFiniteError as error:
             launch.once(str(error))
             return FAILED
+        except ReplicaError as error:
+            launch.once(f"step {place.step}: {error}")
+            return FAILED
         except RuntimeError:
             if launch.RANKS > 1:
+                record = launch.flight_record(Path(job.out))
+                written = f" Its last collectives are in {record}." if record else ""
                 say(
                     f"{place.failed()}. If a connection was lost or timed out, look at the rank that ended first or "
-                    "gave no word. --resume goes on from the newest checkpoint; torchrun --max-restarts does so by "
-                    "itself.",
+                    f"gave no word.{written} --resume goes on from the newest checkpoint; torchrun --max-restarts does "
+                    "so by itself.",
                     every_rank=True,
                 )
             raise

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from launch import say
 from options import Job
+from spikes import Spike, Spikes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -63,12 +64,19 @@ class Step(NamedTuple):
     norm: float  # of the whole gradient, before it was clipped
     nonfinite: str  # what was NaN or infinite; "": nothing. Else the optimizer did not step
     overflow: bool = False  # of float16: the next step has a smaller scale, and nothing is wrong yet
+    spike: Spike | None = None  # if the loss is far above the losses before
 
 
 def train(
-    model: ParallelModel, optimizer: Optimizer, scaler: GradScaler, tokens: Tensor, lr: float, max_norm: float = 1.0
+    model: ParallelModel,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    tokens: Tensor,
+    lr: float,
+    max_norm: float = 1.0,
+    spikes: Spikes | None = None,
 ) -> Step:
-    """One step on tokens [B, S + 1], this data rank's part of the batch.
+    """One step on tokens [B, S + 1], this data rank's part of the batch; `spikes` looks at its loss.
 
     If the loss or the gradient of any rank is not finite, no rank's optimizer steps, and weights stay as they were.
     """
@@ -84,14 +92,17 @@ def train(
     task, aux, whole = (means / dist.get_world_size()).tolist()
     wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": whole}
     nonfinite = " and ".join(what for what, value in wrong.items() if not math.isfinite(value))
+    spike = None
     if not nonfinite:
+        if spikes:
+            spike = spikes.look(task, float(losses.task), model, scale=min(1.0, max_norm / whole) if whole else 1.0)
         scaler.step(optimizer)
     scaler.update()
     balance_biases(model)
     optimizer.zero_grad()
     # A scale below 1 means that gradients overflow as they are: no smaller scale is a remedy.
     overflow = math.isfinite(task + aux) and 1 <= scaler.get_scale() < scale
-    return Step(task, whole, nonfinite, overflow)
+    return Step(task, whole, nonfinite, overflow, spike)
 
 
 class NonFiniteError(ArithmeticError):

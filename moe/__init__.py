@@ -27,6 +27,7 @@ from .layer import MoE
 from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize
+from .replicas import ReplicaError, check_replicas
 from .routing import Routing
 from .scaler import GradScaler
 from .stats import Stats
@@ -49,6 +50,7 @@ __all__ = [
     "MoE",
     "NoisyTopKGate",
     "RandomGate",
+    "ReplicaError",
     "Routing",
     "SigmoidGate",
     "SinkhornGate",
@@ -65,6 +67,7 @@ __all__ = [
     "capacity",
     "capacity_limit",
     "check",
+    "check_replicas",
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",

@@ -125,21 +125,35 @@ def values(
                 yield f"{VALUES}{kind} {own}{held and f'[{held}]'}{behind}", f"{checksum(local(t.detach())):x}"
 
 
-@torch.no_grad()
 def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:
     """A number made of a tensor's bits and their order; one element that differs always changes it.
 
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
+    return checksums([tensor], chunk)[0]
+
+
+@torch.no_grad()
+def checksums(tensors: Sequence[Tensor], chunk: int = 1 << 16) -> list[int]:
+    """The `checksum` of each tensor. Chunks are such that their products stay in a CPU's cache."""
+    weights: dict[torch.device, Tensor] = {}
+    sums = []
+    for tensor in tensors:
+        if tensor.device not in weights:  # odd, so that no bit of an element is lost
+            weights[tensor.device] = mixed(torch.arange(chunk, device=tensor.device)) | 1
+        sums.append(_checksum(tensor, weights[tensor.device]))
+    return [int(each) % 2**64 for each in sums]  # all are under way before the first is waited for
+
+
+def _checksum(tensor: Tensor, weight: Tensor) -> Tensor:
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     words = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)  # room above, for the products
     flat = flat.contiguous().flatten().view(words)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    weight = mixed(torch.arange(min(chunk, len(flat)), device=flat.device)) | 1  # odd: no bit of an element is lost
-    for part in flat.split(chunk):
-        total = total * FIRST + (part.long() * weight[: len(part)]).sum()  # int64 wraps around
-    return int(total) % 2**64
+    for part in flat.split(len(weight)):
+        total = total * FIRST + (part * weight[: len(part)]).sum()  # int64 wraps around
+    return total
 
 
 def _described(module: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """The main job told to stop, killed, and left with a damaged checkpoint: it goes on as if nothing had happened."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -110,6 +111,8 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others_in_time(tmp_path, text, 
             rf"rank {rank}: failed at step \d+, in (training|the (log|checkpoint)); (.*; )?no word from rank 3: ",
             done.stderr,
         ), done.stderr
+        record = json.loads((tmp_path / "flight" / f"rank-{rank}.json").read_text())
+        assert {entry["profiling_name"] for entry in record["entries"]} & {"gloo:all_reduce", "gloo:send"}
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path, text):
