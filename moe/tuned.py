@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 
@@ -19,6 +20,7 @@ from ..cuda.tune import Shape
 
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)
+Row = TypeVar("Row", Shape, Product, Blocks)
 Times = dict[Name, float | str]  # milliseconds of each run, or how it failed
 Machine = dict[str, str]
 
@@ -110,10 +112,14 @@ def read(path: Path, of: Machine) -> list[Tuned]:
         given = json.loads(path.read_text())
         there = dict(given["machine"])
         found = [
-            Tuned(Shape(**tuned["shape"]), tuned["times"], {_product(p): _times(p) for p in tuned["tiles"]})
+            Tuned(
+                _checked(Shape, tuned["shape"]),
+                {_of(str, kernel): _time(t) for kernel, t in tuned["times"].items()},
+                {_checked(Product, each["product"]): _times(each["times"]) for each in tuned["tiles"]},
+            )
             for tuned in given["experts"]
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what autotune writes ({type(error).__name__}: {error}); remove it, or name another file"
         ) from None
@@ -124,9 +130,28 @@ def read(path: Path, of: Machine) -> list[Tuned]:
     return []
 
 
-def _product(listed: dict) -> Product:
-    return Product(**listed["product"] | {"shape": tuple(listed["product"]["shape"])})
+def _times(listed: list) -> Times[Blocks]:
+    return {_checked(Blocks, dict(zip(Blocks._fields, size, strict=True))): _time(t) for size, t in listed}
 
 
-def _times(listed: dict) -> Times[Blocks]:
-    return {Blocks(*size): ms for size, ms in listed["times"]}
+def _time(value: Any) -> float | str:
+    """Milliseconds, or how a run failed."""
+    if isinstance(value, str) or (isinstance(value, float) and 0 <= value < math.inf):
+        return value
+    raise ValueError(f"{value!r} is neither milliseconds nor an error")
+
+
+def _checked(kind: type[Row], values: dict[str, Any]) -> Row:
+    """A tuple of that kind, whose fields have the types it says; numbers are positive."""
+    kinds = get_type_hints(kind)
+    if values.keys() != kinds.keys():
+        raise ValueError(f"{kind.__name__} has the fields {', '.join(kinds)}; got {', '.join(values)}")
+    return kind(**{name: _of(kinds[name], value) for name, value in values.items()})
+
+
+def _of(kind: Any, value: Any) -> Any:
+    if kind == tuple[int, int] and isinstance(value, list) and len(value) == 2:
+        return tuple(_of(int, each) for each in value)
+    if type(value) is not kind or (kind is int and value < 1):
+        raise ValueError(f"{value!r} is no {'positive int' if kind is int else getattr(kind, '__name__', kind)}")
+    return value
