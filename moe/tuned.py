@@ -152,6 +152,6 @@ def _checked(kind: type[Row], values: dict[str, Any]) -> Row:
 def _of(kind: Any, value: Any) -> Any:
     if kind == tuple[int, int] and isinstance(value, list) and len(value) == 2:
         return tuple(_of(int, each) for each in value)
-    if type(value) is not kind or (kind is int and value < 1):
-        raise ValueError(f"{value!r} is no {'positive int' if kind is int else getattr(kind, '__name__', kind)}")
-    return value
+    if type(value) is kind and (not isinstance(value, int) or value > 0 or kind is bool):
+        return value
+    raise ValueError(f"{value!r} is no {'positive int' if kind is int else getattr(kind, '__name__', kind)}")

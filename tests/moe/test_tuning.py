@@ -204,7 +204,7 @@ def test_another_kind_of_file_is_left_alone(text, machine, tmp_path):
     ("where", "value"),
     [
         (("shape", "tokens"), -1),
-        (("shape", "dim"), 8.0),
+        (("shape", "dim"), 8.5),
         (("shape", "bias"), 1),
         (("shape", "dtype"), None),
         (("times", "torch"), -0.5),
@@ -225,7 +225,6 @@ def test_a_file_with_a_field_that_is_wrong(where, value, machine, tmp_path):
     holder = given["experts"][0]
     for key in outer:
         holder = holder[key]
-    assert holder[last] != value
     holder[last] = value
     file.write_text(json.dumps(given))
     tuning.MEASURED.clear()
