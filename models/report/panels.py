@@ -1,0 +1,163 @@
+"""The curves of the page: loss, optimizer, speed and memory, balance of the experts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from .curves import LINES, WIDE, Series, chart
+from .log import Log, Step
+from .parts import NONE, panel, section, table
+
+BITS = 1 / math.log(2)  # bits of a nat
+
+
+def bits(nats: float | None) -> float | None:
+    """Nats as bits."""
+    return None if nats is None else nats * BITS
+
+
+def curve(log: Log, value: Callable[[Step], float | None], name: str = "", colour: str = "blue") -> Series:
+    """A value of each step line."""
+    return Series(name, [step.step for step in log.steps], [value(step) for step in log.steps], colour)
+
+
+def drawn(log: Log, title: str, *series: Series, note: str = "", form: str = "plain", log_scale: bool = False) -> str:
+    """A panel with these series; "" if there is nothing in them."""
+    if all(each.empty for each in series):
+        return ""
+    marks = [restart.start.step for restart in log.restarts]
+    legend = [(each.colour, each.name) for each in series if each.name]
+    return panel(title, chart(title, series, log.step, marks, form, log_scale), legend, note)
+
+
+def grid(*panels: str) -> str:
+    """Panels side by side, without those that are empty."""
+    return f'<div class="grid">{"".join(filter(None, panels))}</div>'
+
+
+def loss(log: Log) -> str:
+    """Loss of training and of held-out text."""
+    train = curve(log, lambda step: bits(step.loss), "train")
+    held_out = Series(
+        "held out", [each.step for each in log.held_out], [each.bits_per_byte for each in log.held_out], "green", "dots"
+    )
+    spikes = Series(
+        "spike", [each.step for each in log.spikes], [bits(each.loss) for each in log.spikes], "orange", "marks"
+    )
+    series = [train, held_out, spikes]
+    if all(each.empty for each in series):
+        html = '<p class="empty">There is no loss yet.</p>'
+        return section("Loss", panel("Bits per byte", html))
+    marks = [restart.start.step for restart in log.restarts]
+    legend = [(each.colour, each.name) for each in (train, held_out) if not each.empty]
+    legend += [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
+    draw = partial(chart, "Loss in bits per byte", series, log.step, marks)
+    html = f'<div class="wide">{draw(size=WIDE)}</div><div class="narrow">{draw()}</div>'
+    return section("Loss", panel("Bits per byte", html, legend))
+
+
+def optimizer(log: Log) -> str:
+    """Whether the loss still falls, and what the optimizer does."""
+    half = log.step // 2
+    newest = [
+        _after(half, curve(log, lambda step: bits(step.loss), "train")),
+        _after(
+            half,
+            Series(
+                "held out", [e.step for e in log.held_out], [e.bits_per_byte for e in log.held_out], "green", "dots"
+            ),
+        ),
+    ]
+    marks = [restart.start.step for restart in log.restarts]
+    late = ""
+    if sum(value is not None for value in newest[0].values) > 1:
+        legend = [(each.colour, each.name) for each in newest if not each.empty]
+        late = panel("Loss, second half", chart("Loss, second half", newest, log.step, marks, first=half), legend)
+    skipped = "" if not any(step.skipped for step in log.steps) else drawn(
+        log, "Skipped steps", curve(log, lambda step: step.skipped, colour="orange"), note="so far"
+    )  # fmt: skip
+    html = grid(
+        late,
+        drawn(log, "Learning rate", curve(log, lambda step: step.lr)),
+        drawn(
+            log, "Gradient norm", curve(log, lambda step: step.gradient_norm), note="before clipping", log_scale=True
+        ),
+        skipped,
+    )
+    return section("Optimizer", html) if "<figure" in html else ""
+
+
+def _after(step: int, series: Series) -> Series:
+    pairs = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if s >= step]
+    return Series(series.name, [s for s, _ in pairs], [v for _, v in pairs], series.colour, series.kind)
+
+
+def speed(log: Log) -> str:
+    """Throughput, memory, and what ranks send."""
+    axes = by_axis(log.steps)
+    lines = [
+        curve(log, lambda step, axis=axis: _of_axis(step, axis), axis, colour)
+        for axis, colour in zip(axes, LINES, strict=False)
+    ]
+    html = grid(
+        drawn(
+            log, "Tokens per second", curve(log, lambda step: step.tokens_per_s), note="all ranks", form="engineering"
+        ),
+        drawn(log, "TFLOP/s", curve(log, lambda step: step.tflops_per_s), note="all ranks"),
+        drawn(log, "MFU", curve(log, lambda step: step.mfu), note="share of the devices' peak", form="percent"),
+        drawn(log, "Memory", curve(log, lambda step: step.memory_bytes), note="the most of any rank", form="bytes"),
+        drawn(log, "Bytes sent per step", *lines, note="mean over ranks", form="bytes", log_scale=True),
+    )
+    return section("Speed and memory", html + traffic(log.steps)) if "<figure" in html else ""
+
+
+def _of_axis(step: Step, axis: str) -> float | None:
+    sent = [n for key, n in step.sent_bytes.items() if key.partition(" ")[0] == axis]
+    return sum(sent) if sent else None
+
+
+def by_axis(steps: Sequence[Step]) -> list[str]:
+    """Axes of the mesh that bytes were sent over, the busiest of the newest line first."""
+    axes = {key.partition(" ")[0] for step in steps for key in step.sent_bytes}
+    return sorted(axes, key=lambda axis: (-(_of_axis(steps[-1], axis) or 0), axis))
+
+
+def traffic(steps: Sequence[Step]) -> str:
+    """Bytes of the newest step by axis and collective."""
+    newest = next((step for step in reversed(steps) if step.sent_bytes), None)
+    if newest is None:
+        return ""
+    total = sum(newest.sent_bytes.values())
+    rows = [
+        (*key.partition(" ")[::2], f"{n:,.0f}", f"{n / total:.1%}" if total else NONE)
+        for key, n in sorted(newest.sent_bytes.items(), key=lambda item: -item[1])
+    ]
+    return table(
+        ("axis", "collective", f"bytes a rank sends in step {newest.step:,}", "share"),
+        rows,
+        numbers=(f"bytes a rank sends in step {newest.step:,}", "share"),
+    )
+
+
+def balance(log: Log) -> str:
+    """How evenly the experts of all layers are used; "" for a model without them."""
+    return grid(
+        drawn(log, "Imbalance", *_over_layers(log, lambda step: step.imbalance), note="largest load over the mean"),
+        drawn(log, "Dropped", *_over_layers(log, lambda step: step.dropped), note="of the assignments", form="percent"),
+    )
+
+
+def _over_layers(log: Log, values: Callable[[Step], list[float | None]]) -> list[Series]:
+    def over(how: Callable[[list[float]], float], step: Step) -> float | None:
+        known = [value for value in values(step) if value is not None]
+        return how(known) if known else None
+
+    if max((len(values(step)) for step in log.steps), default=0) < 2:
+        return [curve(log, partial(over, max))]
+    return [
+        curve(log, partial(over, max), "worst layer", "orange"),
+        curve(log, partial(over, statistics.median), "median"),
+    ]
