@@ -11,7 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from .log import LogError, read
+from .log import LogError, path_of, read
 
 __all__ = ["LogError", "write"]
 
@@ -34,8 +34,7 @@ def write(run: str | Path, refresh: int | None = None) -> Path:
         raise ModuleNotFoundError('the report needs matplotlib: pip install "turnout[train]"')
     from .page import page
 
-    path = Path(run)
-    path = path / "log.jsonl" if path.is_dir() else path
+    path = path_of(Path(run))
     html = page(read(path), time.time(), refresh)
     report = path.with_name("report.html")
     part = path.with_name(f".report.{os.getpid()}.html")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from . import LogError, write
-from .log import read
+from .log import path_of, read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,22 +21,24 @@ def main(argv: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="make the page again so often until the run ends; it reloads itself",
     )
-    job = parser.parse_args(argv)
-    if job.follow is not None and job.follow < 1:
-        parser.error(f"--follow must be 1 or more seconds; got {job.follow}")
+    given = parser.parse_args(argv)
+    run: Path = given.run
+    follow: int | None = given.follow
+    if follow is not None and follow < 1:
+        parser.error(f"--follow must be 1 or more seconds; got {follow}")
     try:
-        report = write(job.run, job.follow)
-        print(report, flush=True)
-        log = job.run / "log.jsonl" if job.run.is_dir() else job.run
-        while job.follow and read(log).state == "running":
-            time.sleep(job.follow)
-            write(job.run, job.follow)
+        while True:
+            # read before it is written: a line that comes in between is in the page, or there will be another page
+            running = follow is not None and read(path_of(run)).state == "running"
+            print(write(run, follow), flush=True)
+            if follow is None or not running:
+                return 0
+            time.sleep(follow)
     except (LogError, ModuleNotFoundError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        pass  # of --follow
-    return 0
+    except KeyboardInterrupt:  # how --follow is ended
+        return 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ COLOURS = {
 }
 LINES = ("blue", "orange", "green", "purple", "sky", "yellow")  # of series side by side
 SMALL, WIDE = (400, 215), (1160, 330)  # pixels
+STEPS = [1, 2, 2.5, 5, 10]  # of ticks
 MOST = 400  # points of a curve; more are averaged
 FORMATS = {
     "plain": FuncFormatter(lambda value, _: f"{value:g}"),
@@ -107,16 +108,16 @@ def _draw(axes: Axes, series: Series) -> None:
     steps, values = series.arrays()
     colour = COLOURS[series.colour]
     if series.kind == "marks":
-        axes.plot(steps, values, linestyle="none", marker="v", markersize=7, color=colour, zorder=4)
+        axes.plot(steps, values, linestyle="none", marker="v", markersize=7, color=colour, clip_on=False, zorder=4)
     elif series.kind == "bars":
-        axes.vlines(steps, 0, values, color=colour, linewidth=2)
-        axes.plot(steps, values, linestyle="none", marker="o", markersize=4, color=colour)
+        axes.vlines(steps, 0, values, color=colour, linewidth=2, clip_on=False)
+        axes.plot(steps, values, linestyle="none", marker="o", markersize=4, color=colour, clip_on=False)
     else:
         steps, values, low, high = _thin(steps, values)
         if low is not None and high is not None:
             axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
         dots = series.kind == "dots" or np.isfinite(values).sum() < 3
-        marker = {"marker": "o", "markersize": 4} if dots and len(steps) <= 80 else {}
+        marker = {"marker": "o", "markersize": 4, "clip_on": False} if dots and len(steps) <= 80 else {}
         axes.plot(steps, values, color=colour, linewidth=1.5, **marker, zorder=3)
 
 
@@ -142,14 +143,18 @@ def _scales(axes: Axes, drawn: Sequence[Series], form: str, log_scale: bool, fir
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif len(values):
-        if values.min() >= 0 and values.min() < 0.6 * values.max():
+        if any(each.kind == "bars" for each in drawn):
+            axes.set_ylim(0, values.max() * 1.08 or 1.0)
+        elif values.min() >= 0 and values.min() < 0.4 * values.max():
             axes.set_ylim(bottom=0)  # a curve that comes near zero shows how near
-        if values.max() - values.min() < 1e-3 * abs(values.max()):  # flat: no noise blown up to the height of the chart
+        elif values.max() - values.min() < 1e-3 * abs(
+            values.max()
+        ):  # flat: no noise blown up to the height of the chart
             room = abs(values.max()) * 0.1 or 1.0
             axes.set_ylim(values.min() - room, values.max() + room)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.set_xlim(first, max(last, first + 1))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
     axes.xaxis.set_major_formatter(FORMATS["engineering"])
     axes.yaxis.set_major_formatter(FORMATS[form])
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)

@@ -7,30 +7,33 @@ from collections.abc import Sequence
 from .log import HeldOut, Log, Step
 from .maps import load, picture
 from .panels import balance
-from .parts import NONE, details, panel, printable, section, text
+from .parts import NONE, Section, details, panel, printable, text
 
-OPEN = 2  # layers whose experts are listed without a click
+OPEN = 4  # so many layers are all unfolded; of more the first
 SCALE = (
     '<p class="scale"><span>0</span><i></i><span>2 times the even share and more</span>'
     '<i class="nothing"></i><span>no tokens</span></p>'
 )
 
 
-def experts(log: Log) -> str:
-    """The section; "" for a model without MoE layers."""
+def experts(log: Log) -> list[Section]:
+    """The sections; none for a model without MoE layers."""
     newest = next((step for step in reversed(log.steps) if step.tokens), None)
     parts = []
     if newest:
         maps = "".join(heat_map(log.steps, newest, layer) for layer in range(len(newest.tokens)))
         across = f"steps 0 to {newest.step:,} from left to right, experts from top to bottom"
+        note = (
+            f"Tokens of each expert: {across}. On the right of a title stands the busiest expert of the newest column."
+        )
         parts = [
-            section("Experts", balance(log)),
-            section("Load", f'{SCALE}<div class="grid maps">{maps}</div>', f"Tokens of each expert: {across}."),
+            Section("Balance", balance(log)),
+            Section("Load of the experts", f'{SCALE}<div class="grid maps">{maps}</div>', note),
         ]
     told = next((each for each in reversed(log.held_out) if each.bytes), None)
     if told:
         parts.append(specialisation(told))
-    return "\n".join(parts)
+    return parts
 
 
 def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
@@ -38,7 +41,7 @@ def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
     share = load(steps, layer)
     name = f"MoE layer {layer + 1}"
     worst = share[:, -1].argmax()
-    said = f"expert {worst}: {share[worst, -1]:.2f} x" if share[worst, -1] > 0 else ""
+    said = f"expert {worst}: {share[worst, -1]:.2f}" if share[worst, -1] > 0 else ""
     # whole pixels for each expert: 128 in all if that can be
     height = max(1, round(128 / len(share))) * len(share)
     image = (
@@ -48,22 +51,22 @@ def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
     return panel(name, image, note=said)
 
 
-def specialisation(told: HeldOut) -> str:
+def specialisation(told: HeldOut) -> Section:
     """For each layer and expert, the bytes it takes."""
     layers = told.bytes or []
     html = "\n".join(
         details(
-            f"MoE layer {index + 1}: {len(layer)} experts",
+            f"MoE layer {index + 1}",
             f'<div class="experts">{"".join(takes(expert, pairs) for expert, pairs in enumerate(layer))}</div>',
-            is_open=index < OPEN,
+            is_open=index == 0 or len(layers) <= OPEN,
         )
         for index, layer in enumerate(layers)
     )
     note = (
-        f"The bytes that each expert takes most above its even part, in the evaluation of step {told.step:,}. The darker "
-        "a byte is, the more of it the expert gets. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are a byte in hex."
+        f"The bytes that each expert takes most above its even part, in the evaluation of step {told.step:,}. The "
+        "darker a byte is, the more of it the expert gets. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are hex."
     )
-    return section("What each expert takes", html, note)
+    return Section("What each expert takes", f'<div class="folded">{html}</div>', note)
 
 
 def takes(expert: int, pairs: Sequence[Sequence[int]]) -> str:

@@ -181,6 +181,11 @@ EVENTS = {
 }
 
 
+def path_of(run: Path) -> Path:
+    """The log of a run: a file in its folder, or that file."""
+    return run / "log.jsonl" if run.is_dir() else run
+
+
 def read(path: Path) -> Log:
     """The log at `path`.
 
@@ -239,7 +244,7 @@ def _event(kind: type[E], record: dict[str, Any], place: str) -> E:
             wanted = getattr(hint, "__name__", hint) if get_origin(hint) is None else hint
             raise LogError(f"{place}: {name!r} of the event {record['event']!r} must be {wanted}; {got}")
         if name == "tokens":  # a tenth of the memory that a list of int takes
-            value = [np.array(layer, np.float32) for layer in value]
+            value = [np.array(layer, np.float32) for layer in value or []]
         values[name] = value
     return kind(**values)
 

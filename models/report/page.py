@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from . import panels
 from .experts import experts
 from .lists import events, settings
 from .log import Log
-from .parts import NONE, duration, large, moment, number, text, tile
+from .parts import NONE, Section, duration, large, moment, number, text, tile
 from .style import CSS
 
 # The page asks for nothing and runs nothing, whatever a log holds.
@@ -39,24 +40,23 @@ PAGE = """<!DOCTYPE html>
 def page(log: Log, now: float, refresh: int | None = None) -> str:
     """The whole page as it is at the Unix time `now`; browsers load it again after `refresh` seconds."""
     name = log.path.resolve().parent.name
-    sections = [
-        panels.loss(log),
-        panels.optimizer(log),
-        panels.speed(log),
-        experts(log),
-        events(log),
-        settings(log),
-    ]
+    drawn = [panels.loss(log), panels.optimizer(log), panels.speed(log), *experts(log), events(log), settings(log)]
+    sections = [section for section in drawn if section.html]
     running = log.state == "running"
     return PAGE.format(
         policy=POLICY,
         refresh=f'\n<meta http-equiv="refresh" content="{refresh}">' if refresh and running else "",
         title=text(f"{name}: {log.state}, step {log.step:,}"),
         css=CSS,
-        header=headline(log, name, now),
-        main="\n".join(filter(None, sections)),
+        header=headline(log, name, now) + contents(sections),
+        main="\n".join(map(str, sections)),
         footer=text(f"Made {moment(now)} from {log.path.name}, whose last line is of {moment(log.time)}."),
     )
+
+
+def contents(sections: Sequence[Section]) -> str:
+    """Links to the sections."""
+    return "<nav>" + "".join(f'<a href="#{text(each.name)}">{text(each.title)}</a>' for each in sections) + "</nav>"
 
 
 def headline(log: Log, name: str, now: float) -> str:
@@ -77,7 +77,9 @@ def headline(log: Log, name: str, now: float) -> str:
         parts.append(f'<div class="progress"><i style="width:{min(100.0, 100 * log.step / total):.1f}%"></i></div>')
     if word:
         parts.append(f'<p class="word">{text(word)}</p>')
-    parts.append(f'<dl class="tiles">{"".join(tiles(log, total))}</dl>')
+    shown = tiles(log, total, now)
+    columns = len(shown) if len(shown) <= 8 else -(-len(shown) // 2)
+    parts.append(f'<dl class="tiles" style="--columns:{columns}">{"".join(shown)}</dl>')
     return "\n".join(parts)
 
 
@@ -109,14 +111,14 @@ def facts(log: Log) -> str:
     return f'<p class="facts">{text("  ·  ".join(said))}</p>'
 
 
-def tiles(log: Log, total: int | None) -> list[str]:
+def tiles(log: Log, total: int | None, now: float) -> list[str]:
     """The newest numbers."""
     newest = log.steps[-1] if log.steps else None
     shown = [
         tile("Step", f"{log.step:,}", f"of {total:,}" if total else ""),
-        tile("Held out, bits per byte", *held_out(log)),
-        tile("Train, bits per byte", number(panels.bits(newest.loss), ".4f") if newest else NONE),
-        tile("Time", duration(log.time - log.starts[0].time), left(log, total)),
+        tile("Held out", *held_out(log)),
+        tile("Train", number(panels.bits(newest.loss), ".4f") if newest else NONE, "bits per byte"),
+        tile("Time", duration(log.time - log.starts[0].time), left(log, total, now)),
     ]
     if newest:
         rate = [f"{large(newest.tflops_per_s)} TFLOP/s"] if newest.tflops_per_s is not None else []
@@ -126,7 +128,7 @@ def tiles(log: Log, total: int | None) -> list[str]:
             shown.append(tile("Memory", large(newest.memory_bytes, "B"), "the most of any rank"))
         for label, values, form in (
             ("Imbalance", newest.imbalance, ".2f"),
-            ("Dropped", newest.dropped, ".1%"),
+            ("Dropped", newest.dropped, ".2%"),
         ):
             known = [(value, layer) for layer, value in enumerate(values, 1) if value is not None]
             if known:
@@ -148,12 +150,12 @@ def held_out(log: Log) -> tuple[str, str]:
         return NONE, "no evaluation yet"
     best, step = min(known)
     newest, at = known[-1]
-    return f"{newest:.4f}", f"at step {at:,}" if newest == best else f"best {best:.4f}, step {step:,}"
+    return f"{newest:.4f}", f"bits per byte, step {at:,}" if newest == best else f"best {best:.4f}, step {step:,}"
 
 
-def left(log: Log, total: int | None) -> str:
+def left(log: Log, total: int | None, now: float) -> str:
     """How long the rest will take, by the newest lines of this attempt."""
-    if log.state != "running":
+    if log.state != "running" or silent(log, now):
         return ""
     mine = [step for step in log.steps if step.time > log.starts[-1].time][-20:]
     if not total or len(mine) < 2 or mine[-1].step <= mine[0].step:

@@ -9,7 +9,7 @@ from functools import partial
 
 from .curves import LINES, WIDE, Series, chart
 from .log import Log, Step
-from .parts import NONE, panel, section, table
+from .parts import Section, large, panel, table
 
 BITS = 1 / math.log(2)  # bits of a nat
 
@@ -34,11 +34,11 @@ def drawn(log: Log, title: str, *series: Series, note: str = "", form: str = "pl
 
 
 def grid(*panels: str) -> str:
-    """Panels side by side, without those that are empty."""
-    return f'<div class="grid">{"".join(filter(None, panels))}</div>'
+    """Panels side by side, without those that are empty; "" if all are."""
+    return f'<div class="grid">{"".join(filter(None, panels))}</div>' if any(panels) else ""
 
 
-def loss(log: Log) -> str:
+def loss(log: Log) -> Section:
     """Loss of training and of held-out text."""
     train = curve(log, lambda step: bits(step.loss), "train")
     held_out = Series(
@@ -50,16 +50,16 @@ def loss(log: Log) -> str:
     series = [train, held_out, spikes]
     if all(each.empty for each in series):
         html = '<p class="empty">There is no loss yet.</p>'
-        return section("Loss", panel("Bits per byte", html))
+        return Section("Loss", panel("Bits per byte", html))
     marks = [restart.start.step for restart in log.restarts]
     legend = [(each.colour, each.name) for each in (train, held_out) if not each.empty]
     legend += [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
     draw = partial(chart, "Loss in bits per byte", series, log.step, marks)
     html = f'<div class="wide">{draw(size=WIDE)}</div><div class="narrow">{draw()}</div>'
-    return section("Loss", panel("Bits per byte", html, legend))
+    return Section("Loss", panel("Bits per byte", html, legend, "over optimizer steps"))
 
 
-def optimizer(log: Log) -> str:
+def optimizer(log: Log) -> Section:
     """Whether the loss still falls, and what the optimizer does."""
     half = log.step // 2
     newest = [
@@ -76,18 +76,14 @@ def optimizer(log: Log) -> str:
     if sum(value is not None for value in newest[0].values) > 1:
         legend = [(each.colour, each.name) for each in newest if not each.empty]
         late = panel("Loss, second half", chart("Loss, second half", newest, log.step, marks, first=half), legend)
-    skipped = "" if not any(step.skipped for step in log.steps) else drawn(
-        log, "Skipped steps", curve(log, lambda step: step.skipped, colour="orange"), note="so far"
-    )  # fmt: skip
     html = grid(
         late,
         drawn(log, "Learning rate", curve(log, lambda step: step.lr)),
         drawn(
             log, "Gradient norm", curve(log, lambda step: step.gradient_norm), note="before clipping", log_scale=True
         ),
-        skipped,
     )
-    return section("Optimizer", html) if "<figure" in html else ""
+    return Section("Optimizer", html)
 
 
 def _after(step: int, series: Series) -> Series:
@@ -95,7 +91,7 @@ def _after(step: int, series: Series) -> Series:
     return Series(series.name, [s for s, _ in pairs], [v for _, v in pairs], series.colour, series.kind)
 
 
-def speed(log: Log) -> str:
+def speed(log: Log) -> Section:
     """Throughput, memory, and what ranks send."""
     axes = by_axis(log.steps)
     lines = [
@@ -109,9 +105,10 @@ def speed(log: Log) -> str:
         drawn(log, "TFLOP/s", curve(log, lambda step: step.tflops_per_s), note="all ranks"),
         drawn(log, "MFU", curve(log, lambda step: step.mfu), note="share of the devices' peak", form="percent"),
         drawn(log, "Memory", curve(log, lambda step: step.memory_bytes), note="the most of any rank", form="bytes"),
-        drawn(log, "Bytes sent per step", *lines, note="mean over ranks", form="bytes", log_scale=True),
+        drawn(log, "Bytes sent per step", *lines, note="per rank", form="bytes", log_scale=True),
+        traffic(log.steps),
     )
-    return section("Speed and memory", html + traffic(log.steps)) if "<figure" in html else ""
+    return Section("Speed and memory", html)
 
 
 def _of_axis(step: Step, axis: str) -> float | None:
@@ -126,27 +123,24 @@ def by_axis(steps: Sequence[Step]) -> list[str]:
 
 
 def traffic(steps: Sequence[Step]) -> str:
-    """Bytes of the newest step by axis and collective."""
+    """A panel: bytes of the newest step by axis and collective."""
     newest = next((step for step in reversed(steps) if step.sent_bytes), None)
     if newest is None:
         return ""
-    total = sum(newest.sent_bytes.values())
+    total = sum(newest.sent_bytes.values()) or 1
     rows = [
-        (*key.partition(" ")[::2], f"{n:,.0f}", f"{n / total:.1%}" if total else NONE)
+        (*key.partition(" ")[::2], large(n, "B"), f"{n / total:.1%}")
         for key, n in sorted(newest.sent_bytes.items(), key=lambda item: -item[1])
     ]
-    return table(
-        ("axis", "collective", f"bytes a rank sends in step {newest.step:,}", "share"),
-        rows,
-        numbers=(f"bytes a rank sends in step {newest.step:,}", "share"),
-    )
+    html = table(("axis", "collective", "bytes", "share"), rows, numbers=("bytes", "share"))
+    return panel(f"Bytes sent in step {newest.step:,}", html, note="per rank")
 
 
 def balance(log: Log) -> str:
     """How evenly the experts of all layers are used; "" for a model without them."""
     return grid(
-        drawn(log, "Imbalance", *_over_layers(log, lambda step: step.imbalance), note="largest load over the mean"),
-        drawn(log, "Dropped", *_over_layers(log, lambda step: step.dropped), note="of the assignments", form="percent"),
+        drawn(log, "Imbalance", *_over_layers(log, lambda step: step.imbalance), note="max / mean load"),
+        drawn(log, "Dropped", *_over_layers(log, lambda step: step.dropped), note="share", form="percent"),
     )
 
 

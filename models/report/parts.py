@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -15,11 +16,22 @@ def text(value: object) -> str:
     return escape(str(value))
 
 
-def section(title: str, html: str, note: str = "") -> str:
+@dataclass(frozen=True)
+class Section:
     """A part of the page with a heading."""
-    name = title.lower().replace(" ", "-")
-    said = f'<p class="note">{text(note)}</p>' if note else ""
-    return f'<section id="{text(name)}">\n<h2>{text(title)}</h2>\n{said}\n{html}\n</section>'
+
+    title: str
+    html: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Where a link leads to it."""
+        return self.title.lower().replace(" ", "-")
+
+    def __str__(self) -> str:
+        note = f'<p class="note">{text(self.note)}</p>\n' if self.note else ""
+        return f'<section id="{text(self.name)}">\n<h2>{text(self.title)}</h2>\n{note}{self.html}\n</section>'
 
 
 def tile(label: str, value: str, note: str = "") -> str:
@@ -31,15 +43,16 @@ def panel(title: str, html: str, legend: Iterable[tuple[str, str]] = (), note: s
     """A drawing with its title; the legend is (colour, name)."""
     keys = "".join(f'<span class="key {text(colour)}">{text(name)}</span>' for colour, name in legend)
     said = f"<small>{text(note)}</small>" if note else ""
-    return f'<figure class="panel"><figcaption><b>{text(title)}</b>{said}{keys}</figcaption>{html}</figure>'
+    return f'<figure class="panel"><figcaption><b>{text(title)}</b>{keys}{said}</figcaption>{html}</figure>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = ()) -> str:
     """A table; the columns in `numbers` are set to the right."""
     sides = [' class="number"' if name in numbers else "" for name in head]
     top = "".join(f"<th{side}>{text(name)}</th>" for name, side in zip(head, sides, strict=True))
+    label = [f' data-label="{text(name)}"' for name in head]  # for narrow windows, where cells lie below each other
     body = "\n".join(
-        f"<tr>{''.join(f'<td{side}>{text(cell)}</td>' for cell, side in zip(row, sides, strict=True))}</tr>"
+        "<tr>" + "".join(f"<td{a}{b}>{text(c)}</td>" for a, b, c in zip(sides, label, row, strict=True)) + "</tr>"
         for row in rows
     )
     return f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
@@ -98,7 +111,7 @@ def setting(value: Any) -> str:
 
 def printable(byte: int) -> str:
     """A byte as one sign where there is one, otherwise in hex."""
-    signs = {9: "⇥", 10: "⏎", 13: "␍", 32: "␣"}
+    signs = {9: "⇥", 10: "⏎", 32: "␣"}
     if byte in signs or 32 < byte < 127:
         return signs.get(byte) or chr(byte)
     return f"{byte:02x}" if byte < 256 else f"<{byte}>"

@@ -20,11 +20,10 @@ body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: any
 header, main, footer { max-width: 1220px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 28px; }
 h1 { display: inline; font-size: 1.75rem; line-height: 1.2; letter-spacing: -.015em; margin: 0; }
-h2 { font-size: 1.15rem; margin: 0 0 4px; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 0 0 8px; letter-spacing: -.01em; }
 section { padding-top: 32px; }
 p { margin: 0; }
-.note { color: var(--muted); max-width: 78ch; margin-bottom: 12px; }
-.note:empty { display: none; }
+.note { margin-top: -4px; color: var(--muted); max-width: 96ch; margin-bottom: 12px; }
 .facts { color: var(--muted); margin: 6px 0 0; }
 .state { display: inline-block; vertical-align: .3em; margin-left: 10px; padding: 1px 11px; border-radius: 99px;
   border: 1.5px solid; font-size: .85rem; font-weight: 600; }
@@ -36,7 +35,7 @@ p { margin: 0; }
   pre-wrap; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 16px; font-size: .9rem; }
 a { color: var(--blue); text-underline-offset: 3px; text-decoration-thickness: 1px; }
-dl.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(142px, 1fr)); gap: 10px; margin: 0; }
+dl.tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 10px; margin: 0; }
 .tile, .panel, details, .table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: 9px 13px 10px; min-width: 0; }
 .tile dt { color: var(--muted); font-size: .8rem; }
@@ -50,7 +49,7 @@ figure { margin: 0; min-width: 0; }
 figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px; margin-bottom: 4px; font-size:
   .88rem; }
 figcaption small { color: var(--muted); margin-left: auto; font-variant-numeric: tabular-nums; }
-.key { color: var(--muted); font-size: .82rem; white-space: nowrap; }
+.key { color: var(--muted); font-size: .82rem; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
   vertical-align: .22em; background: currentColor; }
 .key.restart::before { width: 0; height: 12px; background: none; border-left: 2px dashed var(--purple);
@@ -65,21 +64,25 @@ svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; }
 .narrow { display: none; }
-@media (max-width: 760px) { .wide { display: none; } .narrow { display: block; } header, main, footer {
-  padding-left: 14px; padding-right: 14px; } }
 .empty { color: var(--muted); padding: 40px 0; text-align: center; }
 .map { display: block; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
 .scale { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 9px; color: var(--muted); font-size: .85rem; }
 .scale i { width: 150px; height: 12px; border: 1px solid var(--line);
   background: linear-gradient(to right, #0072b2, #0072b200 50%, #d55e0000 50%, #d55e00); }
 .scale .nothing { width: 22px; background: rgb(128 128 128 / .5); margin-left: 10px; }
-.table { overflow: hidden; margin-top: 10px; }
+.panel .table { border: 0; }
+.panel th, .panel td { padding: 3px 4px; }
 table { width: 100%; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 5px 12px; border-top: 1px solid var(--line); }
 thead th { border-top: 0; color: var(--muted); font-weight: 500; overflow-wrap: normal; }
 .number { text-align: right; }
 details { margin-top: 8px; padding: 0 12px; }
 summary { cursor: pointer; padding: 8px 0; font-size: .9rem; }
+.folded details { margin: 0; border-radius: 0; border-bottom: 0; }
+.folded details:first-child { border-radius: 8px 8px 0 0; }
+.folded details:last-child { border-radius: 0 0 8px 8px; border-bottom: 1px solid var(--line); }
+.folded details:only-child { border-radius: 8px; }
+.folded summary { padding: 4px 0; }
 details[open] { padding-bottom: 12px; }
 details .table { border: 0; margin: 0; border-radius: 0; }
 .experts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)); gap: 3px 16px;
@@ -93,9 +96,20 @@ details .table { border: 0; margin: 0; border-radius: 0; }
 .s1 { --s: 8%; } .s2 { --s: 20%; } .s3 { --s: 32%; } .s4 { --s: 46%; }
 .settings { columns: 3 320px; column-gap: 28px; margin: 0; font-size: .88rem; }
 .settings div { display: flex; gap: 10px; border-bottom: 1px solid var(--line); padding: 3px 0; break-inside: avoid; }
-.settings dt { flex: 0 0 42%; color: var(--muted); }
+.settings dt { flex: 0 0 42%; color: var(--muted); text-align: left; }
 .settings dd { margin: 0; min-width: 0; }
 .settings .changed dd { color: var(--orange); font-weight: 600; }
 footer { color: var(--muted); font-size: .85rem; padding-top: 36px; padding-bottom: 40px; }
+@media (max-width: 1000px) { dl.tiles { grid-template-columns: repeat(auto-fill, minmax(142px, 1fr)); } }
+@media (max-width: 760px) {
+  .wide { display: none; }
+  .narrow { display: block; }
+  .maps { grid-template-columns: 1fr 1fr; }
+  details tr { display: block; padding: 6px 0; border-top: 1px solid var(--line); }
+  details thead { display: none; }
+  details td { display: flex; gap: 10px; padding: 1px 0; border: 0; text-align: left; }
+  details td::before { content: attr(data-label); flex: 0 0 42%; color: var(--muted); text-align: left; }
+  header, main, footer { padding-left: 14px; padding-right: 14px; }
+}
 @media print { body { background: #fff; } details, .panel, .tile { break-inside: avoid; } }
 """

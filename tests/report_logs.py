@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-NOW = 1_790_000_000.0
+NOW = time.time() - 600
 
 
 class Run:
     """Writes lines of a log; `layers` MoE layers, 0 for a dense model."""
 
     def __init__(self, folder: Path, layers: int = 2, experts: int = 8, steps: int = 100, every: int = 10):
-        self.path, self.layers, self.experts, self.total, self.every = folder / "log.jsonl", layers, experts, steps, every
+        self.path, self.layers, self.experts, self.total, self.every = (
+            folder / "log.jsonl",
+            layers,
+            experts,
+            steps,
+            every,
+        )
         self.random, self.time, self.skipped = np.random.default_rng(0), NOW, 0
         self.lean = self.random.normal(0, 0.6, (layers, experts))  # how much better liked each expert is
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +50,11 @@ class Run:
         loss = (2.1 + 3.2 * math.exp(-6 * step / self.total)) * math.log(2) + self.random.normal(0, 0.02)
         standard: dict[str, Any] = {
             "loss": loss, "lr": 4e-3 * min(1, step / 20) * (0.55 + 0.45 * math.cos(math.pi * step / self.total)),
-            "gradient_norm": float(np.exp(self.random.normal(0, 0.3) + even)), "tokens_per_s": 61_000 + 900 * self.random.normal(),
+            "gradient_norm": float(np.exp(self.random.normal(0, 0.3) + even)),
+            "tokens_per_s": 61_000 + 900 * self.random.normal(),
             "tflops_per_s": 0.42, "memory_bytes": 1.2e9 + 1e6 * step,
-            "sent_bytes": {"dp all_reduce": 4_200_000, "ep all_to_all": 9_800_000, "tp all_gather": 2_000_000, "pp send": 260_000},
+            "sent_bytes": {"dp all_reduce": 4_200_000, "ep all_to_all": 9_800_000,
+                           "tp all_gather": 2_000_000, "pp send": 260_000},
             "skipped": self.skipped, "dropped": [0.01 * even * (i + 1) / self.layers for i in range(self.layers)],
             "imbalance": (tokens.max(1) / tokens.mean(1)).tolist() if self.layers else [], "tokens": tokens.tolist(),
         }  # fmt: skip
