@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 NOW = time.time() - 600
+HOSTILE = (
+    """<script>document.title='run'</script><img src=x onerror="document.title='run'">'"&amp;</style> $x^2$ {css}"""
+)
 
 
 class Run:

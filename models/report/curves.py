@@ -91,9 +91,11 @@ def chart(
             figsize=(size[0] / 72, size[1] / 72), layout=ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72)
         )
         axes = figure.add_subplot()
-        for step in marks:
-            if first <= step <= last:
-                axes.axvline(step, color=COLOURS["purple"], linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        shown = [step for step in marks if first <= step <= last]
+        # very many are ticks, which leave the curve to be seen
+        top, style = (1.0, (0, (3, 3))) if len(shown) <= 24 else (0.05, "solid")
+        for step in shown:
+            axes.axvline(step, ymax=top, color=COLOURS["purple"], linewidth=1, linestyle=style, zorder=1)
         drawn = [each for each in series if not each.empty]
         for each in drawn:
             _draw(axes, each)
@@ -145,13 +147,11 @@ def _scales(axes: Axes, drawn: Sequence[Series], form: str, log_scale: bool, fir
     elif len(values):
         if any(each.kind == "bars" for each in drawn):
             axes.set_ylim(0, values.max() * 1.08 or 1.0)
-        elif values.min() >= 0 and values.min() < 0.4 * values.max():
+        elif values.min() >= 0 and values.min() < 0.25 * values.max():
             axes.set_ylim(bottom=0)  # a curve that comes near zero shows how near
-        elif values.max() - values.min() < 1e-3 * abs(
-            values.max()
-        ):  # flat: no noise blown up to the height of the chart
-            room = abs(values.max()) * 0.1 or 1.0
-            axes.set_ylim(values.min() - room, values.max() + room)
+        elif values.max() - values.min() < 1e-3 * abs(values.max()) or not values.any():
+            room = abs(values.max()) * 0.1 or 0.05  # flat: no noise blown up to the height of the chart
+            axes.set_ylim(values.min() - room if values.min() else 0, values.max() + room)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.set_xlim(first, max(last, first + 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))

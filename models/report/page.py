@@ -78,7 +78,7 @@ def headline(log: Log, name: str, now: float) -> str:
     if word:
         parts.append(f'<p class="word">{text(word)}</p>')
     shown = tiles(log, total, now)
-    columns = len(shown) if len(shown) <= 8 else -(-len(shown) // 2)
+    columns = len(shown) if len(shown) <= 5 else -(-len(shown) // 2)
     parts.append(f'<dl class="tiles" style="--columns:{columns}">{"".join(shown)}</dl>')
     return "\n".join(parts)
 

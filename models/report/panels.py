@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .curves import LINES, WIDE, Series, chart
+from .curves import LINES, MOST, WIDE, Series, chart
 from .log import Log, Step
 from .parts import Section, large, panel, table
 
@@ -56,7 +56,13 @@ def loss(log: Log) -> Section:
     legend += [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
     draw = partial(chart, "Loss in bits per byte", series, log.step, marks)
     html = f'<div class="wide">{draw(size=WIDE)}</div><div class="narrow">{draw()}</div>'
-    return Section("Loss", panel("Bits per byte", html, legend, "over optimizer steps"))
+    averaged = len(log.steps) > MOST
+    note = (
+        "A point is the mean over several lines of the log, and the band around the curve their range."
+        if averaged
+        else ""
+    )
+    return Section("Loss", panel("Bits per byte", html, legend, "over optimizer steps"), note)
 
 
 def optimizer(log: Log) -> Section:
