@@ -13,7 +13,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from .parts import text
 
@@ -33,7 +41,9 @@ LINES = ("blue", "orange", "green", "purple", "sky", "yellow")  # of series side
 SMALL, WIDE = (400, 215), (1160, 330)  # pixels
 STEPS = [1, 2, 2.5, 5, 10]  # of ticks
 MOST = 400  # points of a curve; more are averaged
-FORMATS = {
+Kind = Literal["line", "dots", "marks", "bars"]
+Form = Literal["plain", "engineering", "bytes", "percent"]
+FORMATS: dict[Form, Formatter] = {
     "plain": FuncFormatter(lambda value, _: f"{value:g}"),
     "engineering": EngFormatter(sep=""),
     "bytes": EngFormatter(unit="B"),
@@ -56,7 +66,7 @@ class Series:
     steps: Sequence[int]
     values: Sequence[float | None]
     colour: str = "blue"
-    kind: Literal["line", "dots", "marks", "bars"] = "line"
+    kind: Kind = "line"
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values as float64; gaps are NaN."""
@@ -74,7 +84,7 @@ def chart(
     series: Sequence[Series],
     last: int,
     marks: Sequence[int] = (),
-    form: str = "plain",
+    form: Form = "plain",
     log_scale: bool = False,
     first: int = 0,
     size: tuple[int, int] = SMALL,
@@ -137,7 +147,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return steps[ends], mean, low, high
 
 
-def _scales(axes: Axes, drawn: Sequence[Series], form: str, log_scale: bool, first: int, last: int) -> None:
+def _scales(axes: Axes, drawn: Sequence[Series], form: Form, log_scale: bool, first: int, last: int) -> None:
     values = np.concatenate([each.arrays()[1] for each in drawn] or [np.array([])])
     values = values[np.isfinite(values)]
     if log_scale and len(values) and values.min() > 0 and values.max() > 20 * values.min():

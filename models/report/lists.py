@@ -68,22 +68,19 @@ def checkpoints(log: Log) -> str:
 
 def over_steps(log: Log) -> str:
     """Panels: how long training stood still for checkpoints, how long they took, and steps skipped so far."""
-    steps = [each.step for each in log.checkpoints]
-    panels = [
-        drawn(
-            log, title, Series("", steps, values, kind="bars"), note=f"seconds, median {statistics.median(known):.2f}"
-        )
-        for title, values in {
-            "Stalls by checkpoints": [each.stall_s for each in log.checkpoints],
-            "Checkpoints on the disk after": [each.seconds for each in log.checkpoints],
-        }.items()
-        if (known := [value for value in values if value is not None])
-    ]
-    if any(step.skipped for step in log.steps):
-        panels.append(
-            drawn(log, "Skipped steps", curve(log, lambda step: step.skipped, colour="orange"), note="so far")
-        )
-    return grid(*panels)
+    stall = curve(log.checkpoints, lambda each: each.stall_s, kind="bars")
+    whole = curve(log.checkpoints, lambda each: each.seconds, kind="bars")
+    skips = curve([step for step in log.steps if log.steps[-1].skipped], lambda step: step.skipped, colour="orange")
+    return grid(
+        drawn(log, "Stalls by checkpoints", stall, note=_median(stall)),
+        drawn(log, "Checkpoints on the disk after", whole, note=_median(whole)),
+        drawn(log, "Skipped steps", skips, note="so far"),
+    )
+
+
+def _median(seconds: Series) -> str:
+    known = [value for value in seconds.values if value is not None]
+    return f"seconds, median {statistics.median(known):.2f}" if known else ""
 
 
 def _folded(title: str, head: tuple[str, ...], rows: list, numbers: tuple[str, ...], is_open: bool = False) -> str:

@@ -6,12 +6,15 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
+from typing import TypeVar
 
-from .curves import LINES, MOST, WIDE, Series, chart
-from .log import Log, Step
+from .curves import LINES, MOST, WIDE, Form, Kind, Series, chart
+from .log import Event, Log, Step
 from .parts import Section, large, panel, table
 
 BITS = 1 / math.log(2)  # bits of a nat
+E = TypeVar("E", bound=Event)
 
 
 def bits(nats: float | None) -> float | None:
@@ -19,18 +22,37 @@ def bits(nats: float | None) -> float | None:
     return None if nats is None else nats * BITS
 
 
-def curve(log: Log, value: Callable[[Step], float | None], name: str = "", colour: str = "blue") -> Series:
-    """A value of each step line."""
-    return Series(name, [step.step for step in log.steps], [value(step) for step in log.steps], colour)
+def curve(
+    events: Sequence[E], value: Callable[[E], float | None], name: str = "", colour: str = "blue", kind: Kind = "line"
+) -> Series:
+    """A value of each of these lines of the log."""
+    return Series(name, [event.step for event in events], [value(event) for event in events], colour, kind)
 
 
-def drawn(log: Log, title: str, *series: Series, note: str = "", form: str = "plain", log_scale: bool = False) -> str:
+def drawn(
+    log: Log,
+    title: str,
+    *series: Series,
+    note: str = "",
+    form: Form = "plain",
+    log_scale: bool = False,
+    first: int = 0,
+) -> str:
     """A panel with these series; "" if there is nothing in them."""
     if all(each.empty for each in series):
         return ""
-    marks = [restart.start.step for restart in log.restarts]
-    legend = [(each.colour, each.name) for each in series if each.name]
-    return panel(title, chart(title, series, log.step, marks, form, log_scale), legend, note)
+    drawing = chart(title, series, log.step, restart_steps(log), form, log_scale, first)
+    return panel(title, drawing, legend(series), note)
+
+
+def legend(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """(colour, name) of the series that have a name and something to draw."""
+    return [(each.colour, each.name) for each in series if each.name and not each.empty]
+
+
+def restart_steps(log: Log) -> list[int]:
+    """Where to mark restarts."""
+    return [restart.start.step for restart in log.restarts]
 
 
 def grid(*panels: str) -> str:
@@ -38,80 +60,59 @@ def grid(*panels: str) -> str:
     return f'<div class="grid">{"".join(filter(None, panels))}</div>' if any(panels) else ""
 
 
+def losses(log: Log, first: int = 0) -> list[Series]:
+    """Bits per byte of training and of held-out text, from step `first` on."""
+    steps = [step for step in log.steps if step.step >= first]
+    held_out = [each for each in log.held_out if each.step >= first]
+    return [
+        curve(steps, lambda step: bits(step.loss), "train"),
+        curve(held_out, lambda each: each.bits_per_byte, "held out", "green", "dots"),
+    ]
+
+
 def loss(log: Log) -> Section:
-    """Loss of training and of held-out text."""
-    train = curve(log, lambda step: bits(step.loss), "train")
-    held_out = Series(
-        "held out", [each.step for each in log.held_out], [each.bits_per_byte for each in log.held_out], "green", "dots"
-    )
-    spikes = Series(
-        "spike", [each.step for each in log.spikes], [bits(each.loss) for each in log.spikes], "orange", "marks"
-    )
-    series = [train, held_out, spikes]
-    if all(each.empty for each in series):
-        html = '<p class="empty">There is no loss yet.</p>'
-        return Section("Loss", panel("Bits per byte", html))
-    marks = [restart.start.step for restart in log.restarts]
-    legend = [(each.colour, each.name) for each in (train, held_out) if not each.empty]
-    legend += [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
-    draw = partial(chart, "Loss in bits per byte", series, log.step, marks)
+    """Loss over the whole run."""
+    title = "Bits per byte"
+    known = losses(log)
+    spikes = curve(log.spikes, lambda spike: bits(spike.loss), colour="orange", kind="marks")
+    if all(each.empty for each in (*known, spikes)):
+        return Section("Loss", panel(title, '<p class="empty">There is no loss yet.</p>'))
+    marks = restart_steps(log)
+    keys = legend(known) + [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
+    draw = partial(chart, title, [*known, spikes], log.step, marks)
     html = f'<div class="wide">{draw(size=WIDE)}</div><div class="narrow">{draw()}</div>'
-    averaged = len(log.steps) > MOST
-    note = (
-        "A point is the mean over several lines of the log, and the band around the curve their range."
-        if averaged
-        else ""
-    )
-    return Section("Loss", panel("Bits per byte", html, legend, "over optimizer steps"), note)
+    note = "A point is the mean over several lines of the log, and the band around the curve is their range."
+    return Section("Loss", panel(title, html, keys, "over optimizer steps"), note if len(log.steps) > MOST else "")
 
 
 def optimizer(log: Log) -> Section:
     """Whether the loss still falls, and what the optimizer does."""
     half = log.step // 2
-    newest = [
-        _after(half, curve(log, lambda step: bits(step.loss), "train")),
-        _after(
-            half,
-            Series(
-                "held out", [e.step for e in log.held_out], [e.bits_per_byte for e in log.held_out], "green", "dots"
-            ),
-        ),
-    ]
-    marks = [restart.start.step for restart in log.restarts]
-    late = ""
-    if sum(value is not None for value in newest[0].values) > 1:
-        legend = [(each.colour, each.name) for each in newest if not each.empty]
-        late = panel("Loss, second half", chart("Loss, second half", newest, log.step, marks, first=half), legend)
+    late = losses(log, half)
+    norm = curve(log.steps, lambda step: step.gradient_norm)
     html = grid(
-        late,
-        drawn(log, "Learning rate", curve(log, lambda step: step.lr)),
-        drawn(
-            log, "Gradient norm", curve(log, lambda step: step.gradient_norm), note="before clipping", log_scale=True
-        ),
+        drawn(log, "Loss, second half", *late, first=half) if len(late[0].values) > 1 else "",
+        drawn(log, "Learning rate", curve(log.steps, lambda step: step.lr)),
+        drawn(log, "Gradient norm", norm, note="before clipping", log_scale=True),
     )
     return Section("Optimizer", html)
 
 
-def _after(step: int, series: Series) -> Series:
-    pairs = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if s >= step]
-    return Series(series.name, [s for s, _ in pairs], [v for _, v in pairs], series.colour, series.kind)
-
-
 def speed(log: Log) -> Section:
     """Throughput, memory, and what ranks send."""
-    axes = by_axis(log.steps)
-    lines = [
-        curve(log, lambda step, axis=axis: _of_axis(step, axis), axis, colour)
-        for axis, colour in zip(axes, LINES, strict=False)
+    sent = [
+        curve(log.steps, partial(_of_axis, axis=axis), axis, colour)
+        for axis, colour in zip(by_axis(log.steps), LINES, strict=False)
     ]
+    tokens, tflops, mfu, memory = (
+        curve(log.steps, attrgetter(name)) for name in ("tokens_per_s", "tflops_per_s", "mfu", "memory_bytes")
+    )
     html = grid(
-        drawn(
-            log, "Tokens per second", curve(log, lambda step: step.tokens_per_s), note="all ranks", form="engineering"
-        ),
-        drawn(log, "TFLOP/s", curve(log, lambda step: step.tflops_per_s), note="all ranks"),
-        drawn(log, "MFU", curve(log, lambda step: step.mfu), note="share of the devices' peak", form="percent"),
-        drawn(log, "Memory", curve(log, lambda step: step.memory_bytes), note="the most of any rank", form="bytes"),
-        drawn(log, "Bytes sent per step", *lines, note="per rank", form="bytes", log_scale=True),
+        drawn(log, "Tokens per second", tokens, note="all ranks", form="engineering"),
+        drawn(log, "TFLOP/s", tflops, note="all ranks"),
+        drawn(log, "MFU", mfu, note="share of the devices' peak", form="percent"),
+        drawn(log, "Memory", memory, note="the most of any rank", form="bytes"),
+        drawn(log, "Bytes sent per step", *sent, note="per rank", form="bytes", log_scale=True),
         traffic(log.steps),
     )
     return Section("Speed and memory", html)
@@ -156,8 +157,8 @@ def _over_layers(log: Log, values: Callable[[Step], list[float | None]]) -> list
         return how(known) if known else None
 
     if max((len(values(step)) for step in log.steps), default=0) < 2:
-        return [curve(log, partial(over, max))]
+        return [curve(log.steps, partial(over, max))]
     return [
-        curve(log, partial(over, max), "worst layer", "orange"),
-        curve(log, partial(over, statistics.median), "median"),
+        curve(log.steps, partial(over, max), "worst layer", "orange"),
+        curve(log.steps, partial(over, statistics.median), "median"),
     ]
