@@ -1,7 +1,6 @@
 """A run as one HTML page, made from its log: curves, load of the experts, restarts, settings.
 
-python -m turnout.models.report runs/pretrain
-
+On the command line: ``python -m turnout.models.report runs/pretrain``.
 """
 
 from __future__ import annotations
@@ -38,5 +37,8 @@ def write(run: str | Path, refresh: int | None = None) -> Path:
     html = page(read(path), time.time(), refresh)
     report = path.with_name("report.html")
     part = path.with_name(f".report.{os.getpid()}.html")
-    part.write_text(html, encoding="utf-8")
-    return part.replace(report)
+    try:
+        part.write_text(html, encoding="utf-8", errors="replace")  # a log may hold half of a UTF-16 pair
+        return part.replace(report)
+    finally:
+        part.unlink(missing_ok=True)

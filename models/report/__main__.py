@@ -27,18 +27,22 @@ def main(argv: list[str] | None = None) -> int:
     if follow is not None and follow < 1:
         parser.error(f"--follow must be 1 or more seconds; got {follow}")
     try:
-        while True:
-            # read before it is written: a line that comes in between is in the page, or there will be another page
-            running = follow is not None and read(path_of(run)).state == "running"
-            print(write(run, follow), flush=True)
-            if follow is None or not running:
-                return 0
+        running = follow is not None and _running(run)  # asked before the page is made, which then has the last line
+        print(write(run, follow), flush=True)
+        while follow is not None and running:
             time.sleep(follow)
+            running = _running(run)
+            write(run, follow)
     except (LogError, ModuleNotFoundError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # how --follow is ended
-        return 0
+        pass
+    return 0
+
+
+def _running(run: Path) -> bool:
+    return read(path_of(run)).state == "running"
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_all_steps_skipped(tmp_path):
 
 def test_hostile_text_stays_text(tmp_path):
     run = Run(tmp_path / "a<b>&'\"")
-    run.start(out=HOSTILE, **{HOSTILE: [HOSTILE, 1]})
+    run.start(out=HOSTILE, half="\ud800", **{HOSTILE: [HOSTILE, 1]})
     run.steps(0, 50, sent_bytes={f"{HOSTILE}": 3.0, "<b> all_reduce": 2.0})
     run.line("spike", 50, loss=3.0, median=1.0, parameter=HOSTILE, rank=1)
     run.line(

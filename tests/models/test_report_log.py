@@ -109,6 +109,14 @@ def test_the_command(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "report.html"]
 
 
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
+    run = small(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    assert main([str(run.path)]) == 2
+    assert "report.html" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "report.html"]
+
+
 def test_a_page_that_follows_a_run_loads_itself_until_the_run_ends(tmp_path):
     run = Run(tmp_path)
     run.start()
