@@ -1,0 +1,164 @@
+"""The curves of the page: loss, optimizer, speed and memory, balance of the experts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import TypeVar
+
+from .curves import LINES, MOST, WIDE, Form, Kind, Series, chart
+from .log import Event, Log, Step
+from .parts import Section, large, panel, table
+
+BITS = 1 / math.log(2)  # bits of a nat
+E = TypeVar("E", bound=Event)
+
+
+def bits(nats: float | None) -> float | None:
+    """Nats as bits."""
+    return None if nats is None else nats * BITS
+
+
+def curve(
+    events: Sequence[E], value: Callable[[E], float | None], name: str = "", colour: str = "blue", kind: Kind = "line"
+) -> Series:
+    """A value of each of these lines of the log."""
+    return Series(name, [event.step for event in events], [value(event) for event in events], colour, kind)
+
+
+def drawn(
+    log: Log,
+    title: str,
+    *series: Series,
+    note: str = "",
+    form: Form = "plain",
+    log_scale: bool = False,
+    first: int = 0,
+) -> str:
+    """A panel with these series; "" if there is nothing in them."""
+    if all(each.empty for each in series):
+        return ""
+    drawing = chart(title, series, log.step, restart_steps(log), form, log_scale, first)
+    return panel(title, drawing, legend(series), note)
+
+
+def legend(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """(colour, name) of the series that have a name and something to draw."""
+    return [(each.colour, each.name) for each in series if each.name and not each.empty]
+
+
+def restart_steps(log: Log) -> list[int]:
+    """Where to mark restarts."""
+    return [restart.start.step for restart in log.restarts]
+
+
+def grid(*panels: str) -> str:
+    """Panels side by side, without those that are empty; "" if all are."""
+    return f'<div class="grid">{"".join(filter(None, panels))}</div>' if any(panels) else ""
+
+
+def losses(log: Log, first: int = 0) -> list[Series]:
+    """Bits per byte of training and of held-out text, from step `first` on."""
+    steps = [step for step in log.steps if step.step >= first]
+    held_out = [each for each in log.held_out if each.step >= first]
+    return [
+        curve(steps, lambda step: bits(step.loss), "train"),
+        curve(held_out, lambda each: each.bits_per_byte, "held out", "green", "dots"),
+    ]
+
+
+def loss(log: Log) -> Section:
+    """Loss over the whole run."""
+    title = "Bits per byte"
+    known = losses(log)
+    spikes = curve(log.spikes, lambda spike: bits(spike.loss), colour="orange", kind="marks")
+    if all(each.empty for each in (*known, spikes)):
+        return Section("Loss", panel(title, '<p class="empty">There is no loss yet.</p>'))
+    marks = restart_steps(log)
+    keys = legend(known) + [("spike", "spike")] * (not spikes.empty) + [("restart", "restart")] * bool(marks)
+    draw = partial(chart, title, [*known, spikes], log.step, marks)
+    html = f'<div class="wide">{draw(size=WIDE)}</div><div class="narrow">{draw()}</div>'
+    note = "A point is the mean over several lines of the log, and the band around the curve is their range."
+    return Section("Loss", panel(title, html, keys, "over optimizer steps"), note if len(log.steps) > MOST else "")
+
+
+def optimizer(log: Log) -> Section:
+    """Whether the loss still falls, and what the optimizer does."""
+    half = log.step // 2
+    late = losses(log, half)
+    norm = curve(log.steps, lambda step: step.gradient_norm)
+    html = grid(
+        drawn(log, "Loss, second half", *late, first=half) if len(late[0].values) > 1 else "",
+        drawn(log, "Learning rate", curve(log.steps, lambda step: step.lr)),
+        drawn(log, "Gradient norm", norm, note="before clipping", log_scale=True),
+    )
+    return Section("Optimizer", html)
+
+
+def speed(log: Log) -> Section:
+    """Throughput, memory, and what ranks send."""
+    sent = [
+        curve(log.steps, partial(_of_axis, axis=axis), axis, colour)
+        for axis, colour in zip(by_axis(log.steps), LINES, strict=False)
+    ]
+    tokens, tflops, mfu, memory = (
+        curve(log.steps, attrgetter(name)) for name in ("tokens_per_s", "tflops_per_s", "mfu", "memory_bytes")
+    )
+    html = grid(
+        drawn(log, "Tokens per second", tokens, note="all ranks", form="engineering"),
+        drawn(log, "TFLOP/s", tflops, note="all ranks"),
+        drawn(log, "MFU", mfu, note="share of the devices' peak", form="percent"),
+        drawn(log, "Memory", memory, note="the most of any rank", form="bytes"),
+        drawn(log, "Bytes sent per step", *sent, note="per rank", form="bytes", log_scale=True),
+        traffic(log.steps),
+    )
+    return Section("Speed and memory", html)
+
+
+def _of_axis(step: Step, axis: str) -> float | None:
+    sent = [n for key, n in step.sent_bytes.items() if key.partition(" ")[0] == axis]
+    return sum(sent) if sent else None
+
+
+def by_axis(steps: Sequence[Step]) -> list[str]:
+    """Axes of the mesh that bytes were sent over, the busiest of the newest line first."""
+    axes = {key.partition(" ")[0] for step in steps for key in step.sent_bytes}
+    return sorted(axes, key=lambda axis: (-(_of_axis(steps[-1], axis) or 0), axis))
+
+
+def traffic(steps: Sequence[Step]) -> str:
+    """A panel: bytes of the newest step by axis and collective."""
+    newest = next((step for step in reversed(steps) if step.sent_bytes), None)
+    if newest is None:
+        return ""
+    total = sum(newest.sent_bytes.values()) or 1
+    rows = [
+        (*key.partition(" ")[::2], large(n, "B"), f"{n / total:.1%}")
+        for key, n in sorted(newest.sent_bytes.items(), key=lambda item: -item[1])
+    ]
+    html = table(("axis", "collective", "bytes", "share"), rows, numbers=("bytes", "share"))
+    return panel(f"Bytes sent in step {newest.step:,}", html, note="per rank")
+
+
+def balance(log: Log) -> str:
+    """How evenly the experts of all layers are used; "" for a model without them."""
+    return grid(
+        drawn(log, "Imbalance", *_over_layers(log, lambda step: step.imbalance), note="max / mean load"),
+        drawn(log, "Dropped", *_over_layers(log, lambda step: step.dropped), note="share", form="percent"),
+    )
+
+
+def _over_layers(log: Log, values: Callable[[Step], list[float | None]]) -> list[Series]:
+    def over(how: Callable[[list[float]], float], step: Step) -> float | None:
+        known = [value for value in values(step) if value is not None]
+        return how(known) if known else None
+
+    if max((len(values(step)) for step in log.steps), default=0) < 2:
+        return [curve(log.steps, partial(over, max))]
+    return [
+        curve(log.steps, partial(over, max), "worst layer", "orange"),
+        curve(log.steps, partial(over, statistics.median), "median"),
+    ]
