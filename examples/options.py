@@ -25,7 +25,7 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 # 0 or more; other numbers must be positive
-MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops")
+MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
     """What is trained, on what and how. On the command line `micro_batches` is --micro-batches."""
 
     steps: Annotated[int, "number of optimizer steps in all"] = 200
-    out: Annotated[str, "folder for checkpoints and report.png"] = "runs/pretrain"
+    out: Annotated[str, "folder for checkpoints, the log and the report"] = "runs/pretrain"
     data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
     resume: Annotated[bool, "go on from the newest checkpoint in --out, on any mesh"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
@@ -81,6 +81,7 @@ class Job:
     keep: Annotated[int, "number of checkpoints to keep"] = 3
     log_every: Annotated[int, "steps between two log lines"] = 10
     peak_tflops: Annotated[float, "peak TFLOP/s of one device, for the share in use, MFU; 0 leaves it out"] = 0.0
+    profile: Annotated[int, "number of steps to trace with torch's profiler, after three others; 0 traces none"] = 0
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
 
     def fit(self, ranks: int) -> Job:

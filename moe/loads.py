@@ -55,6 +55,4 @@ def load(model: nn.Module, mesh: DeviceMesh | Meshes | None = None) -> dict[str,
         with named("loads of experts (load)", group):
             dist.all_reduce(counts, group=group)
     parts = counts.cpu().split([len(each) for each in taken])
-    return {
-        name: Load(*measured(part[:-1], part[-1], torch.float64)) for name, part in zip(layers, parts, strict=True)
-    }
+    return {name: Load(*measured(part[:-1], part[-1], torch.float64)) for name, part in zip(layers, parts, strict=True)}
