@@ -9,12 +9,12 @@ from pathlib import Path
 import launch
 import torch
 
-WAIT, WARM_UP = 1, 2  # steps before the trace: the first is like no other, and tracing itself has to warm up
+BEFORE, WARM_UP = 3, 2  # steps before the trace; in the last of them the profiler runs already, as it has to warm up
 
 
 @contextmanager
 def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
-    """Trace `steps` training steps of this rank, after WAIT + WARM_UP others; 0 traces none.
+    """Trace `steps` training steps of this rank, after BEFORE others; 0 traces none.
 
     Yields what is to be called after each step. The trace is written to `folder` as soon as it is complete.
     """
@@ -28,6 +28,6 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
         profile.export_chrome_trace(str(path))
         launch.say(f"profile of {steps} steps, a file for each rank: {folder}")
 
-    schedule = torch.profiler.schedule(wait=WAIT, warmup=WARM_UP, active=steps, repeat=1)
+    schedule = torch.profiler.schedule(wait=BEFORE - WARM_UP, warmup=WARM_UP, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
         yield profile.step

@@ -50,7 +50,7 @@ class BytesOfExperts:
         Every rank calls it.
         """
         dist.all_reduce(self.counts)  # a layer's counts come from the ranks of its stage
-        above = self.counts - self.counts.sum(1, keepdim=True) / self.counts.shape[1]
+        above = self.counts - self.counts.sum(1, keepdim=True).double() / self.counts.shape[1]
         best = above.topk(SHOWN, dim=-1)
         tokens = self.counts.gather(-1, best.indices)
         table = torch.stack([best.indices, tokens, best.values > 0], -1).tolist()
