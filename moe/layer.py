@@ -263,7 +263,7 @@ class MoE(nn.Module):
             return  # activation recomputation: this forward has been counted
         if self.training and y.requires_grad:
             self.gate.observe(routing)
-            self._count.add(routing.expert, dropped)
+            self._count.add(routing.expert, dropped, routing.num_experts)
         step = self._losses.add(loss, self.training, y.requires_grad)
         if self.training and y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
             y.register_hook(lambda _: self._losses.after_backward(step))

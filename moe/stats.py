@@ -71,10 +71,12 @@ class LoadCount:
         self.sums = torch.zeros(1 + num_experts + 1, dtype=torch.int64)
 
     @torch.no_grad()
-    def add(self, chosen: Tensor, dropped: Tensor | None) -> None:
+    def add(self, chosen: Tensor, dropped: Tensor | None, num_experts: int) -> None:
         """Count a forward: experts chosen, int64 [T, k]; which of them were dropped, bool [T, k], None for none."""
         if transformed():
             return  # `torch.func` lets no function change what it was not given
+        if len(self.sums) != num_experts + 2:  # another gate or other free experts: begin anew
+            self.sums = LoadCount(num_experts).sums
         self.move_to(chosen.device)
         ids = chosen.flatten() + 1
         self.sums.scatter_add_(0, ids, torch.ones_like(ids))

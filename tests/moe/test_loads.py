@@ -123,6 +123,9 @@ def test_free_experts_come_after_the_others():
     layer = MoE(D, 16, E, K, free_experts=["null", "identity"])
     train(layer, tokens(20))
     assert len(load(layer)[""].tokens_per_expert) == E + 2
+    layer.free, layer.gate = None, built().gate  # set later
+    train(layer, tokens(20))
+    assert load(layer)[""].tokens_per_expert.shape == (E,)
 
 
 def test_evaluations_are_not_counted():
