@@ -35,6 +35,7 @@ class Run:
         goes_on: whether the job goes on with what the folder holds: as --resume asks, or since torchrun started its
             ranks again.
         known: whether the folder named the run; else the id is new.
+        restarted: whether torchrun started the ranks again.
         job, text: what this job computes, and a digest of what it reads.
         lock: on rank 0, the open file; other jobs are kept out until it is closed or the process ends.
     """
@@ -42,6 +43,7 @@ class Run:
     id: str
     goes_on: bool
     known: bool
+    restarted: bool
     job: Job
     text: str
     lock: IO[str] | None = None
@@ -97,7 +99,7 @@ class Run:
             say(f"going on with {', '.join(others + changed)}")
 
 
-def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool, bool], IO[str] | None]:
+def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool, bool, bool], IO[str] | None]:
     out.mkdir(parents=True, exist_ok=True)
     held, newest = _read(out / "run.json"), checkpoint.newest(out)
     restarted = bool(launchers & set(held.get("launchers", [])))
@@ -114,7 +116,7 @@ def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool
     aside = out / "run.json.incomplete"
     aside.write_text(json.dumps({"run": run, "launchers": sorted(launchers)}))
     aside.replace(out / "run.json")
-    return (run, bool(newest), known), lock
+    return (run, bool(newest), known, restarted), lock
 
 
 def _read(file: Path) -> dict[str, Any]:

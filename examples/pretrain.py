@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,17 +27,21 @@ import options
 import steps
 import torch
 import torch.distributed as dist
+from board import tensorboard
 from launch import say
+from log import Log, Recent, mean, summary
 from meter import Meter
 from options import Job
 from ownership import Run
-from report import Log, draw, tensorboard
+from profiling import profiled
+from specialisation import BytesOfExperts
 from spikes import Spikes
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
-from turnout.models import ParallelModel, checkpoint
+from turnout.models import ParallelModel, checkpoint, report
+from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
 from turnout.moe import GradScaler, ReplicaError, check_replicas
 
 # exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
@@ -45,8 +50,7 @@ FAILED, REFUSED, STOPPED = 1, 2, 143
 
 def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
     """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
-    out, stop = Path(job.out), launch.Stop()
-    run = Run.claim(job, corpus.digest(*text))
+    out, stop, run = Path(job.out), launch.Stop(), Run.claim(job, corpus.digest(*text))
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     meshes = Meshes.of(
         device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node, timeout=job.timeout
@@ -54,91 +58,121 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
-    first, log = begin(job, run, model, optimizer, scaler)
+    first, recent = begin(job, run, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
-    skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips), Spikes()
+    skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped), Spikes()
+    silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty(), False, first
 
-    say(header(job, meter, text, device, first))
-    stopping, silent = False, launch.RANK != 0 or not sys.stderr.isatty()
-    bar = tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr)
-    for done in range(first + 1, job.steps + 1):
-        logged = done % job.log_every == 0 or done == job.steps
-        place.at("training", done)
-        stop.ask()
-        lr = job.lr_at(done - 1)
-        with meter.step(count=logged):
-            tokens = steps.batch(job, text[0], done - 1, meshes)
-            step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
-        skips.add(done, step)
-        if step.spike:
-            say(f"step {done}: {step.spike}")
-        stopping = stop.answer() and done < job.steps
+    with (
+        Log(out / "log.jsonl", place) as log,
+        AsyncCheckpointer(out, job.keep, job.timeout) as checkpointer,
+        profiled(job.profile, out / "profile") as profiler_step,
+        tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr) as bar,
+    ):
+        start = log.write("start", first, **described(job, run, meter, text, device))
+        say(header(start))
+        for done in range(first + 1, job.steps + 1):
+            place.at("training", done)
+            stop.ask()
+            logged, lr = done % job.log_every == 0 or done == job.steps, job.lr_at(done - 1)
+            with meter.step(count=logged):
+                tokens = steps.batch(job, text[0], done - 1, meshes)
+                step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
+            profiler_step()
+            skips.add(done, step)
+            recent.take(step.loss, skips.total)
+            if spike := step.spike:
+                say(f"step {done}: {spike}")
+                where = {"parameter": spike.parameter, "rank": spike.rank}
+                log.write("spike", done, loss=spike.loss, median=spike.usual, **where)
+            stopping = stop.answer() and done < job.steps
+            last = stopping or done == job.steps
 
-        last = stopping or done == job.steps
-        log.take(step.loss, skips.total)
-        if logged:
-            place.at("the log")
-            log.add(done, meter.read(), *steps.gather(model))
-            if launch.RANK == 0:
-                with open(out / "log.jsonl", "a") as lines:
-                    print(json.dumps(log.entry(lr=lr, gradient_norm=step.norm)), file=lines)
-            bar.set_postfix_str(log.summary())
-            if silent:
-                say(f"step {done} of {job.steps}: {log.summary()}")
-            if board:
-                board.step(log, model, {"lr": lr, "gradient norm": step.norm})
-        bar.update()
-        if done % job.eval_every == 0 or done == job.steps:
-            place.at("the evaluation")
-            log.add_held_out(done, steps.evaluate(model, text[1], job))
-            if board:
-                board.held_out(log)
-        saves = done % job.save_every == 0 or last
-        if done % job.check_every == 0 or saves:
-            place.at("the comparison of replicas")
-            check_replicas(model.parts)
-        if saves:
-            place.at("the checkpoint")
-            steps.check_finite(model, optimizer, done)
-            extra = {"log": asdict(log), "scaler": scaler.state_dict(), **run.signature()}
-            checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
-            checkpoint.prune(out, job.keep)
-        if stopping:
-            break
-    bar.close()
+            if logged:
+                place.at("the log")
+                recent.count(*steps.gather(model))
+                event = log.write("step", done, lr=lr, gradient_norm=step.norm, **meter.read(), **recent.spend())
+                bar.set_postfix_str(summary(event))
+                if silent:
+                    say(f"step {done} of {job.steps}: {summary(event)}")
+                if board:
+                    board.step(event, model)
+            bar.update()
+            if done % job.eval_every == 0 or done == job.steps:
+                place.at("the evaluation")
+                with BytesOfExperts(model) as experts:
+                    bits = steps.evaluate(model, text[1], job)
+                event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most())
+                if board:
+                    board.held_out(event)
+
+            log_saved(log, checkpointer.poll)
+            saves = done % job.save_every == 0 or last
+            if saves or done % job.check_every == 0:
+                place.at("the comparison of replicas")
+                check_replicas(model.parts)
+            if saves:
+                place.at("the checkpoint")
+                log_saved(log, checkpointer.wait)
+                recent.count(*steps.gather(model))
+                extra = {"recent": asdict(recent), "scaler": scaler.state_dict(), **run.signature()}
+                checkpointer.save(model.parts, optimizer, done, extra, random_state(device))
+            if last:
+                log_saved(log, checkpointer.wait, final=True)
+            if stopping:
+                break
+        log.write("end", done, reason="stopped by SIGTERM" if stopping else "done")
     if board:
         board.close()
     if stopping:
         say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
         return STOPPED
     if launch.RANK == 0:
-        draw(log, out / "report.png")
-        (out / "log.json").write_text(json.dumps(asdict(log)))
+        say(f"report: {reported(out)}; log: {log.path}")
         print(json.dumps(figures(job, log, meter)), flush=True)
     return 0
 
 
-def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Log]:
-    """The number of steps done, and the curves so far: of the newest checkpoint where the job goes on with one."""
-    out = Path(job.out)
-    loaded = checkpoint.load_newest(out, model.parts, optimizer, run.accept) if run.goes_on else None
-    if loaded:
-        if loaded.rank_state:
-            torch.set_rng_state(loaded.rank_state["cpu"])
-            if "cuda" in loaded.rank_state:
-                torch.cuda.set_rng_state(loaded.rank_state["cuda"])
-        else:
-            torch.manual_seed(hash((job.seed, loaded.step, launch.RANK)))
-            say("another number of ranks: the random numbers of gates start anew")
-        if job.fp16 and loaded.extra.get("scaler"):
-            scaler.load_state_dict(loaded.extra["scaler"])
-        say(f"going on after step {loaded.step} of run {run.id}")
-        return loaded.step, Log(**loaded.extra["log"])
-    if launch.RANK == 0:
-        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-    torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
-    return 0, Log()
+def log_saved(log: Log, call: Callable[[], Saved | None], final: bool = False) -> None:
+    """Log the checkpoint that `poll` or `wait` returns. A disk that is full, or fails, ends the job only at its end."""
+    try:
+        saved = call()
+    except WriteError as error:
+        if final:
+            raise
+        say(f"a checkpoint is not written, and training goes on to the next one (--save-every): {error}")
+    else:
+        if saved:
+            log.write("checkpoint", saved.step, stall_s=saved.stalled, seconds=saved.seconds)
+
+
+def reported(out: Path) -> Path | str:
+    """Where the report is. A report that cannot be made is no reason for a job to fail after all."""
+    try:
+        return report.write(out)
+    except (report.LogError, ModuleNotFoundError, OSError) as error:
+        return f"none, {error}"
+
+
+def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:
+    """Steps done, and what the log does not say of them yet: of the newest checkpoint if the job goes on with one."""
+    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.goes_on else None
+    if loaded is None:
+        # the weights were drawn alike; noise in gates is each rank's
+        torch.manual_seed(hash((job.seed, 0, launch.RANK)))
+        return 0, Recent()
+    if loaded.rank_state:
+        torch.set_rng_state(loaded.rank_state["cpu"])
+        if "cuda" in loaded.rank_state:
+            torch.cuda.set_rng_state(loaded.rank_state["cuda"])
+    else:
+        torch.manual_seed(hash((job.seed, loaded.step, launch.RANK)))
+        say("another number of ranks: the random numbers of gates start anew")
+    if job.fp16 and loaded.extra.get("scaler"):
+        scaler.load_state_dict(loaded.extra["scaler"])
+    say(f"going on after step {loaded.step} of run {run.id}")
+    return loaded.step, Recent(**loaded.extra.get("recent", {}))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -146,31 +180,51 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
 
 
-def header(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device, first: int) -> str:
-    """What the job is about to do, in a line."""
-    kind = "dense" if job.dense else f"{job.experts} experts, top {job.top_k}"
-    axes = {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+def described(job: Job, run: Run, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
+    """What the job is about to do, for the log."""
+    return {
+        "run": run.id,
+        "restart": run.restarted,
+        "job": asdict(job),
+        "mesh": {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
+        "ranks": launch.RANKS,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "parameters": meter.parameters,
+        "active_parameters": meter.active_parameters,
+        "train_bytes": len(text[0]),
+        "held_out_bytes": len(text[1]),
+    }
+
+
+def header(start: dict[str, Any]) -> str:
+    """The start event, in a line."""
+    job = start["job"]
+    kind = "dense" if job["dense"] else f"{job['experts']} experts, top {job['top_k']}"
+    sizes = f"{start['parameters']:,} parameters, {start['active_parameters']:,} active"
+    axes = ", ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     return "; ".join(
         [
-            f"GPT of {job.layers} blocks ({kind}), {meter.parameters:,} parameters, {meter.active_parameters:,} active",
-            f"{len(text[0]):,} bytes of text and {len(text[1]):,} held out",
-            f"{device.type}, ranks {launch.RANKS}: {', '.join(f'{axis} {size}' for axis, size in axes.items())}",
-            f"steps {first + 1} to {job.steps}",
+            f"GPT of {job['layers']} blocks ({kind}), {sizes}",
+            f"{start['train_bytes']:,} bytes of text and {start['held_out_bytes']:,} held out",
+            f"{start['device']}, ranks {start['ranks']}: {axes}",
+            f"steps {start['step'] + 1} to {job['steps']}",
         ]
     )
 
 
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
     """What the job came to, for its last line of output."""
+    step, held_out = (log.last.get(kind, {}) for kind in ("step", "held out"))  # missing: nothing to do, and no log
     return {
         "steps": job.steps,
-        "loss": log.loss[-1],
-        "val_bpb": log.val_bpb[-1],
-        **log.usage[-1],
+        "loss": step.get("loss"),
+        "val_bpb": held_out.get("bits_per_byte"),
+        "memory_bytes": step.get("memory_bytes"),
+        "sent_bytes": step.get("sent_bytes"),
         **meter.rates(),
         "seconds": round(meter.seconds, 1),
-        "dropped": log.dropped[-1],
-        "imbalance": log.imbalance[-1],
+        "dropped": mean(step.get("dropped", [])),
+        "imbalance": max(step.get("imbalance", []), default=1.0),
         "ranks": dist.get_world_size(),
         "mesh": {"pp": job.pp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
         "parameters": meter.parameters,

@@ -28,7 +28,7 @@ from turnout.models import checkpoint
 
 ANNOUNCED_BY_NOTHING = {
     *("out", "data", "resume", "allow_changes", "timeout"),
-    *("eval_every", "eval_size", "save_every", "keep", "log_every", "peak_tflops", "tensorboard"),
+    *("eval_every", "eval_size", "save_every", "keep", "log_every", "peak_tflops", "tensorboard", "profile"),
 }
 
 
@@ -84,26 +84,26 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(name, capsys):
     before = options.Job()
     value = getattr(before, name)
     other = {bool: lambda: not value, str: lambda: f"{value}2"}.get(type(value), lambda: value + 1)()
-    said = Run("id", True, True, before, "text").signature()
+    said = Run("id", True, True, False, before, "text").signature()
     now = Job(**{name: other, "lr": 1.0, "pp": 2})
     flag = options.flag(name)
     with pytest.raises(checkpoint.CheckpointError, match=f"other data: {flag} {other} .was {value}.. Use"):
-        Run("id", True, True, now, "text").accept(3, json.loads(json.dumps(said)))
+        Run("id", True, True, False, now, "text").accept(3, json.loads(json.dumps(said)))
     allowed = Job(**{name: other, "lr": 1.0, "allow_changes": True})
-    Run("id", True, True, allowed, "text").accept(3, json.loads(json.dumps(said)))
+    Run("id", True, True, False, allowed, "text").accept(3, json.loads(json.dumps(said)))
     assert f"{flag} {other} (was {value}), --lr 1.0 (was 0.004)" in capsys.readouterr().err
 
 
 def test_what_may_change_is_told_and_other_text_or_another_run_refused(capsys):
-    before = Run("id", True, True, Job(data=("a",)), "text")
-    moved = Run("id", True, True, Job(data=("b",), lr=1.0, tp=2, save_every=7), "text")
+    before = Run("id", True, True, False, Job(data=("a",)), "text")
+    moved = Run("id", True, True, False, Job(data=("b",), lr=1.0, tp=2, save_every=7), "text")
     moved.accept(3, json.loads(json.dumps(before.signature())))
     assert capsys.readouterr().err == "going on with --tp 2 (was 1), --lr 1.0 (was 0.004)\n"
     with pytest.raises(checkpoint.CheckpointError, match=r"the text of --data \(its bytes differ\)"):
-        Run("id", True, True, Job(data=("a",)), "other").accept(3, before.signature())
+        Run("id", True, True, False, Job(data=("a",)), "other").accept(3, before.signature())
     with pytest.raises(checkpoint.CheckpointError, match="step 3 is of run id, and runs/pretrain of run other: move"):
-        Run("other", True, True, Job(), "text").accept(3, before.signature())
-    Run("new", True, False, Job(), "text").accept(3, before.signature())  # the folder named no run
+        Run("other", True, True, False, Job(), "text").accept(3, before.signature())
+    Run("new", True, False, False, Job(), "text").accept(3, before.signature())  # the folder named no run
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from log import read
 from main_job import ROOT, result, run
 from scripts import script
 
@@ -21,7 +21,8 @@ def test_prints_its_figures_and_draws_its_report(one_rank):
     assert {"steps", "loss", "val_bpb", "tokens_per_s"} <= figures.keys()
     assert figures["steps"] == 6
     assert 0 < figures["val_bpb"] < 8.5
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert 'class="state done"' in (out / "report.html").read_text()
+    assert not (out / "log.json").exists()
     assert (out / "step-6").is_dir()
 
 
@@ -31,18 +32,31 @@ def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
     flags = ("--steps", "6", "--data", text, "--pp", "2")
     each, some = (run(tmp_path / n, *flags, "--log-every", n, ranks=2) for n in "14")
     assert result(some)["loss"] != result(each)["loss"]
-    lines = {n: [json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "14"}
+    lines = {n: [event for event in read(tmp_path / n / "log.jsonl") if event["event"] == "step"] for n in "14"}
     losses = [line["loss"] for line in lines["1"]]
     assert [line["step"] for line in lines["4"]] == [4, 6]
     assert [line["loss"] for line in lines["4"]] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-4)
-    assert [len(line["imbalance"]) for line in lines["4"]] == [1, 1]
+    for line, single in zip(lines["4"], (lines["1"][:4], lines["1"][4:]), strict=True):
+        assert line["tokens"] == [[sum(n) for n in zip(*(each["tokens"][0] for each in single), strict=True)]]
+        assert line["imbalance"] == [max(line["tokens"][0]) * 4 / sum(line["tokens"][0])]
+        assert line["dropped"] == [0.0]
     assert lines["4"][0].keys() == {
-        *("step", "loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "dropped", "imbalance", "skipped")
+        *("event", "time", "step", "loss", "lr", "gradient_norm", "tokens_per_s", "tflops_per_s", "memory_bytes"),
+        *("sent_bytes", "skipped", "dropped", "imbalance", "tokens"),
     }
     head, *said = some.stderr.splitlines()
     assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
     assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
-    assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6"]
+    assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6", "report"]
+    assert said[-1] == f"report: {tmp_path / '4' / 'report.html'}; log: {tmp_path / '4' / 'log.jsonl'}"
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_made_fails_no_job(tmp_path, text):
+    (tmp_path / "report.html").mkdir()
+    done = run(tmp_path, "--steps", "1", "--data", text)
+    assert result(done)["steps"] == 1
+    assert "report: none, " in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""The curves of a run, for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from log import mean
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from turnout.models import ParallelModel
+from turnout.moe import MoE
+
+
+def tensorboard(out: Path, first: int) -> Board:
+    """A writer for TensorBoard; what an earlier run wrote after step `first` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    return Board(SummaryWriter(str(out / "tensorboard"), purge_step=first + 1))
+
+
+class Board:
+    """Writes events of the log."""
+
+    def __init__(self, writer) -> None:
+        self.writer = writer
+
+    def step(self, event: dict[str, Any], model: ParallelModel) -> None:
+        step = event["step"]
+        scalars = {f"train/{key}": event[key] for key in ("loss", "lr")}
+        scalars["train/gradient norm"] = event["gradient_norm"]
+        scalars |= {"train/dropped": mean(event["dropped"]), "train/imbalance": max(event["imbalance"], default=1.0)}
+        scalars |= {f"usage/{key}": event.get(key) for key in ("tokens_per_s", "tflops_per_s", "mfu", "memory_bytes")}
+        scalars |= {f"usage/sent bytes/{key}": n for key, n in event["sent_bytes"].items()}
+        for name, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
+        for index, counts in enumerate(event["tokens"]):  # one bucket an expert
+            self.writer.add_histogram_raw(
+                f"tokens per expert/MoE layer {index + 1}", min=0, max=len(counts) - 1, num=sum(counts),
+                sum=sum(e * n for e, n in enumerate(counts)), sum_squares=sum(e * e * n for e, n in enumerate(counts)),
+                bucket_limits=[e + 0.5 for e in range(len(counts))], bucket_counts=counts, global_step=step,
+            )  # fmt: skip
+        for name, weight in routers(model).items():
+            held = weight.to_local() if isinstance(weight, DTensor) else weight
+            self.writer.add_histogram(f"router/{name}", held.detach(), step)
+
+    def held_out(self, event: dict[str, Any]) -> None:
+        self.writer.add_scalar("held out/bits per byte", event["bits_per_byte"], event["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def routers(model: ParallelModel) -> dict[str, Tensor]:
+    """Parameters of the gates of this rank's MoE layers, by name. A dense SwiGLU block has a `gate`, too: no router."""
+    found: dict[str, Tensor] = {}
+    for part in model.parts:
+        for name, layer in part.named_modules():
+            if isinstance(layer, MoE):
+                found |= {f"{name}.gate.{own}": p for own, p in layer.gate.named_parameters()}
+    return found
