@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint
+from turnout.models.checkpoint import AsyncCheckpointer
 from turnout.moe import GradScaler
 
 # exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
@@ -45,6 +46,17 @@ FAILED, REFUSED, STOPPED = 1, 2, 143
 
 def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
     """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
+    with AsyncCheckpointer(job.out, job.keep, job.timeout) as checkpointer:
+        return train_steps(job, text, device, place, checkpointer)
+
+
+def train_steps(
+    job: Job,
+    text: tuple[Tensor, Tensor],
+    device: torch.device,
+    place: launch.Place,
+    checkpointer: AsyncCheckpointer,
+) -> int:
     out, stop = Path(job.out), launch.Stop()
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     meshes = Meshes.of(
@@ -91,12 +103,15 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
             log.add_held_out(done, steps.evaluate(model, text[1], job))
             if board:
                 board.held_out(log)
+        unless_disk_fails(checkpointer.poll)
         if done % job.save_every == 0 or last:
             place.at("the checkpoint")
             steps.check_finite(model, optimizer, done)
+            unless_disk_fails(checkpointer.wait)
             extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
-            checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
-            checkpoint.prune(out, job.keep)
+            checkpointer.save(model.parts, optimizer, done, extra, random_state(device))
+            if last:
+                checkpointer.wait()
         if stopping:
             break
     bar.close()
@@ -139,6 +154,15 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
     dist.barrier()
     torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
     return 0, Log()
+
+
+def unless_disk_fails(call: Callable[[], checkpoint.Saved | None]) -> checkpoint.Saved | None:
+    """What `poll` or `wait` returns. That the disk is full, or fails, is said; it does not end the job."""
+    try:
+        return call()
+    except checkpoint.WriteError as error:
+        say(f"a checkpoint is not written, and training goes on to the next one (--save-every): {error}")
+        return None
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -22,15 +22,15 @@ class HostCopies:
     def of(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values by the same names, each tensor copied. A DTensor's copy is a DTensor of the same placement."""
         before, self._memory = self._memory, {}
-        copies = {
-            name: self._copy(name, value, before) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
+        copies = {name: self._copy(name, value, before) for name, value in values.items()}
         if any(memory.is_pinned() for memory in self._memory.values()):
             torch.cuda.synchronize()  # copies into pinned memory are under way
         return copies
 
-    def _copy(self, name: str, tensor: Tensor, before: dict[str, Tensor]) -> Tensor:
+    def _copy(self, name: str, value: Any, before: dict[str, Tensor]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        tensor = value.detach()
         if is_traceable_wrapper_subclass(tensor):  # a DTensor: what it wraps is copied
             inner, context = tensor.__tensor_flatten__()
             parts = {each: self._copy(f"{name} {each}", getattr(tensor, each), before) for each in inner}
