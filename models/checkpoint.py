@@ -68,9 +68,10 @@ def save(
 ) -> Path:
     """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
 
-    All ranks write to one folder, on a file system that they share. `rank_state` is this rank's own, such as its
-    random states: tensors and plain Python values. Until all is on the disk the name is step-N.incomplete; what a
-    crash left under such names is removed. A damaged step-N that is in the way becomes step-N.damaged.
+    All ranks write to one folder, on a file system that they share. `extra` is rank 0's, and that of others is ignored.
+    `rank_state` is this rank's own, such as its random states: tensors and plain Python values. Until all is on the
+    disk the name is step-N.incomplete; what a crash left under such names is removed. A damaged step-N that is in the
+    way becomes step-N.damaged.
 
     Raises:
         WriteError: on every rank, if the disk of one is full or at fault.
@@ -196,7 +197,7 @@ class AsyncCheckpointer:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.close()
-        except RuntimeError as late:
+        except Exception as late:
             if error is None:
                 raise
             if place()[0] == 0:
@@ -241,7 +242,7 @@ def load(path: _Path, model: Model, optimizer: Optimizer) -> Loaded:
 def load_newest(folder: _Path, model: Model, optimizer: Optimizer) -> Loaded | None:
     """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
 
-    Rank 0 logs a warning for each damaged one passed over; they stay where they are.
+    Rank 0 logs a warning for each damaged one passed over, NaN or infinity being such damage; they stay where they are.
 
     Raises:
         CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.

@@ -23,7 +23,7 @@ class HostCopies:
         """The values by the same names, each tensor copied. A DTensor's copy is a DTensor of the same placement."""
         before, self._memory = self._memory, {}
         copies = {name: self._copy(name, value, before) for name, value in values.items()}
-        if any(memory.is_pinned() for memory in self._memory.values()):
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # copies into pinned memory are under way
         return copies
 
@@ -39,4 +39,4 @@ class HostCopies:
         if memory is None or (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
             memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         self._memory[name] = memory
-        return memory.copy_(tensor, non_blocking=True)
+        return memory.copy_(tensor, non_blocking=tensor.is_cuda)

@@ -159,8 +159,11 @@ def write_values(folder: Path, values: _Values, group: ProcessGroup | None = Non
         CheckpointError: on every rank, if one cannot write for another reason.
     """
     _ignore_missing_group()
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in values.values())
+    # copies ahead use the current device, which in a new thread is the first
+    writer = _Writer(folder, per_thread_copy_ahead=10_000_000 if on_gpu else 0)
     try:
-        _save(_nested(values), storage_writer=_Writer(folder), process_group=group)
+        _save(_nested(values), storage_writer=writer, process_group=group)
     except CheckpointException as error:  # not an Exception
         causes = [cause for cause, _ in error.failures.values()]
         kind = WriteError if any(isinstance(cause, OSError | WriteError) for cause in causes) else CheckpointError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing as mp
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -302,6 +303,36 @@ def test_a_kill_in_any_phase_tears_nothing(tmp_path, phase):
     with AsyncCheckpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(model, optimizer, 3)
     assert names(tmp_path) == ["step-3"]
+
+
+def save_until_killed(folder: Path, rank: int, seconds: float) -> None:
+    """Save in every step, from the newest checkpoint on; one rank is killed after a while."""
+    model, optimizer = small()
+    loaded = load_newest(folder, model, optimizer)
+    step = loaded.step if loaded else 0
+    assert (model.weight == step).all()
+    if dist.get_rank() == rank:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    with AsyncCheckpointer(folder, keep=2, timeout=5) as checkpointer:
+        while True:
+            model.weight.data.fill_(step := step + 1)
+            checkpointer.save(model, optimizer, step)
+
+
+def test_kills_at_any_time_lose_and_tear_nothing(tmp_path, request):
+    """`--fuzz 200`: so many."""
+    draw, last = random.Random(0), 0
+    for _ in range(request.config.getoption("fuzz") or 5):
+        outcomes(2, save_until_killed, tmp_path, draw.randrange(2), draw.uniform(0.03, 0.3), patience=5, timeout=60)
+        found = newest(tmp_path)
+        step = int(found.name[5:]) if found else 0
+        assert step >= last
+        last = step
+        assert len([name for name in names(tmp_path) if not name.endswith(".incomplete")]) <= 3
+    model, optimizer = small()
+    assert load_newest(tmp_path, model, optimizer).step == last > 0
+    assert (model.weight == last).all()
 
 
 def leave(folder: Path, told: bool) -> None:
