@@ -106,7 +106,6 @@ def train_steps(
         unless_disk_fails(checkpointer.poll)
         if done % job.save_every == 0 or last:
             place.at("the checkpoint")
-            steps.check_finite(model, optimizer, done)
             unless_disk_fails(checkpointer.wait)
             extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
             checkpointer.save(model.parts, optimizer, done, extra, random_state(device))
