@@ -13,7 +13,6 @@ from launch import say
 from options import Job
 from spikes import Spike, Spikes
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, parallel_model
@@ -146,26 +145,6 @@ class Skips:
         if self.in_a_row >= self.most:
             raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}.")
         say(f"{found}; the optimizer leaves it out, the {self.in_a_row}. in a row and {self.total} in all")
-
-
-@torch.no_grad()
-def check_finite(model: ParallelModel, optimizer: Optimizer, number: int) -> None:
-    """Before a checkpoint is written: that all weights, buffers and moments are finite, on all ranks.
-
-    Raises:
-        NonFiniteError: on every rank alike.
-    """
-    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    bad = torch.zeros((), device=model.meshes.dense.device_type)
-    for tensor in [*model.parameters(), *model.buffers(), *moments]:
-        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        bad += (~held.isfinite().all()).to(bad.device)
-    dist.all_reduce(bad)
-    if bad:
-        raise NonFiniteError(
-            f"step {number}: a weight or a moment of the optimizer is NaN or infinite, so the step is not saved. Try a "
-            "smaller --lr; --resume goes on from the newest checkpoint."
-        )
 
 
 def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:

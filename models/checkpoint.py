@@ -12,28 +12,49 @@ has the parameters of all of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import pickle
 import re
 import shutil
-import stat
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from ..dispatch.mesh import default_timeout, seconds
 from .contents import Contents, Model
-from .plain_files import METADATA, PlainReader, plain_bytes, read_values
-from .together import CheckpointError, DamagedError, full_disk_named, on_first, place, together
+from .host_copies import HostCopies
+from .plain_files import read_values
+from .snapshot import Snapshot
+from .together import CheckpointError, DamagedError, WriteError, on_first, place, together
+from .verify import is_sound, verify
+
+__all__ = [
+    "AsyncCheckpointer",
+    "CheckpointError",
+    "DamagedError",
+    "Loaded",
+    "Saved",
+    "WriteError",
+    "load",
+    "load_newest",
+    "newest",
+    "prune",
+    "save",
+]
 
 Accept = Callable[[int, dict[str, Any]], None]
 _Path = str | os.PathLike[str]
-_Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal}
 _log = logging.getLogger(__name__)
 
 
@@ -50,54 +71,148 @@ def save(
 ) -> Path:
     """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
 
-    All ranks write to one folder, on a file system that they share. `rank_state` is this rank's own, such as its
-    random states: tensors and plain Python values. Until all is on the disk the name is step-N.incomplete; what a
-    crash left under such names is removed. A damaged step-N that is in the way becomes step-N.damaged.
+    All ranks write to one folder, on a file system that they share. `extra` is rank 0's, and that of others is ignored.
+    `rank_state` is this rank's own, such as its random states: tensors and plain Python values. Until all is on the
+    disk the name is step-N.incomplete; what a crash left under such names is removed. A damaged step-N that is in the
+    way becomes step-N.damaged.
 
     Raises:
-        CheckpointError: on every rank, if one cannot write, has a parameter or optimizer state with NaN or infinity,
-            or has another folder than rank 0; or if step-N exists already. Other checkpoints are left alone.
+        WriteError: on every rank, if the disk of one is full or at fault.
+        CheckpointError: on every rank, if one has a parameter or optimizer state with NaN or infinity, or another
+            folder than rank 0; or if step-N exists already. Other checkpoints are left alone.
     """
-    folder = Path(folder)
-    final, aside = folder / f"step-{step}", folder / f"step-{step}.incomplete"
-    rank = place()[0]
-    if on_first(final.exists) and _intact(final):
-        raise CheckpointError(f"{final} exists already; resume from it, or choose another folder")
+    snapshot = Snapshot.of(Path(folder), step, model, optimizer, extra, rank_state)
+    snapshot.write()
+    return snapshot.path
 
-    def begin() -> str:
-        for left in folder.glob("step-*.incomplete"):
-            shutil.rmtree(left)
-        with full_disk_named(folder):
-            aside.mkdir(parents=True)
-        return json.dumps(extra or {})
 
-    def write_own() -> _Files:
-        with full_disk_named(aside):
-            own = _put(aside / f"rank-{rank}.pt", plain_bytes(rank_state))
-        files = [own, *aside.glob(f"__{rank}_*"), *([aside / METADATA] if rank == 0 else [])]
-        return {file.name: _describe(file) for file in files}
+class Saved(NamedTuple):
+    """A checkpoint that an AsyncCheckpointer has written."""
 
-    def finish() -> None:
-        files = {name: entry for share in shares for name, entry in share.items()}
-        if strange := {file.name for file in aside.iterdir()} - files.keys():
-            raise CheckpointError(f"{aside} holds {sorted(strange)}: does another run write there?")
-        for writer, share in enumerate(shares):
-            _check_arrived(aside, writer, share)
-        with full_disk_named(aside):
-            _put(aside / "checksums.json", _manifest(files))
-        _sync(aside)
-        if final.exists():
-            shutil.rmtree(damaged := folder / f"{final.name}.damaged", ignore_errors=True)
-            final.rename(damaged)
-        aside.rename(final)
-        _sync(folder)
+    path: Path
+    step: int
+    stalled: float  # seconds that the caller of `save` waited
+    seconds: float  # from the call of `save` until all of it was on the disk under its name
 
-    contents = Contents(model, optimizer)
-    more = {"step": step, "extra": on_first(begin)}
-    contents.write(aside, more)
-    shares = together(write_own)
-    on_first(finish)
-    return final
+
+class AsyncCheckpointer:
+    """Saves as `save` does, while training goes on: training waits for a copy in host memory, a thread writes it.
+
+    All ranks make it, and call each method at the same place of their loops. The thread has a process group of its own.
+    What fails in it is raised by the next call of `poll`, `wait` or `save`, on every rank alike.
+
+        with AsyncCheckpointer("runs/mine", keep=3) as checkpointer:
+            for step in range(1, 1001):
+                train(model, optimizer)
+                if step % 100 == 0:
+                    checkpointer.save(model, optimizer, step)
+
+    Leaving the `with` block waits for the last checkpoint. A process that ends earlier, or is killed, leaves it
+    step-N.incomplete.
+
+    Args:
+        folder: as for `save`.
+        keep: how many checkpoints stay; `prune` deletes the others after each save. None: all stay.
+        timeout: seconds, or a timedelta, that the thread of one rank waits for the others, such as for the slowest to
+            write its part. None: as long as `init_process_group` was told.
+
+    Raises:
+        ValueError: `keep` or `timeout` is not positive.
+    """
+
+    def __init__(self, folder: _Path, keep: int | None = None, timeout: timedelta | float | None = None) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be positive; got {keep}")
+        self._folder, self._keep, limit = Path(folder), keep, seconds(timeout)
+        self._calls, self._writing = _own_group(limit), _own_group(limit)  # of the methods, and of the thread
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[Saved] | None = None
+
+    def save(
+        self, model: Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
+    ) -> Saved | None:
+        """Copy what `save` of this module would write, and begin to write it; returns what `wait` does.
+
+        It first waits until the save before is done.
+
+        Raises:
+            CheckpointError: on every rank. The save before failed, and this one was not begun; or this one has what
+                cannot be saved, such as NaN, and nothing of it is written.
+        """
+        began = time.monotonic()
+        before = self.wait()
+        snapshot = Snapshot.of(self._folder, step, model, optimizer, extra, rank_state, self._calls)
+        copies: dict[str, Any] = {}
+        together(lambda: copies.update(self._copies.of(snapshot.values)), self._calls)
+        stalled = time.monotonic() - began
+        self._running = self._thread.submit(self._write, snapshot._replace(values=copies), step, began, stalled)
+        return before
+
+    def poll(self) -> Saved | None:
+        """The checkpoint that was begun, once it is on the disk on all ranks; None until then, and after it was told.
+
+        While one is being written this is an all-reduce of a number, else it costs nothing.
+
+        Raises:
+            CheckpointError: on every rank, if it could not be written; a WriteError, if the disk is the cause.
+        """
+        if self._running is None:
+            return None
+        done = torch.tensor(int(self._running.done()))
+        if dist.is_initialized():
+            dist.all_reduce(done, dist.ReduceOp.MIN, self._calls)
+        return self.wait() if done else None
+
+    def wait(self) -> Saved | None:
+        """Wait for the checkpoint that was begun, and return it; None if there is none, or it was told already.
+
+        Raises:
+            CheckpointError: as `poll`.
+        """
+        if (running := self._running) is None:
+            return None
+        try:
+            return running.result()
+        finally:
+            if running.done():
+                self._running = None
+
+    def close(self) -> None:
+        """Wait, and give back the thread, its process groups and the memory; then it cannot save any more.
+
+        Raises:
+            CheckpointError: as `poll`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._copies = HostCopies()
+            for group in (self._calls, self._writing):
+                if group is not None and dist.is_initialized():
+                    dist.destroy_process_group(group)
+            self._calls = self._writing = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception as late:
+            if error is None:
+                raise
+            if place()[0] == 0:
+                _log.warning("the checkpoint that was being written is lost: %s", late)
+
+    def _write(self, snapshot: Snapshot, step: int, began: float, stalled: float) -> Saved:
+        """In the thread."""
+        snapshot.write(self._writing)
+        saved = Saved(snapshot.path, step, stalled, time.monotonic() - began)
+        if self._keep is not None:
+            prune(self._folder, self._keep, sound=snapshot.path, group=self._writing)
+        return saved
 
 
 def newest(folder: _Path) -> Path | None:
@@ -112,33 +227,39 @@ def load(path: _Path, model: Model, optimizer: Optimizer, accept: Accept | None 
     optimizer state, as it had no gradient yet or was frozen, is as fresh to the optimizer as it was then.
 
     Args:
-        accept: called with the checkpoint's step and `extra` before anything of it is loaded, to refuse it by raising a
-            CheckpointError.
+        path: of the checkpoint.
+        model, optimizer: as for `save`.
+        accept: called on every rank with the checkpoint's step and `extra` before anything of it is loaded. It refuses
+            the checkpoint by raising a CheckpointError.
 
     Raises:
-        DamagedError: on every rank, if a file is not what was written, or holds more than tensors and plain values.
+        DamagedError: on every rank, if a file is not what was written, or holds more than tensors and plain values; or
+            if a parameter or optimizer state has NaN or infinity.
         CheckpointError: on every rank, if it is of another model or optimizer, or cannot be read to its end. Unless
             the message says that a part was read, model and optimizer are as they were, after each of the errors.
     """
     path = Path(path)
-    files, own = _verify(path), []
+    (files, reader), own = verify(path), []
     rank, ranks = place()
     if {name for name in files if name.startswith("rank-")} == {f"rank-{each}.pt" for each in range(ranks)}:
         together(lambda: own.append(_read_own(path / f"rank-{rank}.pt")))
+    try:
+        said = read_values(reader, {"step": 0, "extra": ""})
+    except CheckpointError as error:
+        raise type(error)(f"{path} does not load: {error}") from None
+    step, extra = said["step"], json.loads(said["extra"])
     if accept:
-        readers: list[PlainReader] = []
-        together(lambda: readers.append(PlainReader(path, files)))
-        said = read_values(readers[0], {"step": 0, "extra": ""})
-        together(lambda: accept(said["step"], json.loads(said["extra"])))
+        together(lambda: accept(step, extra))
     optimizer.zero_grad()  # the optimizer may make a step to get its state
-    read = Contents(model, optimizer).read(path, files, {"step": 0, "extra": ""})
-    return Loaded(read["step"], json.loads(read["extra"]), own[0] if own else None)
+    Contents(model, optimizer).read(reader)
+    return Loaded(step, extra, own[0] if own else None)
 
 
 def load_newest(folder: _Path, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded | None:
     """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
 
-    Rank 0 logs a warning for each damaged one passed over; they stay where they are. `accept` is as for `load`.
+    Rank 0 logs a warning for each damaged one passed over, NaN or infinity being such damage; they stay where they are.
+    `accept` is as for `load`.
 
     Raises:
         CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
@@ -156,19 +277,27 @@ def load_newest(folder: _Path, model: Model, optimizer: Optimizer, accept: Accep
     return None
 
 
-def prune(folder: _Path, keep: int) -> None:
-    """Delete all but the `keep` checkpoints of most steps and the newest intact one.
+def prune(folder: _Path, keep: int, *, sound: Path | None = None, group: ProcessGroup | None = None) -> None:
+    """Delete all but the `keep` checkpoints of most steps and the newest sound one.
 
-    The ranks share the work of telling which is intact; rank 0 deletes, and the others do not wait for it. What it
-    cannot delete it logs.
+    Rank 0 deletes, and the others do not wait for it. What it cannot delete it logs.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many stay; positive.
+        sound: one that stays, known to be sound since `save` has just returned it. None: all ranks share the reading of
+            the newest ones to find one.
+        group: a group of all ranks; None: the default group.
     """
     if keep < 1:
         raise ValueError(f"keep must be positive; got {keep}")
-    paths = on_first(lambda: _complete(Path(folder)))
-    intact = next((path for path in paths if _intact(path)), None) if len(paths) > keep else None
-    for path in paths[keep:] if intact and place()[0] == 0 else []:
+    paths = on_first(lambda: _complete(Path(folder)), group)
+    if len(paths) > keep and sound is None:
+        sound = next((path for path in paths if is_sound(path, group)), None)
+    kept = {path.name for path in (*paths[:keep], sound) if path}
+    for path in paths if sound and place()[0] == 0 else []:
         try:
-            if path != intact:
+            if path.name not in kept:
                 shutil.rmtree(path.rename(path.with_name(f"{path.name}.incomplete")))
         except OSError as error:
             _log.warning("%s is not deleted: %s", path, error)
@@ -180,36 +309,13 @@ def _complete(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def _verify(path: Path) -> _Files:
-    """Its files, found to be what was written; each rank reads a share of them."""
-    files = on_first(lambda: _read_manifest(path / "checksums.json"))
-    rank, ranks = place()
-    share = sorted(files)[rank::ranks]
-    together(lambda: [_check(path / name, files[name]) for name in share])
-    return files
-
-
-def _intact(path: Path) -> bool:
-    try:
-        _verify(path)
-    except DamagedError:
-        return False
-    return True
-
-
-def _check_arrived(folder: Path, rank: int, share: _Files) -> None:
-    """Raises if rank 0 does not see what another rank wrote."""
-    for name, entry in share.items():
-        try:
-            size = (folder / name).stat().st_size
-        except FileNotFoundError:
-            size = None
-        if size != entry["size"]:
-            found = "is not there" if size is None else f"has {size} of {entry['size']} bytes"
-            raise CheckpointError(
-                f"rank {rank} wrote {folder / name}, which for rank 0 {found}: the folder must be the same for all "
-                "ranks, on a file system that the nodes share. Nothing is saved"
-            )
+def _own_group(timeout: timedelta | None) -> ProcessGroup | None:
+    """A new group of all ranks, for the CPU; None in a process without process groups."""
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(timeout=timeout or default_timeout(), backend="gloo")
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def _read_own(file: Path) -> Any:
@@ -219,64 +325,3 @@ def _read_own(file: Path) -> Any:
         raise DamagedError(
             f"{file} holds more than tensors and plain values; it may be code, and was not run"
         ) from None
-
-
-def _check(file: Path, entry: dict[str, Any]) -> None:
-    try:
-        if not stat.S_ISREG((status := file.lstat()).st_mode):
-            raise DamagedError(
-                f"{file} is no plain file; a checkpoint may not point to files elsewhere: copy them into it"
-            )
-        if status.st_size != entry["size"]:
-            raise DamagedError(f"{file} is torn: {status.st_size} of {entry['size']} bytes")
-        if _describe(file) != entry:
-            raise DamagedError(f"{file} has flipped bits: checksum differs")
-    except OSError as error:
-        raise DamagedError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _read_manifest(file: Path) -> _Files:
-    try:
-        files = json.loads(text := file.read_bytes())["files"]
-    except OSError as error:
-        raise DamagedError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"{file} is torn or has flipped bits: {error}") from None
-    if _manifest(files) != text:
-        raise DamagedError(f"{file} has flipped bits: its own checksum differs")
-    entries = files.items() if isinstance(files, dict) else [(files, None)]
-    if bad := [name for name, entry in entries if not _is_ours(name, entry)]:
-        raise DamagedError(f"{file} lists {bad[0]!r}, which is no file of a checkpoint")
-    return files
-
-
-def _is_ours(name: Any, entry: Any) -> bool:
-    """Whether a file's entry in a list has the form that we write, and its name leads to no other folder."""
-    plain = isinstance(name, str) and re.fullmatch(r"\.?\w[\w.-]*", name)
-    return bool(plain) and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
-
-
-def _manifest(files: _Files) -> bytes:
-    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True).encode()
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"size": stream.tell(), "sha256": digest}
-
-
-def _put(file: Path, data: bytes) -> Path:
-    file.write_bytes(data)
-    _sync(file)
-    return file
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

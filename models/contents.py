@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from inspect import unwrap
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim import Optimizer
 
 from ..moe.stacked import local
-from .plain_files import PlainReader, plain_bytes, read_values, write_values
+from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
 
 Model = nn.Module | Sequence[nn.Module]
@@ -40,38 +39,31 @@ class Contents:
         self.weights: _Values = get_model_state_dict(self.modules)
         self.parameters = _named(self.modules, optimizer)
 
-    def write(self, folder: Path, more: _Values) -> None:
-        """Write all values, and `more`. All ranks call it.
+    def values(self) -> _Values:
+        """What this rank has, by the names in the file; tensors are the model's and the optimizer's own.
 
         Raises:
-            CheckpointError: on every rank, if one cannot write, or has a number that is not finite.
+            CheckpointError: a number is not finite, or a value is of a type that no checkpoint can keep.
         """
-        values = dict(more)
+        own = self.optimizer.state_dict()
+        held = _values(self._places(own))
+        values = held | _values(self._settings(own, {name for name, _ in self.parameters}))
+        plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
+        state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
+        _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
+        return values
 
-        def collect() -> None:
-            own = self.optimizer.state_dict()
-            held = _values(self._places(own))
-            values.update(held | _values(self._settings(own, {name for name, _ in self.parameters})))
-            plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
-            state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
-            _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
-
-        together(collect)
-        write_values(folder, values)
-
-    def read(self, folder: Path, files: Collection[str], more: _Values) -> _Values:
-        """Read all values, and those by the names of `more`, which are returned. All ranks call it.
+    def read(self, reader: PlainReader) -> None:
+        """Read all values. All ranks call it.
 
         A parameter that has no optimizer state in the checkpoint has none afterwards: it had no gradient yet, or was
         not in the optimizer. The optimizer's settings for it stay in the second case.
 
         Raises:
-            DamagedError: on every rank, if it holds code, or names files other than `files`.
+            DamagedError: on every rank, if it holds code.
             CheckpointError: on every rank, if it does not fit. In both cases model and optimizer are as they were.
         """
-        found: list[PlainReader] = []
-        together(lambda: found.append(PlainReader(folder, files)))
-        reader, saved = found[0], found[0].metadata.state_dict_metadata
+        folder, saved = reader.path, reader.metadata.state_dict_metadata
         everyones = {n for each in together(lambda: [f"model.{_whole(n)}" for n in self.weights]) for n in each}
         names, state = {name for name, _ in self.parameters}, self.optimizer.state
         stateful, known = (_owned(saved, f"optimizer.{kind}.", names) for kind in ("state", "param_groups"))
@@ -79,7 +71,7 @@ class Contents:
         own: _Values = {}
         places: _Places = {}
         settings: _Places = {}
-        plain: _Values = dict(more)
+        plain: _Values = {}
         agreed: list[tuple[_Place, Any]] = []
 
         def fit() -> None:
@@ -119,7 +111,6 @@ class Contents:
             group[key] = value
         set_model_state_dict(self.modules, self.weights)
         self.optimizer.load_state_dict(own)
-        return {name: read[name] for name in more}
 
     def _places(self, own: _Values) -> _Places:
         """Of the model's values, and of the state in an optimizer's state dict."""
@@ -250,16 +241,13 @@ def _agreed(settings: _Places, read: _Values) -> Iterator[tuple[_Place, Any]]:
 
 def _check_finite(tensors: dict[str, Any]) -> None:
     finite = {
-        name: tensor.isfinite().all()  # all are under way before the first is waited for
+        name: is_finite(tensor)  # all are under way before the first is waited for
         for name, value in tensors.items()
-        if isinstance(value, Tensor) and type(tensor := local(value).detach()) is Tensor and _may_overflow(tensor)
+        if isinstance(value, Tensor) and type(tensor := local(value).detach()) is Tensor
+        if may_overflow(tensor.dtype) and not tensor.is_meta
     }
     if bad := [name for name, flag in finite.items() if not flag]:
         raise CheckpointError(
             f"rank {place()[0]}: {bad[0]} and {len(bad) - 1} other tensors have NaN or infinity and are not saved; go "
             "back to the newest checkpoint, with a lower learning rate or gradient clipping"
         )
-
-
-def _may_overflow(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not tensor.is_meta

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as _save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .together import CheckpointError, DamagedError, full_disk_named
+from .together import CheckpointError, DamagedError, WriteError, disk_errors
 
 _Values = dict[str, Any]  # by their names in the file
 METADATA = ".metadata"
@@ -73,6 +74,35 @@ class PlainReader(FileSystemReader):
         """What was read and checked already."""
         return self.metadata
 
+    def check_finite(self, first: int, stride: int) -> None:
+        """Look at every `stride`-th part of the parameters and the optimizer's state, from the `first` on.
+
+        A parameter is what the optimizer has settings for; buffers may hold infinity.
+
+        Raises:
+            DamagedError: one has NaN or infinity, or may be code.
+        """
+        entries, settings = self.metadata.state_dict_metadata, "optimizer.param_groups."
+        names = [name.removeprefix(settings).rpartition(".")[0] for name in entries if name.startswith(settings)]
+        parameters = {f"model.{name}" for name in names}
+        tensors = [
+            (index.fqn, where)
+            for index, where in self.metadata.storage_data.items()
+            if index.fqn in parameters or index.fqn.startswith("optimizer.state.")
+            if isinstance(entry := entries[index.fqn], TensorStorageMetadata) and may_overflow(entry.properties.dtype)
+        ]
+        for name, where in tensors[first::stride]:
+            file = Path(self.path) / where.relative_path
+            with file.open("rb") as stream:
+                stream.seek(where.offset)
+                part = io.BytesIO(stream.read(where.length))
+            try:
+                tensor = torch.load(part, weights_only=True)
+            except pickle.UnpicklingError:
+                raise DamagedError(f"{file}: {name} is no tensor; it may be code, and was not run") from None
+            if not (isinstance(tensor, Tensor) and is_finite(tensor)):
+                raise DamagedError(f"{file}: {name} has NaN or infinity; nothing can be trained from it")
+
 
 class _Planner(DefaultLoadPlanner):
     """Reads values other than tensors as what `torch.load(weights_only=True)` allows."""
@@ -91,12 +121,12 @@ class _Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Of this rank."""
-        with full_disk_named(Path(self.path)):
+        with disk_errors(Path(self.path)):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank."""
-        with full_disk_named(Path(self.path)):
+        with disk_errors(Path(self.path)):
             super().finish(metadata, results)
 
 
@@ -108,17 +138,36 @@ def plain_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_values(folder: Path, values: _Values) -> None:
-    """Write values by their names, the part of each DTensor that this rank has. All ranks call it.
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether no number in a tensor is NaN or infinite, bool []."""
+    if not tensor.numel():
+        return torch.tensor(True)
+    # 9 times as fast as `tensor.isfinite().all()` (float32, one core of a Xeon, torch 2.13, 2026-11-28)
+    return torch.stack(tensor.aminmax()).isfinite().all()
+
+
+def may_overflow(dtype: torch.dtype) -> bool:
+    """Whether numbers of a type can be NaN or infinite, and checked: no operation knows float8."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def write_values(folder: Path, values: _Values, group: ProcessGroup | None = None) -> None:
+    """Write values by their names, the part of each DTensor that this rank has. All ranks of the group call it.
 
     Raises:
-        CheckpointError: on every rank, if one cannot write.
+        WriteError: on every rank, if the disk of one is full or at fault.
+        CheckpointError: on every rank, if one cannot write for another reason.
     """
+    _ignore_missing_group()
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in values.values())
+    # copies ahead use the current device, which in a new thread is the first
+    writer = _Writer(folder, per_thread_copy_ahead=10_000_000 if on_gpu else 0)
     try:
-        with _alone_too():
-            _save(_nested(values), storage_writer=_Writer(folder))
+        _save(_nested(values), storage_writer=writer, process_group=group)
     except CheckpointException as error:  # not an Exception
-        raise CheckpointError(f"{folder} cannot be written: {_cause(error)}") from None
+        causes = [cause for cause, _ in error.failures.values()]
+        kind = WriteError if any(isinstance(cause, OSError | WriteError) for cause in causes) else CheckpointError
+        raise kind(f"{folder} cannot be written: {_cause(error)}") from None
 
 
 def read_values(reader: PlainReader, values: _Values) -> _Values:
@@ -129,9 +178,9 @@ def read_values(reader: PlainReader, values: _Values) -> _Values:
         CheckpointError: on every rank, if one cannot read.
     """
     nested = _nested(values)
+    _ignore_missing_group()
     try:
-        with _alone_too():
-            _load(nested, storage_reader=reader, planner=_Planner())
+        _load(nested, storage_reader=reader, planner=_Planner())
     except CheckpointException as error:
         if any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values()):
             raise DamagedError(
@@ -157,12 +206,9 @@ def _nested(values: _Values) -> _Values:
     return nested
 
 
-@contextmanager
-def _alone_too() -> Iterator[None]:
-    """One process needs no process group; torch warns of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        yield
+def _ignore_missing_group() -> None:
+    """One process needs no process group; torch warns of it. (`catch_warnings` is not for more than one thread.)"""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def _cause(error: CheckpointException) -> str:

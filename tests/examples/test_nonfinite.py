@@ -17,6 +17,7 @@ from log import read
 from main_job import TINY
 from ranks import run
 from turnout.dispatch import Meshes
+from turnout.models.checkpoint import CheckpointError
 from turnout.moe import GradScaler
 
 TEXT = torch.arange(2000).mul(37).remainder(251).to(torch.uint8)
@@ -129,24 +130,31 @@ def test_an_overflow_of_float16_is_left_to_its_scale():
     assert (skips.total, skips.in_a_row) == (1, 0)
 
 
-def poisoned(where: str) -> str:
-    job = options.parse(TINY.split()).fit(dist.get_world_size())
-    model = steps.build(job, Meshes.of("cpu"))
-    optimizer = steps.adamw(model, job.lr)
-    steps.train(model, optimizer, GradScaler("cpu", enabled=False), steps.batch(job, TEXT, 0, model.meshes), 1e-2)
-    steps.check_finite(model, optimizer, 1)
-    if dist.get_rank() == 1:
-        p = next(model.parameters())
-        held = p if where == "weight" else optimizer.state[p]["exp_avg"]
-        held.data.view(-1)[0] = math.inf
-    try:
-        steps.check_finite(model, optimizer, 2)
-    except steps.NonFiniteError as error:
-        return str(error)
-    return ""
+def poisoned(out: str, where: str) -> str:
+    """The job, with infinity in one number of rank 1 after its second step -> its error."""
+    launch.RANK, launch.RANKS = dist.get_rank(), dist.get_world_size()
+    step, taken = steps.train, 0
+
+    def poisoning(model, optimizer, *args, **further):
+        nonlocal taken
+        taken += 1
+        result = step(model, optimizer, *args, **further)
+        if taken == 2 and dist.get_rank() == 1:
+            p = next(model.parameters())
+            held = p if where == "weight" else optimizer.state[p]["exp_avg"]
+            held.data.view(-1)[0] = math.inf
+        return result
+
+    steps.train = poisoning
+    job = options.parse([*TINY.split(), "--steps", "6", "--save-every", "1", "--out", out])
+    with pytest.raises(CheckpointError) as caught:
+        pretrain.train(job.fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), launch.Place())
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("where", ["weight", "moment"])
-def test_what_is_not_finite_is_not_saved(where):
-    for said in run(2, poisoned, where):
-        assert said.startswith("step 2: a weight or a moment of the optimizer is NaN or infinite")
+def test_what_is_not_finite_is_not_saved(tmp_path, where):
+    (said,) = {*run(2, poisoned, str(tmp_path), where)}
+    name = {"weight": "model.embed.weight", "moment": "optimizer.state.embed.weight.exp_avg"}[where]
+    assert said.startswith(f"rank 1: {name} and 0 other tensors have NaN or infinity and are not saved")
+    assert saved(tmp_path) == [1]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from ranks import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.models import checkpoint
+from turnout.models import checkpoint, snapshot
 from turnout.models.checkpoint import CheckpointError, DamagedError, load, load_newest, newest, prune, save
+from turnout.models.verify import read_list
 from turnout.moe import aux_loss, parallelize, param_groups, sync_gradients
 
 
@@ -165,7 +166,7 @@ def test_every_bit_of_the_manifest_counts(saved):
     others = [b"{}", b"[]", b"null", b"3", b'{"files": {}}', b'{"files": {}, "sha256": ""}', b"\xff"]
     for file.read_bytes.return_value in [*others, *(with_bit(data, bit) for bit in range(8 * len(data)))]:
         with pytest.raises(DamagedError, match="checksums"):
-            checkpoint._read_manifest(file)
+            read_list(file)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -256,8 +257,8 @@ def failing(folder: Path, where: str):
     bad = {"rank state": torch.zeros(2**20), "what cannot be read": Path("x")}.get(where)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
-    if rank == 0 and where in ("mkdir", "_manifest"):  # the first and the last that is done
-        mock.patch.object(Path if where == "mkdir" else checkpoint, where, side_effect=OSError("not yours")).start()
+    if rank == 0 and where in ("mkdir", "as_list"):  # the first and the last that is done
+        mock.patch.object(Path if where == "mkdir" else snapshot, where, side_effect=OSError("not yours")).start()
     with pytest.raises(CheckpointError) as caught:
         save(folder, *pair, 2, {"not": object()} if where == "extra" else None, bad if rank == 1 else None)
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
@@ -274,7 +275,7 @@ def failing(folder: Path, where: str):
         "rank state": "rank 1: OSError: [Errno 27] File too large",
         "what cannot be read": "rank 1: UnpicklingError: Weights only load failed",
         "mkdir": "rank 0: OSError: not yours",
-        "_manifest": "rank 0: OSError: not yours",
+        "as_list": "rank 0: OSError: not yours",
         "extra": "rank 0: TypeError: Object of type object is not JSON serializable",
     }.items(),
 )

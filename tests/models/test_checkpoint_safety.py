@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 from dataclasses import replace
@@ -20,7 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from turnout.models.checkpoint import CheckpointError, DamagedError, load, load_newest, newest, save
+from turnout.models import contents
+from turnout.models.checkpoint import CheckpointError, DamagedError, WriteError, load, load_newest, newest, prune, save
 
 
 class Code:
@@ -31,6 +33,10 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -109,10 +115,19 @@ def test_code_in_a_checkpoint_is_not_run(path, tmp_path, where):
     assert not made.exists()
 
 
-def test_code_in_place_of_a_tensor_is_not_run_and_what_was_read_by_then_is_told(path, tmp_path):
-    forged_value(path, "model.weight", Code(tmp_path / "made"))
+@pytest.mark.parametrize("name", ["model.weight", "optimizer.state.weight.exp_avg"])
+def test_code_in_place_of_a_tensor_is_not_run(path, tmp_path, name):
+    forged_value(path, name, Code(tmp_path / "made"))
+    assert refusal(path) == f"{path}/__0_0.distcp: {name} is no tensor; it may be code, and was not run"
+    assert not (tmp_path / "made").exists()
+
+
+def test_code_in_place_of_a_buffer_is_not_run_and_what_was_read_by_then_is_told(tmp_path):
+    model, optimizer = trained()
+    model.register_buffer("mask", torch.ones(3))
+    forged_value(path := save(tmp_path, model, optimizer, 1), "model.mask", Code(tmp_path / "made"))
     with pytest.raises(CheckpointError, match=r"read in part into model and optimizer, then failed: .* was not run"):
-        load(path, *trained())
+        load(path, model, optimizer)
     assert not (tmp_path / "made").exists()
 
 
@@ -226,13 +241,59 @@ def save_to_full_disk(folder: Path, what: str) -> str:
     target = (FileSystemWriter, "write_data") if what == "data" else (Path, "write_bytes")
     if dist.get_rank() == 1:
         mock.patch.object(*target, side_effect=full).start()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(WriteError) as caught:
         save(folder, *spread(), 2)
     mock.patch.stopall()
+    assert dist.get_rank() != 0 or names(folder) == ["step-1"]  # what was written gives its room back
     assert load_newest(folder, *spread()).step == 1
     save(folder, *spread(), 2)  # there is room again
     assert load_newest(folder, *spread()).step == 2
     return str(caught.value)
+
+
+def with_a_number(folder: Path, value: float, where: str) -> str:
+    """A checkpoint as older versions and other tools would write it; what loads the newest says."""
+    model, optimizer = spread()
+    model.register_buffer("mask", torch.tensor([float("-inf")]))  # is no fault
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    save(folder, model, optimizer, 1)
+    if dist.get_rank() == 1:
+        held = model.weight.detach() if where == "model" else optimizer.state[model.weight]["exp_avg"]
+        held.to_local()[0, 0] = value
+    with mock.patch.object(contents, "_check_finite"):
+        save(folder, model, optimizer, 2)
+    loaded = load_newest(folder, model, optimizer)
+    assert loaded.step == 1
+    assert model.weight.to_local().isfinite().all()
+    assert optimizer.state[model.weight]["exp_avg"].to_local().isfinite().all()
+    prune(folder, 1)  # not the only one that trains
+    assert load_newest(folder, model, optimizer).step == 1
+    save(folder, model, optimizer, 2)  # it is in the way
+    assert load_newest(folder, model, optimizer).step == 2
+    with pytest.raises(CheckpointError) as caught:
+        load(folder / "step-2.damaged", model, optimizer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "where"), [(float("nan"), "model"), (float("inf"), "optimizer")])
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_passed_over(tmp_path, value, where):
+    (said,) = {*run(2, with_a_number, tmp_path, value, where)}
+    name = {"model": "model.weight", "optimizer": "optimizer.state.weight.exp_avg"}[where]
+    assert said == f"{tmp_path}/step-2.damaged/__1_0.distcp: {name} has NaN or infinity; nothing can be trained from it"
+    assert names(tmp_path) == ["step-1", "step-2", "step-2.damaged"]
+
+
+def test_what_is_passed_over_is_said(tmp_path, caplog):
+    model, optimizer = trained()
+    save(tmp_path, model, optimizer, 1)
+    model.weight.data[0, 0] = math.nan
+    with mock.patch.object(contents, "_check_finite"):
+        save(tmp_path, model, optimizer, 2)
+    assert load_newest(tmp_path, model, optimizer).step == 1
+    (message,) = (record.message for record in caplog.records if record.name == "turnout.models.checkpoint")
+    assert "step-2/__0_0.distcp: model.weight has NaN or infinity" in message
+    assert message.endswith("trying the one before")
 
 
 @pytest.mark.parametrize("what", ["data", "rank state"])

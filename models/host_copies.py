@@ -1,0 +1,42 @@
+"""Copies of tensors that training may go on without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class HostCopies:
+    """Copies of tensors in host memory, made in the same place each time; pinned where the tensors are on a GPU.
+
+    The first copy allocates the memory, later ones reuse it: so a copy is good until the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values by the same names, each tensor copied. A DTensor's copy is a DTensor of the same placement."""
+        before, self._memory = self._memory, {}
+        copies = {name: self._copy(name, value, before) for name, value in values.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies into pinned memory are under way
+        return copies
+
+    def _copy(self, name: str, value: Any, before: dict[str, Tensor]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        tensor = value.detach()
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor: what it wraps is copied
+            inner, context = tensor.__tensor_flatten__()
+            parts = {each: self._copy(f"{name} {each}", getattr(tensor, each), before) for each in inner}
+            return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        memory = before.get(name)
+        if memory is None or (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
+            memory = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._memory[name] = memory
+        return memory.copy_(tensor, non_blocking=tensor.is_cuda)
