@@ -20,9 +20,20 @@ BALANCE = ("no balance loss", "aux 0.001", "topk, top-2 of 8, dropless, aux 0.01
 CAPACITY = ("capacity 1.0", "capacity 1.25", "gshard, capacity 1.25", "switch, capacity 1.25")
 
 
-def log(runs: Path, flags: str) -> dict | None:
-    path = folder_of(runs, flags) / "log.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def log(runs: Path, flags: str) -> dict[str, list] | None:
+    """Curves of a run: over `step`, `dropped` and `imbalance`; over `val_step`, `val_bpb`."""
+    path = folder_of(runs, flags) / "log.jsonl"
+    if not path.exists():
+        return None
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    lines, held_out = ([event for event in events if event["event"] == kind] for kind in ("step", "held out"))
+    return {
+        "step": [line["step"] for line in lines],
+        "dropped": [sum(line["dropped"]) / max(1, len(line["dropped"])) for line in lines],
+        "imbalance": [max(line["imbalance"], default=1.0) for line in lines],
+        "val_step": [event["step"] for event in held_out],
+        "val_bpb": [event["bits_per_byte"] for event in held_out],
+    }
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:

@@ -69,7 +69,7 @@ class Meter:
     def rates(self, seconds: float | None = None, steps: int | None = None) -> dict[str, Any]:
         """Tokens and FLOPs per second, of all steps so far if no others are given; None before there are any."""
         seconds, steps = self.seconds if seconds is None else seconds, self.steps if steps is None else steps
-        rate = steps * self.tokens / seconds if seconds else None
+        rate = steps * self.tokens / seconds if steps else None
         tflops = rate and rate * self.flops / 1e12
         rates = {"tokens_per_s": rate and round(rate), "tflops_per_s": tflops}
         if self.peak:

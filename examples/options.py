@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch
+from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
 from turnout.models.stages import PER_RANK
@@ -25,7 +26,7 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 # 0 or more; other numbers must be positive
-MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops")
+MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Job:
     """What is trained, on what and how. On the command line `micro_batches` is --micro-batches."""
 
     steps: Annotated[int, "number of optimizer steps in all"] = 200
-    out: Annotated[str, "folder for checkpoints and report.png"] = "runs/pretrain"
+    out: Annotated[str, "folder for checkpoints, the log and the report"] = "runs/pretrain"
     data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
     resume: Annotated[bool, "go on from the newest checkpoint in --out, on any mesh"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
@@ -81,6 +82,7 @@ class Job:
     keep: Annotated[int, "number of checkpoints to keep"] = 3
     log_every: Annotated[int, "steps between two log lines"] = 10
     peak_tflops: Annotated[float, "peak TFLOP/s of one device, for the share in use, MFU; 0 leaves it out"] = 0.0
+    profile: Annotated[int, f"number of steps to trace with torch's profiler, after {BEFORE} others; 0 traces none"] = 0
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
 
     def fit(self, ranks: int) -> Job:
@@ -124,6 +126,11 @@ class Job:
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 or --fp16, not both")
+        if self.profile and self.profile > self.steps - BEFORE:
+            raise ValueError(
+                f"--profile ({self.profile}) must be at most --steps less {BEFORE}, which come before the profile: "
+                f"{self.steps - BEFORE}"
+            )
         _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")

@@ -15,7 +15,8 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
@@ -29,9 +30,12 @@ import steps
 import torch
 import torch.distributed as dist
 from launch import say
+from log import Log, Recent, mean, read, summary
 from meter import Meter
 from options import Job
-from report import Log, draw, tensorboard
+from profiling import profiled
+from report import draw, tensorboard
+from specialisation import BytesOfExperts
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -45,6 +49,20 @@ FAILED, REFUSED, STOPPED = 1, 2, 143
 
 def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
     """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
+    out = Path(job.out)
+    with Log(out / "log.jsonl", place) as log, profiled(job.profile, out / "profile") as profiler_step:
+        return run(job, text, device, place, log, profiler_step)
+
+
+def run(
+    job: Job,
+    text: tuple[Tensor, Tensor],
+    device: torch.device,
+    place: launch.Place,
+    log: Log,
+    profiler_step: Callable[[], None],
+) -> int:
+    """As `train`; the log is open, and each step calls `profiler_step`."""
     out, stop = Path(job.out), launch.Stop()
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     meshes = Meshes.of(
@@ -53,12 +71,13 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
-    first, log = begin(job, model, optimizer, scaler)
+    first, recent = begin(job, model, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
-    skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=log.skips)
+    skips = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped)
 
-    say(header(job, meter, text, device, first))
+    start = log.write("start", first, **described(job, meter, text, device))
+    say(header(start))
     stopping, silent = False, launch.RANK != 0 or not sys.stderr.isatty()
     bar = tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr)
     for done in range(first + 1, job.steps + 1):
@@ -69,33 +88,38 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
         with meter.step(count=logged):
             tokens = steps.batch(job, text[0], done - 1, meshes)
             step = steps.train(model, optimizer, scaler, tokens, lr)
+        profiler_step()
         skips.add(done, step)
         stopping = stop.answer() and done < job.steps
 
         last = stopping or done == job.steps
-        log.take(step.loss, skips.total)
+        recent.take(step.loss, skips.total)
         if logged:
             place.at("the log")
-            log.add(done, meter.read(), *steps.gather(model))
-            if launch.RANK == 0:
-                with open(out / "log.jsonl", "a") as lines:
-                    print(json.dumps(log.entry(lr=lr, gradient_norm=step.norm)), file=lines)
-            bar.set_postfix_str(log.summary())
+            recent.count(*steps.gather(model))
+            event = log.write("step", done, lr=lr, gradient_norm=step.norm, **meter.read(), **recent.spend())
+            bar.set_postfix_str(summary(event))
             if silent:
-                say(f"step {done} of {job.steps}: {log.summary()}")
+                say(f"step {done} of {job.steps}: {summary(event)}")
             if board:
-                board.step(log, model, {"lr": lr, "gradient norm": step.norm})
+                board.step(event, model)
         bar.update()
         if done % job.eval_every == 0 or done == job.steps:
             place.at("the evaluation")
-            log.add_held_out(done, steps.evaluate(model, text[1], job))
+            with BytesOfExperts(model) as experts:
+                bits = steps.evaluate(model, text[1], job)
+            event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most())
             if board:
-                board.held_out(log)
+                board.held_out(event)
         if done % job.save_every == 0 or last:
             place.at("the checkpoint")
             steps.check_finite(model, optimizer, done)
-            extra = {"log": asdict(log), "job": asdict(job), "scaler": scaler.state_dict()}
+            recent.count(*steps.gather(model))
+            extra = {"recent": asdict(recent), "job": asdict(job), "scaler": scaler.state_dict()}
+            began = time.perf_counter()
             checkpoint.save(out, model.parts, optimizer, done, extra, random_state(device))
+            seconds = time.perf_counter() - began
+            log.write("checkpoint", done, stall_s=seconds, seconds=seconds)
             checkpoint.prune(out, job.keep)
         if stopping:
             break
@@ -103,17 +127,18 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     if board:
         board.close()
     if stopping:
+        log.write("end", done, reason="stopped by SIGTERM")
         say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
         return STOPPED
+    log.write("end", max(first, job.steps), reason="done")
     if launch.RANK == 0:
-        draw(log, out / "report.png")
-        (out / "log.json").write_text(json.dumps(asdict(log)))
+        say(f"report: {draw(read(log.path), out / 'report.png')}; log: {log.path}")
         print(json.dumps(figures(job, log, meter)), flush=True)
     return 0
 
 
-def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Log]:
-    """The first step, and the curves so far: of the newest checkpoint where the job goes on with one."""
+def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:
+    """Steps done, and what the log does not say of them yet: of the newest checkpoint if the job goes on with one."""
     out = Path(job.out)
     again = launch.restarted()
     loaded = checkpoint.load_newest(out, model.parts, optimizer) if job.resume or again else None
@@ -128,17 +153,18 @@ def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScal
         if job.fp16 and loaded.extra.get("scaler"):
             scaler.load_state_dict(loaded.extra["scaler"])
         say(f"going on after step {loaded.step}")
-        return loaded.step, Log(**loaded.extra["log"])
+        return loaded.step, Recent(**loaded.extra.get("recent", {}))
     if job.resume and not again:
         raise ValueError(f"--resume: there is no checkpoint in {out}")
     if launch.RANK == 0:
         if checkpoint.newest(out):
             set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        if not again:
+            (out / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     dist.barrier()
     torch.manual_seed(hash((job.seed, 0, launch.RANK)))  # the weights were drawn alike; noise in gates is each rank's
-    return 0, Log()
+    return 0, Recent()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -164,31 +190,50 @@ def unused(paths: Iterable[Path]) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-def header(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device, first: int) -> str:
-    """What the job is about to do, in a line."""
-    kind = "dense" if job.dense else f"{job.experts} experts, top {job.top_k}"
-    axes = {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+def described(job: Job, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
+    """What the job is about to do, for the log."""
+    return {
+        "restart": launch.restarted(),
+        "job": asdict(job),
+        "mesh": {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
+        "ranks": launch.RANKS,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "parameters": meter.parameters,
+        "active_parameters": meter.active_parameters,
+        "train_bytes": len(text[0]),
+        "held_out_bytes": len(text[1]),
+    }
+
+
+def header(start: dict[str, Any]) -> str:
+    """The start event, in a line."""
+    job = start["job"]
+    kind = "dense" if job["dense"] else f"{job['experts']} experts, top {job['top_k']}"
+    sizes = f"{start['parameters']:,} parameters, {start['active_parameters']:,} active"
+    axes = ", ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     return "; ".join(
         [
-            f"GPT of {job.layers} blocks ({kind}), {meter.parameters:,} parameters, {meter.active_parameters:,} active",
-            f"{len(text[0]):,} bytes of text and {len(text[1]):,} held out",
-            f"{device.type}, ranks {launch.RANKS}: {', '.join(f'{axis} {size}' for axis, size in axes.items())}",
-            f"steps {first + 1} to {job.steps}",
+            f"GPT of {job['layers']} blocks ({kind}), {sizes}",
+            f"{start['train_bytes']:,} bytes of text and {start['held_out_bytes']:,} held out",
+            f"{start['device']}, ranks {start['ranks']}: {axes}",
+            f"steps {start['step'] + 1} to {job['steps']}",
         ]
     )
 
 
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
     """What the job came to, for its last line of output."""
+    step, held_out = (log.last.get(kind, {}) for kind in ("step", "held out"))  # missing: nothing to do, and no log
     return {
         "steps": job.steps,
-        "loss": log.loss[-1],
-        "val_bpb": log.val_bpb[-1],
-        **log.usage[-1],
+        "loss": step.get("loss"),
+        "val_bpb": held_out.get("bits_per_byte"),
+        "memory_bytes": step.get("memory_bytes"),
+        "sent_bytes": step.get("sent_bytes"),
         **meter.rates(),
         "seconds": round(meter.seconds, 1),
-        "dropped": log.dropped[-1],
-        "imbalance": log.imbalance[-1],
+        "dropped": mean(step.get("dropped", [])),
+        "imbalance": max(step.get("imbalance", []), default=1.0),
         "ranks": dist.get_world_size(),
         "mesh": {"pp": job.pp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
         "parameters": meter.parameters,

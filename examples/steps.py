@@ -17,8 +17,7 @@ from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, parallel_model
 from turnout.models.data_parallel import computed_in
-from turnout.models.gpt import Block
-from turnout.moe import GradScaler, MoE, balance_biases, param_groups
+from turnout.moe import GradScaler, balance_biases, load, param_groups
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:
@@ -178,22 +177,19 @@ def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
     return bits
 
 
-@torch.no_grad()
-def gather(model: ParallelModel) -> tuple[list[list[int]], float]:
-    """Over all ranks: tokens per expert of each MoE layer, and the share dropped; in one all-reduce.
+def gather(model: ParallelModel) -> tuple[list[list[int]], list[int]]:
+    """Of each MoE layer: tokens per expert, and assignments that capacity dropped, in all steps since the last call.
 
-    Loads are of the last micro-batch.
+    Over all ranks and micro-batches; every rank calls it.
     """
-    config = model.parts[0].config
+    config, meshes = model.parts[0].config, model.meshes
     layers = config.layers // config.moe_every if config.moe_every else 0
-    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.float64, device=model.meshes.dense.device_type)
-    for part in model.parts:
-        for index, block in enumerate(part.blocks):
-            if isinstance(block, Block) and isinstance(block.feed_forward, MoE):
-                stats = block.feed_forward.stats
-                table[index // config.moe_every, 0] = stats.dropped
-                table[index // config.moe_every, 1:] = stats.tokens_per_expert
-    dist.all_reduce(table)  # a layer's numbers come from the ranks of its stage
+    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.int64)
+    for name, found in load(model, meshes).items():
+        tokens = found.tokens_per_expert
+        row = table[int(name.split(".")[-2]) // config.moe_every]  # the name ends in blocks.N.feed_forward
+        row[0], row[1:] = (found.dropped * tokens.sum()).round(), tokens
+    table = table.to(meshes.dense.device_type)
+    dist.all_reduce(table, group=meshes.dense["pp"].get_group())  # each stage has layers of its own
     rows = table.tolist()
-    dropped = sum(row[0] for row in rows) / max(1, layers * model.meshes.tokens.size())
-    return [[round(n) for n in row[1:]] for row in rows], dropped
+    return [row[1:] for row in rows], [row[0] for row in rows]

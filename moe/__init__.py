@@ -24,12 +24,13 @@ from .gates import (
 )
 from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE
+from .loads import load
 from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
 from .parallel import expert_parameters, fully_shard_experts, parallelize
 from .routing import Routing
 from .scaler import GradScaler
-from .stats import Stats
+from .stats import Load, Stats
 from .tuned import Tuned, Tuning
 from .tuning import autotune
 from .upcycle import upcycle
@@ -46,6 +47,7 @@ __all__ = [
     "GradScaler",
     "HashGate",
     "HierarchicalGate",
+    "Load",
     "MoE",
     "NoisyTopKGate",
     "RandomGate",
@@ -68,6 +70,7 @@ __all__ = [
     "clip_grad_norm_",
     "expert_parameters",
     "fully_shard_experts",
+    "load",
     "lora_parameters",
     "merge_lora",
     "parallelize",

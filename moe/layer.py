@@ -26,7 +26,7 @@ from .losses import StepLosses, balance_loss, balance_shares, mean_over_split, z
 from .named import called, named_experts, named_gate, named_shared
 from .routing import Routing, can_be_read, wrong_shapes, wrong_values
 from .shared import Residual
-from .stats import Stats
+from .stats import LoadCount, Stats
 
 
 class MoE(nn.Module):
@@ -128,7 +128,7 @@ class MoE(nn.Module):
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._losses = StepLosses()
+        self._losses, self._count = StepLosses(), LoadCount(self._choices)
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was looked at, in training and eval
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
@@ -168,7 +168,7 @@ class MoE(nn.Module):
         if self.shared is not None and real is not None:  # the others leave zeros there
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
-        self._record(y, routing, (routed.expert >= 0) & (kept.expert < 0), sequences=x.shape[:-2].numel())
+        self._record(y, routing, None if limit is None else (routed.expert >= 0) & (kept.expert < 0))
         return y
 
     def train(self, mode: bool = True) -> Self:
@@ -176,6 +176,10 @@ class MoE(nn.Module):
         if self.place is not None:
             self.place.training = mode
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._count.moved_by(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def top_k(self) -> int:
@@ -249,15 +253,17 @@ class MoE(nn.Module):
             self._losses.warn_of_forgotten(described(self) if learns else None)
         self._losses.let_go()
 
-    def _record(self, y: Tensor, routing: Routing, dropped: Tensor, sequences: int) -> None:
-        """Keep what `stats` and `aux_loss` will be asked for."""
-        loss = self._loss(routing, sequences)
-        self._last = (routing.expert, torch.where(dropped, -1, routing.expert), routing.weight.detach())
+    def _record(self, y: Tensor, routing: Routing, dropped: Tensor | None) -> None:
+        """Keep what `stats`, `load` and `aux_loss` will be asked for."""
+        loss = self._loss(routing, sequences=y.shape[:-2].numel())
+        kept = routing.expert if dropped is None else torch.where(dropped, -1, routing.expert)
+        self._last = (routing.expert, kept, routing.weight.detach())
         compiling = torch.compiler.is_compiling()
         if not compiling and _in_backward():
             return  # activation recomputation: this forward has been counted
         if self.training and y.requires_grad:
             self.gate.observe(routing)
+            self._count.add(routing.expert, dropped, routing.num_experts)
         step = self._losses.add(loss, self.training, y.requires_grad)
         if self.training and y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
             y.register_hook(lambda _: self._losses.after_backward(step))

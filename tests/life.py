@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from reference_routes import BALANCED
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, LocalDispatcher, NodeDispatcher, OverlapDispatcher
-from turnout.moe import add_lora, aux_loss, balance_biases, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import add_lora, aux_loss, balance_biases, load, lora_parameters, merge_lora, unmerge_lora
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.06}
 FACTORS = st.sampled_from([None, 0.5, 0.8, 1.0, 1.7, 6.0])
@@ -55,7 +55,8 @@ class Life(RuleBasedStateMachine):
         self.pending: list[Loss] = []  # of the step
         self.under_way = False  # the next training forward is of the same step
         self.evaluation: Loss | None = None  # of the last forward, if that was in eval mode
-        self.load = torch.zeros(self.settings.choices, dtype=torch.int64)
+        self.load = torch.zeros(self.settings.choices, dtype=torch.int64)  # since biases moved
+        self.counted = self.load.clone()  # since `load` was called
 
     @torch.no_grad()
     def new(self):
@@ -127,6 +128,7 @@ class Life(RuleBasedStateMachine):
         new = self.layer.state_dict()
         assert all(torch.equal(t.to(new[name].dtype), new[name]) for name, t in old.state_dict().items())
         self.pending, self.under_way, self.evaluation = [], False, None
+        self.counted.zero_()
         with pytest.raises(RuntimeError, match="no statistics yet"):
             self.layer.stats.dropped.item()
 
@@ -192,6 +194,11 @@ class Life(RuleBasedStateMachine):
         wanted = before + rate * (mean - self.load).sign()
         assert torch.allclose(self.layer.gate.expert_bias.double(), wanted, atol=1e-6)
         self.load.zero_()
+
+    @rule()
+    def count(self):
+        assert load(self.layer)[""].tokens_per_expert.equal(self.counted)
+        self.counted.zero_()
 
     # ---- what must hold
 
@@ -262,6 +269,7 @@ class Life(RuleBasedStateMachine):
             self.under_way = self.under_way or y.requires_grad
         if adds_up:
             self.load += torch.tensor(stats["tokens_per_expert"])
+            self.counted += torch.tensor(stats["tokens_per_expert"])
         return x, y, exact, expected
 
     def covered(self):

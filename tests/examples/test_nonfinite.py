@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import steps
 import torch
 import torch.distributed as dist
+from log import read
 from main_job import TINY
 from ranks import run
 from turnout.dispatch import Meshes
@@ -75,12 +75,12 @@ def test_stop_saves_nothing_of_it(tmp_path, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_skip_goes_on_and_counts(tmp_path, mesh):
     assert run(2, train, str(tmp_path), f"{mesh} --on-nonfinite skip --log-every 2", {2, 5}) == ["", ""]
-    log = json.loads((tmp_path / "log.json").read_text())
-    assert log["skipped"] == [1, 1, 2]
-    assert all(math.isfinite(loss) for loss in (*log["loss"], *log["val_bpb"]))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == log["skipped"]
-    assert [line["loss"] for line in lines] == log["loss"]
+    events = read(tmp_path / "log.jsonl")
+    lines, held_out = ([event for event in events if event["event"] == kind] for kind in ("step", "held out"))
+    assert [line["skipped"] for line in lines] == [1, 1, 2]
+    assert [line["gradient_norm"] is None for line in lines] == [True, False, False]  # of steps 2, 4 and 6
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert all(math.isfinite(event["bits_per_byte"]) for event in held_out)
 
 
 def test_skip_gives_up(tmp_path):

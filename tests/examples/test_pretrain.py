@@ -1,13 +1,13 @@
 """The main job: what it prints and writes, alike on one rank and two, resumed, and its errors."""
 
 import errno
-import json
 import shutil
 from pathlib import Path
 from unittest import mock
 
 import pretrain
 import pytest
+from log import read
 from main_job import ROOT, result, run
 from scripts import script
 
@@ -25,6 +25,7 @@ def test_prints_its_figures_and_draws_its_report(one_rank):
     assert figures["steps"] == 6
     assert 0 < figures["val_bpb"] < 8.5
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not (out / "log.json").exists()
     assert (out / "step-6").is_dir()
 
 
@@ -34,18 +35,23 @@ def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
     flags = ("--steps", "6", "--data", text, "--pp", "2")
     each, some = (run(tmp_path / n, *flags, "--log-every", n, ranks=2) for n in "14")
     assert result(some)["loss"] != result(each)["loss"]
-    lines = {n: [json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "14"}
+    lines = {n: [event for event in read(tmp_path / n / "log.jsonl") if event["event"] == "step"] for n in "14"}
     losses = [line["loss"] for line in lines["1"]]
     assert [line["step"] for line in lines["4"]] == [4, 6]
     assert [line["loss"] for line in lines["4"]] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-4)
-    assert [len(line["imbalance"]) for line in lines["4"]] == [1, 1]
+    for line, single in zip(lines["4"], (lines["1"][:4], lines["1"][4:]), strict=True):
+        assert line["tokens"] == [[sum(n) for n in zip(*(each["tokens"][0] for each in single), strict=True)]]
+        assert line["imbalance"] == [max(line["tokens"][0]) * 4 / sum(line["tokens"][0])]
+        assert line["dropped"] == [0.0]
     assert lines["4"][0].keys() == {
-        *("step", "loss", "lr", "gradient_norm", "tokens_per_s", "memory_bytes", "dropped", "imbalance", "skipped")
+        *("event", "time", "step", "loss", "lr", "gradient_norm", "tokens_per_s", "tflops_per_s", "memory_bytes"),
+        *("sent_bytes", "skipped", "dropped", "imbalance", "tokens"),
     }
     head, *said = some.stderr.splitlines()
     assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
     assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
-    assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6"]
+    assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6", "report"]
+    assert said[-1] == f"report: {tmp_path / '4' / 'report.png'}; log: {tmp_path / '4' / 'log.jsonl'}"
 
 
 @pytest.mark.slow
@@ -71,11 +77,11 @@ def test_what_an_earlier_run_left_goes_into_a_folder_of_its_own_where_the_folder
     (tmp_path / "lost+found").mkdir()
     for run_number in (1, 2):
         (tmp_path / "step-1").mkdir()
-        (tmp_path / "log.json").write_text(str(run_number))
+        (tmp_path / "log.jsonl").write_text(str(run_number))
         with mock.patch.object(Path, "rename", mounted):
             pretrain.set_aside(tmp_path)
         assert (tmp_path / f"run.{run_number}" / "step-1").is_dir()
-        assert (tmp_path / f"run.{run_number}" / "log.json").read_text() == str(run_number)
+        assert (tmp_path / f"run.{run_number}" / "log.jsonl").read_text() == str(run_number)
     assert {path.name for path in tmp_path.iterdir()} == {"lost+found", "run.1", "run.2"}
 
 

@@ -1,0 +1,73 @@
+"""What experts specialise in: which bytes each of them takes."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from turnout.models import ParallelModel
+from turnout.moe import MoE, Routing
+
+SHOWN = 8  # bytes of each expert
+
+
+class BytesOfExperts:
+    """In `with`, counts the bytes that each expert of each MoE layer gets, in forwards of any mode.
+
+    Works on any mesh: each rank counts its tokens in its layers. After `with` the model is as it was before.
+    """
+
+    def __init__(self, model: ParallelModel) -> None:
+        config = model.parts[0].config
+        layers = config.layers // config.moe_every if config.moe_every else 0
+        shape = (layers, config.num_experts, config.vocab)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=model.meshes.dense.device_type)
+        self.layers: dict[int, MoE] = {}
+        for part in model.parts:
+            for name, layer in part.named_modules():
+                if isinstance(layer, MoE):
+                    self.layers[int(name.split(".")[1]) // config.moe_every] = layer
+
+    def __enter__(self) -> Self:
+        self._hooks = []
+        for index, layer in self.layers.items():
+            seen = Seen(self.counts[index])
+            self._hooks += [
+                layer.register_forward_pre_hook(seen.ids_of, with_kwargs=True),
+                layer.gate.register_forward_hook(seen.count),
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def most(self) -> list[list[list[list[int]]]]:
+        """Of each layer and expert: [byte, tokens of it], the bytes it gets most above an even part; over all ranks.
+
+        Every rank calls it.
+        """
+        dist.all_reduce(self.counts)  # a layer's counts come from the ranks of its stage
+        above = self.counts - self.counts.sum(1, keepdim=True).double() / self.counts.shape[1]
+        best = above.topk(SHOWN, dim=-1)
+        tokens = self.counts.gather(-1, best.indices)
+        table = torch.stack([best.indices, tokens, best.values > 0], -1).tolist()
+        return [[[[b, n] for b, n, more in expert if more] for expert in layer] for layer in table]
+
+
+class Seen:
+    """The bytes that came to one layer, and then the experts that its gate chose for them; counts int64 [E, bytes]."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+        self.ids: Tensor | None = None
+
+    def ids_of(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.ids = kwargs["ids"].flatten()
+
+    def count(self, gate: nn.Module, args: Any, routing: Routing) -> None:
+        assert self.ids is not None
+        cells = (routing.expert * self.counts.shape[1] + self.ids.unsqueeze(1))[routing.expert >= 0]
+        self.counts += torch.bincount(cells, minlength=self.counts.numel()).view_as(self.counts)
