@@ -29,18 +29,18 @@ import options
 import steps
 import torch
 import torch.distributed as dist
+from board import tensorboard
 from launch import say
-from log import Log, Recent, mean, read, summary
+from log import Log, Recent, mean, summary
 from meter import Meter
 from options import Job
 from profiling import profiled
-from report import draw, tensorboard
 from specialisation import BytesOfExperts
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
-from turnout.models import ParallelModel, checkpoint
+from turnout.models import ParallelModel, checkpoint, report
 from turnout.moe import GradScaler
 
 # exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
@@ -132,9 +132,17 @@ def run(
         return STOPPED
     log.write("end", max(first, job.steps), reason="done")
     if launch.RANK == 0:
-        say(f"report: {draw(read(log.path), out / 'report.png')}; log: {log.path}")
+        say(f"report: {reported(out)}; log: {log.path}")
         print(json.dumps(figures(job, log, meter)), flush=True)
     return 0
+
+
+def reported(out: Path) -> Path | str:
+    """Where the report is. A report that cannot be made is no reason for a job to fail after all."""
+    try:
+        return report.write(out)
+    except (report.LogError, ModuleNotFoundError, OSError) as error:
+        return f"none, {error}"
 
 
 def begin(job: Job, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:

@@ -24,7 +24,7 @@ def test_prints_its_figures_and_draws_its_report(one_rank):
     assert {"steps", "loss", "val_bpb", "tokens_per_s"} <= figures.keys()
     assert figures["steps"] == 6
     assert 0 < figures["val_bpb"] < 8.5
-    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert 'class="state done"' in (out / "report.html").read_text()
     assert not (out / "log.json").exists()
     assert (out / "step-6").is_dir()
 
@@ -51,7 +51,15 @@ def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
     assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
     assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
     assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6", "report"]
-    assert said[-1] == f"report: {tmp_path / '4' / 'report.png'}; log: {tmp_path / '4' / 'log.jsonl'}"
+    assert said[-1] == f"report: {tmp_path / '4' / 'report.html'}; log: {tmp_path / '4' / 'log.jsonl'}"
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_made_fails_no_job(tmp_path, text):
+    (tmp_path / "report.html").mkdir()
+    done = run(tmp_path, "--steps", "1", "--data", text)
+    assert result(done)["steps"] == 1
+    assert "report: none, " in done.stderr
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ import pytest
 import steps
 import torch
 import torch.distributed as dist
+from board import routers
 from cases import runnable
 from main_job import result, run
 from profiling import BEFORE, profiled
 from ranks import run as on_ranks
-from report import routers
 from specialisation import SHOWN, BytesOfExperts
 from test_job import TEXT, TINY
 from turnout.dispatch import Meshes

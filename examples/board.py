@@ -1,4 +1,4 @@
-"""The curves of a run: as a picture, and for TensorBoard."""
+"""The curves of a run, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,48 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
 from turnout.moe import MoE
-
-
-def draw(events: list[dict[str, Any]], path: Path) -> Path:
-    """Losses over steps and, for each MoE layer, a heat map of the share of tokens each expert got; returns `path`."""
-    import math
-
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    lines, held_out = ([event for event in events if event["event"] == kind] for kind in ("step", "held out"))
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-    layers = len(lines[-1]["tokens"]) if lines else 0
-    figure, axes = plt.subplots(
-        1 + layers, 1, figsize=(9, 3.4 + 2.0 * layers), height_ratios=[1.7] + [1] * layers, layout="constrained"
-    )
-    curves, *maps = np.atleast_1d(axes)
-    bits = [math.nan if nats is None else nats / math.log(2) for nats in losses]
-    curves.plot(steps, bits, color="tab:blue", lw=1.2, label="train")
-    bits = [event["bits_per_byte"] for event in held_out]
-    curves.plot([event["step"] for event in held_out], bits, "o-", color="tab:orange", lw=1.5, ms=4, label="held out")
-    curves.set(xlabel="step", ylabel="bits per byte", title=f"held out: {bits[-1]:.3f} bits per byte" if bits else "")
-    curves.grid(alpha=0.3)
-    curves.legend(frameon=False)
-    for index, axis in enumerate(maps):
-        counts = np.array([line["tokens"][index] for line in lines], dtype=float).T  # [expert, line]
-        share = counts / counts.sum(0) * len(counts)
-        picture = axis.imshow(
-            share, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, origin="lower", interpolation="nearest",
-            extent=(0, steps[-1], -0.5, len(counts) - 0.5),
-        )  # fmt: skip
-        axis.set(ylabel="expert", title=f"load of the experts, MoE layer {index + 1}")
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(picture, ax=axis, label="share / even share")
-    if maps:
-        maps[-1].set_xlabel("step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
 
 
 def tensorboard(out: Path, first: int) -> Board:
