@@ -16,18 +16,22 @@ BEFORE, WARM_UP = 3, 2  # steps before the trace; in the last of them the profil
 def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
     """Trace `steps` training steps of this rank, after BEFORE others; 0 traces none.
 
-    Yields what is to be called after each step. The trace is written to `folder` as soon as it is complete.
+    Yields what is to be called after each step. The trace is written to `folder` as soon as it is complete; if the job
+    ends before, with the steps that there were.
     """
     if not steps:
         yield lambda: None
         return
-    path = folder / f"rank-{launch.RANK}.json.gz"
+    path, written = folder / f"rank-{launch.RANK}.json.gz", []
 
     def save(profile: torch.profiler.profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))
-        launch.say(f"profile of {steps} steps, a file for each rank: {folder}")
+        written.append(path)
+        launch.say(f"profile of each rank: {folder}")
 
     schedule = torch.profiler.schedule(wait=BEFORE - WARM_UP, warmup=WARM_UP, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
         yield profile.step
+    if not written:
+        launch.say(f"--profile: the job ended within the {BEFORE} steps before the profile, so there is none")

@@ -31,8 +31,9 @@ def load(model: nn.Module, mesh: DeviceMesh | Meshes | None = None) -> dict[str,
 
     A forward counts if its layer is in training mode and its output requires a gradient. So micro-batches add up,
     activations that are computed again count once, and an evaluation does not count, be it in eval mode or under
-    `torch.no_grad`. Forwards inside `torch.func` transforms do not count, nor do those under re-entrant activation
-    checkpointing (``use_reentrant=True``), which run without gradients.
+    `torch.no_grad`. Not counted are forwards inside `torch.func` transforms, and under re-entrant activation
+    checkpointing (``use_reentrant=True``), where they run without gradients. A layer that was compiled by itself cannot
+    tell that a checkpoint around it recomputes it, and counts twice: compile outside the checkpoint.
 
     Args:
         model: as given to `parallelize`, or a part of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -30,8 +31,8 @@ def browser(path: str):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         (its_in, ours_out), (ours_in, its_out) = os.pipe(), os.pipe()
         argv = [path, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
-        # it reads commands from 3 and writes to 4; the ends may have these numbers already
-        above = [os.dup(fd) for fd in (its_in, its_out, its_in, its_out)][2:]
+        # it reads commands from 3 and writes to 4, numbers that an end may have here already
+        above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (its_in, its_out)]
         actions = [
             (os.POSIX_SPAWN_DUP2, above[0], 3),
             (os.POSIX_SPAWN_DUP2, above[1], 4),

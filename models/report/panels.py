@@ -100,10 +100,11 @@ def optimizer(log: Log) -> Section:
 
 def speed(log: Log) -> Section:
     """Throughput, memory, and what ranks send."""
+    axes = by_axis(log.steps)
     sent = [
-        curve(log.steps, partial(_of_axis, axis=axis), axis, colour)
-        for axis, colour in zip(by_axis(log.steps), LINES, strict=False)
+        curve(log.steps, partial(_of_axis, axis=axis), axis, colour) for axis, colour in zip(axes, LINES, strict=False)
     ]
+    per_rank = "per rank" if len(axes) == len(sent) else f"per rank, {len(sent)} of {len(axes)} axes"
     tokens, tflops, mfu, memory = (
         curve(log.steps, attrgetter(name)) for name in ("tokens_per_s", "tflops_per_s", "mfu", "memory_bytes")
     )
@@ -112,7 +113,7 @@ def speed(log: Log) -> Section:
         drawn(log, "TFLOP/s", tflops, note="all ranks"),
         drawn(log, "MFU", mfu, note="share of the devices' peak", form="percent"),
         drawn(log, "Memory", memory, note="the most of any rank", form="bytes"),
-        drawn(log, "Bytes sent per step", *sent, note="per rank", form="bytes", log_scale=True),
+        drawn(log, "Bytes sent per step", *sent, note=per_rank, form="bytes", log_scale=True),
         traffic(log.steps),
     )
     return Section("Speed and memory", html)
@@ -124,9 +125,10 @@ def _of_axis(step: Step, axis: str) -> float | None:
 
 
 def by_axis(steps: Sequence[Step]) -> list[str]:
-    """Axes of the mesh that bytes were sent over, the busiest of the newest line first."""
+    """Axes of the mesh that bytes were sent over, the one with most bytes in a step first."""
     axes = {key.partition(" ")[0] for step in steps for key in step.sent_bytes}
-    return sorted(axes, key=lambda axis: (-(_of_axis(steps[-1], axis) or 0), axis))
+    most = {axis: max(_of_axis(step, axis) or 0 for step in steps) for axis in axes}
+    return sorted(axes, key=lambda axis: (-most[axis], axis))
 
 
 def traffic(steps: Sequence[Step]) -> str:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from board import routers
 from cases import runnable
 from main_job import result, run
-from profiling import BEFORE
+from profiling import BEFORE, profiled
 from ranks import run as on_ranks
 from specialisation import SHOWN, BytesOfExperts
 from test_job import TEXT, TINY
@@ -121,7 +121,7 @@ def test_a_profile_of_each_rank(tmp_path, text):
     flags = ("--steps", str(BEFORE + 3), "--profile", "2", "--pp", "2", "--log-every", "100")
     done = run(tmp_path, *flags, "--data", text, ranks=2)
     result(done)
-    assert f"profile of 2 steps, a file for each rank: {tmp_path / 'profile'}" in done.stderr
+    assert f"profile of each rank: {tmp_path / 'profile'}" in done.stderr
     for rank in range(2):
         trace = json.loads(gzip.decompress((tmp_path / "profile" / f"rank-{rank}.json.gz").read_bytes()))
         names = Counter(event.get("name") for event in trace["traceEvents"])
@@ -130,6 +130,22 @@ def test_a_profile_of_each_rank(tmp_path, text):
         if rank == 1:  # the second of two blocks is the mixture
             assert names["turnout::encode"] >= 2 * 2
             assert names["turnout::decode_weighted"] + names["turnout::decode"] >= 2 * 2
+
+
+@pytest.mark.parametrize(("taken", "traced"), [(BEFORE - 1, 0), (BEFORE + 1, 1), (BEFORE + 4, 2)])
+def test_a_job_that_ends_early_leaves_the_profile_that_there_is(tmp_path, capsys, taken, traced):
+    with profiled(2, tmp_path) as step:
+        for _ in range(taken):
+            torch.ones(2).add(1)
+            step()
+    said = capsys.readouterr().err
+    if not traced:
+        assert "so there is none" in said
+        assert not list(tmp_path.iterdir())
+        return
+    trace = json.loads(gzip.decompress((tmp_path / "rank-0.json.gz").read_bytes()))
+    assert Counter(event.get("name") for event in trace["traceEvents"])["aten::add"] == traced
+    assert f"profile of each rank: {tmp_path}" in said
 
 
 def test_a_profile_must_fit_the_steps():

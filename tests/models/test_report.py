@@ -120,6 +120,17 @@ def test_a_run_that_just_began(tmp_path, layers):
     assert page.count("svg") > 5
 
 
+def test_axes_without_a_curve_are_said_to_be_missing(tmp_path):
+    run = Run(tmp_path)
+    run.start()
+    run.step(10, sent_bytes={f"axis{n} all_reduce": 10 + n for n in range(8)})
+    run.step(20, sent_bytes={"ep all_to_all": 9, "ep all_reduce": 9})
+    page = made(run)
+    axes = " ".join(["ep", *(f"axis{n}" for n in (7, 6, 5, 4, 3))])
+    assert f"Bytes sent per step {axes} per rank, 6 of 9 axes" in page.text
+    assert "Bytes sent in step 20 per rank axis collective bytes share ep all_to_all 9 B 50.0%" in page.text
+
+
 def test_a_dense_model_has_nothing_of_experts(tmp_path):
     page = made(small(tmp_path, layers=0))
     assert page.count("img") == 0
