@@ -60,14 +60,6 @@ def test_a_report_that_cannot_be_made_fails_no_job(tmp_path, text):
 
 
 @pytest.mark.slow
-def test_a_report_that_cannot_be_made_fails_no_job(tmp_path, text):
-    (tmp_path / "report.html").mkdir()
-    done = run(tmp_path, "--steps", "1", "--data", text)
-    assert result(done)["steps"] == 1
-    assert "report: none, " in done.stderr
-
-
-@pytest.mark.slow
 def test_two_ranks_learn_the_same_and_one_goes_on_with_it(tmp_path, text, one_rank):
     whole, _ = one_rank
     two = result(run(tmp_path / "two", "--steps", "6", "--data", text, ranks=2))
