@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from turnout.dispatch import Meshes
 from turnout.models import GPTConfig, ParallelModel, checkpoint, parallel_model
-from turnout.models.contents import Contents
+from turnout.models.checkpoint.contents import Contents
 from turnout.moe import param_groups
 from turnout.moe.stacked import local
 

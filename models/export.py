@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as _write
 
-from .together import CheckpointError, on_first, together
+from .checkpoint.together import CheckpointError, on_first, together
 
 INDEX = "model.safetensors.index.json"  # which file has which tensor
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ...moe.lora import lora_parameters
 from ...moe.stacked import whole
-from ..together import on_first
+from ..checkpoint.together import on_first
 from .replace import Model, bridged_layers, restore_moe
 
 ADAPTERS = "adapters.safetensors"

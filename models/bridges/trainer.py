@@ -22,8 +22,8 @@ from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ...moe.gradients import sync_gradients
 from ...moe.stacked import local
-from .. import checkpoint
-from ..together import on_first, together
+from ..checkpoint import store as checkpoint
+from ..checkpoint.together import on_first, together
 from .replace import bridged_layers
 from .saving import restored, save_adapters
 

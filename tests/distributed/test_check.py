@@ -14,15 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from turnout.dispatch import FlatDispatcher, LocalDispatcher, Meshes
 from turnout.models import GPTConfig, parallel_model
-from turnout.moe import (
-    MoE,
-    check,
-    expert_parameters,
-    fully_shard_experts,
-    parallelize,
-    param_groups,
-    sync_gradients,
-)
+from turnout.moe import MoE, check, expert_parameters, fully_shard_experts, parallelize, param_groups, sync_gradients
 
 
 def build(**options) -> nn.Sequential:

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from turnout.dispatch import (
-    Dispatcher,
-    FlatDispatcher,
-    LocalDispatcher,
-    OverlapDispatcher,
-    Plan,
-    overlap,
-)
+from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, OverlapDispatcher, Plan, overlap
 from turnout.moe import MoE, fully_shard_experts, parallelize, sync_gradients
 
 pytestmark = pytest.mark.sampled

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from main_job import result, run
-from turnout.models import snapshot
+from turnout.models.checkpoint import snapshot
 
 JOB = ("--steps", "6", "--save-every", "1", "--eval-every", "6", "--keep", "9")
 

@@ -27,9 +27,18 @@ from test_moving import build as build_on
 from test_oracle import CASES, Case
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from turnout.models import checkpoint, snapshot
-from turnout.models.checkpoint import AsyncCheckpointer, CheckpointError, WriteError, load, load_newest, newest, save
-from turnout.models.host_copies import HostCopies
+from turnout.models import checkpoint
+from turnout.models.checkpoint import (
+    AsyncCheckpointer,
+    CheckpointError,
+    WriteError,
+    load,
+    load_newest,
+    newest,
+    save,
+    snapshot,
+)
+from turnout.models.checkpoint.host_copies import HostCopies
 
 
 def names(folder: Path) -> list[str]:

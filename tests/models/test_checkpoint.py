@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ranks import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.models import checkpoint, snapshot
-from turnout.models.checkpoint import CheckpointError, DamagedError, load, load_newest, newest, prune, save
-from turnout.models.verify import read_list
+from turnout.models import checkpoint
+from turnout.models.checkpoint import CheckpointError, DamagedError, load, load_newest, newest, prune, save, snapshot
+from turnout.models.checkpoint.verify import read_list
 from turnout.moe import aux_loss, parallelize, param_groups, sync_gradients
 
 

@@ -21,8 +21,17 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from turnout.models import contents
-from turnout.models.checkpoint import CheckpointError, DamagedError, WriteError, load, load_newest, newest, prune, save
+from turnout.models.checkpoint import (
+    CheckpointError,
+    DamagedError,
+    WriteError,
+    contents,
+    load,
+    load_newest,
+    newest,
+    prune,
+    save,
+)
 
 
 class Code:

@@ -13,16 +13,7 @@ from reference import close
 from routed import built, drawn, is_a_routing, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.func import functional_call
-from turnout.moe import (
-    CosineGate,
-    ExpertChoiceGate,
-    MoE,
-    SigmoidGate,
-    SinkhornGate,
-    TopKGate,
-    aux_loss,
-    parallelize,
-)
+from turnout.moe import CosineGate, ExpertChoiceGate, MoE, SigmoidGate, SinkhornGate, TopKGate, aux_loss, parallelize
 from turnout.moe.gates.sinkhorn import sinkhorn
 
 D, H, E, T = 6, 5, 6, 13
