@@ -104,8 +104,8 @@ class AsyncCheckpointer:
                 if step % 100 == 0:
                     checkpointer.save(model, optimizer, step)
 
-    Leaving the `with` block waits for the last checkpoint. A process that ends earlier, or is killed, leaves it
-    step-N.incomplete.
+    Leaving the `with` block waits for the last checkpoint. A process that is killed before leaves it step-N.incomplete.
+    The copies stay in host memory, for the next ones.
 
     Args:
         folder: as for `save`.
