@@ -22,7 +22,7 @@ from .snapshot import Snapshot
 from .store import PathLike, prune
 from .together import place, together
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(__package__)  # turnout.models.checkpoint
 
 
 class Saved(NamedTuple):

@@ -24,7 +24,7 @@ from .verify import is_sound, verify
 
 Accept = Callable[[int, dict[str, Any]], None]
 PathLike = str | os.PathLike[str]
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(__package__)  # turnout.models.checkpoint
 
 
 class Loaded(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import tiny_disk
 from main_job import result, run
 from turnout.models.checkpoint import snapshot
 
@@ -54,27 +54,21 @@ def test_at_the_end_it_is_an_error(tmp_path, text, monkeypatch):
 
 
 @pytest.fixture
-def tiny_disk(tmp_path) -> Iterator[Path]:
-    """A file system that holds some checkpoints, and not six."""
-    (folder := tmp_path / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no tmpfs can be mounted here, which needs root: {error}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path) -> Iterator[Path]:
+    """It holds some checkpoints, and not six."""
+    with tiny_disk(tmp_path / "disk", 3000) as folder:
+        yield folder
 
 
-def test_a_disk_that_is_really_full(tiny_disk, text):
-    done = run(tiny_disk / "run", *JOB, "--data", text)
+def test_a_disk_that_is_really_full(disk, text):
+    done = run(disk / "run", *JOB, "--data", text)
     assert done.returncode == 1, done.stderr
-    kept = names(tiny_disk / "run")
+    kept = names(disk / "run")
     assert 2 <= len(kept) < 5
     assert kept == [f"step-{step}" for step in range(1, len(kept) + 1)]
     assert done.stderr.count("is full or over its quota") == 6 - len(kept), done.stderr
-    shutil.rmtree(tiny_disk / "run" / kept[0])
-    again = run(tiny_disk / "run", *JOB, "--data", text, "--resume", "--keep", "1")
+    shutil.rmtree(disk / "run" / kept[0])
+    again = run(disk / "run", *JOB, "--data", text, "--resume", "--keep", "1")
     assert result(again)["steps"] == 6
     assert f"going on after step {len(kept)}" in again.stderr
-    assert names(tiny_disk / "run") == ["step-6"]
+    assert names(disk / "run") == ["step-6"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import build, tokens, whole
+from checkpoints import names
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run
@@ -78,10 +79,6 @@ def read(path: Path):
 def with_bit(data: bytes, bit: int) -> bytes:
     at = bit // 8
     return data[:at] + bytes([data[at] ^ 1 << bit % 8]) + data[at + 1 :]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(scope="module")

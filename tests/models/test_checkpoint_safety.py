@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import names
 from ranks import run
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -42,10 +43,6 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
