@@ -84,7 +84,7 @@ class Job:
         """What a watchman does: start again what has ended, and end what no longer can."""
         if self.process.poll() is None:
             stopped = _state(self.process.pid) == "T"
-            if stopped and not self.workers():  # its ranks have ended, and it cannot notice
+            if stopped and all(_state(rank) == "T" for rank in self.workers()):  # the others have ended; it cannot know
                 self.process.kill()
             return
         ranks, end = _ranks_of(self.out), time.monotonic() + 30

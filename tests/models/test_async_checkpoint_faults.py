@@ -23,7 +23,16 @@ import torch.distributed as dist
 from checkpoints import names, small, tiny_disk
 from ranks import outcomes, run
 from torch import nn
-from turnout.models.checkpoint import AsyncCheckpointer, WriteError, load, load_newest, newest, save, snapshot
+from turnout.models.checkpoint import (
+    AsyncCheckpointer,
+    WriteError,
+    background,
+    load,
+    load_newest,
+    newest,
+    save,
+    snapshot,
+)
 
 
 def fail(*_: object) -> None:
