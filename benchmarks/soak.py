@@ -44,7 +44,7 @@ class Sent(NamedTuple):
     kind: str
     to: str  # "rank" or "launcher"
     phase: str  # what the job did then
-    seconds: float  # until the job had a new step in its log
+    seconds: float  # until training went on
 
 
 class Job:
@@ -109,6 +109,11 @@ class Job:
             self.tend()
             time.sleep(0.05)
 
+    def starts(self) -> int:
+        """How often it has begun or gone on."""
+        log = self.log()
+        return len(log.starts) if log else 0
+
     def lines(self) -> int:
         """Of the log."""
         file = self.out / "log.jsonl"
@@ -131,7 +136,7 @@ def disturb(job: Job, draw: random.Random) -> Sent | None:
         return disturb(job, draw)
     log = job.log()
     phase = "training" if log and log.end is None and log.steps and log.time > time.time() - 1 else "starting or ending"
-    victim, at, sent = draw.choice(victims), job.lines(), time.monotonic()
+    victim, at, starts, sent = draw.choice(victims), job.lines(), job.starts(), time.monotonic()
     first, _, then = kind.partition("+")
     if _alive(victim):
         os.kill(victim, getattr(signal, f"SIG{first}"))
@@ -139,8 +144,9 @@ def disturb(job: Job, draw: random.Random) -> Sent | None:
         job.wait(job.done, draw.uniform(0.5, 12))
         if _alive(victim):
             os.kill(victim, getattr(signal, f"SIG{then}"))
-    job.wait(lambda: job.lines() > at + 1 or job.done(), PATIENCE)
-    if job.lines() == at:
+    ends = kind in ("KILL", "TERM") or (kind == "STOP" and to == "rank")
+    job.wait(lambda: (job.starts() > starts if ends else job.lines() > at + 1) or job.done(), PATIENCE)
+    if job.lines() == at or (ends and job.starts() == starts and not job.done()):
         raise SystemExit(f"{kind} to {to} {victim}: nothing happened for {PATIENCE:.0f} s; see {job.out}.said")
     return Sent(kind, to, phase, time.monotonic() - sent)
 
