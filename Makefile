@@ -33,7 +33,7 @@ lint: $(VENV)/test.stamp ## ruff and pyright; changes nothing
 # Left out: pdoc 16 cannot resolve the annotations of a NamedTuple's constructor (it can those of its fields).
 docs: $(VENV)/docs.stamp ## the reference, from the docstrings: build/docs/index.html
 	$(VENV)/bin/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" \
-	  -m pdoc --docformat google turnout turnout.models.bridges turnout.models.checkpoint turnout.models.report '!turnout.moe.capacity' --output-directory build/docs
+	  -m pdoc --docformat google turnout turnout.models.hf turnout.models.checkpoint turnout.models.report '!turnout.moe.capacity' --output-directory build/docs
 
 clean: ## remove what make and pip made here; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

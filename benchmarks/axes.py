@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from turnout.moe.shared import FeedForward
+from turnout.moe.experts.shared import FeedForward
 
 SIZES = [(8, 128, 256, 8), (32, 128, 256, 8), (4, 512, 512, 8)]  # B, S, D, heads
 ORDERS = {"[B, S, D]": "b s (h d)", "[S, B, D]": "s b (h d)"}

@@ -28,7 +28,7 @@ from turnout.dispatch import Meshes
 from turnout.models import GPTConfig, ParallelModel, checkpoint, parallel_model
 from turnout.models.checkpoint.contents import Contents
 from turnout.moe import param_groups
-from turnout.moe.stacked import local
+from turnout.moe.experts.sharded import local
 
 
 def timed(call: Callable) -> float:

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from turnout.moe import MoE, aux_loss
-from turnout.moe.experts import FeedForwardExperts
-from turnout.moe.grouped_mm import computed, grouped_mm
+from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.grouped_mm import computed, grouped_mm
 
 SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8)]  # T, D, H, E, k
 

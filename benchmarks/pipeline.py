@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from turnout.models import GPTConfig
-from turnout.models.pipeline import Pipeline
-from turnout.models.stages import PER_RANK, Stages
+from turnout.models.pipeline.engine import Pipeline
+from turnout.models.pipeline.partition import PER_RANK, Stages
 
 CONFIG = GPTConfig(vocab=32, dim=32, layers=8, heads=4, hidden=32, seq_len=32, moe_every=0)
 COLOURS = {"F": "#4878cf", "B": "#ee854a", "I": "#ee854a", "W": "#6acc65"}

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, NodeDispatcher, Plan
-from turnout.dispatch.measure import measure as measure_links
-from turnout.dispatch.profile import Message
+from turnout.dispatch.autoselect.measure import measure as measure_links
+from turnout.dispatch.autoselect.profile import Message
 
 EXPERTS = 64
 SIZES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]

@@ -1,7 +1,7 @@
 # type: ignore (the language of Triton, which looks like Python)
 """Activations for the Triton kernels: up, gate -> the hidden value, and its derivatives by up and by gate.
 
-A function has the name of its activation in `moe/activation.py`. One that is not gated is given up twice.
+A function has the name of its activation in `moe/experts/activation.py`. One that is not gated is given up twice.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ constexpr int kBlocksOfHalves = 3;
 #endif
 
 // Sums in float32, j = 0 .. k - 1; rows of nobody are not read. A product is rounded with the sum it is added to, as in
-// plain PyTorch on a CPU, so that both agree to the bit (its ties in bfloat16 apart: dispatch/ops.py). `weight` is null
+// plain PyTorch on a CPU, so that both agree to the bit (its ties in bfloat16 apart: dispatch/reorder.py). `weight` is null
 // where rows are weighted already.
 template <class T, class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kBlocksOfHalves : 2)

@@ -1,8 +1,8 @@
-"""The trip: plan, encode, carry, decode. Start at `plan.py`, then `base.py`, `steps.py` and `flat.py`."""
+"""Token dispatch and combine: plan, encode, all-to-all, decode. Start at `plan.py`, `dispatcher.py` and `flat.py`."""
 
 from .agreement import DispatchError
-from .auto import AutoDispatcher
-from .base import Batch, Dispatcher, SteppedDispatcher
+from .autoselect.auto import AutoDispatcher
+from .autoselect.profile import Profile
 from .collectives import (
     Travel,
     all_to_all,
@@ -14,16 +14,16 @@ from .collectives import (
     scatter,
 )
 from .compressed import CompressedDispatcher
+from .dispatcher import Batch, Dispatcher, SteppedDispatcher
+from .expert_tp import TensorParallelDispatcher
 from .flat import FlatDispatcher
 from .hierarchical import HierarchicalDispatcher, all_to_all_2d
 from .local import LocalDispatcher
 from .mesh import Meshes
 from .node import NodeDispatcher
-from .ops import decode, encode
 from .overlap import OverlapDispatcher
 from .plan import Plan
-from .profile import Profile
-from .tensor_parallel import TensorParallelDispatcher
+from .reorder import decode, encode
 
 __all__ = [
     "AutoDispatcher",

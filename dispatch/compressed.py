@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .base import Batch, SteppedDispatcher
+from .dispatcher import Batch, SteppedDispatcher
 from .plan import Plan
 from .steps import Result, Rows, Steps, returned
 from .traced import KEEPS_BACKWARDS

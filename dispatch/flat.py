@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .agreement import NOTE, Note, agree
-from .base import Batch, SteppedDispatcher
-from .blocks import invert, reorder
-from .ops import decode, encode, encode_weight, permute
+from .dispatcher import Batch, SteppedDispatcher
 from .place import Visit
 from .plan import Plan
+from .reorder import decode, encode, encode_weight, permute
+from .row_blocks import invert, reorder
 from .steps import Read, Ready, Rows, Sizes, Steps
 
 

@@ -28,13 +28,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .agreement import NOTE, Note, agree
-from .base import Batch, NodeLocalDispatcher
-from .blocks import invert, reorder
 from .collectives import all_to_all
+from .dispatcher import Batch, NodeLocalDispatcher
 from .mesh import node_and_local
-from .ops import decode, encode, encode_weight, permute
 from .place import Visit
 from .plan import Plan
+from .reorder import decode, encode, encode_weight, permute
+from .row_blocks import invert, reorder
 from .steps import Read, Ready, Rows, Sizes, Steps
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .agreement import check_weight
-from .base import Batch, Dispatcher, Experts
-from .ops import decode, encode, encode_weight
+from .dispatcher import Batch, Dispatcher, Experts
 from .plan import Plan
+from .reorder import decode, encode, encode_weight
 
 
 @dataclass(frozen=True)

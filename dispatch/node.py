@@ -14,10 +14,10 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from .agreement import NOTE, Note, agree
-from .base import Batch, NodeLocalDispatcher
-from .ops import decode, encode, encode_weight
+from .dispatcher import Batch, NodeLocalDispatcher
 from .place import Visit
 from .plan import Plan, load
+from .reorder import decode, encode, encode_weight
 from .steps import Read, Ready, Rows, Sizes, Steps
 
 

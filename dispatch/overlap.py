@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .base import Batch, Dispatcher, Experts
+from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
 from .steps import Steps, interleave, prepare, refuse

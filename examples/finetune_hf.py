@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
-from turnout.models.bridges import replace_moe, save_pretrained
+from turnout.models.hf import replace_moe, save_pretrained
 from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
 # Of a small model. A family has its own names for some of these, and takes those that it knows.

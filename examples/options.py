@@ -14,7 +14,7 @@ import torch
 from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
-from turnout.models.stages import PER_RANK
+from turnout.models.pipeline.partition import PER_RANK
 from turnout.moe.gates import GATES
 
 CHOICES = {

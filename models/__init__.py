@@ -4,15 +4,15 @@ On many ranks start at `parallel.py`.
 """
 
 from .bert import BERT, BERTConfig
-from .boundary import Boundary
 from .data_parallel import data_parallel
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
 from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
-from .parallel import ParallelModel, parallel_model
-from .pipeline import Pipeline
+from .parallel_model import ParallelModel, parallel_model
+from .pipeline.boundary import Boundary
+from .pipeline.engine import Pipeline
+from .pipeline.partition import Stages
 from .recompute import recompute
-from .stages import Stages
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
 

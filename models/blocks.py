@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..moe.experts.shared import FeedForward
 from ..moe.layer import MoE
-from ..moe.shared import FeedForward
 from .dropout import Dropout
 from .recompute import Core
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from ..dispatch.ops import wide
+from ..dispatch.reorder import wide
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..moe.stacked import local
+from ..moe.experts.sharded import local
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from ..moe.experts.sharded import watching
 from ..moe.layer import MoE
-from ..moe.stacked import watching
 from .blocks import Block
 from .dropout import Dropout, Part
 from .gpt import GPT

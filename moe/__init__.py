@@ -1,11 +1,12 @@
 """The layer. Start at `layer.py`."""
 
+from .adapters.lora import add_lora, lora_parameters, merge_lora, unmerge_lora
+from .autotune.results import Tuned, Tuning
+from .autotune.tuning import autotune
 from .auxiliary import aux_loss
-from .biases import balance_biases
 from .capacity import capacity, capacity_limit
-from .check import check
-from .experts import Experts
-from .free import FreeExperts
+from .experts.base import Experts
+from .experts.zero_computation import FreeExperts
 from .gates import (
     BalancedGate,
     BiasedGate,
@@ -22,19 +23,18 @@ from .gates import (
     SwitchGate,
     TopKGate,
 )
-from .gradients import clip_grad_norm_, param_groups, sync_gradients
 from .layer import MoE
-from .loads import load
-from .lora import add_lora, lora_parameters, merge_lora, unmerge_lora
 from .losses import balance_loss, z_loss
-from .parallel import expert_parameters, fully_shard_experts, parallelize
-from .replicas import ReplicaError, check_replicas
+from .parallel.check import check
+from .parallel.expert_bias import balance_biases
+from .parallel.grad_scaler import GradScaler
+from .parallel.gradients import clip_grad_norm_, param_groups, sync_gradients
+from .parallel.loads import load
+from .parallel.parallelize import expert_parameters, fully_shard_experts, parallelize
+from .parallel.replicas import ReplicaError, check_replicas
 from .routing import Routing
-from .scaler import GradScaler
 from .stats import Load, Stats
-from .tuned import Tuned, Tuning
-from .tuning import autotune
-from .upcycle import upcycle
+from .upcycling.upcycle import upcycle
 
 __all__ = [
     "BalancedGate",

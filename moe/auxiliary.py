@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .build import called
 from .layer import MoE
-from .named import called
 
 
 def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from ..dispatch.base import Dispatcher
+from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
-from .activation import weighted_before
+from .build import called, named_experts, named_gate, named_shared
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
-from .experts import Experts
-from .free import FreeExperts
+from .experts.activation import weighted_before
+from .experts.base import Experts
+from .experts.shared import Residual
+from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import StepLosses, balance_loss, balance_shares, mean_over_split, z_loss
-from .named import called, named_experts, named_gate, named_shared
 from .routing import Routing, can_be_read, wrong_shapes, wrong_values
-from .shared import Residual
 from .stats import LoadCount, Stats
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch.ops import transformed
 from ..dispatch.plan import load
+from ..dispatch.reorder import transformed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A cluster on one machine: network namespaces as nodes, a switch with the links one asks for, ranks in the nodes.
 
     python benchmarks/cluster/emulate.py --nodes 4 --ranks 2 --rate 100mbit --delay 0.2ms -- benchmarks/transports.py
-    python benchmarks/cluster/emulate.py --nodes 2 --ranks 2 -- -m turnout.dispatch.probe --nodes 2
+    python benchmarks/cluster/emulate.py --nodes 2 --ranks 2 -- -m turnout.dispatch.autoselect.probe --nodes 2
 
 What follows `--` runs on every rank as under torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the like are set,
 gloo uses the emulated links between nodes and the loopback inside one. Ranks are forked from one process that has

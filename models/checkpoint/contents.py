@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
-from ...moe.stacked import local
+from ...moe.experts.sharded import local
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
 

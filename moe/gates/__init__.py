@@ -1,13 +1,13 @@
 """Gates by name. A gate of your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
 
 from .balanced import BalancedGate
-from .base import Gate
 from .biased import BiasedGate
 from .cosine import CosineGate
 from .expert_choice import ExpertChoiceGate
+from .gate import Gate
 from .gshard import GShardGate
 from .hash import HashGate
-from .hierarchical import HierarchicalGate
+from .hierarchical_gate import HierarchicalGate
 from .noisy_topk import NoisyTopKGate
 from .random_gate import RandomGate
 from .sigmoid import SigmoidGate

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..assignment import assign
 from ..routing import Routing
-from .base import Gate
+from .assignment import assign
+from .gate import Gate
 
 
 class BalancedGate(Gate):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...dispatch.plan import load
 from ..routing import Routing
-from .base import Gate
+from .gate import Gate
 
 
 class BiasedGate(Gate, ABC):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import projected, uniform
+from .gate import projected, uniform
 from .topk import TopKGate
 
 LEAST = 0.01  # temperature

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..capacity import capacity_limit
 from ..routing import Routing
-from .base import Gate
+from .gate import Gate
 
 
 class ExpertChoiceGate(Gate):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate
+from .gate import Gate
 from .router import route
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate, distinct, even
+from .gate import Gate, distinct, even
 
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # as int64
 

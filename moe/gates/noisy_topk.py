@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..losses import cv_squared
 from ..routing import Routing
-from .base import Gate, best, projected
+from .gate import Gate, best, projected
 
 
 class NoisyTopKGate(Gate):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate, distinct, even
+from .gate import Gate, distinct, even
 from .hash import hashed
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...cuda.launch import available, launch
-from ...dispatch.ops import transformed
-from .base import normalised
+from ...dispatch.reorder import transformed
+from .gate import normalised
 
 SCORES = ("softmax", "sigmoid")
 

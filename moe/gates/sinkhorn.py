@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..assignment import sinkhorn
 from ..routing import Routing
-from .base import Gate, normalised
+from .assignment import sinkhorn
+from .gate import Gate, normalised
 
 
 class SinkhornGate(Gate):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..routing import Routing
-from .base import Gate, jittered
+from .gate import Gate, jittered
 from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from turnout.cuda.tiles import MEASURED, Product
 from turnout.dispatch import OverlapDispatcher, Plan
-from turnout.dispatch.ops import encode_weight
+from turnout.dispatch.reorder import encode_weight
 from turnout.moe import MoE, Tuning, autotune
-from turnout.moe.activation import ACTIVATIONS
-from turnout.moe.fused import fused
+from turnout.moe.experts.activation import ACTIVATIONS
+from turnout.moe.experts.triton_path import fused
 
 NAN = float("nan")
 WAYS = ("plain", "overlapped", "compiled")

@@ -8,7 +8,7 @@ from reference import close
 from runner import FORWARD, RANDOM, REVERSED, Runner, installed
 from strategies import assignments
 from turnout.dispatch import Plan, decode, encode
-from turnout.dispatch.ops import permute
+from turnout.dispatch.reorder import permute
 
 NAN = float("nan")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

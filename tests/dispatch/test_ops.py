@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from reference import close
 from strategies import assignments
 from turnout.dispatch import Plan, decode, encode
-from turnout.dispatch.ops import encode_weight, permute
-from turnout.moe.grouped_mm import grouped_mm
+from turnout.dispatch.reorder import encode_weight, permute
+from turnout.moe.experts.grouped_mm import grouped_mm
 
 NAN = float("nan")
 EXPERT = torch.tensor([[1, 3], [3, -1], [-1, -1], [0, 1], [3, 0]])  # two drops, one token dropped everywhere
@@ -144,7 +144,7 @@ def test_sums_are_rounded_once_to_nearest(dtype, k):
     exact = decode(rows.float(), plan)
     y, even = decode(rows, plan), exact.to(dtype)
     assert dtype == torch.bfloat16 or torch.equal(y, even)
-    apart = y != even  # of ties in bfloat16, the other neighbour: see turnout.dispatch.ops
+    apart = y != even  # of ties in bfloat16, the other neighbour: see turnout.dispatch.reorder
     assert torch.equal((y.float() - exact)[apart], (exact - even.float())[apart])
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assignments
 from turnout.dispatch import Plan
-from turnout.dispatch.blocks import invert, reorder
 from turnout.dispatch.plan import _plan, load
+from turnout.dispatch.row_blocks import invert, reorder
 
 
 def by_hand(expert, E):

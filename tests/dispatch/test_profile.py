@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from turnout.dispatch import Profile
-from turnout.dispatch.profile import Flop, Link, Message
+from turnout.dispatch.autoselect.profile import Flop, Link, Message
 
 SMALL = Message(tokens=4, row_bytes=256, top_k=2, num_experts=64)
 LARGE = Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64)

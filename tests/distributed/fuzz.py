@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from reference_layer import Settings
 from torch import Tensor, nn
-from turnout.moe.activation import ACTIVATIONS
 from turnout.moe.capacity import POLICIES
+from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.gates import GATES
 
 WIDTH = 12

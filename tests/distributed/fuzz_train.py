@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from turnout.dispatch import Meshes, Profile
-from turnout.dispatch.profile import Flop, Link
+from turnout.dispatch.autoselect.profile import Flop, Link
 from turnout.moe import (
     aux_loss,
     balance_biases,

@@ -10,7 +10,7 @@ from ranks import errors, run
 from test_parallelize import layer, spread_over
 from torch import nn
 from turnout.moe import MoE, add_lora, parallelize
-from turnout.moe.alike import checksum
+from turnout.moe.parallel.alike import checksum
 
 
 def other_seed(gate):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from turnout.dispatch import AutoDispatcher, Profile
-from turnout.dispatch.profile import Choice, Flop, Link
+from turnout.dispatch.autoselect.profile import Choice, Flop, Link
 from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
 
 CHEAP, USUAL = Link(0.0, 0.0, 0.0), Link(1e-5, 1e-5, 1e-9)
@@ -201,7 +201,7 @@ def test_a_bad_profile_is_an_error_on_every_rank(tmp_path):
 def test_the_command(tmp_path):
     path = tmp_path / "profile.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    probe = ["-m", "turnout.dispatch.probe", "--nodes", "2", "--save", str(path)]
+    probe = ["-m", "turnout.dispatch.autoselect.probe", "--nodes", "2", "--save", str(path)]
     result = subprocess.run([*launch, *probe], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert "| between nodes |" in result.stdout

@@ -8,8 +8,8 @@ from cases import close, whole
 from ranks import run
 from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, next_token_loss, tensor_parallel
-from turnout.models.pipeline import Pipeline
-from turnout.models.stages import Stages
+from turnout.models.pipeline.engine import Pipeline
+from turnout.models.pipeline.partition import Stages
 from turnout.moe import aux_loss, balance_biases, parallelize, sync_gradients
 
 MOE = {"gate": "sigmoid", "free_experts": ["identity", "constant"], "balance": "global", "z_loss_weight": 1e-2}

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from turnout.models.bridges import replace_moe, restore_moe, save_pretrained
+from turnout.models.hf import replace_moe, restore_moe, save_pretrained
 from turnout.moe import fully_shard_experts, parallelize, sync_gradients
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cases import whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from turnout.models.bridges import replace_moe, restored
+from turnout.models.hf import replace_moe, restored
 from turnout.moe import (
     add_lora,
     clip_grad_norm_,
@@ -25,7 +25,7 @@ pytest.importorskip("accelerate", reason='needs transformers and accelerate: pip
 from hf_families import tiny
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from turnout.models.bridges.trainer import MoETrainer
+from turnout.models.hf.trainer import MoETrainer
 
 STEADY = {"router_jitter_noise": 0.0}  # noise is drawn by each rank
 SEQUENCES = [[(2, 1, 0, 3), (1, 1, 2, 0)], [(1, 0, 0, 0), (2, 2, 1, 1)], [(0, 3, 1, 1)]]  # [step][micro-batch][rank]

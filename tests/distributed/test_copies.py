@@ -13,11 +13,11 @@ from ranks import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
 from turnout.dispatch import Meshes, Profile
-from turnout.dispatch.profile import Flop, Link
+from turnout.dispatch.autoselect.profile import Flop, Link
 from turnout.models import GPT, GPTConfig, parallel_model
 from turnout.models.data_parallel import computed_in
 from turnout.moe import aux_loss, parallelize, sync_gradients
-from turnout.moe.stacked import local
+from turnout.moe.experts.sharded import local
 
 BY_NODE, SLICED = {"node": 2, "local": 1}, {"edp": 1, "ep": 1, "etp": 2}
 PROFILE = Profile(2, 1, Link(0.0, 0.0, 0.0), Link(0.0, 0.0, 1.0), Flop(1.0))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch import Meshes
 from turnout.models import GPT, ParallelModel, next_token_loss, offload, parallel_model
 from turnout.moe import GradScaler, MoE, aux_loss, param_groups
-from turnout.moe.stacked import local
+from turnout.moe.experts.sharded import local
 
 pytestmark = pytest.mark.sampled
 

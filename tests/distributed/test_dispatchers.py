@@ -24,7 +24,7 @@ from turnout.dispatch import (
     Plan,
     Profile,
 )
-from turnout.dispatch.profile import Link
+from turnout.dispatch.autoselect.profile import Link
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 UNEVEN, EVEN = [5, 0, 9, 3], [4, 4, 4, 4]

@@ -20,8 +20,8 @@ from turnout.moe import (
     sync_gradients,
     upcycle,
 )
-from turnout.moe.shared import FeedForward
-from turnout.moe.stacked import held_slice, local
+from turnout.moe.experts.sharded import held_slice, local
+from turnout.moe.experts.shared import FeedForward
 
 
 def model() -> nn.Module:

@@ -18,8 +18,8 @@ from fuzz_train import trained
 from ranks import errors, run
 from reference_layer import Settings
 from reference_routes import GATES as KNOWN
-from turnout.moe.activation import ACTIVATIONS
 from turnout.moe.capacity import POLICIES
+from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.gates import GATES
 
 SEEDS = 40

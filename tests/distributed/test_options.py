@@ -23,7 +23,7 @@ from turnout.dispatch import (
     Profile,
     TensorParallelDispatcher,
 )
-from turnout.dispatch.profile import Choice, Flop, Link
+from turnout.dispatch.autoselect.profile import Choice, Flop, Link
 from turnout.moe import MoE, parallelize
 
 NODE = Profile(2, 2, Link(0.0, 0.0, 0.0), Link(0.0, 0.0, 1.0), Flop(1.0))  # the model takes "node", in 4 chunks

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from cases import runnable
 from ranks import run
 from turnout.models import GPT, GPTConfig, next_token_loss
-from turnout.models.pipeline import Pipeline
-from turnout.models.stages import PER_RANK, Stages
+from turnout.models.pipeline.engine import Pipeline
+from turnout.models.pipeline.partition import PER_RANK, Stages
 from turnout.moe import aux_loss, clip_grad_norm_
 
 pytestmark = pytest.mark.sampled

@@ -9,8 +9,8 @@ from cases import runnable
 from pipeline import Saved
 from ranks import run
 from turnout.models import GPTConfig
-from turnout.models.pipeline import Pipeline
-from turnout.models.stages import Stages
+from turnout.models.pipeline.engine import Pipeline
+from turnout.models.pipeline.partition import Stages
 
 CONFIG = GPTConfig(vocab=16, dim=16, layers=4, heads=2, hidden=16, seq_len=8, moe_every=1, num_experts=4)
 MICRO = 6

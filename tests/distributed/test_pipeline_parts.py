@@ -15,11 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 from turnout.models import GPT, GPTConfig, next_token_loss
-from turnout.models.boundary import Boundary
-from turnout.models.pipeline import Pipeline
+from turnout.models.pipeline.boundary import Boundary
+from turnout.models.pipeline.engine import Pipeline
+from turnout.models.pipeline.partition import PER_RANK, Stages, cut, flops
+from turnout.models.pipeline.stage import Stage
 from turnout.models.recompute import recompute
-from turnout.models.stage import Stage
-from turnout.models.stages import PER_RANK, Stages, cut, flops
 from turnout.moe import aux_loss, fully_shard_experts, parallelize, sync_gradients
 
 CONFIG = GPTConfig(

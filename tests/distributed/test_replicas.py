@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from turnout.dispatch import Meshes
 from turnout.models import GPTConfig, parallel_model
 from turnout.moe import Gate, MoE, ReplicaError, check_replicas, parallelize
-from turnout.moe.stacked import local
+from turnout.moe.experts.sharded import local
 
 
 def flip(tensor: torch.Tensor, at: int = -1, bit: int = 0) -> None:

@@ -16,8 +16,8 @@ from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, next_token_loss, parallel_model
 from turnout.models.data_parallel import computed_in
 from turnout.moe import GradScaler, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
-from turnout.moe.parallel import expert_parameters, fully_shard_experts
-from turnout.moe.stacked import local
+from turnout.moe.experts.sharded import local
+from turnout.moe.parallel.parallelize import expert_parameters, fully_shard_experts
 
 
 def finish(scaler: GradScaler, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:

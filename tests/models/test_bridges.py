@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from turnout.models.bridges import BridgedMoE, FusedExperts, Parts, RouterGate, replace_moe, restore_moe
+from turnout.models.hf import BridgedMoE, FusedExperts, Parts, RouterGate, replace_moe, restore_moe
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
 from hf_families import FAMILIES, LOSSLESS, batch, tiny

@@ -105,7 +105,7 @@ def test_recomputed_blocks(what, in_graph):
 def test_bridged_models_in_one_graph(families):
     pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
     from hf_families import batch, tiny
-    from turnout.models.bridges import replace_moe
+    from turnout.models.hf import replace_moe
 
     for family in families:
         layers = 2 if family == "deepseek_v3" else 1  # the first of that is dense

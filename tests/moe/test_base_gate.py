@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import close
 from routed import built, drawn, is_a_routing, same
 from turnout.moe import BalancedGate, MoE, aux_loss
-from turnout.moe.assignment import _assign, assign
+from turnout.moe.gates.assignment import _assign, assign
 
 D, H, E, T = 6, 5, 4, 13
 KINDS = ["any", "ties", "leaning", "alike"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from turnout.moe import MoE, TopKGate, aux_loss
+from turnout.moe.experts.grouped_mm import grouped_mm
 from turnout.moe.gates import GATES
-from turnout.moe.grouped_mm import grouped_mm
 
 LAYERS = {
     "ragged": {},

@@ -9,7 +9,7 @@ from routed import built
 from torch import nn
 from torch.autograd import forward_ad
 from turnout.dispatch import OverlapDispatcher, Plan
-from turnout.dispatch.ops import decode, encode, encode_weight, permute
+from turnout.dispatch.reorder import decode, encode, encode_weight, permute
 from turnout.moe import MoE, add_lora
 from turnout.moe.gates import GATES, TopKGate
 
@@ -49,7 +49,7 @@ def layer(request, monkeypatch):
     options = {"hidden": 16} | copy.deepcopy(request.param)
     few, chunks = options.pop("few", False), options.pop("chunks", 0)
     adapters, recompute = options.pop("adapters", False), options.pop("recompute", False)
-    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
     torch.manual_seed(0)
     layer = MoE(D, options.pop("hidden"), 4, seed=0, **options)
     layer.recompute = recompute

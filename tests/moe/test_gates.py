@@ -10,7 +10,7 @@ from reference import close
 from routed import same
 from torch import nn
 from turnout.moe import GShardGate, Routing, SwitchGate, TopKGate
-from turnout.moe.gates.base import jittered, normalised
+from turnout.moe.gates.gate import jittered, normalised
 
 T, D, E = 17, 6, 5
 

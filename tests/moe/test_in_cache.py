@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe import MoE
-from turnout.moe.activation import ACTIVATIONS
-from turnout.moe.experts import FeedForwardExperts
-from turnout.moe.grouped_mm import grouped_mm
-from turnout.moe.in_cache import _faulted_anew, groups, pays
+from turnout.moe.experts.activation import ACTIVATIONS
+from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.blocked import _faulted_anew, groups, pays
+from turnout.moe.experts.grouped_mm import grouped_mm
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HALVES = [torch.bfloat16, torch.float16]
@@ -29,7 +29,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: True)
+    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: True)
 
 
 @pytest.mark.usefixtures("half_units")
@@ -37,14 +37,14 @@ def few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, monkeypatch):
-    monkeypatch.setattr("turnout.moe.in_cache._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
+    monkeypatch.setattr("turnout.moe.experts.blocked._GROUP", 48)  # three rows: experts 0 and 1, 2, and 3
     chosen = torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]])
     plan, dispatcher = Plan.of(chosen, 4), LocalDispatcher()
     experts = FeedForwardExperts(8, 16, 4, activation, bias, seed=3).to(dtype)
     toward, results = random(5, 8, seed=2, dtype=dtype), []
     apart = super(LocalDispatcher, dispatcher).__call__
     for grouped, trip in ((True, dispatcher), (False, dispatcher), (False, apart)):
-        monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes, grouped=grouped: grouped)
+        monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes, grouped=grouped: grouped)
         experts.zero_grad()
         x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
         x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -78,7 +78,7 @@ def test_second_derivatives(activation, gathers):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_second_derivatives_where_the_weight_is_made_of_the_tokens(few, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
     layer, x = MoE(3, 4, 3, seed=0, bias=True, aux_loss_weight=0).double(), random(4, 3).requires_grad_()
     assert torch.autograd.gradgradcheck(layer, x)
 
@@ -87,7 +87,7 @@ def test_second_derivatives_where_the_weight_is_made_of_the_tokens(few, monkeypa
 @pytest.mark.parametrize("capacity", [None, 3])
 @pytest.mark.parametrize("hidden", [4, 16])
 def test_a_plan_in_place_of_rows(hidden, capacity, few, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
     plan = Plan.of(torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]]), 4, capacity)
     experts = FeedForwardExperts(8, hidden, 4, bias=True).double()
     x, weight = random(5, 8), random(5, 2, seed=1)
@@ -139,13 +139,13 @@ def test_groups_are_all_experts_in_order(counts, elements):
 
 
 def test_a_few_at_a_time_where_buffers_are_large(monkeypatch):
-    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: True)
+    monkeypatch.setattr("turnout.moe.experts.blocked._faulted_anew", lambda: True)
     half, meta = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")
     assert pays(torch.empty(0), 32768, width=512)
     assert pays(half, 32768, width=512)
     assert not pays(half, 8192, width=1024), "16 MiB"
     assert not pays(meta, 32768, width=512), "another device"
-    monkeypatch.setattr("turnout.moe.in_cache._faulted_anew", lambda: False)
+    monkeypatch.setattr("turnout.moe.experts.blocked._faulted_anew", lambda: False)
     assert not pays(torch.empty(0), 32768, width=512), "an allocator that keeps its pages"
 
 
@@ -177,7 +177,7 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
             self.elements = max([self.elements, *(t.numel() for t in (out,) if isinstance(t, torch.Tensor))])
             return out
 
-    monkeypatch.setattr("turnout.moe.in_cache._GROUP", 10 * 16)
+    monkeypatch.setattr("turnout.moe.experts.blocked._GROUP", 10 * 16)
     experts, plan = FeedForwardExperts(8, 16, 4, "gelu"), Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients), Largest() as largest:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from turnout.moe import MoE
-from turnout.moe.difference import difference
-from turnout.moe.module_experts import ModuleExperts
+from turnout.moe.experts.modules import ModuleExperts
+from turnout.moe.parallel.difference import difference
 
 D = 4
 

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from turnout.cuda.tiles import Tiles
-from turnout.dispatch import Plan, ops
+from turnout.dispatch import Plan
+from turnout.dispatch import reorder as ops
 from turnout.dispatch.agreement import Note
 from turnout.moe import MoE, aux_loss
 from turnout.moe.gates import GATES

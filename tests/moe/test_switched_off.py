@@ -5,8 +5,8 @@ import torch
 from reference import close
 from routed import drawn
 from turnout.moe import MoE, aux_loss
-from turnout.moe.assignment import sinkhorn
 from turnout.moe.gates import GATES
+from turnout.moe.gates.assignment import sinkhorn
 from turnout.moe.gates.noisy_topk import chosen_chance
 
 D, E, T = 6, 8, 20

@@ -14,9 +14,9 @@ from turnout.cuda import tiles, tune
 from turnout.cuda.tiles import Blocks, Product
 from turnout.dispatch import FlatDispatcher
 from turnout.moe import MoE, add_lora, autotune, fully_shard_experts, parallelize
-from turnout.moe.tuned import fastest
+from turnout.moe.autotune.results import fastest
 
-tuning = import_module("turnout.moe.tuning")
+tuning = import_module("turnout.moe.autotune.tuning")
 A, B, C = (Blocks(rows, 16, 16, 4, 1) for rows in (16, 32, 64))
 UP, DOWN = (Product(kernel, "cpu", "torch.float32", (8, 16), False) for kernel in ("up", "down"))
 

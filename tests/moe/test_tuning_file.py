@@ -6,7 +6,7 @@ import math
 import pytest
 from turnout.cuda.tiles import Blocks, Product
 from turnout.cuda.tune import Shape
-from turnout.moe.tuned import Tuned, read, write
+from turnout.moe.autotune.results import Tuned, read, write
 
 HERE = {"device": "cpu", "torch": "2", "triton": "3", "kernels": "0"}
 TUNED = Tuned(

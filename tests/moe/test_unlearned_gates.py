@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from routed import drawn, even_within, is_a_routing
 from turnout.moe import MoE, aux_loss
 from turnout.moe.gates import HashGate, RandomGate
-from turnout.moe.gates.base import distinct
+from turnout.moe.gates.gate import distinct
 from turnout.moe.gates.hash import hashed, mixed
 
 D, H, E, T = 6, 5, 6, 13

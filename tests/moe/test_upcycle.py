@@ -10,7 +10,7 @@ from reference import close
 from torch import nn
 from turnout.models import GPT, GPTConfig, next_token_loss
 from turnout.moe import MoE, SigmoidGate, TopKGate, aux_loss, upcycle
-from turnout.moe.shared import FeedForward
+from turnout.moe.experts.shared import FeedForward
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -195,7 +195,7 @@ def test_models_that_do_not_fit():
 @pytest.mark.parametrize(("family", "options"), [("Llama", {}), ("Qwen3", {"head_dim": 8}), ("Mistral", {})])
 def test_a_dense_model_of_hugging_face(family, options):
     transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
-    from turnout.models.bridges import replace_dense
+    from turnout.models.hf import replace_dense
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_a_dense_model_of_hugging_face(family, options):
 )
 def test_a_dense_model_of_hugging_face_that_cannot_be_replaced(config, options, says):
     transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
-    from turnout.models.bridges import replace_dense
+    from turnout.models.hf import replace_dense
 
     sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=64, **sizes, **config))
@@ -256,7 +256,7 @@ class Block(nn.Module):
 
 
 def test_blocks_with_more_in_them_and_gates_of_ones_own():
-    from turnout.models.bridges import replace_dense
+    from turnout.models.hf import replace_dense
 
     with pytest.raises(ValueError, match="computes more than"):
         replace_dense(nn.Sequential(Block(), Block(factor=1.25)), 4)  # as in Falcon-H1

@@ -1,0 +1,21 @@
+"""Bridges to Hugging Face models (`turnout[hf]`). Start at `replace.py`."""
+
+from .block_experts import FusedExperts, ListedExperts
+from .block_gates import RouterGate
+from .dense_models import replace_dense
+from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+from .saving import restored, save_adapters, save_pretrained
+
+__all__ = [
+    "BridgedMoE",
+    "FusedExperts",
+    "ListedExperts",
+    "Parts",
+    "RouterGate",
+    "replace_dense",
+    "replace_moe",
+    "restore_moe",
+    "restored",
+    "save_adapters",
+    "save_pretrained",
+]

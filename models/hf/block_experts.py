@@ -1,0 +1,198 @@
+"""Experts that compute with the tensors of a family's own module."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ...moe.experts.activation import ACTIVATIONS, activated, weighted
+from ...moe.experts.base import Experts, grouped_linear
+from ...moe.experts.modules import ModuleExperts
+from ...moe.experts.sharded import local_as
+
+
+class FusedExperts(Experts):
+    """Gated perceptrons whose gate and up matrices are one tensor; nothing is copied, parameters stay where they are.
+
+    `module` is the family's: it has `gate_up_proj` [E, 2H, D] and `down_proj` [E, D, H], or, `transposed`,
+    [E, D, 2H] and [E, H, D]; biases `gate_up_proj_bias` [E, 2H] and `down_proj_bias` [E, D], or neither; and either
+    `_apply_gate`, [R, 2H] -> [R, H], or `act_fn`, then act_fn(first half) * second half is that.
+
+    Args:
+        weight_first: the gate's weight multiplies the rows that enter the expert, not those that leave it (Llama 4).
+
+    Raises:
+        ValueError: tensors of other names or shapes, as in quantised models.
+    """
+
+    def __init__(self, module: nn.Module, transposed: bool = False, weight_first: bool = False) -> None:
+        self._check(module, transposed)
+        num_experts = len(next(module.parameters()))
+        super().__init__(num_experts, seed=0)
+        self.module, self.transposed, self.weight_first = module, transposed, weight_first
+
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+        ends = counts.cumsum(0).to(torch.int32)
+        if self.weight_first:
+            return self.down(self.up(weighted(rows, weight), ends), ends)
+        return weighted(self.down(self.up(rows, ends), ends), weight)
+
+    def up(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [R, D], which end at ends int32 [L] -> hidden rows [R, H]."""
+        gate_up = self._linear("gate_up_proj", rows, ends)
+        if hasattr(self.module, "_apply_gate"):
+            return self.module._apply_gate(gate_up)  # pyright: ignore[reportCallIssue]
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.module.act_fn(gate) * up  # pyright: ignore[reportCallIssue]
+
+    def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """Hidden rows [R, H] -> rows [R, D]."""
+        return self._linear("down_proj", hidden, ends)
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (self.module.get_parameter(name), not self.transposed) for name in ("gate_up_proj", "down_proj")}
+
+    def give_back(self) -> None:
+        """Make the family's module whole again, in its own layout; collective where the experts are spread."""
+        if self.adapts:
+            raise ValueError("the family's experts have no place for adapters: merge_lora(model) first")
+        gather(self.module)
+
+    @staticmethod
+    def _check(module: nn.Module, transposed: bool) -> None:
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        gate_up, down = (shapes.get(name, ()) for name in ("gate_up_proj", "down_proj"))
+        if len(gate_up) == len(down) == 3:
+            (E, wide, dim), (also_E, also_dim, hidden) = gate_up, down
+            if transposed:
+                dim, wide, hidden, also_dim = wide, dim, also_dim, hidden
+            if (E, dim, wide) == (also_E, also_dim, 2 * hidden):
+                return
+        layout = "[E, D, 2H] and [E, H, D]" if transposed else "[E, 2H, D] and [E, D, H]"
+        raise ValueError(
+            f"{type(module).__name__} must have gate_up_proj and down_proj, {layout}; it has {shapes}: say "
+            f"transposed={not transposed}, or write Experts of its own (docs/bridges.md)"
+        )
+
+    def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+        matrix, bias = local_as(self.module.get_parameter(name), rows), getattr(self.module, f"{name}_bias", None)
+        matrix = matrix if self.transposed else matrix.mT
+        y = grouped_linear(rows, ends, matrix, None if bias is None else local_as(bias, rows))
+        return self.adapted(name.rpartition(".")[2], y, rows, ends)
+
+    def _fan_in(self, name: str) -> int:
+        p = self.module.get_parameter(name.removesuffix("_bias"))
+        return p.shape[1 if self.transposed else 2]
+
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        initial = {}
+        for name, p in self.module.named_parameters():  # uniform within 1 / sqrt(fan_in), as nn.Linear
+            bound = 1 / math.sqrt(self._fan_in(name))
+            drawn = torch.empty(p.shape[1:], device="cpu", dtype=torch.float32)
+            initial[f"module.{name}"] = drawn.uniform_(-bound, bound, generator=generator)
+        return initial
+
+
+class GptOssExperts(FusedExperts):
+    """gpt-oss: gate and up are interleaved in the last axis of `gate_up_proj`."""
+
+    def up(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.up`; at the alpha and limit of the released models as `clamped_swiglu` computes it."""
+        if (self.module.alpha, self.module.limit) != (1.702, 7.0):
+            return super().up(rows, ends)
+        gate_up = self._linear("gate_up_proj", rows, ends)
+        return activated(ACTIVATIONS["clamped_swiglu"], gate_up[:, 1::2], gate_up[:, ::2])
+
+
+class DbrxExperts(FusedExperts):
+    """DBRX: gate `w1`, up `v1` and down `w2`, each [E*H, D] in the checkpoint; here [E, H, D] in the same memory."""
+
+    def __init__(self, module: nn.Module, num_experts: int) -> None:
+        for name, p in list(module.named_parameters()):
+            _put(module, name, p, lambda t: t.unflatten(0, (num_experts, -1)))
+        super().__init__(module)
+
+    @staticmethod
+    def _check(module: nn.Module, transposed: bool) -> None:
+        pass  # unflattened above
+
+    def up(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.up`."""
+        gate, up = (self._linear(name, rows, ends) for name in ("mlp.w1", "mlp.v1"))
+        return self.module.get_submodule("mlp").activation_fn(gate) * up  # pyright: ignore[reportCallIssue]
+
+    def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.down`."""
+        y = grouped_linear(hidden, ends, local_as(self.module.get_parameter("mlp.w2"), hidden), None)
+        return self.adapted("w2", y, hidden, ends)
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (self.module.get_parameter(f"mlp.{name}"), name != "w2") for name in ("w1", "v1", "w2")}
+
+    def give_back(self) -> None:
+        """See `FusedExperts.give_back`."""
+        super().give_back()
+        for name, p in list(self.module.named_parameters()):
+            _put(self.module, name, p, lambda t: t.flatten(0, 1))
+
+    def _fan_in(self, name: str) -> int:
+        return self.module.get_parameter(name).shape[1 if name == "mlp.w2" else 2]
+
+
+class ListedExperts(ModuleExperts):
+    """Experts that a family keeps as one module each: their tensors are copied into one stack, theirs are freed.
+
+    Args:
+        modules: the experts, in order, all of one class and shape.
+    """
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        each = list(modules.values())
+        template = copy.deepcopy(each[0]).to("meta")
+        super().__init__(partial(copy.deepcopy, template), len(each))  # on the meta device nothing is drawn
+        self.factory = partial(_fresh, template)
+        for name, p in each[0].named_parameters():
+            stack = torch.stack([module.get_parameter(name).detach() for module in each])
+            _put(self.module, name, nn.Parameter(stack, requires_grad=p.requires_grad))
+        self._modules_of_family = (modules.to("meta"),)  # in a tuple: not a submodule
+
+    def give_back(self) -> None:
+        """See `FusedExperts.give_back`; copies."""
+        gather(self.module)
+        for expert, module in enumerate(self._modules_of_family[0].values()):
+            for name, p in self.module.named_parameters():
+                _put(module, name, p, lambda t, e=expert: t[e].clone())
+
+
+def gather(module: nn.Module) -> None:
+    """Make every parameter that is spread over ranks a whole one, on every rank that holds a part."""
+    for name, p in list(module.named_parameters()):
+        if isinstance(p, DTensor):
+            _put(module, name, p, lambda t: t.full_tensor())
+
+
+def _put(module: nn.Module, name: str, p: nn.Parameter, change: Callable[[Any], Tensor] = lambda t: t) -> None:
+    """Set the parameter `name`: p, changed, and so its gradient."""
+    new = nn.Parameter(change(p.detach()), requires_grad=p.requires_grad)
+    new.grad = None if p.grad is None else change(p.grad)
+    owner, _, own = name.rpartition(".")
+    setattr(module.get_submodule(owner), own, new)
+
+
+def _fresh(template: nn.Module) -> nn.Module:
+    """A new expert like one on the meta device, initialised as its parts initialise themselves."""
+    module = copy.deepcopy(template).to_empty(device="cpu")
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()  # pyright: ignore[reportCallIssue]
+    return module

@@ -1,0 +1,135 @@
+"""Gates that ask a family's own router."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.reorder import wide
+from ...moe.gates import Gate
+from ...moe.routing import Routing
+
+SCORES = ("softmax", "sigmoid")
+
+
+class RouterGate(Gate):
+    """What a family's own router chose, as a `Routing`.
+
+    The router stays the module it was: it owns its weights, its precision and its noise, so the choice is the
+    original's to the last bit, and whatever records router logits at that module goes on doing so. A router
+    that answers otherwise needs `choose` alone.
+
+    Args:
+        router: x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k].
+        weight: of its projection, [E, D].
+        top_k: experts a token picks, k; may be changed if the router has a `top_k` (and `changes_k`).
+        score: ``"softmax"`` or ``"sigmoid"``: how logits become the scores of statistics and of our balance loss,
+            which a bridged layer leaves out unless its `aux_loss_weight` is set.
+    """
+
+    learned = False  # the router is; there is no `weight` besides
+    changes_k = True  # the router heeds its `top_k`
+
+    def __init__(self, router: nn.Module, weight: Tensor, top_k: int, score: str = "softmax") -> None:
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
+        experts, dim = weight.shape
+        super().__init__(dim, experts, top_k)
+        self.router, self.score = router, score
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k], -1 = dropped."""
+        return self.router(x)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens x [T, D]; a router with multiplicative noise may write to them, as its experts then expect."""
+        return self._routing(*self.choose(x))
+
+    def _routing(self, logits: Tensor, weight: Tensor, expert: Tensor) -> Routing:
+        logits = wide(logits)
+        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        return Routing(expert, wide(weight), scores, logits)
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token picks, k."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        self.check_top_k(top_k)
+        router = self._modules.get("router")  # none yet in the constructor
+        if router is not None and top_k != self._top_k:
+            router.top_k = top_k  # pyright: ignore[reportArgumentType]
+        self._top_k = top_k
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: another one needs a router that heeds it."""
+        super().check_top_k(top_k)
+        router = self._modules.get("router")
+        if router is None or top_k == self._top_k or (self.changes_k and hasattr(router, "top_k")):
+            return
+        raise ValueError(f"{type(router).__name__} always picks {self._top_k}; top_k={top_k} is not to be had")
+
+
+class PhimoeGate(RouterGate):
+    """PhiMoE: SparseMixer picks two, whatever the router's `top_k` says."""
+
+    changes_k = False
+
+
+class Llama4Gate(RouterGate):
+    """Llama 4: the k highest logits, each weighted by its own sigmoid; the router returns scores for all experts."""
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RouterGate.choose`."""
+        scores, logits = self.router(x)
+        expert = logits.topk(self.top_k, dim=1).indices  # as the router itself; the scores of others are 0
+        return logits, scores.gather(1, expert), expert
+
+
+class DbrxGate(RouterGate):
+    """DBRX: its router returns logits alone; softmax over all, the k best, divided by their p-norm (None: not)."""
+
+    def __init__(self, router: nn.Module, weight: Tensor, top_k: int, norm: float | None) -> None:
+        super().__init__(router, weight, top_k)
+        self.norm = norm
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RouterGate.choose`."""
+        logits = self.router(x)
+        weight, expert = logits.softmax(1).topk(self.top_k)
+        if self.norm is not None:
+            weight = weight / torch.norm(weight, p=self.norm, dim=-1, keepdim=True)
+        return logits, weight, expert
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token picks, k; the choice is made here."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        self.check_top_k(top_k)
+        self._top_k = top_k
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: any number, as the router has no part in the choice."""
+        Gate.check_top_k(self, top_k)
+
+
+class SwitchTransformersGate(RouterGate):
+    """Switch Transformers: the best expert, if fewer than `expert_capacity` tokens before in its sequence chose it.
+
+    Wants as `ids`, int64 [T], the number of each token's sequence, and reads the last one on the host.
+    """
+
+    takes_ids = True
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Route tokens x [T, D] of sequences ids [T], all of one length; without ids they are one sequence."""
+        sequences = int(ids[-1]) + 1 if ids is not None and len(ids) else 1
+        chosen, weight, logits = (t.flatten(0, 1) for t in self.router(x.unflatten(0, (sequences, -1))))
+        accepted = chosen.any(1, keepdim=True)  # a row of zeros: turned away
+        expert = torch.where(accepted, chosen.argmax(1, keepdim=True), -1)
+        return self._routing(logits, torch.where(accepted, weight, 0), expert)

@@ -1,0 +1,145 @@
+"""transformers' `Trainer` for models whose experts are spread. Needs accelerate, as it does (`turnout[hf]`)."""
+
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# (Trainer's attributes are typed as what they may be: None, DeepSpeed's, wrapped.)
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from ...dispatch import mesh as axes
+from ...dispatch.mesh import Meshes
+from ...moe.experts.sharded import local
+from ...moe.parallel.gradients import sync_gradients
+from ..checkpoint import store as checkpoint
+from ..checkpoint.together import on_first, together
+from .replace import bridged_layers
+from .saving import restored, save_adapters
+
+SCHEDULER = "scheduler.pt"  # as Trainer calls it
+
+
+class MoETrainer(Trainer):
+    """A `transformers.Trainer` for a model that went through `replace_moe` and `parallelize`; all else is Trainer's.
+
+    The gradients of a step, accumulated over its micro-batches, are synchronised once, by `sync_gradients` in place of
+    DDP, and clipped by their exact norm. `save_model`, which every rank calls, writes the family's format, whole, from
+    rank 0 (`restored`); while there are adapters (LoRA) that are not merged, these alone (`save_adapters`). To go on, a
+    checkpoint has the spread tensors of model and optimizer besides (`models.checkpoint`), which any number of ranks
+    can read. Where other Trainers are derived from, derive from both, this one first.
+
+    Not supported: DeepSpeed, and FSDP by Accelerate (`fully_shard_experts` and `fully_shard` come before the Trainer);
+    float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange;
+    ``save_on_each_node``; ``save_only_model`` with ``load_best_model_at_end``.
+
+    Args:
+        mesh: as given to `parallelize`.
+        args, options: Trainer's.
+
+    Raises:
+        ValueError: one of those, a model that `replace_moe` has not changed, or ranks that Trainer does not know of.
+    """
+
+    def __init__(self, *args: Any, mesh: DeviceMesh | Meshes, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.mesh = mesh
+        bridged_layers(self.model)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "MoETrainer goes with neither DeepSpeed nor Accelerate's FSDP: leave them out, and shard the model by "
+                "fully_shard_experts and fully_shard before"
+            )
+        if self.args.fp16:
+            raise ValueError("MoETrainer does not scale losses for float16: set bf16=True in place of fp16=True")
+        if not self.args.accelerator_config.even_batches:
+            raise ValueError(
+                "even_batches=False leaves ranks without a last batch, and the others wait for them: leave it True"
+            )
+        if self.args.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node=True: rank 0 alone gets the whole model; save to a folder all nodes share"
+            )
+        if self.args.save_only_model and self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end=True reads what save_only_model=True leaves out: drop one of them")
+        if self.args.world_size != dist.get_world_size():
+            raise ValueError(
+                f"Trainer knows of {self.args.world_size} ranks, and there are {dist.get_world_size()}: start the job "
+                "with torchrun, and make the TrainingArguments before the mesh"
+            )
+        self._start_alike()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Of what Accelerate does to a model all but DDP, which refuses DTensors."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Trainer's, but for groups without parameters (of biases, beside adapters), which checkpoints cannot have."""
+        optimizer = super().create_optimizer(model)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; after the last one of a step, gradients are synchronised."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            sync_gradients(self.model, self.mesh)
+        return loss
+
+    @torch.no_grad()
+    def _start_alike(self) -> None:
+        """Of what several ranks hold, the first one's: as DDP has it, for heads that each rank has drawn by itself."""
+        edp = axes.axis(axes.of_experts(self.mesh), axes.EDP)
+        everyone, copies = axes.token_group(self.mesh), None if edp is None else edp.get_group()
+        for p in self.model.parameters():
+            spread = set(axes.names(p.device_mesh)) if isinstance(p, DTensor) else set()
+            if not spread and everyone is not None:
+                dist.broadcast(p, group=everyone, group_src=0)
+            elif spread & {axes.EP, axes.NODE} and axes.EDP not in spread and copies is not None:
+                dist.broadcast(local(p), group=copies, group_src=0)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if any(layer.experts.adapts for _, _, layer in bridged_layers(self.model)):
+            save_adapters(self.model, output_dir or self.args.output_dir)
+            return
+        save = partial(super()._save, output_dir, state_dict)  # of `save_model`: what it pushes to the hub comes later
+        with restored(self.model):
+            together(save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder, step = Path(output_dir), self.state.global_step
+        on_first(lambda: shutil.rmtree(folder / f"step-{step}", ignore_errors=True))  # of a run before, as Trainer does
+        checkpoint.save(folder, self.model, self.optimizer.optimizer, step)
+        on_first(lambda: torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        pass  # together with the optimizer, which is made later
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._load_spread(checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_spread(self.state.best_model_checkpoint)
+
+    def _load_spread(self, folder: str) -> None:
+        if checkpoint.load_newest(Path(folder), self.model, self.optimizer.optimizer) is None:
+            raise ValueError(
+                f"{folder} holds nothing that MoETrainer can go on with: was it saved with save_only_model=True, or by "
+                "another Trainer? Its weights can be had by from_pretrained"
+            )

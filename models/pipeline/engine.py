@@ -1,0 +1,291 @@
+"""Pipeline parallelism: a batch goes through the stages of a model in micro-batches.
+
+torch.distributed.pipelining runs the schedules. Here are the things it leaves to the model: balance losses of
+stages that never see the task's loss, an embedding that two stages share, and what all ranks want to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.tensor import DTensor
+
+from ...moe.experts.sharded import local
+from ...moe.parallel.gradients import clip_grad_norm_
+from ..gpt import GPT
+from ..loss import next_token_loss
+from .boundary import Boundary
+from .partition import Stages
+from .stage import Stage, keep_gathered
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Losses(NamedTuple):
+    """Of one step, equal on all ranks of the pipeline: means over the micro-batches, scalars in float64."""
+
+    task: Tensor
+    aux: Tensor  # the weighted balance losses of all stages
+
+
+class Pipeline:
+    """Runs the stages of a model that this rank has, together with the other ranks of a pipeline.
+
+    One step leaves the gradients of the mean over micro-batches of ``loss_fn + aux_loss``, as one rank gets them that
+    takes the micro-batches one by one. That is the whole batch at once as well, but for balance "local" and
+    "global": their losses are of one micro-batch (of all data ranks), and are not linear in it.
+
+        cut = Stages.of(config, "1f1b", ranks=dist.get_world_size(group))
+        parts = cut.build(dist.get_rank(group))      # now `parallelize`, FSDP and the optimizer, as for any model
+        pipeline = Pipeline(parts, cut, group, micro_batches=8)
+        losses = pipeline.step(tokens, targets)
+
+    Args:
+        parts: this rank's stages, `Stages.build`; whatever splits or wraps them must do so in place.
+        stages: how the model was cut.
+        group: the ranks of the pipeline, in the order of the stages.
+        micro_batches: in which a batch is cut, m. All schedules but gpipe want at least as many as ranks, P; the
+            interleaved ones a multiple of m // P. The share of time a rank waits shrinks with it (docs/pipeline.md).
+        loss_fn: (logits of the last stage, targets) -> mean over the micro-batch, a scalar; None: `next_token_loss`.
+        boundary: how hidden states travel, if several ranks split a stage; None: this rank has all of them.
+        dtype: of hidden states between stages; None: that of the parameters.
+
+    Raises:
+        ValueError: arguments, or batches, that do not fit, saying what does.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[GPT],
+        stages: Stages,
+        group: ProcessGroup,
+        micro_batches: int,
+        loss_fn: Loss | None = None,
+        boundary: Boundary | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check(stages, group, micro_batches)
+        self.parts = nn.ModuleList(parts)
+        self.stages, self.group, self.micro_batches = stages, group, micro_batches
+        self.indices = stages.of_rank(dist.get_rank(group))
+        if len(parts) != len(self.indices):
+            raise ValueError(
+                f"this rank runs stages {self.indices}, but was given {len(parts)} parts; use stages.build"
+            )
+        self.loss_fn = next_token_loss if loss_fn is None else loss_fn
+        self.boundary = Boundary(stages.config.dim) if boundary is None else boundary
+        parameter = next(self.parts.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
+        self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
+        self._losses: list[Tensor] = []  # of the step under way, without graphs
+        self._weight = 1.0  # of a micro-batch in their mean
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        memo |= {id(group): group for group in (self.group, self.boundary.group)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ = deepcopy({**self.__dict__, "_schedule": None, "_losses": []}, memo)
+        return copied
+
+    def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
+        """Forward and backward of a batch, int64 [B, S] and its targets, given alike to all ranks of the pipeline.
+
+        Gradients are added to those that are there. `stats` of layers are of the last micro-batch.
+
+        Args:
+            tokens, targets: B is a multiple of the micro-batches.
+            scale: of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. Losses come back unscaled.
+        """
+        check_batch(tokens, self.micro_batches)
+        schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
+        self._losses, self._weight = [], scale / self.micro_batches
+        for stage in stages:
+            stage.aux, stage.weight = [], self._weight
+        earlier = [(p, p.grad) for p in self._embeddings()]
+        for p, _ in earlier:
+            p.grad = None  # only what this step adds is exchanged
+        schedule.step(tokens, tokens=tokens, target=targets, return_outputs=False)
+        self._sum_embeddings()
+        for p, grad in earlier:
+            if grad is not None and p.grad is not None:
+                p.grad += grad
+        task, aux = self._everywhere(self._losses, [aux for stage in stages for aux in stage.aux])
+        return Losses(task / self.micro_batches, aux / self.micro_batches)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch [B, S] of any size, forward only; equal on all ranks of the pipeline.
+
+        Set the parts to eval mode before, as any module.
+        """
+        pieces = [(len(part), part) for part in tokens.tensor_split(self.micro_batches) if len(part)]
+        sends: list[dist.Work] = []
+        handed: list[Tensor] = []  # from a stage to the next one on this rank
+        for index, part in zip(self.indices, self.parts, strict=True):
+            outputs = []
+            for number, (size, piece) in enumerate(pieces):
+                if index == 0:
+                    x = piece
+                elif index - 1 in self.indices:
+                    x = handed[number]
+                else:
+                    x = torch.empty(self.boundary.shape(size, piece.shape[1]), dtype=self.dtype, device=self.device)
+                    dist.recv(x, group=self.group, group_src=self.stages.rank_of(index - 1))
+                y = part(x if index == 0 else self.boundary.arrive(x), tokens=piece)
+                if index + 1 < len(self.stages.blocks):
+                    y = self.boundary.leave(y)
+                    if index + 1 not in self.indices:
+                        work = dist.isend(y, group=self.group, group_dst=self.stages.rank_of(index + 1))
+                        sends.append(cast(dist.Work, work))
+                outputs.append(y)
+            handed = outputs
+        for work in sends:
+            work.wait()
+        losses = []
+        if len(self.stages.blocks) - 1 in self.indices:
+            parts = targets.tensor_split(self.micro_batches)
+            losses = [
+                self.loss_fn(y, part) * (len(part) / len(tokens))
+                for y, part in zip(handed, parts, strict=False)
+                if len(part)
+            ]
+        return self._everywhere(losses)[0]
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """`turnout.moe.clip_grad_norm_` of the whole model, the embedding counted once; returns the norm before."""
+        tied = self._embeddings()
+        own_copy = tied[-1:] if self.stages.rank_of(len(self.stages.blocks) - 1) == dist.get_rank(self.group) else []
+        return clip_grad_norm_(self.parts, max_norm, self.group, own_copy)
+
+    def _prepare(self, batch: int, length: int) -> tuple[Any, list[Stage]]:
+        """The schedule for micro-batches [batch, length]: its buffers have fixed shapes."""
+        if self._schedule is None or self._schedule[0] != (batch, length):
+            keep_gathered(self.parts)
+            config, number = self.stages.config, len(self.stages.blocks)
+
+            def meta(*shape: int, **options: Any) -> Tensor:
+                return torch.empty(*shape, device="meta", **options)
+
+            hidden = meta(*self.boundary.shape(batch, length), dtype=self.dtype, requires_grad=True)
+            logits = meta(batch, length, config.vocab, dtype=self.dtype, requires_grad=True)
+            stages = [
+                Stage(
+                    part,
+                    index,
+                    number,
+                    self.device,
+                    # with the shapes given, torch does not run the model once more to find them
+                    input_args=(hidden if index else meta(batch, length, dtype=torch.int64),),
+                    output_args=(hidden if index + 1 < number else logits,),
+                    group=self.group,
+                )
+                for index, part in zip(self.indices, self.parts, strict=True)
+            ]
+            for stage in stages:
+                stage.boundary = self.boundary
+            looped = self.stages.schedule not in ("gpipe", "1f1b")
+            schedule = SCHEDULES[self.stages.schedule](
+                stages if looped else stages[0],
+                self.micro_batches,
+                loss_fn=self._weighted,
+                scale_grads=False,
+            )
+            self._schedule = (batch, length), schedule, stages
+        return self._schedule[1:]
+
+    def _weighted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a micro-batch as a part of the mean over all of them."""
+        loss = self.loss_fn(logits, targets)
+        self._losses.append(loss.detach())
+        return loss * self._weight
+
+    def _everywhere(self, *losses: list[Tensor]) -> list[Tensor]:
+        """The sums of lists, over all ranks."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.stack([sum((x.detach().double() for x in part), zero) for part in losses])
+        dist.all_reduce(sums, group=self.group)
+        return list(sums.unbind())
+
+    def _embeddings(self) -> list[nn.Parameter]:
+        """This rank's copies of the embedding: the first stage looks up in it, the last one has it for its head."""
+        last = len(self.stages.blocks) - 1
+        ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]
+        return [cast(GPT, part).embed.weight for part in ends] if last else []  # pyright: ignore
+
+    def _sum_embeddings(self) -> None:
+        """Both ends go on with the sum of their gradients, and so stay equal."""
+        tied = [p for p in self._embeddings() if p.requires_grad]
+        if not tied:
+            return
+        for p in tied:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if isinstance(p, DTensor):  # tensor parallel, a look-up leaves another placement than the head
+                p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
+        grads = [local(cast(Tensor, p.grad)) for p in tied]
+        if len(grads) == 2:
+            grads[0].add_(grads[1])
+            grads[1].copy_(grads[0])
+            return
+        peer = self.stages.rank_of(len(self.stages.blocks) - 1 if self.indices[0] == 0 else 0)
+        mine, theirs = grads[0].contiguous(), torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        exchange = [
+            dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
+            dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        grads[0].add_(theirs)
+
+
+def check_batch(tokens: Tensor, micro_batches: int) -> None:
+    """ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
+    if len(tokens) % micro_batches or not len(tokens):
+        raise ValueError(
+            f"a batch of {len(tokens)} sequences does not split into {micro_batches} micro-batches; use a multiple of "
+            f"{micro_batches}"
+        )
+
+
+def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:
+    if stages.schedule in ("interleaved_zb", "zbv") and torch.__version__ < "2.13":
+        raise ValueError(
+            f"schedule {stages.schedule!r} needs torch 2.13: the backward in halves of {torch.__version__} does not "
+            "get through custom autograd functions, such as those of experts; take interleaved1f1b"
+        )
+    ranks = dist.get_world_size(group)
+    if stages.ranks != ranks:
+        raise ValueError(f"the model was cut for {stages.ranks} ranks, and the group has {ranks}; cut it for {ranks}")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be positive; got {micro_batches}")
+    if stages.schedule == "gpipe":
+        return
+    if micro_batches < ranks:
+        raise ValueError(
+            f"{stages.schedule} needs as many micro-batches as ranks, {ranks}, or more; got {micro_batches}; with "
+            "fewer use gpipe"
+        )
+    rounds = micro_batches // ranks
+    if stages.schedule.startswith("interleaved") and micro_batches % rounds:
+        raise ValueError(
+            f"{stages.schedule} runs {micro_batches} micro-batches on {ranks} ranks in {rounds} rounds, which must be "
+            f"alike; use a multiple of {ranks}"
+        )

@@ -1,0 +1,80 @@
+"""A product of two thin matrices beside a frozen one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ...dispatch.reorder import wide
+from ..experts.sharded import held_slice, local, seeded
+
+
+class LowRank(nn.Module):
+    """x W becomes x W + scale (x A) B^T, W being frozen (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+    `a` [in, r] is drawn evenly within 1 / sqrt(in), `b` [out, r] is 0 at first. Beside matrices stacked over experts
+    both are stacked as well, and DTensors where those are: expert e starts alike at every world size.
+
+    Args:
+        matrix: W, [in, out] or [E, in, out].
+        transposed: it is stored as [out, in].
+        rank, scale: r, and what the product is multiplied by.
+        seed, name: `a` is drawn by them; equal on all ranks.
+
+    Attributes:
+        merged: the product is part of W now, and not computed beside it.
+    """
+
+    def __init__(self, matrix: Tensor, transposed: bool, rank: int, scale: float, seed: int, name: str) -> None:
+        super().__init__()
+        self.transposed, self.scale, self.seed, self.name, self.merged = transposed, scale, seed, name, False
+        fan_in, fan_out = matrix.shape[-2:] if not transposed else matrix.shape[:-3:-1]
+        self.a, self.b = (nn.Parameter(_like(matrix, shape)) for shape in ((fan_in, rank), (fan_out, rank)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw `a`, and make `b` zero."""
+        if self.a.is_meta:
+            return
+        self.merged = False
+        local(self.b).zero_()
+        held, bound = held_slice(self.a), 1 / math.sqrt(self.a.shape[-2])
+        first, stacked = (held[0].start, local(self.a)) if self.a.ndim == 3 else (0, local(self.a).unsqueeze(0))
+        for place, a in enumerate(stacked):
+            drawn = torch.empty(self.a.shape[-2:], device="cpu", dtype=torch.float32)
+            drawn.uniform_(-bound, bound, generator=seeded(self.seed, f"{first + place}/low rank/{self.name}"))
+            a.copy_(drawn[held[-2:]])
+
+    def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """y = x W -> x W + scale (x A) B^T, by a `product` of rows and a matrix."""
+        if self.merged:
+            return y
+        return y + product(product(x, local(self.a)) * self.scale, local(self.b).mT)
+
+    @torch.no_grad()
+    def merge(self, matrix: Tensor, sign: int) -> None:
+        """Add the product to the matrix, or with `sign` -1 take it out; one expert at a time, rounded once."""
+        each = (local(t) if t.ndim == 3 else local(t).unsqueeze(0) for t in (matrix, self.a, self.b))
+        for w, a, b in zip(*each, strict=True):
+            change = wide(a) @ wide(b).T * (sign * self.scale)
+            w.copy_(wide(w) + (change.T if self.transposed else change))
+        self.merged = sign > 0
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"rank={self.b.shape[-1]}, scale={self.scale}{', merged' if self.merged else ''}"
+
+
+def _like(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Empty, one for each matrix of a stack, where that lies; float32 or wider: it is small, and trained."""
+    held = local(matrix)
+    dtype = torch.promote_types(held.dtype, torch.float32)
+    empty = held.new_empty(*held.shape[:-2], *shape, dtype=dtype)
+    if isinstance(matrix, DTensor):
+        return DTensor.from_local(empty, matrix.device_mesh, matrix.placements, run_check=False)
+    return empty

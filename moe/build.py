@@ -1,0 +1,75 @@
+"""Names: what a layer's arguments name, and what errors call a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .experts.base import Experts, FeedForwardExperts
+from .experts.modules import ModuleExperts
+from .experts.shared import FeedForward, Residual, Sum
+from .gates import GATES, Gate
+
+
+def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
+    """A gate among `num_experts`, or the one that was given."""
+    if not isinstance(top_k, int | None):
+        raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
+    if isinstance(gate, type):
+        raise TypeError(f"gate must be a name or a Gate, not a class: pass {gate.__name__}(dim, num_experts, ...)")
+    if not isinstance(gate, str):
+        own = getattr(gate, "top_k", top_k)
+        if top_k not in (None, own):
+            raise ValueError(f"top_k={top_k}, but the gate's is {own}: leave top_k out")
+        return gate
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)} or a Gate; got {gate!r}")
+    return GATES[gate](dim, num_experts) if top_k is None else GATES[gate](dim, num_experts, top_k)
+
+
+def named_experts(
+    experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, num_experts: int, bias: bool, seed: int
+) -> Experts:
+    """The experts, routed, or those that were given."""
+    if isinstance(experts, Experts):
+        if experts.num_experts != num_experts:
+            raise ValueError(f"num_experts={num_experts}, but the given experts are {experts.num_experts}")
+        return experts
+    if isinstance(experts, str):
+        return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
+    if isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a name or what makes one: pass lambda: {type(experts).__name__}(...)")
+    return ModuleExperts(experts, num_experts, seed)
+
+
+def named_shared(
+    experts: str | Callable[[], nn.Module] | Experts,
+    dim: int,
+    hidden: int,
+    shared: int | nn.Module,
+    bias: bool,
+    residual: bool = False,
+) -> nn.Module | None:
+    """As many experts of that kind for all tokens, None for none; or the module that was given. Weighed if residual."""
+    if residual:
+        branch = named_shared(experts, dim, hidden, shared, bias)
+        if branch is None:
+            raise ValueError("residual=True weighs shared experts against the others: set shared_experts as well")
+        return Residual(branch, dim)
+    if isinstance(shared, nn.Module):
+        return shared
+    if not shared:
+        return None
+    if isinstance(experts, Experts):
+        raise ValueError(f"shared_experts={shared} of what kind? Beside experts of your own, pass a module")
+    return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
+
+
+def called(name: str) -> str:
+    """What errors call the layer of this name in ``model.named_modules()``; a model that is the layer has none.
+
+    >>> called("blocks.1.moe"), called("")
+    ('layer blocks.1.moe', 'the MoE layer itself')
+    """
+    return f"layer {name}" if name else "the MoE layer itself"

@@ -1,0 +1,192 @@
+"""Activations, one table for every path; and multiplication by the router's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...dispatch.reorder import transformed, wide
+
+_CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
+_aten = torch.ops.aten
+
+
+class Pointwise(NamedTuple):
+    """A function f of each element.
+
+    Attributes:
+        value: x -> f(x), a new tensor, by operators that PyTorch can differentiate.
+        backward: grad, x -> grad * f'(x).
+    """
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _clamped_silu(x: Tensor) -> Tensor:
+    x = x.clamp(max=7.0)
+    return x * (1.702 * x).sigmoid()
+
+
+def _clamped_silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    sigmoid = (1.702 * x).sigmoid()
+    return torch.where(x <= 7.0, grad * sigmoid * (1 + 1.702 * x * (1 - sigmoid)), 0)
+
+
+_GELU = Pointwise(F.gelu, _aten.gelu_backward)
+_GELU_TANH = Pointwise(partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh"))
+_RELU = Pointwise(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0))
+_RELU2 = Pointwise(lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x).mul_(2))
+_SILU = Pointwise(F.silu, _aten.silu_backward)
+_CLAMPED_SILU = Pointwise(_clamped_silu, _clamped_silu_backward)
+_CLAMPED_PLUS_1 = Pointwise(lambda x: x.clamp(-7.0, 7.0) + 1, lambda grad, x: torch.where(x.abs() <= 7.0, grad, 0))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between the matrix products of an expert: act(up), or gated, act(gate) * up.
+
+    Attributes:
+        act: the function of the up projection, or if gated of the gate projection.
+        gated: whether there is a gate projection.
+        on_up: if gated, a function of the up projection that is applied before the two are multiplied; None: none.
+        triton: whether `cuda/activations.py` has a function of this activation's name; kernel="triton" needs it.
+    """
+
+    act: Pointwise
+    gated: bool = False
+    on_up: Pointwise | None = None
+    triton: bool = False
+
+    def __call__(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The hidden rows, by operators that PyTorch can differentiate, in the dtype of `up`."""
+        return self.act.value(up) if gate is None else self.act.value(gate) * self.factor(up)
+
+    def factor(self, up: Tensor) -> Tensor:
+        """What act(gate) is multiplied by."""
+        return up if self.on_up is None else self.on_up.value(up)
+
+    def backward(self, grad: Tensor, up: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The hidden rows again, and from their gradient the gradients of up and gate."""
+        if gate is None:
+            return self.act.value(up), self.act.backward(grad, up)
+        act, factor = self.act.value(gate), self.factor(up)
+        to_up = grad * act
+        to_up = to_up if self.on_up is None else self.on_up.backward(to_up, up)
+        return act * factor, to_up, self.act.backward(grad * factor, gate)
+
+
+ACTIVATIONS = {
+    "gelu": Activation(_GELU, triton=True),
+    "gelu_tanh": Activation(_GELU_TANH, triton=True),  # as GPT-2 has it, and Megatron-LM
+    "relu": Activation(_RELU, triton=True),
+    "relu2": Activation(_RELU2, triton=True),  # squared ReLU (Primer, arXiv:2109.08668), as in Nemotron
+    "swiglu": Activation(_SILU, gated=True, triton=True),  # these four: arXiv:2002.05202
+    "geglu": Activation(_GELU, gated=True, triton=True),
+    "geglu_tanh": Activation(_GELU_TANH, gated=True, triton=True),
+    "reglu": Activation(_RELU, gated=True, triton=True),
+    # gpt-oss: both projections are clamped to 7, and 1 is added to up (arXiv:2508.10925)
+    "clamped_swiglu": Activation(_CLAMPED_SILU, gated=True, on_up=_CLAMPED_PLUS_1, triton=True),
+}
+
+
+def activated(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The hidden rows [R, H] of up and gate [R, H]: computed in float32 or wider, and rounded once.
+
+    Only the arguments are kept for the backward.
+    """
+    if gate is None:  # these functions compute in float32 inside, and keep one tensor
+        return kind(up)
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses this itself
+        return kind(wide(up), wide(gate)).to(up.dtype)
+    return _Gated.apply(kind, up, gate)  # pyright: ignore[reportReturnType]
+
+
+def weighted(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [R, D] times weight [R], which is float32 or wider; rounded once, to the dtype of rows."""
+    if torch.compiler.is_compiling() or transformed():
+        return (rows * weight.unsqueeze(1)).to(rows.dtype)
+    return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
+
+
+def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
+    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kind, up, gate):
+        ctx.kind = kind
+        ctx.save_for_backward(up, gate)
+        out = torch.empty_like(up)
+        for o, u, g in blocks(out, up, gate):
+            torch.mul(kind.act.value(wide(g)), kind.factor(wide(u)), out=o)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        kind, (up, gate) = ctx.kind, ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed(grad):
+            plain = lambda up, gate: kind(wide(up), wide(gate)).to(up.dtype)  # noqa: E731
+            return None, *differentiated(plain, [up, gate], ctx.needs_input_grad[1:], grad)
+        to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
+        for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
+            d, u, g = wide(d), wide(u), wide(g)
+            if kind.on_up is None:
+                torch.mul(kind.act.value(g), d, out=to_u)
+            else:
+                to_u.copy_(kind.on_up.backward(kind.act.value(g) * d, u))
+            to_g.copy_(kind.act.backward(d * kind.factor(u), g))
+        return None, to_up, to_gate
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(rows, weight)
+        out = torch.empty_like(rows)
+        for o, r, w in blocks(out, rows, weight.unsqueeze(1)):
+            torch.mul(r, w, out=o)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed(grad):
+            d = grad.to(weight.dtype)
+            return (d * weight.unsqueeze(1)).to(rows.dtype), (d * rows).sum(1)
+        to_rows, to_weight = torch.empty_like(rows), torch.empty_like(weight)
+        for to_r, to_w, d, r, w in blocks(to_rows, to_weight, grad, rows, weight.unsqueeze(1)):
+            torch.mul(d, w, out=to_r)
+            to_w.copy_((d.to(w.dtype) * r).sum(1))
+        return to_rows, to_weight
+
+
+def differentiated(
+    function: Callable[..., Tensor], given: list[Tensor | None], needs: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of those of `given` that need one, by operators that PyTorch follows.
+
+    What an `autograd.Function` does in its backward where that is differentiated (create_graph=True) or batched.
+    """
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: one may have been made of another (a weight of the tokens), which is not this function's to follow
+        views = [None if t is None else t.view_as(t) for t in given]
+        wanted = [t for t, need in zip(views, needs, strict=True) if t is not None and need]
+        grads = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=create))
+    return tuple(next(grads) if t is not None and need else None for t, need in zip(given, needs, strict=True))
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of every tensor, in blocks that fit a CPU's cache; elsewhere all rows at once."""
+    rows = tensors[0]
+    step = max(1, _CACHE // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+    return zip(*(t.split(step) for t in tensors), strict=True) if len(rows) else iter(())

@@ -1,0 +1,260 @@
+"""The experts' perceptrons on a CPU, a few experts at a time: what lies between two products stays in the cache.
+
+Of the hidden rows, only what the activation is taken of is kept. The rest is made for a group of experts, used while
+it lies in the cache, and made again in the backward: that costs less than memory would, where every page of a
+large buffer has to be faulted in, written, and read again. Where the allocator keeps its pages, all at once is faster.
+Groups, not single experts: gathers, sums and activations are then a few calls on many rows, however small an expert is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...dispatch.plan import Plan
+from ...dispatch.reorder import encode_weight, transformed, wide
+from .activation import Activation, blocks, differentiated
+from .grouped_mm import computed, mm, sum_rows
+
+_LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
+_GROUP = 1 << 21  # elements of a group's widest buffer, of which there are four: 8 MiB each in float32
+Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
+
+
+def pays(rows: Tensor, number: int, width: int) -> bool:
+    """Whether groups are faster for `number` rows of this width, of the dtype of rows.
+
+    They are where the rows of all experts are a buffer that is faulted in page by page, each time. Smaller ones are
+    kept, or with some allocators all, and then what groups make again in the backward costs more than it saves.
+    """
+    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE and _faulted_anew()
+
+
+@cache
+def _faulted_anew() -> bool:
+    """Whether a large buffer's pages go back to the kernel when it is freed; measured, as no allocator tells."""
+    if sys.platform == "win32":  # does not count page faults
+        return True
+    import resource
+
+    size, counts = _LARGE + _LARGE // 8, []
+    whose = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # this thread's where that can be told: Linux
+    for _ in range(3):
+        before = resource.getrusage(whose).ru_minflt
+        len(b"\1" * size)  # filled, then freed
+        counts.append(resource.getrusage(whose).ru_minflt - before)
+    return min(counts) > size // resource.getpagesize() // 2
+
+
+def perceptrons(
+    rows: Tensor, weight: Tensor, counts: Tensor, kind: Activation, up: list[Layer], down: Layer, plan: Plan | None
+) -> Tensor:
+    """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
+
+    `up` has one layer, or if the activation is gated two, the gate being the second. The gate's weight multiplies the
+    hidden row: W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens
+    come back: the rows of a group are gathered when it is its turn, and all [R, D] never exist.
+    """
+    weight = weight if plan is None else encode_weight(weight, plan)
+    tensors = [tensor for layer in (down, *up) for tensor in layer]
+    graph = torch.is_grad_enabled()  # asked here: inside, it never is
+    return _Perceptrons.apply(rows, weight, counts, kind, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
+
+
+class Group(NamedTuple):
+    """Experts that lie side by side, and their rows."""
+
+    rows: slice
+    experts: slice
+    sizes: list[int]  # rows of each expert
+
+
+def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
+    """All experts in order, as many to a group as have at most `elements` among rows of `width`, or one.
+
+    >>> [group.sizes for group in groups(torch.tensor([3, 0, 2, 9, 1]), width=4, elements=20)]
+    [[3, 0, 2], [9], [1]]
+    """
+    sizes, found = counts.tolist(), []
+    e = row = 0
+    while e < len(sizes):
+        last, end = e + 1, row + sizes[e]
+        while last < len(sizes) and (end + sizes[last] - row) * width <= elements:
+            last, end = last + 1, end + sizes[last]
+        found.append(Group(slice(row, end), slice(e, last), sizes[e:last]))
+        e, row = last, end
+    return found
+
+
+class _Perceptrons(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, counts, kind, plan, graph, w_down, b_down, *up):
+        kept, hidden_width = graph and any(ctx.needs_input_grad), w_down.shape[1]
+        turns = groups(counts, max(w_down.shape[1:]), _GROUP)
+        most = _most(turns)
+        before = [rows.new_empty(len(weight) if kept else most, hidden_width) for _ in up[::2]]
+        hidden = rows.new_empty(most, hidden_width, dtype=computed(rows))
+        out = _Out(rows, most, plan)
+        take = _taker(rows, most, plan)
+        for span, few, sizes in turns:
+            x, w = take(rows, span), weight[span].unsqueeze(1)
+            h, us = hidden[: len(x)], [u[span] if kept else u[: len(x)] for u in before]
+            for u, matrix, bias in zip(us, up[::2], up[1::2], strict=True):
+                products(x.split(sizes), matrix[few], u.split(sizes))
+                if bias is not None:
+                    for u_, b in zip(u.split(sizes), bias[few], strict=True):
+                        u_.add_(b)
+            for h_, w_, *us_ in blocks(h, w, *us):
+                torch.mul(_in_place(kind, *map(wide, us_)), w_, out=h_)
+            y = out.at(span)
+            products(h.split(sizes), w_down[few], y.split(sizes))
+            if b_down is not None:
+                for y_, w_, b in zip(y.split(sizes), w.split(sizes), b_down[few], strict=True):
+                    y_.copy_(torch.addcmul(wide(y_), w_, wide(b)))
+            out.add(span)
+        ctx.kind, ctx.plan, ctx.turns = kind, plan, turns
+        ctx.save_for_backward(rows, weight, w_down, b_down, *up, *before)
+        return out.done()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weight, w_down, b_down, *rest = ctx.saved_tensors
+        number = len(rest) // 3  # of layers below the activation
+        up, before = rest[: 2 * number], rest[2 * number :]
+        if torch.is_grad_enabled() or transformed(grad):
+            again = partial(_followed, ctx.kind, ctx.plan, ctx.turns)
+            needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[6:]
+            to_rows, to_weight, *others = differentiated(again, [rows, weight, w_down, b_down, *up], needs, grad)
+            return to_rows, to_weight, None, None, None, None, *others
+        most = _most(ctx.turns)
+        needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        to_rows = _Out(rows, most, ctx.plan) if needs_rows else None
+        to_weight = torch.zeros_like(weight)
+        to_w_down, to_b_down, *to_up = (
+            torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), needs, strict=True)
+        )
+        dtype = computed(rows)
+        hidden, *slopes = (rows.new_empty(most, w_down.shape[1], dtype=dtype) for _ in range(1 + number))
+        take_x, take_y = _taker(rows, most, ctx.plan), _taker(rows, most, ctx.plan)
+        learns = any(t is not None for t in to_up[::2])  # frozen experts do not look at their rows again
+        for span, few, sizes in ctx.turns:
+            y, w = take_y(grad, span), weight[span].unsqueeze(1)
+            xs = take_x(rows, span).split(sizes) if learns else ()
+            h, *dus = (t[: len(y)] for t in (hidden, *slopes))
+            ys, hs = y.split(sizes), h.split(sizes)
+            products(ys, w_down[few].mT, dus[0].split(sizes))
+            for h_, w_, dw_, *both in blocks(h, w, to_weight[span], *dus, *(u[span] for u in before)):
+                d = wide(both[0])
+                a, *slopes_ = ctx.kind.backward(d, *map(wide, both[number:]))
+                torch.mul(a, w_, out=h_)
+                dw_.copy_(a.mul_(d).sum(1))
+                for du_, slope in zip(both[:number], slopes_, strict=True):
+                    torch.mul(slope, w_, out=du_)
+            if b_down is not None:
+                for dw_, y_, b in zip(to_weight[span].split(sizes), ys, b_down[few], strict=True):
+                    dw_ += (wide(y_) * b).sum(1)
+            if to_b_down is not None:
+                for to_b, y_, w_ in zip(to_b_down[few], ys, w.split(sizes), strict=True):
+                    sum_rows(y_ * w_, to_b)
+            if to_w_down is not None:
+                products((h_.T for h_ in hs), ys, to_w_down[few])
+            for j, du in enumerate(dus):
+                matrix, to_matrix, to_bias = up[2 * j], to_up[2 * j], to_up[2 * j + 1]
+                parts = du.split(sizes)
+                if to_rows is not None:
+                    products(parts, matrix[few].mT, to_rows.at(span).split(sizes), add=j > 0)
+                if to_matrix is not None:
+                    products((x_.T for x_ in xs), parts, to_matrix[few])
+                if to_bias is not None:
+                    for to_b, part in zip(to_bias[few], parts, strict=True):
+                        sum_rows(part, to_b)
+            if to_rows is not None:
+                to_rows.add(span)
+        return to_rows and to_rows.done(), to_weight, None, None, None, None, to_w_down, to_b_down, *to_up
+
+
+def _followed(
+    kind: Activation,
+    plan: Plan | None,
+    turns: list[Group],
+    rows: Tensor,
+    weight: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    *up: Any,
+) -> Tensor:
+    """What `_Perceptrons` computes, an expert at a time, every operator differentiable."""
+    sizes = [size for group in turns for size in group.sizes]
+    R, made = sum(sizes), []
+    x = rows[:R] if plan is None else rows[plan.token[:R]]
+    for e, (x_, w_) in enumerate(zip(x.split(sizes), weight[:R].unsqueeze(1).split(sizes), strict=True)):
+        hidden = kind(*(_linear(wide(x_), e, *layer) for layer in zip(up[::2], up[1::2], strict=True)))
+        made.append(_linear(hidden, e, w_down, b_down) * w_)
+    y = torch.cat(made).to(rows.dtype)
+    if plan is None:
+        return F.pad(y, (0, 0, 0, len(rows) - R))
+    return torch.zeros_like(rows, dtype=wide(y).dtype).index_add(0, plan.token[:R], wide(y)).to(rows.dtype)
+
+
+def _linear(x: Tensor, expert: int, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    y = x @ wide(matrix[expert])
+    return y if bias is None else y + wide(bias[expert])
+
+
+class _Out:
+    """Where a group's rows [R, D] go: side by side, or with a plan into the sums of its tokens [T, D]."""
+
+    def __init__(self, rows: Tensor, most: int, plan: Plan | None) -> None:
+        self.plan, self.dtype = plan, rows.dtype
+        if plan is None:
+            self.rows = torch.empty_like(rows)
+        else:
+            self.rows = rows.new_empty(most, rows.shape[1], dtype=computed(rows))  # of one group
+            self.sums = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+    def at(self, span: slice) -> Tensor:
+        """The place to write rows to."""
+        return self.rows[span] if self.plan is None else self.rows[: span.stop - span.start]
+
+    def add(self, span: slice) -> None:
+        """They are written: a token's rows are added up in the order of the experts."""
+        if self.plan is not None:
+            self.sums.index_add_(0, self.plan.token[span], wide(self.at(span)))
+
+    def done(self) -> Tensor:
+        """[R, D], or [T, D]."""
+        return self.rows if self.plan is None else self.sums.to(self.dtype)
+
+
+def products(a: Iterable[Tensor], b: Iterable[Tensor], out: Iterable[Tensor], add: bool = False) -> None:
+    """`mm` of each expert; an expert without rows has a product of zeros."""
+    for a_, b_, out_ in zip(a, b, out, strict=True):
+        mm(a_, b_, out=out_, add=add)
+
+
+def _most(turns: list[Group]) -> int:
+    return max((group.rows.stop - group.rows.start for group in turns), default=0)
+
+
+def _taker(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
+    """A function of rows and a span, one group's rows, good until its next call: with a plan they share memory."""
+    dtype = computed(rows)
+    if plan is None:
+        return lambda rows, span: rows[span].to(dtype)
+    room = rows.new_empty(most, rows.shape[1])
+
+    def take(rows: Tensor, span: slice) -> Tensor:
+        return torch.index_select(rows, 0, plan.token[span], out=room[: span.stop - span.start]).to(dtype)
+
+    return take
+
+
+def _in_place(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`kind` without a tensor for the product; in a forward that keeps no graph."""
+    return kind(up) if gate is None else kind.act.value(gate).mul_(kind.factor(up))

@@ -1,0 +1,236 @@
+"""One matrix product per expert, over rows that lie sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...dispatch.reorder import transformed, wide
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [R, D] x weight [L, D, H] -> [R, H]: rows ends[e-1]..ends[e] are multiplied by weight[e].
+
+    Rows past ends[-1] belong to nobody: what stands there afterwards, here and in the gradient of
+    `rows`, is undefined. An expert without rows gets a gradient of zeros.
+
+    Args:
+        rows, weight: of one floating dtype.
+        ends: int32 [L], where each expert's rows end.
+    """
+    if transformed():
+        return _each(rows, weight, ends)
+    if _fits_torch(rows, weight):
+        return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
+    return _grouped_mm(rows, weight, ends)
+
+
+def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    """bias [L, H] -> [rows, H], each row its expert's bias; `ends` as in `grouped_mm`, past ends[-1] undefined.
+
+    The gradient of an expert's bias is the sum over its rows in float32 or wider, in a fixed order, rounded once.
+    """
+    if transformed():
+        return bias[_owners(ends, rows)]
+    return _grouped_bias(bias, ends, rows)
+
+
+def _owners(ends: Tensor, rows: int) -> Tensor:
+    """The expert of each row, int64 [rows]; of rows past ends[-1] the last one."""
+    row = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
+
+
+def grouped_linear(
+    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
+
+    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    """
+    y = grouped_mm(rows, matrix, ends)
+    if bias is None:
+        return y
+    if weight is None:
+        return y + grouped_bias(bias, ends, len(rows))
+    return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)
+
+
+def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
+    """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
+    if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
+        return False
+    if computed(rows) != rows.dtype or (rows.is_cuda and len(weight) > 1023):
+        return False
+    size = rows.element_size()
+    if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included
+        return False
+    return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
+
+
+@torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
+def _dense_gradient(y: Tensor) -> Tensor:
+    """y: torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+    return _DenseGradient.apply(y)  # pyright: ignore[reportReturnType]
+
+
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.detach()  # not a view: FSDP2 warns of experts that return one
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # of nothing, any strides count as dense
+        return grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """The product of two matrices into `out`, or with `add` out plus it; of dtype `computed`, or of one to round to."""
+    dtype = computed(out)
+    if not a.dtype == b.dtype == out.dtype == dtype:
+        y = out if out.dtype == dtype else out.to(dtype) if add else torch.empty_like(out, dtype=dtype)
+        mm(a.to(dtype), b.to(dtype), y, add)
+        if y is not out:
+            out.copy_(y)
+    elif add:  # with `out` autocast leaves both alone
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def computed(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
+    return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
+
+
+@torch.compiler.assume_constant_result
+def _emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
+    return _asked(dtype)
+
+
+@cache
+def _asked(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm`, every operator differentiable in every mode."""
+    *products, stop = *(rows[span] @ weight[e] for e, span in spans(ends)), int(ends[-1])
+    return torch.cat([*products, rows.new_zeros(len(rows) - stop, weight.shape[2])])
+
+
+def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert and its rows."""
+    stops = ends.tolist()
+    return enumerate(map(slice, [0, *stops], stops))
+
+
+@torch.library.custom_op("turnout::grouped_mm", mutates_args=())
+def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    y = rows.new_zeros(rows.shape[0], weight.shape[2])
+    for e, span in spans(ends):
+        mm(rows[span], weight[e], out=y[span])
+    return y
+
+
+@torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
+def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """The weight's gradient: rows [R, D], grad [R, H] -> [L, D, H]."""
+    y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
+    for e, span in spans(ends):
+        mm(rows[span].T, grad[span], out=y[e])
+    return y
+
+
+@torch.library.custom_op("turnout::grouped_bias", mutates_args=())
+def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    return bias.index_select(0, _owners(ends, rows))
+
+
+@torch.library.custom_op("turnout::grouped_sum", mutates_args=())
+def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
+    """The bias's gradient: rows [R, H] -> [L, H], the sum of each expert's rows."""
+    return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)
+
+
+def _sum_of_spans(rows: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_empty(len(ends), rows.shape[1])
+    for e, span in spans(ends):
+        sum_rows(rows[span], out[e])
+    return out
+
+
+def _sum_of_segments(rows: Tensor, ends: Tensor) -> Tensor:
+    """Without asking the host how many rows an expert has; on a CPU it is slow."""
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+    return torch.segment_reduce(wide(rows), "sum", lengths=lengths, unsafe=True).to(rows.dtype)
+
+
+def sum_rows(rows: Tensor, out: Tensor) -> None:
+    """The sum of rows [n, H] into `out` [H], in float32 or wider: in half precision a sum of many stands still."""
+    out.copy_(rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)))
+
+
+@_grouped_mm.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+@_grouped_mm_weight.register_fake
+def _(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
+
+
+@_grouped_bias.register_fake
+def _(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    return bias.new_empty(rows, bias.shape[1])
+
+
+@_grouped_sum.register_fake
+def _(rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], rows.shape[1])
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    a, b, ends = inputs
+    needs_a, needs_b, *_ = ctx.needs_input_grad  # the gradient of each takes the other: frozen experts let rows go
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, ends)
+
+
+def _backward(ctx, grad: Tensor):
+    rows, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_rows = _grouped_mm(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None
+    to_weight = _grouped_mm_weight(rows, grad, ends) if ctx.needs_input_grad[1] else None
+    return to_rows, to_weight, None
+
+
+def _weight_backward(ctx, grad: Tensor):
+    rows, rows_grad, ends = ctx.saved_tensors
+    to_rows = _grouped_mm(rows_grad, grad.mT, ends) if ctx.needs_input_grad[0] else None
+    to_grad = _grouped_mm(rows, grad, ends) if ctx.needs_input_grad[1] else None
+    return to_rows, to_grad, None
+
+
+def _keep_ends(ctx, inputs, output) -> None:
+    first, ends, *_ = inputs
+    ctx.rows = len(first)  # of `_grouped_sum`
+    ctx.save_for_backward(ends)
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_save_inputs)
+_grouped_mm_weight.register_autograd(_weight_backward, setup_context=_save_inputs)
+_grouped_bias.register_autograd(
+    lambda ctx, grad: (_grouped_sum(grad.contiguous(), *ctx.saved_tensors), None, None), setup_context=_keep_ends
+)
+_grouped_sum.register_autograd(
+    lambda ctx, grad: (_grouped_bias(grad.contiguous(), *ctx.saved_tensors, ctx.rows), None), setup_context=_keep_ends
+)

@@ -1,0 +1,168 @@
+"""Perceptrons of all experts as one operator on Triton's kernels: from tokens to tokens, or from rows to rows."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ...dispatch.plan import Plan
+from ...dispatch.reorder import encode_weight, transformed
+from .activation import ACTIVATIONS
+from .blocked import Layer
+
+KERNELS = ("auto", "torch", "triton")
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    activation: str,
+    ups: list[Layer],
+    down: Layer,
+    plan: Plan | None = None,
+) -> Tensor:
+    """weight * (W_down act(W_up x + b_up) + b_down) of each row's expert, for rows sorted by expert.
+
+    For the backward x, the rows' values before the activation and nothing else is kept; hidden rows are computed
+    again there, from those values (SonicMoE, arXiv:2512.14080).
+
+    Args:
+        x: rows [R, D] -> weighted rows [R, D]. With a `plan` tokens [T, D] -> [T, D], each the sum of its rows, and
+            no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the layers.
+        weight: [R], the gate's weight of each row; with a `plan` [T, k].
+        counts: int64 [L], rows of each expert; rows past their sum come back undefined.
+        activation: a name in `ACTIVATIONS`.
+        ups: one layer, or if gated up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
+        down: [L, H, D] and [L, D].
+    """
+    weight = weight if plan is None else encode_weight(weight, plan)
+    (w_up, b_up), (w_gate, b_gate) = ups if len(ups) == 2 else (*ups, (None, None))
+    layers = [None if t is None else t.contiguous() for t in (w_up, w_gate, down[0], b_up, b_gate, down[1])]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *layers))
+    token, slot = (None, None) if plan is None else (plan.token, plan.slot)
+    ends = counts.cumsum(0).to(torch.int32)
+    return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save)[0]
+
+
+def check_triton(x: Tensor, activation: str) -> None:
+    """Raise what is wrong with Triton for rows like `x` and this activation, and what to do."""
+    if not ACTIVATIONS[activation].triton:
+        raise ValueError(f'kernel="triton" has no activation {activation!r} (cuda/activations.py): set kernel="torch"')
+    if transformed():
+        raise NotImplementedError('kernel="triton" has no part in torch.func and forward mode: set kernel="torch"')
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
+    if x.is_meta or torch.compiler.is_compiling():
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError('kernel="triton" needs Triton (pip install triton), or set kernel="torch"')
+    if not x.is_cuda:
+        from ...cuda.grouped import interpreted
+
+        if not interpreted():
+            raise ValueError(f'kernel="triton" is for CUDA devices; the rows are on {x.device}: set kernel="torch"')
+
+
+@torch.library.custom_op("turnout::experts", mutates_args=())
+def _experts(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    token: Tensor | None,
+    slot: Tensor | None,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ...cuda import grouped
+
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
+        rows = grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
+        return _home(rows, token, slot), up, gate
+
+
+@torch.library.custom_op("turnout::experts_backward", mutates_args=())
+def _experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    token: Tensor | None,
+    slot: Tensor | None,
+    w_up: Tensor,
+    w_gate: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    up: Tensor,
+    gate: Tensor,
+    activation: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down; empty where not `wanted`: x, w, b."""
+    from ...cuda import grouped
+
+    to_x, to_weights, to_biases = wanted
+    with torch.cuda.device_of(x):
+        gates = None if w_gate is None else gate
+        hidden, before, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gates, activation)
+        out = [x.new_empty(0) for _ in range(8)]
+        if to_x:
+            ups = [w_up] if w_gate is None else [w_up, w_gate]
+            out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
+        if to_weights:
+            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
+            (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
+        if b_down is not None:
+            if to_biases:
+                out[5 : 5 + len(before)] = [grouped.bias_backward(b, ends)[0] for b in before]
+            out[7], more = grouped.bias_backward(grad, ends, token, weight, b_down)
+            to_weight += more
+    out[1] = to_weight.to(weight.dtype)
+    return out
+
+
+def _home(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tensor:
+    return rows if token is None else torch.ops.turnout.decode(rows, token, slot)
+
+
+@_experts.register_fake
+def _(x, weight, ends, token, slot, w_up, w_gate, w_down, b_up, b_gate, b_down, activation, save):
+    rows, H = len(weight) if save else 0, w_up.shape[2]
+    return torch.empty_like(x), x.new_empty(rows, H), x.new_empty(0 if w_gate is None else rows, H)
+
+
+@_experts_backward.register_fake
+def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, b_down, up, gate, activation, wanted):
+    to_x, to_weights, to_biases = wanted
+    biased, gated = b_down is not None, w_gate is not None
+    asked = [to_x, True, to_weights, to_weights and gated, to_weights]
+    asked += [to_biases and biased, to_biases and biased and gated, biased]
+    of = [x, weight, w_up, w_up, w_down, w_up[:, 0], w_up[:, 0], w_down[:, 0]]
+    return [t.new_empty(t.shape if yes else 0) for t, yes in zip(of, asked, strict=True)]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, _b_up, _b_gate, b_down, ctx.activation, _ = inputs
+    _, up, gate = output
+    ctx.mark_non_differentiable(up, gate)
+    ctx.save_for_backward(*tensors, b_down, up, gate)
+
+
+def _backward(ctx, grad: Tensor, *_):
+    needs = ctx.needs_input_grad  # in the order of the inputs: x, weight, ends, token, slot, the w, the b
+    wanted = [needs[0], any(needs[5:8]), any(needs[8:11])]
+    to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted)
+    everything = to_x, to_weight, None, None, None, *others, None, None
+    return tuple(g if need else None for g, need in zip(everything, needs, strict=True))
+
+
+_experts.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,62 @@
+"""Experts that cost next to nothing: tokens that need little computing stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..gates.gate import projected, uniform
+
+KINDS = ("null", "identity", "constant")
+
+
+class FreeExperts(nn.Module):
+    """Zero-computation experts (MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1), every one on every rank.
+
+    ``"null"`` gives 0, ``"identity"`` x, ``"constant"`` a_1 x + a_2 v with a learned vector v and
+    (a_1, a_2) = softmax(W_c x). The gate chooses among them as among others; ids go on after those of the experts.
+
+    Args:
+        kinds: of each one, in order.
+        dim: model width D.
+    """
+
+    def __init__(self, kinds: Sequence[str], dim: int) -> None:
+        super().__init__()
+        if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+            raise ValueError(f"free_experts must be a list, each one of {', '.join(KINDS)}; got {kinds!r}")
+        self.kinds, self.dim = tuple(kinds), dim
+        constants = self.kinds.count("constant")
+        self.constant = nn.Parameter(torch.empty(constants, dim)) if constants else None
+        self.mix = nn.Parameter(torch.empty(constants, 2, dim)) if constants else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw vectors and mixing matrices within 1 / sqrt(D)."""
+        for p in self.parameters():
+            uniform(p.flatten(0, -2))
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """x [T, D], expert int64 [T, k] counted from the first free one, others negative, weight [T, k] -> y [T, D]."""
+        share = weight.new_zeros(len(x), len(self) + 1).scatter_add(  # [T, Z]; the last column is of all others
+            1, torch.where(expert < 0, len(self), expert), torch.where(expert < 0, 0, weight)
+        )
+        kept = sum((share[:, i : i + 1] for i in self._of("identity")), torch.zeros_like(share[:, :1]))
+        if self.constant is None or self.mix is None:
+            return (kept * x).to(x.dtype)
+        mine = torch.stack([share[:, i] for i in self._of("constant")], 1).unsqueeze(2)  # [T, C, 1]
+        a = projected(x, self.mix.flatten(0, 1)).unflatten(1, (-1, 2)).softmax(-1)  # [T, C, 2]
+        to_x, to_v = (mine * a).unbind(2)
+        return ((kept + to_x.sum(1, keepdim=True)) * x + to_v @ self.constant.to(to_v.dtype)).to(x.dtype)
+
+    def _of(self, kind: str) -> list[int]:
+        return [i for i, own in enumerate(self.kinds) if own == kind]
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return ", ".join(self.kinds)

@@ -1,0 +1,85 @@
+"""Two levels: groups first, then experts within the groups."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import Routing
+from .gate import Gate, best, projected, uniform
+from .router import picks
+
+
+class HierarchicalGate(Gate):
+    """A primary gate picks groups, a secondary one experts in each (Shazeer et al. 2017, arXiv:1701.06538, appendix B).
+
+    An expert's weight is the product of its group's and its own within the group (eq. 12), each a softmax
+    over those chosen at that level; over all where one is chosen, lest that level get no gradient. All
+    groups picked give equally many experts, k / top_groups. Without the paper's noise: the layer's balance
+    loss balances the scores, products of both levels' softmax. Group g is experts [g*E/G, (g+1)*E/G), so
+    that it lies on one rank where the ranks divide the groups.
+
+    Args:
+        dim, num_experts, top_k, scale: see `Gate`.
+        groups: G, a divisor of E; None: the largest one up to sqrt(E).
+        top_groups: groups a token picks, a divisor of k; None: of those that fit the one nearest to sqrt(k).
+    """
+
+    groups: int = 1
+    top_groups: int | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        groups: int | None = None,
+        top_groups: int | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, scale)
+        if groups is None:
+            groups = max(g for g in range(1, math.isqrt(num_experts) + 1) if num_experts % g == 0)
+        if groups < 1 or num_experts % groups:
+            raise ValueError(f"groups={groups} must divide num_experts={num_experts}")
+        self.groups, self.top_groups = groups, top_groups
+        self.check_top_k(top_k)  # now that the groups are known
+        self.group_weight = nn.Parameter(torch.empty(groups, dim))
+        uniform(self.group_weight)
+
+    def reset_parameters(self) -> None:
+        """Initialise both levels as `nn.Linear` does."""
+        for weight in self.parameters(recurse=False):
+            uniform(weight)
+        self._reset_adapter()
+
+    def check_top_k(self, top_k: int) -> None:
+        """See `Gate.check_top_k`: equally many experts in each of the groups a token picks."""
+        super().check_top_k(top_k)
+        picks(top_k, self.num_experts, self.groups, self.top_groups)
+
+    def picks(self) -> tuple[int, int]:
+        """Groups a token picks, and experts in each."""
+        return picks(self.top_k, self.num_experts, self.groups, self.top_groups)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens x [T, D]; logits are the sums of both levels', choices come heaviest first."""
+        top_groups, each = self.picks()
+        outer = projected(x, self.group_weight)  # [T, G]
+        inner = self.logits(x).unflatten(1, (self.groups, -1))  # [T, G, E/G]
+        off = inner.isneginf().all(2)  # a group whose experts are all switched off
+        outer, inner = outer.masked_fill(off, -torch.inf), inner.masked_fill(off.unsqueeze(2), 0)
+        group_weight, group = best(outer, top_groups)
+        weight, place = best(inner.take_along_dim(group.unsqueeze(2), 1), each)
+        expert = group.unsqueeze(2) * inner.shape[2] + place
+        weight, order = (group_weight.unsqueeze(2) * weight).flatten(1).sort(dim=1, descending=True, stable=True)
+        scores = outer.softmax(1).unsqueeze(2) * inner.softmax(2)
+        logits = outer.unsqueeze(2) + inner
+        expert, weight = expert.flatten(1).gather(1, order), self.scaled(weight)
+        return Routing(expert, weight, scores.flatten(1), logits.flatten(1))
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{super().extra_repr()}, groups={self.groups}, top_groups={self.picks()[0]}"

@@ -1,0 +1,59 @@
+"""The load of all experts of a model, over all ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...dispatch import mesh as axes
+from ...dispatch.failure import named
+from ...dispatch.mesh import Meshes
+from ..stats import Load, measured
+from .parallelize import moe_layers
+
+
+@torch.no_grad()
+def load(model: nn.Module, mesh: DeviceMesh | Meshes | None = None) -> dict[str, Load]:
+    """Tokens per expert of every `MoE` layer, over all ranks and all training forwards since the last call.
+
+    Call it every n steps for the load of these n steps. It starts the count of each layer at 0 again. All layers
+    take one all-reduce, and the host waits for the result once. Between calls, layers count on their device.
+
+    >>> from turnout.moe import MoE
+    >>> model = nn.Sequential(MoE(8, 16, num_experts=4), MoE(8, 16, num_experts=4))
+    >>> for step in range(3):
+    ...     y = model(torch.randn(10, 8))
+    >>> loads = load(model)
+    >>> list(loads), loads["1"].tokens_per_expert.sum(), loads["1"].dropped  # 3 steps of 10 tokens, 2 experts each
+    (['0', '1'], tensor(60), tensor(0., dtype=torch.float64))
+
+    A forward counts if its layer is in training mode and its output requires a gradient. So micro-batches add up,
+    activations that are computed again count once, and an evaluation does not count, be it in eval mode or under
+    `torch.no_grad`. Not counted are forwards inside `torch.func` transforms, and under re-entrant activation
+    checkpointing (``use_reentrant=True``), where they run without gradients. A layer that was compiled by itself cannot
+    tell that a checkpoint around it recomputes it, and counts twice: compile outside the checkpoint.
+
+    Args:
+        model: as given to `parallelize`, or a part of it.
+        mesh: as given to `parallelize`; every rank of it calls this at the same point. None: this rank alone.
+
+    Returns:
+        By the names of ``model.named_modules()``, equal on all ranks of the mesh that have the layer: with pipeline
+        stages each rank has the layers of its own. Tensors are on the CPU, shares in float64.
+
+    Raises:
+        DispatchError: a rank that did not answer.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        return {}
+    taken = [layer._count.take() for layer in layers.values()]
+    device = taken[0].device if mesh is None else axes.of_experts(mesh).device_type
+    counts = torch.cat([each.to(device) for each in taken])
+    if mesh is not None and (group := axes.token_group(mesh)) is not None:
+        with named("loads of experts (load)", group):
+            dist.all_reduce(counts, group=group)
+    parts = counts.cpu().split([len(each) for each in taken])
+    return {name: Load(*measured(part[:-1], part[-1], torch.float64)) for name, part in zip(layers, parts, strict=True)}

@@ -1,0 +1,112 @@
+"""Which part of each expert's tensors a rank keeps: planned for all layers first, then done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ...dispatch import mesh as axes
+from ..build import called
+from ..layer import MoE
+
+
+@dataclass
+class Share:
+    """One stacked tensor: where it is split, and all the places that have it, several where it is tied.
+
+    Attributes:
+        tensor: of all experts.
+        mesh: over which it is spread.
+        split: the tensor's axis, for each axis of the mesh.
+        where: the first place, in words.
+        places: modules, and the tensor's name in each.
+    """
+
+    tensor: Tensor
+    mesh: DeviceMesh
+    split: tuple[int, ...]
+    where: str
+    places: list[tuple[nn.Module, str]]
+
+
+def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[Share]:
+    """Plan to spread the experts of all layers over a mesh (`axes.holders`); changes nothing.
+
+    Tensors that layers share, or whole experts, are spread once and stay shared.
+
+    Raises:
+        ValueError: experts that are spread already, that do not split, or that share a tensor with something else.
+    """
+    found: dict[int, Share] = {}
+    for name, layer in layers.items():
+        _check(name, layer, mesh)
+        sliced = layer.experts.split_axes() if axes.ETP in axes.names(mesh) else {}
+        for own, tensor, module in _tensors(layer.experts):
+            where = f"{own} of {called(name)}"
+            split = tuple(sliced[own] if axis == axes.ETP else 0 for axis in axes.names(mesh))
+            share = found.setdefault(id(tensor), Share(tensor, mesh, split, where, []))
+            if share.split != split:
+                raise ValueError(
+                    f"{share.where} and {where} are one tensor and would be split along different axes: give one a copy"
+                )
+            share.places.append((module, own.rpartition(".")[2]))
+            _check_split(where, tensor, split, mesh)
+    inside = {id(module) for share in found.values() for module, _ in share.places}
+    for own, tensor, module in _tensors(model):
+        if id(tensor) in found and id(module) not in inside:
+            raise ValueError(
+                f"{found[id(tensor)].where} is {own} of the model as well, which is not of an expert, and could not "
+                "stay so where experts are spread: give one of them a copy"
+            )
+    return list(found.values())
+
+
+@torch.no_grad()
+def spread(share: Share) -> None:
+    """Put this rank's part of a tensor, as a DTensor, in all of its places."""
+    held, mesh = share.tensor.detach(), share.mesh
+    for axis, place, at in zip(axes.names(mesh), mesh.get_coordinate() or (), share.split, strict=True):
+        held = held.chunk(mesh[axis].size(), at)[place]
+    part = held.clone(memory_format=torch.contiguous_format)  # a view would keep them all; FSDP2 asks for no gaps
+    new: Tensor = DTensor.from_local(part, mesh, [Shard(at) for at in share.split], run_check=False)
+    if isinstance(share.tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=share.tensor.requires_grad)
+    for module, name in share.places:
+        setattr(module, name, new)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
+    """All parameters and buffers, by name, tied ones too, each with the module that has it."""
+    return [
+        (f"{prefix}.{own}" if prefix else own, tensor, part)
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for own, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    ]
+
+
+def _check(name: str, layer: MoE, mesh: DeviceMesh) -> None:
+    if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
+        raise ValueError(f"the experts of {called(name)} are spread already: call parallelize once, before any FSDP")
+    ep = math.prod(mesh[axis].size() for axis in axes.names(mesh) if axis != axes.ETP)
+    if layer.num_experts % ep:
+        raise ValueError(
+            f"num_experts={layer.num_experts} of {called(name)} does not split over ep={ep} ranks; use a multiple of "
+            f"{ep}, or a mesh whose ep axis divides {layer.num_experts}"
+        )
+
+
+def _check_split(where: str, tensor: Tensor, split: tuple[int, ...], mesh: DeviceMesh) -> None:
+    size = list(tensor.shape)
+    for axis, at in zip(axes.names(mesh), split, strict=True):
+        if size[at] % mesh[axis].size():
+            raise ValueError(
+                f"{where}, {tuple(tensor.shape)}, does not split over {axis}={mesh[axis].size()} on axis {at}: use "
+                "sizes that do, or another mesh"
+            )
+        size[at] //= mesh[axis].size()
