@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...dispatch.plan import Plan
 from ...dispatch.reorder import decode, encode, encode_weight, transformed
-from ..adapters.low_rank import LowRank
 from .activation import ACTIVATIONS, activated, weighted
 from .blocked import Layer, pays, perceptrons
 from .grouped_mm import grouped_linear, grouped_mm
+from .low_rank import LowRank
 from .sharded import held_slice, local, local_as, seeded, take_parts, unchanged
 from .triton_path import KERNELS, check_triton, fused
 

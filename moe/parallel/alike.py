@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.agreement import told
-from ..adapters.low_rank import LowRank
 from ..build import called
 from ..experts.base import Experts
+from ..experts.low_rank import LowRank
 from ..experts.sharded import held_slice, local
 from ..gates.hash import FIRST, mixed
 from ..layer import MoE

@@ -89,7 +89,9 @@ def _plan(
     if layer.experts.lora is not None:
         raise ValueError(f"{where} has adapters: upcycle it before add_lora")
     if layer.experts.weight_on != "output":
-        raise ValueError(f'{where} weighs what enters its experts, which is no weighted sum: set layer.experts.weight_on = "output"')
+        raise ValueError(
+            f'{where} weighs what enters its experts, which is no weighted sum: set layer.experts.weight_on = "output"'
+        )
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
         raise ValueError(f"{where} is on the meta device: call to_empty and reset_parameters first")
     experts = layer.experts

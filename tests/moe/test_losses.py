@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import close
 from strategies import routings
-from turnout.moe import Routing, balance_loss, z_loss
+from turnout.moe import Routing
+from turnout.moe.losses import balance_loss, z_loss
 
 
 def double(routing):
