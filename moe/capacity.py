@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +47,8 @@ class Capacity:
     drop: str = "score"
     pad: bool = False
 
+    _written: ClassVar[Sequence[str | None]]  # the factor in eval mode, and in training
+
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
             factor = getattr(self, name)
@@ -60,6 +64,9 @@ class Capacity:
         _check_drop(self.drop)
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad must be True or False; got {self.pad!r}")
+        # to torch.compile a text is a constant; a float that changes would be a variable, of which nothing follows
+        evaluated = self.factor if self.eval_factor is None else self.eval_factor
+        object.__setattr__(self, "_written", [factor and str(factor) for factor in (evaluated, self.factor)])
 
     @classmethod
     def of(cls, given: float | Capacity | None, now: Capacity | None = None) -> Capacity | None:
@@ -75,8 +82,8 @@ class Capacity:
 
     def limit(self, top_k: int, tokens: int, num_experts: int, training: bool) -> int | None:
         """Rows that an expert takes from a rank with that many tokens; None: any number."""
-        factor = self.factor if training or self.eval_factor is None else self.eval_factor
-        return None if factor is None else capacity_limit(factor, top_k, tokens, num_experts, self.minimum)
+        written = self._written[training]
+        return None if written is None else _limit(written, top_k, tokens, num_experts, self.minimum)
 
 
 def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, minimum: int = 1) -> int:
@@ -90,15 +97,19 @@ def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, min
     """
     _check_factor("factor", factor)
     _check_minimum(minimum)
-    above, below = _as_written(factor)
+    return _limit(str(factor), top_k, tokens, num_experts, minimum)
+
+
+def _limit(factor: str, top_k: int, tokens: int, num_experts: int, minimum: int) -> int:
+    above, below = _ratio(factor)
     limit = -(-above * top_k * tokens // (below * num_experts))
     return max(limit, minimum) if tokens else 0
 
 
 @torch.compiler.assume_constant_result
-def _as_written(factor: float) -> tuple[int, int]:
-    """1.1 -> (11, 10)."""
-    return Fraction(str(factor)).as_integer_ratio()
+def _ratio(factor: str) -> tuple[int, int]:
+    """"1.1" -> (11, 10)."""
+    return Fraction(factor).as_integer_ratio()
 
 
 def _check_factor(name: str, factor: float) -> None:
