@@ -89,8 +89,8 @@ class LayerLoss:
 
     def __init__(self, balance: Balance) -> None:
         self.balance = balance
-        self.weight, self.z_loss = _scalar(balance.weight), _scalar(balance.z_loss)
-        self.parts = {over: _scalar(balance.weight * share) for over, share in balance.shares.items()}
+        self.weight, self.z_loss = _held(balance.weight), _held(balance.z_loss)
+        self.parts = {over: _held(balance.weight * share) for over, share in balance.shares.items()}
         self.balances, self.penalizes = balance.weight > 0, balance.z_loss > 0
 
     def __call__(
@@ -114,7 +114,7 @@ class LayerLoss:
                     losses.append((weight, balance_loss(counted, over, sequences, group, split)))
         if self.penalizes:
             losses.append((self.z_loss, z_loss(routing, group, split)))
-        return torch.stack([weight.to(loss.dtype) * loss for weight, loss in losses]).sum() if losses else None
+        return torch.stack([weight[0].to(loss.dtype) * loss for weight, loss in losses]).sum() if losses else None
 
 
 class StepLosses:
@@ -295,8 +295,9 @@ def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
     return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
 
 
-def _scalar(weight: float) -> Tensor:
-    return torch.tensor(weight, dtype=torch.float64, device="cpu")
+def _held(weight: float) -> Tensor:
+    # [1], not a scalar: torch.compile traces a graph twice that has a float64 scalar as an input (torch 2.13)
+    return torch.tensor([weight], dtype=torch.float64, device="cpu")
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -249,7 +249,7 @@ def test_eval_capacity_factor(train):
     assert close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-12)
     assert close(layer.eval()(x), reference_of(layer, x, capacity_factor=0.5)[0], 1e-12)
     assert not close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-3)
-    layer.capacity = train
+    layer.capacity = None if train is None else Capacity(train)
     assert close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-12)
 
 

@@ -252,7 +252,7 @@ def test_bad_inputs(x, mask, error, message):
 
 
 def test_sequences_need_an_axis():
-    with pytest.raises(ValueError, match='balance="sequence" needs x'):
+    with pytest.raises(ValueError, match=r'Balance\(over="sequence"\) needs x'):
         built(balance=Balance(over="sequence"))(tokens())
 
 

@@ -119,7 +119,7 @@ def test_nan_of_padding_stays_out():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="balance must be one of local, global, sequence; got 'all'"):
+    with pytest.raises(ValueError, match="over must be one of local, global, sequence; got 'all'"):
         balance_loss(routed(), "all")
     with pytest.raises(ValueError, match="this gate returns none"):
         z_loss(replace(routed(), logits=None))
