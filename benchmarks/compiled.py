@@ -19,12 +19,12 @@ from collections.abc import Callable
 import torch
 from turnout.models import GPT, GPTConfig
 from turnout.models.loss import next_token_loss
-from turnout.moe import aux_loss
+from turnout.moe import Capacity, aux_loss
 
 MODELS = {
     "dense": {"moe_every": 0},
     "ragged": {},
-    "padded": {"moe": {"capacity_factor": 1.25, "pad": True}},
+    "padded": {"moe": {"capacity": Capacity(1.25, pad=True)}},
 }
 
 

@@ -13,8 +13,9 @@ from gpu_layer import kernels
 from gpu_report import Row
 from torch import Tensor
 from turnout.dispatch import Plan, decode, encode
-from turnout.moe import MoE, TopKGate
+from turnout.moe import Capacity, MoE
 from turnout.moe.capacity import capacity
+from turnout.moe.gates import TopKGate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference, as a share of the largest value: of one rounding of a result, and of a layer's chain of them.
@@ -185,7 +186,7 @@ def reference(x: Tensor, router: Tensor, up: Tensor, gate: Tensor, down: Tensor,
 def build(
     device: torch.device, dtype: torch.dtype, kernel: str | None, D: int, H: int, E: int, k: int, **options
 ) -> MoE:
-    made = MoE(D, H, E, k, seed=0, aux_loss_weight=0, **options)
+    made = MoE(D, H, E, k, seed=0, balance=0, **options)
     with torch.no_grad():
         made.gate.weight.copy_(drawn(E, D, seed=7))  # scores far apart: no choice hangs on a rounding
     if kernel is not None:
@@ -214,7 +215,7 @@ def layer(
 ) -> list[Row]:
     """H below and above D (the gate's weight multiplies the narrower side), ragged and padded without dropping."""
     result = []
-    for hidden, options in ((H, {}), (2 * D, {}), (H, {"capacity_factor": E / k, "pad": True})):
+    for hidden, options in ((H, {}), (2 * D, {}), (H, {"capacity": Capacity(E / k, pad=True)})):
         made = build(device, dtype, kernel, D, hidden, E, k, **options)
         x, grad = drawn(T, D, seed=8).to(dtype), drawn(T, D, seed=9).to(dtype)
         ours = step(made, made, x.to(device), grad.to(device))
@@ -231,7 +232,7 @@ def layer(
 
 def repeated(device: torch.device, kernel: str | None, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
     result = []
-    for name, options in {"ragged": {}, "padded": {"capacity_factor": 1.25, "pad": True}}.items():
+    for name, options in {"ragged": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         made = build(device, torch.bfloat16, kernel, D, H, E, k, **options)
         x, grad = (drawn(T, D, seed=s).to(device, torch.bfloat16) for s in (8, 9))
         first = step(made, made, x, grad)
@@ -253,7 +254,7 @@ def sync_is_error() -> Iterator[None]:
 def unsynchronised(device: torch.device, kernel: str | None, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
     """Forward and backward enqueue without waiting for the device (as far as torch sees it)."""
     result = []
-    for name, options in {"ragged": {}, "padded": {"capacity_factor": 1.25, "pad": True}}.items():
+    for name, options in {"ragged": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         made = build(device, torch.bfloat16, kernel, D, H, E, k, **options)
         x, grad = (drawn(T, D, seed=s).to(device, torch.bfloat16) for s in (8, 9))
         step(made, made, x, grad)
@@ -265,7 +266,7 @@ def unsynchronised(device: torch.device, kernel: str | None, T: int, D: int, H: 
 
 def captured(device: torch.device, kernel: str | None, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
     """Forward and backward of the padded layer in one CUDA graph, replayed on tokens it has not seen."""
-    made = build(device, torch.bfloat16, kernel, D, H, E, k, capacity_factor=1.25, pad=True)
+    made = build(device, torch.bfloat16, kernel, D, H, E, k, capacity=Capacity(1.25, pad=True))
     first, second, grad = (drawn(T, D, seed=s).to(device, torch.bfloat16) for s in (8, 10, 9))
     x = first.clone().requires_grad_()
     side = torch.cuda.Stream()
@@ -288,7 +289,7 @@ def captured(device: torch.device, kernel: str | None, T: int, D: int, H: int, E
             x.copy_(tokens)
         graph.replay()
         replayed = [t.detach().clone() for t in (y, x.grad, *(p.grad for p in parameters(made)))]
-        other = build(device, torch.bfloat16, kernel, D, H, E, k, capacity_factor=1.25, pad=True)
+        other = build(device, torch.bfloat16, kernel, D, H, E, k, capacity=Capacity(1.25, pad=True))
         eager = step(other, other, tokens, grad)
         result += [row(f"graph: {name}", a, b, 0) for name, a, b in zip(NAMES, replayed, eager, strict=True)]
     return result
@@ -296,7 +297,7 @@ def captured(device: torch.device, kernel: str | None, T: int, D: int, H: int, E
 
 def compiled(device: torch.device, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
     result = []
-    for name, options in {"ragged": {}, "padded": {"capacity_factor": 1.25, "pad": True}}.items():
+    for name, options in {"ragged": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         torch._dynamo.reset()
         made = build(device, torch.bfloat16, None, D, H, E, k, **options)
         x, grad = (drawn(T, D, seed=s).to(device, torch.bfloat16) for s in (8, 9))

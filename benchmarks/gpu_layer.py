@@ -43,7 +43,7 @@ class Case:
         call: Callable[[Tensor], Tensor] = self.layer
         if compiled:
             torch._dynamo.reset()
-            self.layer.aux_loss_weight = 0  # without `aux_loss` in the step
+            self.layer.balance = 0  # without `aux_loss` in the step
             call = torch.compile(self.layer, fullgraph=True)
 
         def forward(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from gpu_clock import Clock, Run
 from gpu_report import Row
 from torch import Tensor
 from turnout.dispatch import Plan, decode, encode
-from turnout.moe import TopKGate
+from turnout.moe.gates import TopKGate
 
 # T, D, E, k of encode and decode; T, D, E, k of the router
 SHAPES = [(32768, 4096, 128, 8), (16384, 2048, 64, 8), (8192, 4096, 8, 2)]

@@ -9,7 +9,7 @@ from gpu_clock import Clock
 from gpu_layer import SHAPES, SMALL, Case, Shape, judged, kernels
 from gpu_report import Row
 from turnout.cuda import tune
-from turnout.moe import autotune
+from turnout.moe.autotune import autotune
 
 KERNELS = ("up", "down", "hidden", "weight")
 

@@ -33,7 +33,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Capacity, MoE, aux_loss
 from turnout.moe.experts.base import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import computed, grouped_mm
 
@@ -132,10 +132,10 @@ def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict
     torch._dynamo.reset()
     x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
     runs = {}
-    for name, options in {"layer": {}, "padded": {"capacity_factor": 1.25, "pad": True}}.items():
+    for name, options in {"layer": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         torch.manual_seed(0)
         layer = MoE(D, H, E, k, experts="gelu", **options).to(dtype)
-        layer.aux_loss_weight = 0  # without `aux_loss` in the step
+        layer.balance = 0  # without `aux_loss` in the step
         tensors = [x, *layer.parameters()]
         runs[name] = timed(partial(layer, x), grad, tensors)
         runs[f"{name}, compiled"] = timed(partial(torch.compile(layer, fullgraph=True), x), grad, tensors)

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
 from turnout.models.hf import replace_moe, save_pretrained
-from turnout.moe import MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
 # Of a small model. A family has its own names for some of these, and takes those that it knows.
 SIZES = {
@@ -77,8 +77,7 @@ def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> 
     model = build(job).to(device)
     parallelize(replace_moe(model), mesh)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        layer.aux_loss_weight = job.aux_weight  # in place of the family's loss, if it has one
-        layer.balance = "sequence"
+        layer.balance = Balance(job.aux_weight, over="sequence")  # in place of the family's loss, if it has one
     optimizer = AdamW(param_groups(model), lr=job.lr, betas=(0.9, 0.95))
 
     losses, tokens = [], job.batch * job.seq  # of all ranks in a step: what a sum of losses is divided by

@@ -15,6 +15,7 @@ from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
 from turnout.models.pipeline.partition import PER_RANK
+from turnout.moe import Balance
 from turnout.moe.gates import GATES
 
 CHOICES = {
@@ -175,9 +176,8 @@ class Job:
         """Of the whole model."""
         moe = {
             "gate": self.gate,
-            "capacity_factor": self.capacity_factor or None,
-            "balance": self.balance,
-            "aux_loss_weight": self.aux_weight,
+            "capacity": self.capacity_factor or None,
+            "balance": Balance(self.aux_weight, over=self.balance),
         }
         return GPTConfig(
             dim=self.dim,

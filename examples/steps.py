@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, parallel_model
 from turnout.models.data_parallel import computed_in
-from turnout.moe import GradScaler, balance_biases, load, param_groups
+from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:
@@ -96,7 +96,7 @@ def train(
             spike = spikes.look(task, float(losses.task), model, scale=min(1.0, max_norm / whole) if whole else 1.0)
         scaler.step(optimizer)
     scaler.update()
-    balance_biases(model)
+    update_expert_biases(model)
     optimizer.zero_grad()
     # A scale below 1 means that gradients overflow as they are: no smaller scale is a remedy.
     overflow = math.isfinite(task + aux) and 1 <= scaler.get_scale() < scale

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..dispatch.traced import outside
-from ..moe.layer import MoE
+from ..moe.experts.base import Experts
 from .dropout import Part, own_numbers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -104,7 +104,7 @@ def recompute(model: Model, what: Literal["none", "full", "selective"] = "full",
             held = sum(block is not None for block in part)
             size = max(1, round(sqrt(held))) if every == "sqrt" else int(every)
             part.segment = size if what == "full" else 0
-        elif isinstance(part, MoE | Core):
+        elif isinstance(part, Experts | Core):
             part.recompute = what == "selective"
     return model
 

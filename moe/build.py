@@ -8,7 +8,7 @@ from torch import nn
 
 from .experts.base import Experts, FeedForwardExperts
 from .experts.modules import ModuleExperts
-from .experts.shared import FeedForward, Residual, Sum
+from .experts.shared import FeedForward, Residual, ResidualExperts, Sum
 from .gates import GATES, Gate
 
 
@@ -47,22 +47,25 @@ def named_shared(
     experts: str | Callable[[], nn.Module] | Experts,
     dim: int,
     hidden: int,
-    shared: int | nn.Module,
+    shared: int | nn.Module | Residual,
     bias: bool,
-    residual: bool = False,
 ) -> nn.Module | None:
-    """As many experts of that kind for all tokens, None for none; or the module that was given. Weighed if residual."""
-    if residual:
-        branch = named_shared(experts, dim, hidden, shared, bias)
+    """As many experts of that kind for all tokens, None for none; or the module that was given."""
+    if isinstance(shared, Residual):
+        branch = named_shared(experts, dim, hidden, shared.shared, bias)
         if branch is None:
-            raise ValueError("residual=True weighs shared experts against the others: set shared_experts as well")
-        return Residual(branch, dim)
+            raise ValueError(
+                f"shared={shared} weighs shared experts against the others: give it 1 or more, or a module"
+            )
+        return ResidualExperts(branch, dim)
     if isinstance(shared, nn.Module):
         return shared
+    if not isinstance(shared, int) or shared < 0:
+        raise TypeError(f"shared must be a number of experts, 0 or more, a module, or Residual(...); got {shared!r}")
     if not shared:
         return None
     if isinstance(experts, Experts):
-        raise ValueError(f"shared_experts={shared} of what kind? Beside experts of your own, pass a module")
+        raise ValueError(f"shared={shared} of what kind? Beside experts of your own, pass a module")
     return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
 
 

@@ -1,12 +1,16 @@
-"""The capacity rule: how many rows an expert takes from one rank, and whom it turns away."""
+"""Capacity: how many rows an expert takes from one rank, and which assignments over that are dropped."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Real
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dispatch.plan import load
 from .routing import Routing
@@ -14,8 +18,76 @@ from .routing import Routing
 POLICIES = ("score", "position", "priority")
 
 
-def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, min_capacity: int = 1) -> int:
-    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least `min_capacity` unless T is 0.
+@dataclass(frozen=True)
+class Capacity:
+    """Limits how many rows each expert takes; assignments over the limit are dropped.
+
+    An expert takes at most ceil(factor * k * T / E) rows of a rank's T tokens. Padding tokens count in T.
+
+    Args:
+        factor: capacity factor in training, a positive number. 1.0 is an expert's even share. None drops nothing in
+            training, and needs an `eval_factor`.
+        eval_factor: capacity factor in eval mode, a positive number. None, the default, takes `factor`.
+        minimum: the fewest rows that the limit may be, a positive integer; 1 by default.
+        drop: the order in which an expert accepts its assignments: ``"score"``, the default, takes the highest weight
+            first, ``"position"`` the earliest token, ``"priority"`` the token of the highest score
+            (`drop_over_capacity`).
+        pad: whether every expert gets exactly its limit of rows, padding rows included. All shapes are static then.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by its name.
+
+    >>> Capacity(1.25, drop="position").limit(top_k=2, tokens=100, num_experts=8, training=True)
+    32
+    """
+
+    factor: float | None
+    eval_factor: float | None = None
+    minimum: int = 1
+    drop: str = "score"
+    pad: bool = False
+
+    _written: ClassVar[Sequence[str | None]]  # the factor in eval mode, and in training
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "eval_factor"):
+            factor = getattr(self, name)
+            if factor is None:
+                continue
+            _check_factor(name, factor)
+            object.__setattr__(self, name, float(factor))  # 1 and 1.0 are the same to ranks that compare
+        if self.factor is None and self.eval_factor is None:
+            raise ValueError("factor=None needs an eval_factor; to drop no token at all, set capacity=None")
+        if self.factor is None and self.pad:
+            raise ValueError("pad=True gives every expert its full capacity: set factor as well")
+        _check_minimum(self.minimum)
+        _check_drop(self.drop)
+        if not isinstance(self.pad, bool):
+            raise TypeError(f"pad must be True or False; got {self.pad!r}")
+        # to torch.compile a text is a constant; a float that changes would be a variable, of which nothing follows
+        evaluated = self.factor if self.eval_factor is None else self.eval_factor
+        object.__setattr__(self, "_written", [factor and str(factor) for factor in (evaluated, self.factor)])
+
+    @classmethod
+    def of(cls, given: float | Capacity | None, now: Capacity | None = None) -> Capacity | None:
+        """What `MoE(capacity=)` means: `given` itself, or a factor. The other fields of `now` stay.
+
+        >>> Capacity.of(1.5, now=Capacity(1.25, pad=True))
+        Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True)
+        """
+        if given is None or isinstance(given, Capacity):
+            return given
+        _check_factor("capacity", given)
+        return cls(given) if now is None else replace(now, factor=given)
+
+    def limit(self, top_k: int, tokens: int, num_experts: int, training: bool) -> int | None:
+        """Rows that an expert takes from a rank with that many tokens; None: any number."""
+        written = self._written[training]
+        return None if written is None else _limit(written, top_k, tokens, num_experts, self.minimum)
+
+
+def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, minimum: int = 1) -> int:
+    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least `minimum` unless T is 0.
 
     T is this rank's: capacity is a rule per (source rank, expert). Exact arithmetic on the factor as it
     is written, where floats would be one off (1.1 * 100 / 10 = 11.000000000000002).
@@ -23,45 +95,44 @@ def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, min
     >>> capacity_limit(1.1, top_k=1, tokens=100, num_experts=10)
     11
     """
-    if not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"capacity_factor must be a positive number, or None for dropless; got {factor}")
-    if not isinstance(min_capacity, int) or min_capacity < 1:
-        raise ValueError(f"min_capacity must be a positive integer; got {min_capacity!r}")
-    above, below = _as_written(factor)
+    _check_factor("factor", factor)
+    _check_minimum(minimum)
+    return _limit(str(factor), top_k, tokens, num_experts, minimum)
+
+
+def _limit(factor: str, top_k: int, tokens: int, num_experts: int, minimum: int) -> int:
+    above, below = _ratio(factor)
     limit = -(-above * top_k * tokens // (below * num_experts))
-    return max(limit, min_capacity) if tokens else 0
-
-
-def factor_of(name: str) -> property:
-    """A layer's attribute for a capacity factor, or None, kept under `name` as text.
-
-    To `torch.compile` a text is a constant; a float that changes would be a variable, of which nothing follows. A bad
-    factor raises ValueError when it is set, not in the next step.
-    """
-
-    def get(layer: nn.Module) -> float | None:
-        written = getattr(layer, name)
-        return None if written is None else float(written)
-
-    def put(layer: nn.Module, factor: float | None) -> None:
-        if factor is not None:
-            factor = float(factor)
-            capacity_limit(factor, 1, 1, 1)
-        setattr(layer, name, None if factor is None else str(factor))
-
-    return property(get, put)
+    return max(limit, minimum) if tokens else 0
 
 
 @torch.compiler.assume_constant_result
-def _as_written(factor: float) -> tuple[int, int]:
-    """1.1 -> (11, 10)."""
-    return Fraction(str(factor)).as_integer_ratio()
+def _ratio(factor: str) -> tuple[int, int]:
+    """"1.1" -> (11, 10)."""
+    return Fraction(factor).as_integer_ratio()
 
 
-def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
+def _check_factor(name: str, factor: float) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        raise TypeError(f"{name} must be a positive number; got {factor!r}")
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"{name} must be a positive number (capacity=None drops no token); got {factor!r}")
+
+
+def _check_minimum(minimum: int) -> None:
+    if not isinstance(minimum, int) or minimum < 1:
+        raise ValueError(f"minimum must be a positive integer; got {minimum!r}")
+
+
+def _check_drop(drop: str) -> None:
+    if drop not in POLICIES:
+        raise ValueError(f"drop must be one of {', '.join(POLICIES)}; got {drop!r}")
+
+
+def drop_over_capacity(routing: Routing, limit: int, drop: str = "score") -> Routing:
     """Keep at most `limit` assignments per expert; the rest become -1 with weight 0.
 
-    Policies, the order in which an expert accepts:
+    `drop` is the order in which an expert accepts:
         ``"position"``: token order, all first choices before any second one (GShard, arXiv:2006.16668).
         ``"score"``: highest weight first; equal weights in the order of "position".
         ``"priority"``: as "position", with tokens in the order of their highest score (batch-prioritised routing,
@@ -69,13 +140,12 @@ def capacity(routing: Routing, limit: int, policy: str = "score") -> Routing:
 
     The weights of what is kept do not change. No host sync.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+    _check_drop(drop)
     choice_major = routing.expert.T.flatten()  # every token's first choice before any second
     order = torch.arange(choice_major.numel(), device=choice_major.device)
-    if policy == "score":
+    if drop == "score":
         order = routing.weight.detach().T.flatten().argsort(stable=True, descending=True)
-    elif policy == "priority":
+    elif drop == "priority":
         tokens = routing.scores.detach().amax(1).argsort(stable=True, descending=True)
         order = order.view_as(routing.expert.T)[:, tokens].flatten()
     place = torch.empty_like(choice_major).scatter_(0, order, _place(choice_major[order], routing.num_experts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, Self
@@ -18,13 +18,13 @@ from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
 from .build import called, named_experts, named_gate, named_shared
-from .capacity import POLICIES, capacity, capacity_limit, factor_of
+from .capacity import Capacity, drop_over_capacity
 from .experts.activation import weighted_before
 from .experts.base import Experts
-from .experts.shared import Residual
+from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
-from .losses import StepLosses, balance_loss, balance_shares, mean_over_split, z_loss
+from .losses import Balance, LayerLoss, StepLosses
 from .routing import Routing, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
 
@@ -39,40 +39,41 @@ class MoE(nn.Module):
     Args:
         dim: model width D.
         hidden: hidden width H of each expert.
-        num_experts: experts on all ranks together, E.
-        top_k: experts a token picks, k; None: what the gate picks by itself (switch, sinkhorn, base, random and
-            hash 1, others 2).
-        gate: ``"topk"``, ``"switch"``, ``"gshard"``, ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (needs
-            `balance_biases` after each step), ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``,
-            ``"base"``, ``"random"``, ``"hash"`` (needs `ids`), or a `Gate` of your own.
-        experts: an activation by name (``"swiglu"``, ``"geglu"``, ``"gelu"``, ``"relu"``, ``"relu2"``, and others of
-            `moe.activation.ACTIVATIONS`); or a factory ``() -> nn.Module``, [n, D] -> [n, D], whose modules differ in
-            values of parameters and buffers alone (`ModuleExperts`); or `Experts` of your own. The last two do not
-            look at `hidden`.
-        capacity_factor: None: no token is dropped. A number: an expert takes at most
-            ceil(capacity_factor * k * T / E) of a rank's T tokens (`capacity_limit`; padding counts as a token there).
-        eval_capacity_factor: the same in eval mode; None: as in training.
-        min_capacity: what an expert may take at least, where there is a capacity factor.
-        drop_policy: who is dropped, ``"score"``, ``"position"`` or ``"priority"`` (`capacity`).
-        pad: give every expert its full capacity, so that all shapes are static; needs capacity factors.
-        shared_experts: experts that every token visits as well; or a module, [T, D] -> [T, D], that stands for them.
-        residual: weigh these against the others by a learned softmax for each token (DeepSpeed's form of PR-MoE,
-            arXiv:2201.05596), in place of a plain sum.
-        bias: biases in the named experts.
-        balance: over which tokens the losses balance: ``"local"``, ``"global"``, ``"sequence"`` (`balance_loss`), or
-            several, ``{"global": 1.0, "sequence": 0.1}``, each with its share of `aux_loss_weight`. For "sequence",
-            x is [..., S, D]. Gates with losses of their own instead (noisy_topk) take this rank's tokens.
-        balance_choices: how many of a token's choices the balance loss counts; None: all. 1 is GShard's definition.
-        aux_loss_weight, z_loss_weight: weights of the balance loss and of the router's z-loss; a gate's
-            own losses have the weight of the balance loss.
-        free_experts: kinds of further ones that cost nothing, ``"null"``, ``"identity"``, ``"constant"``
-            (`FreeExperts`); the gate chooses among all.
-        weight_on: the gate's weight multiplies an expert's ``"output"``, or its ``"input"``, as in Llama 4.
-        seed: of the experts' initial values, the same on all ranks; None draws one from torch's default generator.
+        num_experts: number of experts E, on all ranks together.
+        top_k: number of experts k that a token picks. None, the default, takes the gate's own: 1 for switch, sinkhorn,
+            base, random and hash, 2 for the others.
+        gate: name of the router, or a `Gate`. Names are ``"topk"`` (the default), ``"switch"``, ``"gshard"``,
+            ``"noisy_topk"``, ``"hierarchical"``, ``"sigmoid"`` (call `update_expert_biases` after each step),
+            ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``, ``"base"``, ``"random"`` and ``"hash"``
+            (pass `ids`).
+        experts: activation of the experts by name: ``"swiglu"`` (the default), ``"geglu"``, ``"gelu"``, ``"relu"``,
+            ``"relu2"`` or another of `moe.experts.activation.ACTIVATIONS`. A factory ``() -> nn.Module``,
+            [n, D] -> [n, D], makes experts of any kind (`ModuleExperts`); `Experts` are taken as they are. The last
+            two ignore `hidden` and `bias`.
+        capacity: capacity factor, or a `Capacity` with the factor in eval mode, the dropping order and padding. None,
+            the default, is dropless.
+        balance: weight of the load-balancing loss, 0.01 by default, or a `Balance` with the tokens it is taken over
+            and the router z-loss. 0 adds no loss.
+        shared: number of shared experts, which every token visits; 0 by default. A module [T, D] -> [T, D] stands for
+            them. `Residual` weighs them against the routed experts.
+        free: kinds of zero-computation experts, which the gate may choose as well: ``"null"``, ``"identity"`` and
+            ``"constant"`` (`FreeExperts`); none by default.
+        bias: whether named experts have biases; False by default.
+        seed: seed of the experts' initial values, the same on all ranks. None, the default, draws one from torch's
+            default generator.
 
     Raises:
-        ValueError, TypeError: arguments or inputs that do not fit, saying which.
-        DispatchError: ranks that disagree, or NaN among the gate's weights; on every rank.
+        ValueError, TypeError: an argument or input that does not fit, by its name.
+        DispatchError: ranks that disagree, or NaN among the router's weights; raised on every rank.
+
+    >>> layer = MoE(dim=16, hidden=32, num_experts=8, top_k=2)
+    >>> layer(torch.randn(4, 10, 16)).shape
+    torch.Size([4, 10, 16])
+    >>> capacity = Capacity(1.25, drop="position")
+    >>> layer = MoE(16, 32, 8, capacity=capacity, balance=Balance(0.01, over="global"), shared=1)
+    >>> layer.capacity, layer.balance, layer.top_k = 1.0, 0.1, 1  # may change in every step; other fields stay
+    >>> layer.capacity, layer.balance.over
+    (Capacity(factor=1.0, eval_factor=None, minimum=1, drop='position', pad=False), 'global')
     """
 
     def __init__(
@@ -83,46 +84,25 @@ class MoE(nn.Module):
         top_k: int | None = None,
         gate: str | Gate = "topk",
         experts: str | Callable[[], nn.Module] | Experts = "swiglu",
-        capacity_factor: float | None = None,
-        drop_policy: str = "score",
-        pad: bool = False,
-        shared_experts: int | nn.Module = 0,
+        capacity: float | Capacity | None = None,
+        balance: float | Balance = 0.01,
+        shared: int | nn.Module | Residual = 0,
+        free: Sequence[str] = (),
         bias: bool = False,
-        balance: str | Mapping[str, float] = "local",
-        eval_capacity_factor: float | None = None,
         seed: int | None = None,
-        aux_loss_weight: float = 1e-2,
-        z_loss_weight: float = 0.0,
-        free_experts: Sequence[str] = (),
-        weight_on: str = "output",
-        residual: bool = False,
-        min_capacity: int = 1,
-        balance_choices: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "hidden": hidden, "num_experts": num_experts, "min_capacity": min_capacity}
-        sizes["balance_choices"] = 1 if balance_choices is None else balance_choices
-        for name, size in sizes.items():
+        for name, size in {"dim": dim, "hidden": hidden, "num_experts": num_experts}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        if drop_policy not in POLICIES:
-            raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
-        if weight_on not in ("input", "output"):
-            raise ValueError(f'weight_on must be "input" or "output"; got {weight_on!r}')
-        balance_shares(balance)
-        if pad and capacity_factor is None:
-            raise ValueError("pad=True gives every expert its full capacity: set capacity_factor as well")
+        self._capacity, self._loss = Capacity.of(capacity), LayerLoss(Balance.of(balance))
         seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
 
         self.dim, self.num_experts = dim, num_experts
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.drop_policy, self.pad, self.min_capacity = drop_policy, pad, min_capacity
-        self.balance, self.balance_choices, self.weight_on = balance, balance_choices, weight_on
-        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
-        self.gate = named_gate(gate, dim, num_experts + len(free_experts), top_k)
+        self.gate = named_gate(gate, dim, num_experts + len(free), top_k)
         self.experts = named_experts(experts, dim, hidden, num_experts, bias, seed)
-        self.shared = named_shared(experts, dim, hidden, shared_experts, bias, residual)
-        self.free = FreeExperts(free_experts, dim) if free_experts else None
+        self.shared = named_shared(experts, dim, hidden, shared, bias)
+        self.free = FreeExperts(free, dim) if free else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.place: Place | None = None  # among the layers of its model
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
@@ -130,10 +110,6 @@ class MoE(nn.Module):
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was looked at, in training and eval
-
-    capacity_factor = factor_of("_capacity")  # these may be set between steps
-    eval_capacity_factor = factor_of("_eval_capacity")
-    recompute: bool = False  # compute what is inside the experts again in the backward, instead of keeping it
 
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
@@ -150,10 +126,8 @@ class MoE(nn.Module):
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
             routing = self._route(tokens, real, ids)  # who goes where
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
-            limit = self._limit(routing)
-            kept = routed if limit is None else capacity(routed, limit, self.drop_policy)  # drop those over capacity
-            # which token fills which row
-            plan = Plan.of(kept.expert, self.num_experts, limit if self.pad else None, self.place)
+            kept, padded = self._drop(routed)  # drop assignments over capacity
+            plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
@@ -161,14 +135,14 @@ class MoE(nn.Module):
         y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
-        if isinstance(self.shared, Residual):
+        if isinstance(self.shared, ResidualExperts):
             y = self.shared(tokens, y)
         elif self.shared is not None:
             y = y + self.shared(tokens)
         if self.shared is not None and real is not None:  # the others leave zeros there
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
-        self._record(y, routing, None if limit is None else (routed.expert >= 0) & (kept.expert < 0))
+        self._record(y, routing, None if kept is routed else (routed.expert >= 0) & (kept.expert < 0))
         return y
 
     def train(self, mode: bool = True) -> Self:
@@ -191,6 +165,24 @@ class MoE(nn.Module):
         self.gate.top_k = top_k
 
     @property
+    def capacity(self) -> Capacity | None:
+        """The capacity rule, None if dropless; may be set between steps, by a number to change the factor alone."""
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, capacity: float | Capacity | None) -> None:
+        self._capacity = Capacity.of(capacity, self._capacity)
+
+    @property
+    def balance(self) -> Balance:
+        """What the losses are; may be set between steps, by a number to change the balance loss's weight alone."""
+        return self._loss.balance
+
+    @balance.setter
+    def balance(self, balance: float | Balance) -> None:
+        self._loss = LayerLoss(Balance.of(balance, self.balance))
+
+    @property
     def stats(self) -> Stats:
         """Load statistics of the last forward on this rank, as tensors on its device."""
         if self._last is None:
@@ -204,8 +196,8 @@ class MoE(nn.Module):
 
     def _experts(self) -> Callable[..., Tensor]:
         """What rows go through: the experts, the weight before or after them, recomputed or not."""
-        experts = self.experts if self.weight_on == "output" else partial(weighted_before, self.experts)
-        if self.recompute and torch.is_grad_enabled():
+        experts = self.experts if self.experts.weight_on == "output" else partial(weighted_before, self.experts)
+        if self.experts.recompute and torch.is_grad_enabled():
             own, experts = experts, partial(checkpoint, experts, use_reentrant=False)
             if not torch.compiler.is_compiling():  # a graph takes neither a plan here nor an attribute of a partial
                 experts.gathers = getattr(own, "gathers", False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -220,8 +212,8 @@ class MoE(nn.Module):
             raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
         if ids is not None and (ids.shape != x.shape[:-1] or ids.dtype != torch.int64):
             raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {ids.dtype} {tuple(ids.shape)}")
-        if "sequence" in self.balance and x.ndim < 2:
-            raise ValueError(f'balance="sequence" needs x (..., S, {self.dim}); got {tuple(x.shape)}')
+        if "sequence" in self.balance.shares and x.ndim < 2:
+            raise ValueError(f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)}')
 
     def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
         """Ask the gate; its answer is checked, its values once."""
@@ -238,11 +230,14 @@ class MoE(nn.Module):
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
         return routing.masked(real)
 
-    def _limit(self, routing: Routing) -> int | None:
-        """Rows an expert takes from this rank, None if any number."""
-        factor = (None if self.training else self.eval_capacity_factor) or self.capacity_factor
-        T, E = len(routing.expert), self.num_experts
-        return None if factor is None else capacity_limit(factor, self.top_k, T, E, self.min_capacity)
+    def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
+        """What capacity keeps of a routing; and to how many rows each expert is padded, None if it is not."""
+        if self.capacity is None:
+            return routing, None
+        limit = self.capacity.limit(self.top_k, len(routing.expert), self.num_experts, self.training)
+        if limit is None:
+            return routing, None
+        return drop_over_capacity(routing, limit, self.capacity.drop), limit if self.capacity.pad else None
 
     def _begin(self) -> None:
         """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
@@ -255,7 +250,8 @@ class MoE(nn.Module):
 
     def _record(self, y: Tensor, routing: Routing, dropped: Tensor | None) -> None:
         """Keep what `stats`, `load` and `aux_loss` will be asked for."""
-        loss = self._loss(routing, sequences=y.shape[:-2].numel())
+        group = self.balance_group if self.training else None
+        loss = self._loss(routing, y.shape[:-2].numel(), group, self.sequence_group, self.gate.balances_itself)
         kept = routing.expert if dropped is None else torch.where(dropped, -1, routing.expert)
         self._last = (routing.expert, kept, routing.weight.detach())
         compiling = torch.compiler.is_compiling()
@@ -267,21 +263,6 @@ class MoE(nn.Module):
         step = self._losses.add(loss, self.training, y.requires_grad)
         if self.training and y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
             y.register_hook(lambda _: self._losses.after_backward(step))
-
-    def _loss(self, routing: Routing, sequences: int) -> Tensor | None:
-        """The weighted losses of one forward."""
-        shares = balance_shares(self.balance)
-        group = self.balance_group if self.training and set(shares) != {"local"} else None
-        split, losses = self.sequence_group, []
-        if self.aux_loss_weight:
-            terms = [mean_over_split(own, split) for own in routing.losses.values()]
-            if not self.gate.balances_itself:
-                counted = routing.first(self.balance_choices)
-                terms += [part * balance_loss(counted, over, sequences, group, split) for over, part in shares.items()]
-            losses += [self.aux_loss_weight * term for term in terms]
-        if self.z_loss_weight:
-            losses.append(self.z_loss_weight * z_loss(routing, group, split))
-        return torch.stack(losses).sum() if losses else None
 
     def __getstate__(self) -> dict[str, Any]:
         if self.dispatcher.groups or self.balance_group or self.sequence_group:

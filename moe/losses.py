@@ -7,8 +7,11 @@ over ranks (what DDP, FSDP and `sync_gradients` compute): add it on every rank.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,98 @@ from ..dispatch.plan import load
 from .routing import Routing
 
 BALANCE = ("local", "global", "sequence")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How a layer is trained to use its experts evenly.
+
+    Args:
+        weight: weight of the load-balancing loss, and of losses that a gate computes itself; 0 adds none.
+        over: the tokens over which the loss balances: ``"local"`` (this rank's forward, the default), ``"global"`` (all
+            ranks that share the batch) or ``"sequence"`` (each sequence; x is then [..., S, D]). Several at once, each
+            with its share of `weight`: ``{"global": 1.0, "sequence": 0.1}``.
+        choices: how many of a token's k choices the loss counts. None, the default, counts all; 1 is GShard's
+            definition.
+        z_loss: weight of the router z-loss (ST-MoE, arXiv:2202.08906); 0, the default, adds none.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by its name.
+    """
+
+    weight: float = 0.01
+    over: str | Mapping[str, float] = "local"
+    choices: int | None = None
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "z_loss"):
+            _check_weight(name, weight := getattr(self, name))
+            object.__setattr__(self, name, float(weight))  # 1 and 1.0 are the same to ranks that compare
+        if isinstance(self.over, Mapping):
+            object.__setattr__(self, "over", dict(self.over))  # the caller's may change
+        shares = self.shares
+        numbers = all(isinstance(share, int | float) and share >= 0 for share in shares.values())
+        if not shares or not set(shares) <= set(BALANCE) or not numbers:
+            raise ValueError(
+                f"over must be one of {', '.join(BALANCE)}; got {self.over!r} (for several, a dict of shares, 0 or "
+                "more)"
+            )
+        if self.choices is not None and (not isinstance(self.choices, int) or self.choices < 1):
+            raise ValueError(f"choices must be a positive integer or None; got {self.choices!r}")
+
+    @classmethod
+    def of(cls, given: float | Balance, now: Balance | None = None) -> Balance:
+        """What `MoE(balance=)` means: `given` itself, or a weight. The other fields of `now` stay.
+
+        >>> Balance.of(0.1, now=Balance(over="global"))
+        Balance(weight=0.1, over='global', choices=None, z_loss=0.0)
+        """
+        if isinstance(given, Balance):
+            return given
+        _check_weight("balance", given)
+        return cls(given) if now is None else replace(now, weight=given)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Over which tokens the loss balances, with the share of the weight: "global" -> {"global": 1.0}."""
+        return dict(self.over) if isinstance(self.over, Mapping) else {self.over: 1.0}
+
+
+class LayerLoss:
+    """The weighted losses of one forward, as a `Balance` says.
+
+    Weights are tensors: to `torch.compile` a float is a constant, and every new value would be compiled again.
+    """
+
+    def __init__(self, balance: Balance) -> None:
+        self.balance = balance
+        self.weight, self.z_loss = _held(balance.weight), _held(balance.z_loss)
+        self.parts = {over: _held(balance.weight * share) for over, share in balance.shares.items()}
+        self.balances, self.penalizes = balance.weight > 0, balance.z_loss > 0
+
+    def __call__(
+        self,
+        routing: Routing,
+        sequences: int,
+        group: ProcessGroup | None,
+        split: ProcessGroup | None,
+        balanced: bool = False,
+    ) -> Tensor | None:
+        """The sum, a scalar; None if there is nothing to add. `group` and `split` as in `balance_loss`.
+
+        `balanced`: the gate balances itself, so only the losses of its own are added, and the z-loss.
+        """
+        group, losses = None if set(self.parts) == {"local"} else group, []
+        if self.balances:
+            losses += [(self.weight, mean_over_split(own, split)) for own in routing.losses.values()]
+            if not balanced:
+                counted = routing.first(self.balance.choices)
+                for over, weight in self.parts.items():
+                    losses.append((weight, balance_loss(counted, over, sequences, group, split)))
+        if self.penalizes:
+            losses.append((self.z_loss, z_loss(routing, group, split)))
+        return torch.stack([weight[0].to(loss.dtype) * loss for weight, loss in losses]).sum() if losses else None
 
 
 class StepLosses:
@@ -81,21 +176,10 @@ class StepLosses:
             warnings.warn(
                 f"the balance loss of {layer} was left out of the last step: its backward ran, and nothing had called "
                 "aux_loss(model). Add it once a step, loss = task_loss + aux_loss(model); to train without it, set "
-                "the layer's aux_loss_weight and z_loss_weight to 0",
+                "layer.balance = Balance(weight=0)",
                 stacklevel=2,
             )
         self.forgotten = False
-
-
-def balance_shares(balance: str | Mapping[str, float]) -> dict[str, float]:
-    """Over which tokens losses balance, and with what share of the weight each: "global" -> {"global": 1.0}."""
-    shares = {balance: 1.0} if isinstance(balance, str) else dict(balance or {})
-    numbers = all(isinstance(share, int | float) and share >= 0 for share in shares.values())
-    if not shares or not set(shares) <= set(BALANCE) or not numbers:
-        raise ValueError(
-            f"balance must be one of {', '.join(BALANCE)}; got {balance!r} (for several, a dict of shares, 0 or more)"
-        )
-    return shares
 
 
 def balance_loss(
@@ -127,7 +211,7 @@ def balance_loss(
         A scalar, equal on all ranks of `split`, and for "global" on all; on a rank without tokens 0 for "local".
     """
     if over not in BALANCE:
-        raise ValueError(f"balance must be one of {', '.join(BALANCE)}; got {over!r}")
+        raise ValueError(f"over must be one of {', '.join(BALANCE)}; got {over!r}")
     if over != "sequence":
         sequences = 1
     E = routing.num_experts
@@ -157,7 +241,7 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGr
     With a `group`, or `split`, over the tokens of all their ranks; both as in `balance_loss`.
     """
     if routing.logits is None:
-        raise ValueError("z_loss needs the router's logits, and this gate returns none: set z_loss_weight=0")
+        raise ValueError("z_loss needs the router's logits, and this gate returns none: set Balance(z_loss=0)")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
     sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])
@@ -209,3 +293,15 @@ def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
     if routing.mask is not None:
         return routing.mask.reshape(sequences, -1).sum(1) if len(routing.mask) else routing.mask.new_zeros(sequences)
     return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
+
+
+def _held(weight: float) -> Tensor:
+    # [1], not a scalar: torch.compile traces a graph twice that has a float64 scalar as an input (torch 2.13)
+    return torch.tensor([weight], dtype=torch.float64, device="cpu")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        raise TypeError(f"{name} must be a number, 0 or more; got {weight!r}")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name} must be a number, 0 or more; got {weight!r}")

@@ -16,13 +16,14 @@ import reference_layer as oracle
 import torch
 import torch.distributed as dist
 from fuzz import WIDTH, Layer, layer
-from fuzz_model import LORA, moe
+from fuzz_model import LORA, capacity, moe
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference_routes import BALANCED
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, LocalDispatcher, NodeDispatcher, OverlapDispatcher
-from turnout.moe import add_lora, aux_loss, balance_biases, load, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import aux_loss, load, update_expert_biases
+from turnout.moe.adapters import add_lora, lora_parameters, merge_lora, unmerge_lora
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.06}
 FACTORS = st.sampled_from([None, 0.5, 0.8, 1.0, 1.7, 6.0])
@@ -79,8 +80,13 @@ class Life(RuleBasedStateMachine):
 
     @rule(factor=FACTORS, at_evaluation=FACTORS)
     def set_capacity(self, factor, at_evaluation):
-        self.layer.capacity_factor, self.layer.eval_capacity_factor = factor, at_evaluation
         self.settings = replace(self.settings, capacity_factor=factor, eval_capacity_factor=at_evaluation)
+        self.layer.capacity = capacity(self.settings, self.made.pad and factor is not None)
+
+    @rule(weight=st.sampled_from([0.0, 0.1, 0.4]))
+    def set_balance(self, weight):
+        self.settle()
+        self.layer.balance, self.settings = weight, replace(self.settings, aux_loss_weight=weight)
 
     @rule(which=st.integers(0, 5))
     def set_dispatcher(self, which):
@@ -89,7 +95,7 @@ class Life(RuleBasedStateMachine):
     @rule(training=st.booleans(), recompute=st.booleans())
     def set_mode(self, training, recompute):
         self.layer.train(training)
-        self.layer.recompute = recompute
+        self.layer.experts.recompute = recompute
 
     # ---- copies
 
@@ -118,8 +124,9 @@ class Life(RuleBasedStateMachine):
             add_lora(self.layer, router=old.gate.lora is not None, **LORA)
         self.layer.load_state_dict(torch.load(file), assign=assign)
         self.layer.train(old.training)
-        self.layer.dispatcher, self.layer.recompute, self.layer.top_k = old.dispatcher, old.recompute, old.top_k
-        self.set_capacity(old.capacity_factor, old.eval_capacity_factor)
+        self.layer.dispatcher, self.layer.top_k = old.dispatcher, old.top_k
+        self.layer.experts.recompute = old.experts.recompute
+        self.layer.capacity, self.layer.balance = old.capacity, old.balance
         self.load.zero_()  # not in a state dict
         self.forget(old)
 
@@ -189,7 +196,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def move_biases(self):
         before, rate = self.layer.gate.expert_bias.clone(), self.layer.gate.rate
-        balance_biases(self.layer)
+        update_expert_biases(self.layer)
         mean = self.load.double().mean()
         wanted = before + rate * (mean - self.load).sign()
         assert torch.allclose(self.layer.gate.expert_bias.double(), wanted, atol=1e-6)

@@ -24,7 +24,7 @@ class RouterGate(Gate):
         weight: of its projection, [E, D].
         top_k: experts a token picks, k; may be changed if the router has a `top_k` (and `changes_k`).
         score: ``"softmax"`` or ``"sigmoid"``: how logits become the scores of statistics and of our balance loss,
-            which a bridged layer leaves out unless its `aux_loss_weight` is set.
+            which a bridged layer leaves out unless its `balance` is set.
     """
 
     learned = False  # the router is; there is no `weight` besides

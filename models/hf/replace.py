@@ -29,10 +29,8 @@ class BridgedMoE(MoE):
     def __init__(self, block: nn.Module, parts: Parts) -> None:
         E = parts.experts.num_experts
         shared = 0 if parts.shared is None else parts.shared
-        own = {"gate": parts.gate, "experts": parts.experts, "shared_experts": shared}
-        super().__init__(
-            parts.gate.dim, hidden=1, num_experts=E, aux_loss_weight=0.0, seed=0, **own
-        )  # 1: not looked at
+        own = {"gate": parts.gate, "experts": parts.experts, "shared": shared}
+        super().__init__(parts.gate.dim, hidden=1, num_experts=E, balance=0.0, seed=0, **own)  # 1: not looked at
         self.jitter, self.pair = parts.jitter, parts.pair
         self._block = (block,)  # in a tuple: not a submodule. Its tensors are those of the parts, spread or not
         self.train(block.training)

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..build import called
 from ..experts.base import Experts
+from ..experts.low_rank import LowRank
 from ..gates import Gate
 from ..layer import MoE
-from .low_rank import LowRank
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...dispatch.plan import Plan
 from ...dispatch.reorder import decode, encode, encode_weight, transformed
-from ..adapters.low_rank import LowRank
 from .activation import ACTIVATIONS, activated, weighted
 from .blocked import Layer, pays, perceptrons
 from .grouped_mm import grouped_linear, grouped_mm
+from .low_rank import LowRank
 from .sharded import held_slice, local, local_as, seeded, take_parts, unchanged
 from .triton_path import KERNELS, check_triton, fused
 
@@ -27,16 +27,33 @@ class Experts(nn.Module, ABC):
     Every parameter and buffer is stacked over the experts on axis 0: a plain tensor [E, ...], or a
     DTensor of that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised
     from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
+
+    Two attributes may be set at any time. `weight_on`: whether the router's weight multiplies an expert's ``"output"``
+    (the default) or its ``"input"``, as in Llama 4. `recompute`: whether the backward computes what is inside the
+    experts again, which saves their activations' memory; False by default.
     """
 
+    recompute: bool = False  # compute what is inside again in the backward, instead of keeping it
     gathers = False  # whether `forward` takes tokens and their plan, in place of rows: see `FeedForwardExperts.forward`
     lora: nn.ModuleDict | None
 
     def __init__(self, num_experts: int, seed: int) -> None:
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
+        self.weight_on = "output"
         self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
         self.register_forward_hook(unchanged)
+
+    @property
+    def weight_on(self) -> str:
+        """Where the router's weight multiplies, ``"output"`` or ``"input"``."""
+        return self._weight_on
+
+    @weight_on.setter
+    def weight_on(self, weight_on: str) -> None:
+        if weight_on not in ("output", "input"):
+            raise ValueError(f'weight_on must be "output" or "input"; got {weight_on!r}')
+        self._weight_on = weight_on
 
     def split_axes(self) -> dict[str, int]:
         """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""

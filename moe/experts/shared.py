@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,24 @@ class FeedForward(nn.Module):
         return self.down(ACTIVATIONS[self.activation](self.up(x), None if self.gate is None else self.gate(x)))
 
 
-class Residual(nn.Module):
-    """A dense branch weighed against the routed experts, token by token (PR-MoE, Rajbhandari et al., arXiv:2201.05596).
+@dataclass(frozen=True)
+class Residual:
+    """Weighs shared experts against the routed ones, token by token, in place of adding them: ``shared=Residual(1)``.
 
-    c_1 routed + c_2 branch(x) with (c_1, c_2) = softmax(W x + b), W [2, D], learned: the form DeepSpeed gives to the
-    paper's residual MoE, whose sum is that of `shared_experts` alone. The softmax is in float32 or wider.
+    This is the form that DeepSpeed gives to residual MoE (PR-MoE, Rajbhandari et al., arXiv:2201.05596). Plain
+    ``shared=1`` with ``top_k=1`` is the paper's own, a sum. The layer makes a `ResidualExperts` of it.
+
+    Args:
+        shared: number of shared experts, 1 or more, or a module [T, D] -> [T, D] that stands for them.
+    """
+
+    shared: int | nn.Module
+
+
+class ResidualExperts(nn.Module):
+    """A dense branch weighed against the routed experts: c_1 routed + c_2 branch(x).
+
+    (c_1, c_2) = softmax(W x + b) with learned W [2, D] and b, computed in float32 or wider.
 
     Args:
         branch: [T, D] -> [T, D].

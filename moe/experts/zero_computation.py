@@ -26,7 +26,7 @@ class FreeExperts(nn.Module):
     def __init__(self, kinds: Sequence[str], dim: int) -> None:
         super().__init__()
         if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-            raise ValueError(f"free_experts must be a list, each one of {', '.join(KINDS)}; got {kinds!r}")
+            raise ValueError(f"free must be a list, each one of {', '.join(KINDS)}; got {kinds!r}")
         self.kinds, self.dim = tuple(kinds), dim
         constants = self.kinds.count("constant")
         self.constant = nn.Parameter(torch.empty(constants, dim)) if constants else None

@@ -18,7 +18,7 @@ class BiasedGate(Gate, ABC):
     """A gate that chooses by score + bias, and keeps loads even with the bias (arXiv:2408.15664, algorithm 1).
 
     Each training forward adds to `load`; `update_bias`, once a step, moves the bias of every expert by `rate`, up
-    where it got less than the mean, down where more. On many ranks call `balance_biases(model)`, which sums up
+    where it got less than the mean, down where more. On many ranks call `update_expert_biases(model)`, which sums up
     loads first. A subclass uses `expert_bias` in its choice, and nowhere else.
 
     Args:

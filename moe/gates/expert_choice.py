@@ -24,7 +24,7 @@ class ExpertChoiceGate(Gate):
         dim, num_experts, scale, bias: see `Gate`.
         top_k: experts a token gets on average, the paper's capacity factor c.
         most: experts a token keeps at most, the heaviest; None: as many as took it, E at most. On one rank,
-            without `pad`, memory grows with T * most rows; ``MoE(capacity_factor=1.0, pad=True)`` needs k * T.
+            without `pad`, memory grows with T * most rows; ``MoE(capacity=Capacity(1.0, pad=True))`` needs k * T.
     """
 
     balances_itself = True

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
-from ..adapters.low_rank import LowRank
+from ..experts.low_rank import LowRank
 from ..routing import Routing
 
 

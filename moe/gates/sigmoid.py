@@ -12,7 +12,7 @@ from .router import check_groups, check_room, route_in_groups
 class SigmoidGate(BiasedGate):
     """The k experts of highest sigmoid(x W) + bias; the weight is without the bias (DeepSeek-V3, arXiv:2412.19437).
 
-    The bias keeps loads even without an auxiliary loss, if `balance_biases(model)` is called once a step
+    The bias keeps loads even without an auxiliary loss, if `update_expert_biases(model)` is called once a step
     (`BiasedGate`).
 
     With groups, a token's experts come from `top_groups` of them: those whose k / top_groups best experts, with
@@ -23,8 +23,8 @@ class SigmoidGate(BiasedGate):
         rate: the bias's step; 0 leaves it as it is.
         normalize: divide the k weights by their sum.
         groups, top_groups: G, a divisor of E, and how many of them a token may go to; None: all.
-        balance_loss: let the layer add its balance loss, as the paper does with `balance="sequence"` and a
-            weight of 1e-4.
+        balance_loss: let the layer add its balance loss, as the paper does with
+            ``balance=Balance(1e-4, over="sequence")``.
     """
 
     groups = top_groups = 1

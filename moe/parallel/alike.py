@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.agreement import told
-from ..adapters.low_rank import LowRank
 from ..build import called
 from ..experts.base import Experts
+from ..experts.low_rank import LowRank
 from ..experts.sharded import held_slice, local
 from ..gates.hash import FIRST, mixed
 from ..layer import MoE
@@ -102,10 +102,9 @@ def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
 
 def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
     """A layer's arguments, and those of its gate, experts and other parts."""
-    capacity = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "pad")
-    losses = ("balance", "balance_choices", "aux_loss_weight", "z_loss_weight")
-    for option in ("num_experts", *capacity, *losses, "weight_on"):
+    for option in ("num_experts", "capacity", "balance"):
         yield f"{option} of {called(name)}", repr(getattr(layer, option))
+    yield f"experts.weight_on of {called(name)}", repr(layer.experts.weight_on)
     for own, module in layer.named_modules():
         if own:
             yield f"{own} of {called(name)}", _described(module)
@@ -158,7 +157,7 @@ def _checksum(tensor: Tensor, weight: Tensor) -> Tensor:
 
 def _described(module: nn.Module) -> str:
     """Its class, and what numbers and names it was built with; not a seed by which it only was initialised."""
-    left = {"training", "seed"} if isinstance(module, Experts | LowRank) else {"training"}
+    left = {"training", "seed", "recompute"} if isinstance(module, Experts | LowRank) else {"training"}
     plain = {
         name: getattr(value, "__name__", type(value).__name__) if callable(value) else value
         for name, value in sorted(vars(module).items())

@@ -1,4 +1,4 @@
-"""After the optimizer's step: the biases that balance sigmoid gates, alike on all ranks."""
+"""Expert-bias update after the optimizer's step (loss-free balancing of sigmoid gates), the same on all ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..layer import MoE
 
 
 @torch.no_grad()
-def balance_biases(model: nn.Module) -> None:
+def update_expert_biases(model: nn.Module) -> None:
     """Move the bias of every `BiasedGate` of a model by one step, from the loads of the forwards since the last call.
 
-    Call it once a step on every rank, with or without gradient accumulation or a pipeline; or let the optimizer
-    do so: ``optimizer.register_step_post_hook(lambda *_: balance_biases(model))``. Loads are summed over the ranks
-    that `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
+    Call it once a step on every rank, with or without gradient accumulation or a pipeline. The optimizer can do so:
+    ``optimizer.register_step_post_hook(lambda *_: update_expert_biases(model))``. Loads are summed over the ranks that
+    `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
     """
     gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
     for layer in model.modules():
@@ -28,7 +28,7 @@ def balance_biases(model: nn.Module) -> None:
         loads = torch.cat([gate.load for gate in alike])
         for group in groups:
             if group is not None:
-                with named("loads (balance_biases)", group):
+                with named("loads (update_expert_biases)", group):
                     dist.all_reduce(loads, group=group)
         for gate, load in zip(alike, loads.split([gate.num_experts for gate in alike]), strict=True):
             gate.load.copy_(load)

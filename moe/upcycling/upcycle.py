@@ -83,13 +83,15 @@ def _plan(
 ) -> tuple[dict[str, Tensor], int, float]:
     """Tensors of the dense block by the names of an expert's, shards G, and the factor of down projections."""
     where = called(name)
-    for what, given in {"shared_experts": layer.shared, "free_experts": layer.free}.items():
+    for what, given in {"shared": layer.shared, "free": layer.free}.items():
         if given is not None:
             raise ValueError(f"{where} has {what}, which add to what the copies compute: build it without")
     if layer.experts.lora is not None:
         raise ValueError(f"{where} has adapters: upcycle it before add_lora")
-    if layer.weight_on != "output":
-        raise ValueError(f'{where} weighs what enters its experts, which is no weighted sum: set weight_on="output"')
+    if layer.experts.weight_on != "output":
+        raise ValueError(
+            f'{where} weighs what enters its experts, which is no weighted sum: set layer.experts.weight_on = "output"'
+        )
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
         raise ValueError(f"{where} is on the meta device: call to_empty and reset_parameters first")
     experts = layer.experts

@@ -15,7 +15,8 @@ import torch
 from turnout.cuda.tiles import MEASURED, Product
 from turnout.dispatch import OverlapDispatcher, Plan
 from turnout.dispatch.reorder import encode_weight
-from turnout.moe import MoE, Tuning, autotune
+from turnout.moe import MoE
+from turnout.moe.autotune import Tuning, autotune
 from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.experts.triton_path import fused
 
@@ -109,7 +110,7 @@ def run(case: Case, device: str) -> dict:
 def layer(kernel: str, device: str, way: str) -> list[torch.Tensor]:
     """A whole layer: output and gradients; "compiled", if on Triton's kernels."""
     torch.manual_seed(0)
-    moe = MoE(16, 24, 3, 2, capacity_factor=1.0, bias=way == "plain", seed=1).to(device)
+    moe = MoE(16, 24, 3, 2, capacity=1.0, bias=way == "plain", seed=1).to(device)
     moe.experts.kernel = kernel
     if way == "overlapped":  # rows come sorted then
         moe.dispatcher = OverlapDispatcher(moe.dispatcher, 2)

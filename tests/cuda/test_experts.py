@@ -17,7 +17,7 @@ from run_experts import BFLOAT16, CASES
 from torch.torch_version import TorchVersion
 from turnout.cuda.tiles import Blocks, Product, Tiles, sizes
 from turnout.cuda.tune import candidates
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Capacity, MoE, aux_loss
 from turnout.moe.experts.base import FeedForwardExperts
 
 HERE = Path(__file__).parent
@@ -245,7 +245,7 @@ def test_a_padded_step_fits_a_cuda_graph(kernel):
     if kernel == "torch" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("torch's grouped_mm itself waits there")
     torch.manual_seed(0)
-    layer = MoE(64, 128, 8, 2, capacity_factor=1.25, pad=True).to("cuda", torch.bfloat16)
+    layer = MoE(64, 128, 8, 2, capacity=Capacity(1.25, pad=True)).to("cuda", torch.bfloat16)
     layer.experts.kernel = kernel
     x = torch.randn(96, 64, device="cuda", dtype=torch.bfloat16)
 

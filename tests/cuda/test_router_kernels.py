@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import close
 from runner import FORWARD, RANDOM, REVERSED, installed
-from turnout.moe import MoE, TopKGate, aux_loss
-from turnout.moe.gates import router
+from turnout.moe import Capacity, MoE, aux_loss
+from turnout.moe.gates import TopKGate, router
 from turnout.moe.gates.router import SCORES, plain, route
 
 TOL = 2e-6
@@ -145,7 +145,7 @@ def test_opcheck(device, score):
         torch.library.opcheck(router._route, (logits, bias, 3, score == "sigmoid", True))
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0, "pad": True}], ids=["ragged", "padded"])
+@pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.0, pad=True)}], ids=["ragged", "padded"])
 @pytest.mark.parametrize("gate", [{}, {"normalize": False}, {"order": "choose_first"}], ids=str)
 def test_the_layer(kernels_on_cpu, gate, options):
     layer, x = MoE(16, 8, 6, gate=TopKGate(16, 6, 2, **gate), seed=0, **options), drawn(40, 16)

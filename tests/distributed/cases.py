@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from turnout.moe import MoE
+from turnout.moe import Balance, MoE
 
 WIDTH, EXPERTS = 16, 8
 HALVES = torch.__version__ >= "2.13"  # before, zero-bubble schedules are refused: test_pipeline_parts.py
@@ -29,10 +29,10 @@ def perceptron() -> nn.Module:
 def build(dtype: torch.dtype = torch.float64, **options) -> nn.Module:
     """Two MoE layers, one of each kind of experts, between dense ones; the same on every rank."""
     torch.manual_seed(0)
-    options = {"balance": "global", **options}
+    options = {"balance": Balance(over="global", z_loss=1e-2), **options}
     model = nn.Sequential(
         nn.Linear(WIDTH, WIDTH),
-        MoE(WIDTH, 12, EXPERTS, top_k=3, bias=True, shared_experts=1, z_loss_weight=1e-2, **options),
+        MoE(WIDTH, 12, EXPERTS, top_k=3, bias=True, shared=1, **options),
         nn.Linear(WIDTH, WIDTH),
         MoE(WIDTH, 12, EXPERTS, experts=perceptron, **options),
     )

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from fuzz import WIDTH, Case, Layer
+from reference_layer import Settings
 from torch import Tensor, nn
-from turnout.moe import MoE, add_lora, lora_parameters
+from turnout.moe import Balance, Capacity, MoE, Residual
+from turnout.moe.adapters import add_lora, lora_parameters
 from turnout.moe.gates import GATES
 
 LORA = {"rank": 2, "alpha": 3.0}
@@ -33,21 +35,29 @@ def moe(layer: Layer) -> MoE:
     """The layer, and its gate by name where there are no options."""
     s = layer.settings
     gate = GATES[s.gate](WIDTH, s.choices, s.top_k, **s.options) if s.options else s.gate
-    names = ("capacity_factor", "eval_capacity_factor", "min_capacity", "drop_policy", "free_experts", "residual")
-    names += ("weight_on", "balance", "balance_choices", "aux_loss_weight", "z_loss_weight", "experts")
+    shared = nn.Linear(WIDTH, WIDTH) if layer.shared == "linear" else layer.shared
     made = MoE(
         WIDTH,
         layer.hidden,
         s.num_experts,
         s.top_k,
         gate,
-        shared_experts=nn.Linear(WIDTH, WIDTH) if layer.shared == "linear" else layer.shared,
+        s.experts,
+        capacity=capacity(s, layer.pad),
+        balance=Balance(s.aux_loss_weight, s.balance, s.balance_choices, s.z_loss_weight),
+        shared=Residual(shared) if s.residual else shared,
+        free=s.free_experts,
         bias=layer.bias,
-        pad=layer.pad,
-        **{name: getattr(s, name) for name in names},
     )
-    made.recompute = layer.recompute
+    made.experts.weight_on, made.experts.recompute = s.weight_on, layer.recompute
     return made
+
+
+def capacity(s: Settings, pad: bool = False) -> Capacity | None:
+    """The capacity rule that the oracle's settings spell out."""
+    if s.capacity_factor is None and s.eval_capacity_factor is None:
+        return None
+    return Capacity(s.capacity_factor, s.eval_capacity_factor, s.min_capacity, s.drop_policy, pad)
 
 
 @torch.no_grad()

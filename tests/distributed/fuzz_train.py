@@ -21,13 +21,13 @@ from turnout.dispatch import Meshes, Profile
 from turnout.dispatch.autoselect.profile import Flop, Link
 from turnout.moe import (
     aux_loss,
-    balance_biases,
     clip_grad_norm_,
     expert_parameters,
     fully_shard_experts,
     parallelize,
     param_groups,
     sync_gradients,
+    update_expert_biases,
 )
 
 
@@ -91,7 +91,7 @@ def trained(case: Case, wanted: Record | None, change: Any = None) -> None:
             found[f"batch {number}: norm"] = clip_grad_norm_(model, case.clip)
         update.step()
         update.zero_grad()
-        balance_biases(model)
+        update_expert_biases(model)
         found |= {f"batch {number}: {name} afterwards": whole(t) for name, t in model.state_dict().items()}
     model.eval()
     with torch.no_grad():

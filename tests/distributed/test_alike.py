@@ -9,7 +9,8 @@ from cases import EXPERTS, WIDTH
 from ranks import errors, run
 from test_parallelize import layer, spread_over
 from torch import nn
-from turnout.moe import MoE, add_lora, parallelize
+from turnout.moe import MoE, parallelize
+from turnout.moe.adapters import add_lora
 from turnout.moe.parallel.alike import checksum
 
 
@@ -36,7 +37,7 @@ def test_equal_weights_under_other_seeds(gate):
 def differs(what):
     """One number on one of three ranks."""
     gate = "hash" if what == "seed of the hash" else "sigmoid"
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer(gate=gate, shared_experts=1))
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer(gate=gate, shared=1))
     if dist.get_rank() == 1:
         moe = model[1]
         with torch.no_grad():

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from turnout.dispatch import AutoDispatcher, Profile
 from turnout.dispatch.autoselect.profile import Choice, Flop, Link
-from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
+from turnout.moe import Capacity, MoE, aux_loss, parallelize, sync_gradients
 
 CHEAP, USUAL = Link(0.0, 0.0, 0.0), Link(1e-5, 1e-5, 1e-9)
 PROFILES = {
@@ -62,7 +62,7 @@ def same(profile: Profile, choice: str, degree: int, options: dict) -> list[Choi
     return [auto[i].dispatcher.chosen for i in (1, 3)]
 
 
-OPTIONS = pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0, "pad": True}], ids=["ragged", "padded"])
+OPTIONS = pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.0, pad=True)}], ids=["ragged", "padded"])
 
 
 @CHOICES

@@ -11,15 +11,8 @@ from cases import whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from turnout.models.hf import replace_moe, restored
-from turnout.moe import (
-    add_lora,
-    clip_grad_norm_,
-    fully_shard_experts,
-    lora_parameters,
-    parallelize,
-    param_groups,
-    sync_gradients,
-)
+from turnout.moe import clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
+from turnout.moe.adapters import add_lora, lora_parameters
 
 pytest.importorskip("accelerate", reason='needs transformers and accelerate: pip install -e ".[hf]"')
 from hf_families import tiny

@@ -113,7 +113,7 @@ def mistake(what):
     elif what == "drift":
         step(model, mesh, adamw(model), sync=False)
     elif what == "one rank" and dist.get_rank() == 2:
-        model[1].aux_loss_weight = 0.5
+        model[1].balance = 0.5
         model[2].dispatcher = LocalDispatcher()
     check(model, mesh, adamw(model))
     return None
@@ -136,7 +136,10 @@ def mistake(what):
         ("dense over edp", "FSDP2 averages the gradients of 0.weight, 0.bias, 1.gate.weight, 2.gate.weight, 3.weight"),
         ("drift", "ranks differ: the values of parameter 0.weight on ranks 1, 2, 3 are not those on rank 0"),
         ("one rank", "rank 2: the dispatcher of layer 2, LocalDispatcher"),
-        ("one rank", "aux_loss_weight of layer 1 is 0.01 on ranks 0, 1, 3, 0.5 on rank 2"),
+        (
+            "one rank",
+            "balance of layer 1 is Balance(weight=0.01, over='local', choices=None, z_loss=0.0) on ranks 0, 1, 3",
+        ),
     ],
 )
 def test_mistakes_that_raise_no_error_by_themselves(what, message):

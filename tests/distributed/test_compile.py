@@ -15,7 +15,7 @@ from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, Meshes
 from turnout.dispatch.traced import KEEPS_BACKWARDS
 from turnout.models import GPT, GPTConfig
 from turnout.models.data_parallel import data_parallel
-from turnout.moe import MoE, aux_loss, parallelize
+from turnout.moe import Balance, Capacity, MoE, aux_loss, parallelize
 
 pytestmark = [  # of torch's own doing: it makes an instance of what it traces, and looks for gradients everywhere
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -23,7 +23,7 @@ pytestmark = [  # of torch's own doing: it makes an instance of what it traces, 
 ]
 
 RANKS, WIDTH = 2, 16
-PADDED = {"capacity_factor": 1.25, "pad": True}
+PADDED = {"capacity": Capacity(1.25, pad=True)}
 WIRED = 1 if KEEPS_BACKWARDS else 3
 # axes; arguments of the layer; of parallelize; graphs of a forward: a trip outside has one before it, one after it
 # and, where experts are not interleaved with it, one of theirs
@@ -46,7 +46,7 @@ def on_ranks(fn, *args) -> list:
 
 def build(axes: tuple[str, ...], options: dict, how: dict) -> MoE:
     torch.manual_seed(0)
-    layer = MoE(WIDTH, 32, 8, 2, balance="global", **options)
+    layer = MoE(WIDTH, 32, 8, 2, balance=Balance(over="global"), **options)
     mesh = init_device_mesh("cpu", (1, RANKS) if len(axes) > 1 else (RANKS,), mesh_dim_names=axes)
     if how["dispatcher"] == "equal":
         kind = HierarchicalDispatcher.of(mesh, equal_tokens=True) if len(axes) > 1 else None

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import CompressedDispatcher, LocalDispatcher, OverlapDispatcher, all_to_all, collectives
 from turnout.dispatch.wire import pack, unpack
-from turnout.moe import MoE, parallelize
+from turnout.moe import Capacity, MoE, parallelize
 
 SIZES = [7, 0, 9, 1]
 WIRES = pytest.mark.parametrize("wire", ["bf16", "fp8"])
@@ -90,9 +90,7 @@ def test_an_exchange_and_its_gradients(wire):
 def layer(dispatcher: str, **options) -> MoE:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     torch.manual_seed(0)
-    return parallelize(
-        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, aux_loss_weight=0, **options)]), mesh, dispatcher
-    )[0]
+    return parallelize(nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, balance=0, **options)]), mesh, dispatcher)[0]
 
 
 def outcome(moe: MoE) -> list[torch.Tensor]:
@@ -116,7 +114,7 @@ def check_layer(dispatcher: str, wire: str, options: dict) -> list[float]:
 
 @WIRES
 @pytest.mark.parametrize("dispatcher", ["flat", "2dh", "node"])
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0, "pad": True}], ids=["ragged", "padded"])
+@pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.0, pad=True)}], ids=["ragged", "padded"])
 def test_a_layer_is_off_by_the_rounding_of_its_rows(dispatcher, wire, options):
     for off in chain(*run(4, check_layer, dispatcher, wire, options)):
         assert off < {"bf16": 0.01, "fp8": 0.08}[wire]

@@ -8,7 +8,7 @@ from ranks import errors, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import DispatchError, OverlapDispatcher
-from turnout.moe import MoE, parallelize, sync_gradients
+from turnout.moe import Balance, Capacity, MoE, parallelize, sync_gradients
 
 
 def layer(dispatcher: str, **options) -> nn.Module:
@@ -44,7 +44,7 @@ def not_a_number_padded(dispatcher):
     x = tokens(3, torch.float32)
     if dist.get_rank() == 1:
         x[0, 0] = float("nan")
-    layer(dispatcher, capacity_factor=2.0, pad=True)(x)
+    layer(dispatcher, capacity=Capacity(2.0, pad=True))(x)
 
 
 def other_dtype(dispatcher):
@@ -59,8 +59,8 @@ def no_backward(dispatcher):
 
 
 def padded_and_ragged(dispatcher):
-    moe = layer(dispatcher, capacity_factor=2.0)
-    moe.pad = dist.get_rank() < 2
+    moe = layer(dispatcher, capacity=2.0)
+    moe.capacity = Capacity(2.0, pad=dist.get_rank() < 2)
     moe(tokens(3, torch.float32))
 
 
@@ -75,7 +75,8 @@ def other_width():
 
 
 def other_options():
-    moe = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, seed=0, balance="local" if dist.get_rank() == 3 else "global")])
+    balance = Balance(over="local" if dist.get_rank() == 3 else "global")
+    moe = nn.ModuleList([MoE(WIDTH, 12, EXPERTS, seed=0, balance=balance)])
     parallelize(moe, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
 
 

@@ -9,24 +9,16 @@ from cases import EXPERTS, WIDTH, close, tokens, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from turnout.moe import (
-    MoE,
-    add_lora,
-    aux_loss,
-    fully_shard_experts,
-    lora_parameters,
-    merge_lora,
-    parallelize,
-    sync_gradients,
-    upcycle,
-)
+from turnout.moe import Balance, MoE, aux_loss, fully_shard_experts, parallelize, sync_gradients
+from turnout.moe.adapters import add_lora, lora_parameters, merge_lora
 from turnout.moe.experts.sharded import held_slice, local
 from turnout.moe.experts.shared import FeedForward
+from turnout.moe.upcycling import upcycle
 
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    moe = MoE(WIDTH, 12, EXPERTS, 4, bias=True, balance="global")
+    moe = MoE(WIDTH, 12, EXPERTS, 4, bias=True, balance=Balance(over="global"))
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), moe, nn.Linear(WIDTH, WIDTH)).double()
 
 

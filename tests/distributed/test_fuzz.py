@@ -105,7 +105,7 @@ def spoil_the_router(model) -> None:
 
 
 def weigh_the_loss(model) -> None:
-    model.layers[0].aux_loss_weight *= 1 + 1e-6
+    model.layers[0].balance = model.layers[0].balance.weight * (1 + 1e-6)
 
 
 def test_the_comparison_passes_without_a_change():

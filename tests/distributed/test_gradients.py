@@ -21,7 +21,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(20, WIDTH, sparse=sparse)
-        self.moe = MoE(WIDTH, 12, EXPERTS, seed=0, aux_loss_weight=0.0)
+        self.moe = MoE(WIDTH, 12, EXPERTS, seed=0, balance=0.0)
         self.more, self.never = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, ids: torch.Tensor, more: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from turnout.dispatch import FlatDispatcher, HierarchicalDispatcher, Plan, all_to_all, all_to_all_2d
 from turnout.dispatch.plan import load
-from turnout.moe import aux_loss, parallelize, sync_gradients
+from turnout.moe import Capacity, aux_loss, parallelize, sync_gradients
 
 WIDTH, OWNED = 5, 2  # experts a rank owns
 SHAPES = [(2, 2), (1, 4), (4, 1), (2, 1), (1, 2), (1, 1), (3, 2)]
@@ -107,7 +107,7 @@ def model_bits(shape, names, options):
     assert all(grad.any() for grad in found[0][2:])
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"capacity": 1.0}, {"capacity": Capacity(1.0, pad=True)}], ids=str)
 @pytest.mark.parametrize(
     ("shape", "names"),
     [

@@ -10,7 +10,7 @@ from ranks import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, OverlapDispatcher
-from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
+from turnout.moe import Balance, Capacity, MoE, aux_loss, parallelize, sync_gradients
 
 pytestmark = pytest.mark.sampled
 
@@ -67,7 +67,7 @@ def every_case(shape, names=("edp", "ep"), dispatcher="auto", degree=None):
     for sizes in SHARDS[math.prod(shape)]:
         x = tokens(sum(sizes))
         masked = torch.arange(len(x)) % 4 > 0
-        for options in ({}, {"capacity_factor": float(EXPERTS), "pad": True}, {"capacity_factor": float(EXPERTS)}):
+        for options in ({}, {"capacity": Capacity(float(EXPERTS), pad=True)}, {"capacity": float(EXPERTS)}):
             compare(spread(build(**options), mesh), mesh, x, sizes, one_rank(x, build(**options)))
         compare(spread(build(), mesh), mesh, x, sizes, one_rank(x, build(), masked), masked)
         one, many = build(), build()
@@ -118,11 +118,11 @@ def capped(policy, pad):
     """Capacity is a rule per source rank: the oracle is one rank's layer on each shard by itself."""
     mesh, sizes = mesh_of((1, 4)), [7, 0, 9, 4]
     x = tokens(sum(sizes))
-    options = {"capacity_factor": 0.75, "drop_policy": policy, "aux_loss_weight": 0.0}
+    options = {"capacity": Capacity(0.75, drop=policy, pad=pad), "balance": 0.0}
 
     def layer():
         torch.manual_seed(3)
-        return MoE(WIDTH, 12, EXPERTS, **options, pad=pad).double()
+        return MoE(WIDTH, 12, EXPERTS, **options).double()
 
     one, many = layer(), parallelize(nn.ModuleList([layer()]), mesh)[0]
     whole_x, mine = x.clone().requires_grad_(), shard(x, sizes).requires_grad_()
@@ -147,7 +147,8 @@ def sequences(balance):
     """Balance losses that promise it do not depend on how sequences are spread over ranks."""
     mesh, sizes = mesh_of((2, 2)), [1, 0, 3, 2]
     x = torch.randn(6, 5, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    one, many = build(balance=balance), parallelize(build(balance=balance), mesh)
+    options = {"balance": Balance(over=balance, z_loss=1e-2)}
+    one, many = build(**options), parallelize(build(**options), mesh)
     one(x)
     aux1 = aux_loss(one)
     aux1.backward()
@@ -173,7 +174,7 @@ def test_balance_losses_do_not_depend_on_the_mesh_where_they_promise_it(balance)
 def promised_equal():
     """With the promise of equal token numbers a padded exchange asks nobody, and is the same."""
     mesh = mesh_of((1, 4))
-    options = {"capacity_factor": float(EXPERTS), "pad": True}
+    options = {"capacity": Capacity(float(EXPERTS), pad=True)}
     x, sizes = tokens(20), [5] * 4
     model = parallelize(build(**options), mesh, FlatDispatcher(mesh["ep"].get_group(), equal_tokens=True))
     compare(model, mesh, x, sizes, one_rank(x, build(**options)))

@@ -7,7 +7,7 @@ from cases import EXPERTS, build, close, crowd, tokens, whole
 from ranks import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
-from turnout.moe import aux_loss, clip_grad_norm_, parallelize, sync_gradients
+from turnout.moe import Balance, Capacity, aux_loss, clip_grad_norm_, parallelize, sync_gradients
 
 SHARDS = [5, 0, 9, 3]
 
@@ -101,7 +101,9 @@ def recomputed(options):
     assert found[0][2] > 1e-2 or not len(mine)
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0, "pad": True}, {"balance": "local"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity": Capacity(1.0, pad=True)}, {"balance": Balance(over="local", z_loss=1e-2)}], ids=str
+)
 def test_recomputation(options):
     run(4, recomputed, options)
 
@@ -148,7 +150,7 @@ def nothing(options, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"capacity": 1.0}, {"capacity": Capacity(1.0, pad=True)}], ids=str)
 def test_nothing_to_do(options, masked):
     run(4, nothing, options, masked)
 
@@ -156,7 +158,7 @@ def test_nothing_to_do(options, masked):
 def overrun():
     """All tokens want the same experts, which lie on one rank: each source is held to its own limit."""
     mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("edp", "ep"))
-    model = parallelize(build(capacity_factor=1.0, drop_policy="position"), mesh)
+    model = parallelize(build(capacity=Capacity(1.0, drop="position")), mesh)
     crowd(model)
     mine = tokens(sum(SHARDS)).split(SHARDS)[dist.get_rank()]
     model[1](mine)

@@ -12,7 +12,7 @@ from turnout.dispatch import Meshes
 from turnout.models import GPT, OBJECTIVES, GPTConfig, tensor_parallel
 from turnout.models.dropout import Dropout
 from turnout.models.recompute import Core
-from turnout.moe import aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe import Balance, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "hidden": 12, "seq_len": 12, "num_experts": 4}
 
@@ -35,7 +35,7 @@ def steps(own, config, model, ranks: int, rank: int, sync) -> list[float]:
 
 def trained(kind, ep):
     own = OBJECTIVES[kind]
-    config = own.config(**SIZES, moe={"balance": "global", "aux_loss_weight": 0.1})
+    config = own.config(**SIZES, moe={"balance": Balance(0.1, over="global")})
 
     def build():
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ from ranks import errors, run
 from torch import Tensor
 from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, ParallelModel, next_token_loss, parallel_model
-from turnout.moe import MoE, aux_loss, param_groups
+from turnout.moe import Balance, Capacity, MoE, aux_loss, param_groups
 
 pytestmark = pytest.mark.sampled
 
@@ -25,12 +25,12 @@ STEPS, MICRO_BATCHES, BATCH, LENGTH = 20, 2, 4, 8  # sequences in a micro-batch,
 CLIP = 0.5  # below most norms met here
 LOSSES, WEIGHTS = 1e-10, 1e-9  # largest differences; both are of order 1, rounding of 1e-16
 
-MOE = {"aux_loss_weight": 0.1, "z_loss_weight": 1e-2, "shared_experts": 1}
+SEQUENCE = Balance(0.1, over="sequence", z_loss=1e-2)
 MODELS = {
-    "global": MOE | {"balance": "global"},
-    "sequence": MOE | {"balance": "sequence"},
-    "capped": MOE | {"balance": "sequence", "capacity_factor": 0.75, "z_loss_weight": 0.0},
-    "padded": MOE | {"balance": "sequence", "capacity_factor": 0.75, "pad": True},
+    "global": {"shared": 1, "balance": Balance(0.1, over="global", z_loss=1e-2)},
+    "sequence": {"shared": 1, "balance": SEQUENCE},
+    "capped": {"shared": 1, "balance": Balance(0.1, over="sequence"), "capacity": 0.75},
+    "padded": {"shared": 1, "balance": SEQUENCE, "capacity": Capacity(0.75, pad=True)},
 }
 
 
@@ -151,7 +151,7 @@ def trains_as_one_rank(case: Case, model: str, shards: int = 1, change=lambda mo
 def compare(case: Case, model: str, shards: int = 1) -> None:
     one, expected = one_rank(model, case.layers, shards)  # before the ranks fork
     layers = [layer for layer in one.modules() if isinstance(layer, MoE)]
-    assert all((layer.stats.dropped > 0) == (layer.capacity_factor is not None) for layer in layers)
+    assert all((layer.stats.dropped > 0) == (layer.capacity is not None) for layer in layers)
     assert (expected[:, 2] > CLIP).sum() > STEPS / 2
     assert expected[-5:, 0].mean() != expected[:5, 0].mean()
     run(case.ranks, trains_as_one_rank, case, model, shards)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from turnout.dispatch import Dispatcher, FlatDispatcher, LocalDispatcher, OverlapDispatcher, Plan, overlap
-from turnout.moe import MoE, fully_shard_experts, parallelize, sync_gradients
+from turnout.moe import Capacity, MoE, fully_shard_experts, parallelize, sync_gradients
 
 pytestmark = pytest.mark.sampled
 
@@ -25,7 +25,7 @@ def layer(dispatcher: str = "flat", **options) -> MoE:
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     (moe,) = parallelize(
-        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0, aux_loss_weight=0, **options)]).double(),
+        nn.ModuleList([MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0, balance=0, **options)]).double(),
         mesh,
         dispatcher,
     )
@@ -63,7 +63,7 @@ def check_drops(dispatcher: str, options: dict) -> int:
 @pytest.mark.parametrize("policy", ["score", "position"])
 @pytest.mark.parametrize("pad", [False, True])
 def test_what_is_dropped_does_not_depend_on_the_chunks(dispatcher, policy, pad):
-    options = {"capacity_factor": 0.5, "drop_policy": policy, "pad": pad}
+    options = {"capacity": Capacity(0.5, drop=policy, pad=pad)}
     assert max(run(4, check_drops, dispatcher, options)) > 0
 
 
@@ -179,7 +179,7 @@ def test_chunks_under_fsdp():
 
 def test_one_rank_alone_may_compute_in_chunks():
     torch.manual_seed(0)
-    moe = MoE(WIDTH, 12, EXPERTS, capacity_factor=1.0, pad=True, aux_loss_weight=0).double()
+    moe = MoE(WIDTH, 12, EXPERTS, capacity=Capacity(1.0, pad=True), balance=0).double()
     expected = outcome(moe, tokens(9))
     moe.dispatcher = OverlapDispatcher(LocalDispatcher(), 4)
     for actual, wanted in zip(outcome(moe, tokens(9)), expected, strict=True):

@@ -11,7 +11,8 @@ from cases import EXPERTS, WIDTH, close, perceptron, tokens, whole
 from ranks import errors, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.moe import MoE, add_lora, parallelize, sync_gradients
+from turnout.moe import MoE, parallelize, sync_gradients
+from turnout.moe.adapters import add_lora
 
 KINDS = pytest.mark.parametrize("experts", ["swiglu", perceptron])
 

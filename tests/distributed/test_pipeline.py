@@ -11,18 +11,18 @@ from ranks import run
 from turnout.models import GPT, GPTConfig, next_token_loss
 from turnout.models.pipeline.engine import Pipeline
 from turnout.models.pipeline.partition import PER_RANK, Stages
-from turnout.moe import aux_loss, clip_grad_norm_
+from turnout.moe import Balance, aux_loss, clip_grad_norm_
 
 pytestmark = pytest.mark.sampled
 
-LOSSES = {"aux_loss_weight": 0.3, "z_loss_weight": 0.1}
+LOSSES = {"balance": Balance(0.3, z_loss=0.1)}
 DENSE = GPTConfig(vocab=24, dim=8, layers=5, heads=2, hidden=8, seq_len=6, moe_every=0)
 SPARSE = replace(DENSE, moe_every=2, num_experts=4, moe=LOSSES)
 CONFIGS = {
     "dense": DENSE,
     "moe": SPARSE,
     "hash": replace(SPARSE, moe={"gate": "hash"}),
-    "sequence": replace(SPARSE, moe={**LOSSES, "balance": "sequence"}),
+    "sequence": replace(SPARSE, moe={**LOSSES, "balance": Balance(0.3, over="sequence", z_loss=0.1)}),
     "nine layers": replace(SPARSE, layers=9),
 }
 CLIP = 0.4  # below the norms met here

@@ -20,7 +20,7 @@ from turnout.models.pipeline.engine import Pipeline
 from turnout.models.pipeline.partition import PER_RANK, Stages, cut, flops
 from turnout.models.pipeline.stage import Stage
 from turnout.models.recompute import recompute
-from turnout.moe import aux_loss, fully_shard_experts, parallelize, sync_gradients
+from turnout.moe import Balance, aux_loss, fully_shard_experts, parallelize, sync_gradients
 
 CONFIG = GPTConfig(
     vocab=24,
@@ -30,7 +30,7 @@ CONFIG = GPTConfig(
     hidden=8,
     seq_len=6,
     num_experts=4,
-    moe={"aux_loss_weight": 0.3, "balance": "global"},
+    moe={"balance": Balance(0.3, over="global")},
 )
 
 

@@ -10,7 +10,7 @@ from ranks import errors, outcomes, run
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from turnout.dispatch import DispatchError, FlatDispatcher, HierarchicalDispatcher
-from turnout.moe import MoE, parallelize, sync_gradients
+from turnout.moe import Capacity, MoE, parallelize, sync_gradients
 
 WAYS = {
     "flat": {},
@@ -21,9 +21,9 @@ WAYS = {
     "compressed": {"wire": "bf16"},
     "auto": {"dispatcher": "auto"},
     "split inside": {"etp": True},
-    "padded": {"capacity_factor": 2.0},
-    "promised": {"capacity_factor": 2.0, "promise": FlatDispatcher},
-    "promised, 2dh": {"capacity_factor": 2.0, "promise": HierarchicalDispatcher},
+    "padded": {"capacity": Capacity(2.0, pad=True)},
+    "promised": {"capacity": Capacity(2.0, pad=True), "promise": FlatDispatcher},
+    "promised, 2dh": {"capacity": Capacity(2.0, pad=True), "promise": HierarchicalDispatcher},
 }
 EACH = pytest.mark.parametrize("way", WAYS)
 
@@ -40,15 +40,10 @@ def mesh_for(way: str) -> DeviceMesh:
 def two_layers(way: str, mesh: DeviceMesh, experts: tuple[int, int] = (EXPERTS, EXPERTS)) -> nn.ModuleDict:
     """The layers "vision" and "text"."""
     options = {"dispatcher": "flat"} | WAYS[way]
-    factor, promise, _ = (options.pop(name, None) for name in ("capacity_factor", "promise", "etp"))
+    capacity, promise, _ = (options.pop(name, None) for name in ("capacity", "promise", "etp"))
     torch.manual_seed(0)
     layers = zip(("vision", "text"), experts, strict=True)
-    model = nn.ModuleDict(
-        {
-            name: MoE(WIDTH, 8, number, capacity_factor=factor, pad=factor is not None, aux_loss_weight=0)
-            for name, number in layers
-        }
-    )
+    model = nn.ModuleDict({name: MoE(WIDTH, 8, number, capacity=capacity, balance=0) for name, number in layers})
     parallelize(model, mesh, **options)
     for layer in model.values():
         if promise is FlatDispatcher:
@@ -216,7 +211,7 @@ def without_tokens(way: str) -> None:
     mine = {name: p.grad.full_tensor() for name, p in model.named_parameters() if "experts" in name}
 
     torch.manual_seed(0)
-    alone = nn.ModuleDict({name: MoE(WIDTH, 8, EXPERTS, aux_loss_weight=0) for name in ("vision", "text")})
+    alone = nn.ModuleDict({name: MoE(WIDTH, 8, EXPERTS, balance=0) for name in ("vision", "text")})
     for rank in range(4):
         x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(rank))
         (alone["vision"](x if rank != 1 else x[:0]).square().sum() + alone["text"](x).square().sum()).backward()

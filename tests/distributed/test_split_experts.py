@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from turnout.dispatch import DispatchError, LocalDispatcher, OverlapDispatcher, TensorParallelDispatcher
-from turnout.moe import MoE, aux_loss, clip_grad_norm_, fully_shard_experts, parallelize
+from turnout.moe import Balance, Capacity, MoE, aux_loss, clip_grad_norm_, fully_shard_experts, parallelize
 
 pytestmark = pytest.mark.sampled
 
@@ -23,8 +23,8 @@ BY_NODE = ((2, 1, 2), ("node", "local", "etp"))
 def build(**options) -> nn.Module:
     """Hidden narrower and wider than the model: the gate's weight multiplies one or the other."""
     torch.manual_seed(0)
-    options = {"balance": "global", "bias": True, **options}
-    narrow = MoE(WIDTH, 12, EXPERTS, top_k=3, shared_experts=1, **options)
+    options = {"balance": Balance(over="global"), "bias": True, **options}
+    narrow = MoE(WIDTH, 12, EXPERTS, top_k=3, shared=1, **options)
     wide = MoE(WIDTH, 24, EXPERTS, experts="gelu", **options)
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), narrow, nn.Linear(WIDTH, WIDTH), wide).double()
 
@@ -42,7 +42,7 @@ def every_case(shape, names, dispatcher="auto", degree=None):
 
     for sizes in ([6, 3], [0, 5]) if mesh.size() == 2 else ([5, 0, 9, 3], [4, 4, 4, 4]):
         x = tokens(sum(sizes))
-        for options in ({}, {"capacity_factor": float(EXPERTS), "pad": True}):
+        for options in ({}, {"capacity": Capacity(float(EXPERTS), pad=True)}):
             compare(spread(build(**options)), mesh, x, sizes, one_rank(x, build(**options)))
         one, many = build(), build()
         crowd(one)

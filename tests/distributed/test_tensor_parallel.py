@@ -1,6 +1,7 @@
 """Any split of layers, sequences and experts trains as one rank does: losses, norms, and final weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, next_token_loss, tensor_parallel
 from turnout.moe import (
+    Balance,
     Gate,
+    Residual,
     Routing,
     aux_loss,
     clip_grad_norm_,
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.sampled
 
 BATCH, LENGTH, STEPS = 4, 8, 3
 SIZES = {"vocab": 16, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "seq_len": LENGTH}
-MOE = {"balance": "global", "shared_experts": 1, "z_loss_weight": 1e-2, "aux_loss_weight": 1e-1}
+MOE = {"balance": Balance(1e-1, over="global", z_loss=1e-2), "shared": 1}
 
 
 def build(kept=None, **options) -> GPT:
@@ -87,7 +90,7 @@ def equal_to_one_rank(tp, ep, options, change=lambda model: None, **sizes):
 @pytest.mark.parametrize(("ranks", "tp", "ep"), [(2, 2, 1), (2, 2, 2), (4, 2, 1), (4, 2, 2), (4, 2, 4), (4, 1, 4)])
 @pytest.mark.parametrize("balance", ["global", "sequence"])
 def test_many_ranks_train_as_one(ranks, tp, ep, balance):
-    run(ranks, equal_to_one_rank, tp, ep, {"moe": {"balance": balance}})
+    run(ranks, equal_to_one_rank, tp, ep, {"moe": {"balance": replace(MOE["balance"], over=balance)}})
 
 
 class OwnGate(Gate):
@@ -110,11 +113,12 @@ def own_gate():
 OTHERS = {
     "dense": {"moe_every": 0},
     "every block": {"moe_every": 1, "kv_heads": 4},
-    "hash": {"moe": {"gate": "hash", "z_loss_weight": 0.0}},
+    "hash": {"moe": {"gate": "hash", "balance": Balance(1e-1, over="global")}},
     "hierarchical": {"moe": {"gate": "hierarchical"}},
-    "residual": {"moe": {"residual": True}},
+    "residual": {"moe": {"shared": Residual(1)}},
     "own experts": {"moe": {"experts": lambda: nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 16))}},
-    "local balance": {"moe": {"balance": "local"}},  # over the tokens of the tp ranks together: those of one rank
+    # over the tokens of the tp ranks together: those of one rank
+    "local balance": {"moe": {"balance": replace(MOE["balance"], over="local")}},
 }
 
 

@@ -13,7 +13,7 @@ from ranks import errors, outcomes, run
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import DispatchError, Meshes
 from turnout.dispatch import mesh as axes
-from turnout.moe import parallelize
+from turnout.moe import Balance, parallelize
 
 SOON, LATE = 1.0, 30.0  # seconds
 
@@ -39,7 +39,7 @@ def until_all_have(told: str) -> None:
 def forward(timeout):
     """The last rank stays away from the layer's forward."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
-    model = parallelize(build(balance="local"), mesh, timeout=timeout)
+    model = parallelize(build(balance=Balance(over="local", z_loss=1e-2)), mesh, timeout=timeout)
     found = waited(lambda: model(tokens(3))) if dist.get_rank() != 3 else (0.0, "")
     until_all_have("forward")
     return found

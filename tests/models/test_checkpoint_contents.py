@@ -20,7 +20,7 @@ from turnout.moe import MoE, parallelize, sync_gradients
 def towers() -> nn.ModuleDict:
     """Two models in one; a step trains one of them or both."""
     torch.manual_seed(0)
-    towers = {name: [nn.Linear(WIDTH, WIDTH), MoE(WIDTH, 8, 4, aux_loss_weight=0)] for name in ("text", "vision")}
+    towers = {name: [nn.Linear(WIDTH, WIDTH), MoE(WIDTH, 8, 4, balance=0)] for name in ("text", "vision")}
     return nn.ModuleDict({name: nn.Sequential(*layers) for name, layers in towers.items()}).double()
 
 

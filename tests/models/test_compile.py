@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config, recompute
 from turnout.models.loss import next_token_loss
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Capacity, MoE, aux_loss
 
 SIZES = {"dim": 16, "layers": 1, "heads": 2, "hidden": 12, "seq_len": 12, "num_experts": 4, "moe_every": 1}
 
@@ -41,7 +41,7 @@ def step(model: nn.Module, forward, ids: torch.Tensor) -> list[torch.Tensor | No
 
 @pytest.mark.slow
 @pytest.mark.sampled
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.25, "pad": True}], ids=["ragged", "padded"])
+@pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.25, pad=True)}], ids=["ragged", "padded"])
 def test_gpt_learns_as_it_is_in_at_most_three_graphs(options):
     """20 steps of AdamW, whose loads change as routers learn, with batches of changing shape."""
     plain, model = gpt(moe=options), gpt(moe=options)

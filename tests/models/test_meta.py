@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import SGD
 from transformers import PretrainedConfig, PreTrainedModel
 from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config
-from turnout.moe import MoE, SigmoidGate, aux_loss, balance_biases
-from turnout.moe.gates import GATES
+from turnout.moe import MoE, aux_loss, update_expert_biases
+from turnout.moe.gates import GATES, SigmoidGate
 
 SIZES = {"dim": 16, "hidden": 8, "layers": 2, "heads": 2, "num_experts": 4, "seq_len": 12}
 
@@ -33,7 +33,7 @@ MODELS = {
     "bert": lambda: BERT(BERTConfig(**SIZES, segments=2)),
     "t5": lambda: T5(T5Config(**SIZES)),
     "sigmoid": lambda: GPT(GPTConfig(**SIZES, moe={"gate": SigmoidGate(16, 4)})),
-    "free and shared": lambda: GPT(GPTConfig(**SIZES, moe={"free_experts": ["constant"], "shared_experts": 1})),
+    "free and shared": lambda: GPT(GPTConfig(**SIZES, moe={"free": ["constant"], "shared": 1})),
 }
 
 
@@ -52,7 +52,7 @@ def outputs(model):
         seen.append(y.detach().clone())
         (y.square().mean() + aux_loss(model)).backward()
         optimizer.step()
-        balance_biases(model)
+        update_expert_biases(model)
     model.eval()
     with torch.no_grad():
         return [*seen, model(ids(), ids()) if isinstance(model, T5) else model(ids())]
@@ -97,7 +97,7 @@ def test_every_gate_made_on_the_meta_device(gate):
             torch.manual_seed(1)
             y = layer(x, ids=torch.arange(9))
             (y.sum() + aux_loss(layer)).backward()
-            balance_biases(layer)
+            update_expert_biases(layer)
             results.append(y)
         assert torch.equal(*results)
 

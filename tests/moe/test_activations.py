@@ -104,7 +104,7 @@ def relative_error(actual, expected) -> float:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_compiled(kind):
     torch._dynamo.reset()
-    layer, x = MoE(8, 16, 3, experts=kind, bias=True, shared_experts=1, seed=0), random(9, 8).float()
+    layer, x = MoE(8, 16, 3, experts=kind, bias=True, shared=1, seed=0), random(9, 8).float()
     results = []
     for forward in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
         layer.zero_grad()

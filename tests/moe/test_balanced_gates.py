@@ -13,7 +13,8 @@ from reference import close
 from routed import built, drawn, is_a_routing, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.func import functional_call
-from turnout.moe import CosineGate, ExpertChoiceGate, MoE, SigmoidGate, SinkhornGate, TopKGate, aux_loss, parallelize
+from turnout.moe import Balance, Capacity, MoE, aux_loss, parallelize
+from turnout.moe.gates import CosineGate, ExpertChoiceGate, SigmoidGate, SinkhornGate, TopKGate
 from turnout.moe.gates.sinkhorn import sinkhorn
 
 D, H, E, T = 6, 5, 6, 13
@@ -43,13 +44,13 @@ def test_expert_choice_as_in_the_reference(data):
 
 
 def test_expert_choice_loads_are_even_and_most_keeps_the_heaviest():
-    layer, x = MoE(D, H, E, 2, gate="expert_choice", capacity_factor=1.0, pad=True, seed=0).double(), drawn(12, D)
+    layer, x = MoE(D, H, E, 2, gate="expert_choice", capacity=Capacity(1.0, pad=True), seed=0).double(), drawn(12, D)
     built(layer.gate)
     y = layer(x)
     assert layer.stats.tokens_per_expert.tolist() == [4] * E
     assert layer.stats.dropped == 0
     assert layer.gate(x).expert.shape == (12, E)
-    layer.capacity_factor, layer.pad = None, False
+    layer.capacity = None
     assert close(layer(x), y, 1e-12)
     full, layer.gate.most = layer.gate(x), 2
     few = layer.gate(x)
@@ -151,7 +152,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("tokens", [0, 1, T])
 def test_in_the_layer_with_padding_and_without_tokens(name, tokens):
-    layer = MoE(D, H, E, gate=gate_of(name), seed=0, capacity_factor=float(E), z_loss_weight=1e-3).double()
+    layer = MoE(D, H, E, gate=gate_of(name), seed=0, capacity=float(E), balance=Balance(z_loss=1e-3)).double()
     x, mask = drawn(tokens, D), torch.arange(tokens) % 3 > 0
     x[~mask] = math.nan
     y = layer(x, mask)
@@ -179,7 +180,7 @@ def test_float32_under_bfloat16_and_nan_stays_visible(name):
 
 
 def _spread(name):
-    layer = MoE(D, H, E, gate=gate_of(name), seed=0, balance="global").double()
+    layer = MoE(D, H, E, gate=gate_of(name), seed=0, balance=Balance(over="global")).double()
     x = drawn(T, D)
     wanted = layer(x)
     parallelize(layer, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import close
 from routed import built, drawn, is_a_routing, same
-from turnout.moe import BalancedGate, MoE, aux_loss
+from turnout.moe import Capacity, MoE, aux_loss
+from turnout.moe.gates import BalancedGate
 from turnout.moe.gates.assignment import _assign, assign
 
 D, H, E, T = 6, 5, 4, 13
@@ -111,7 +112,7 @@ def is_a_routing_of_sigmoids(routing):
     is_a_routing(type(routing)(routing.expert, routing.weight, shares), 4 * T, 1, E)
 
 
-@pytest.mark.parametrize("capacity", [{}, {"capacity_factor": 1.0, "pad": True}], ids=["dropless", "padded"])
+@pytest.mark.parametrize("capacity", [{}, {"capacity": Capacity(1.0, pad=True)}], ids=["dropless", "padded"])
 def test_in_the_layer_every_expert_has_as_many(capacity):
     layer = MoE(D, H, E, gate="base", seed=0, **capacity).double()
     x, mask = drawn(4 * T, D).requires_grad_(), torch.arange(4 * T) % 4 != 1

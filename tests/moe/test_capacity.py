@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import routings
 from turnout.dispatch.plan import load
-from turnout.moe import Routing, capacity, capacity_limit
-from turnout.moe.capacity import POLICIES
+from turnout.moe import Routing
+from turnout.moe.capacity import POLICIES, capacity_limit, drop_over_capacity
 
 limits = st.integers(0, 5)
 policies = st.sampled_from(["score", "position", "priority"])
@@ -19,7 +19,7 @@ policies = st.sampled_from(["score", "position", "priority"])
 
 @given(routings(), limits, policies)
 def test_kept_as_in_the_reference(routing, limit, policy):
-    kept = capacity(routing, limit, policy)
+    kept = drop_over_capacity(routing, limit, policy)
     expert, weight = reference.drop(routing.expert, routing.weight, limit, policy, routing.scores)
     assert torch.equal(kept.expert, expert)
     assert torch.equal(kept.weight, weight)
@@ -28,19 +28,19 @@ def test_kept_as_in_the_reference(routing, limit, policy):
 @given(routings(), limits, policies)
 def test_experts_keep_what_they_can_and_no_more(routing, limit, policy):
     before = load(routing.expert, routing.num_experts)
-    after = load(capacity(routing, limit, policy).expert, routing.num_experts)
+    after = load(drop_over_capacity(routing, limit, policy).expert, routing.num_experts)
     assert torch.equal(after, before.clamp(max=limit))
 
 
 @given(routings(), limits, st.integers(0, 3), policies)
 def test_more_capacity_only_adds(routing, limit, more, policy):
-    few, many = capacity(routing, limit, policy), capacity(routing, limit + more, policy)
+    few, many = drop_over_capacity(routing, limit, policy), drop_over_capacity(routing, limit + more, policy)
     assert not ((few.expert >= 0) & (many.expert < 0)).any()
 
 
 @given(routings(), limits, policies)
 def test_the_kept_do_not_change(routing, limit, policy):
-    kept = capacity(routing, limit, policy)
+    kept = drop_over_capacity(routing, limit, policy)
     stays = kept.expert >= 0
     assert torch.equal(kept.expert[stays], routing.expert[stays])
     assert torch.equal(kept.weight[stays], routing.weight[stays])
@@ -68,11 +68,11 @@ def pair():
     ],
 )
 def test_by_hand(policy, limit, wanted):
-    assert capacity(pair(), limit, policy).expert.tolist() == wanted
+    assert drop_over_capacity(pair(), limit, policy).expert.tolist() == wanted
 
 
 def test_the_policies_differ():
-    kept = [capacity(pair(), 1, policy).expert for policy in POLICIES]
+    kept = [drop_over_capacity(pair(), 1, policy).expert for policy in POLICIES]
     assert not any(torch.equal(a, b) for a, b in combinations(kept, 2))
 
 
@@ -80,13 +80,15 @@ def test_the_policies_differ():
 def test_of_one_choice_the_highest_score_is_the_highest_weight(routing, limit):
     expert = routing.scores.argmax(1, keepdim=True)
     routing = replace(routing, expert=expert, weight=routing.scores.gather(1, expert))
-    assert torch.equal(capacity(routing, limit, "priority").expert, capacity(routing, limit, "score").expert)
+    assert torch.equal(
+        drop_over_capacity(routing, limit, "priority").expert, drop_over_capacity(routing, limit, "score").expert
+    )
 
 
 def test_gradient_of_the_weights_reaches_the_kept_alone():
     routing = pair()
     routing.weight.requires_grad_()
-    kept = capacity(routing, 1)
+    kept = drop_over_capacity(routing, 1)
     kept.weight.sum().backward()
     assert torch.equal(routing.weight.grad, (kept.expert >= 0).float())
 
@@ -121,21 +123,21 @@ def test_limit_is_exact(hundredths, k, T, E, least):
 @pytest.mark.parametrize("factor", [0, 0.0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("T", [0, 8])
 def test_bad_factors(factor, T):
-    with pytest.raises(ValueError, match="capacity_factor must be a positive number"):
+    with pytest.raises(ValueError, match="factor must be a positive number"):
         capacity_limit(factor, 1, T, 4)
 
 
 @pytest.mark.parametrize("least", [0, -1, 1.5, None])
 def test_bad_least_capacity(least):
-    with pytest.raises(ValueError, match="min_capacity must be a positive integer"):
+    with pytest.raises(ValueError, match="minimum must be a positive integer"):
         capacity_limit(1.0, 1, 8, 4, least)
 
 
 def test_bad_policy():
-    with pytest.raises(ValueError, match="drop_policy must be one of score, position, priority; got 'random'"):
-        capacity(pair(), 1, "random")
+    with pytest.raises(ValueError, match="drop must be one of score, position, priority; got 'random'"):
+        drop_over_capacity(pair(), 1, "random")
 
 
 def test_nobody_to_turn_away():
     none = Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0, 3))
-    assert capacity(none, 0).expert.shape == (0, 2)
+    assert drop_over_capacity(none, 0).expert.shape == (0, 2)

@@ -5,22 +5,20 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from turnout.moe import MoE, TopKGate, aux_loss
+from turnout.moe import Balance, Capacity, MoE, aux_loss
 from turnout.moe.experts.grouped_mm import grouped_mm
-from turnout.moe.gates import GATES
+from turnout.moe.gates import GATES, TopKGate
 
 LAYERS = {
     "ragged": {},
     "ragged, capped": {
-        "capacity_factor": 1.1,
-        "min_capacity": 15,
-        "drop_policy": "priority",
+        "capacity": Capacity(1.1, minimum=15, drop="priority"),
         "gate": TopKGate(16, 8, 2, groups=4, top_groups=2, bias=True),
     },
-    "padded": {"capacity_factor": 1.25, "pad": True},
-    "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
-    "shared": {"experts": "gelu_tanh", "shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
-    "sequence": {"balance": "sequence", "balance_choices": 1},
+    "padded": {"capacity": Capacity(1.25, pad=True)},
+    "padded, gelu, by position": {"capacity": Capacity(0.7, drop="position", pad=True), "experts": "gelu"},
+    "shared": {"experts": "gelu_tanh", "shared": 1, "bias": True, "balance": Balance(z_loss=1e-3)},
+    "sequence": {"balance": Balance(over="sequence", choices=1)},
 }
 
 
@@ -70,12 +68,13 @@ def test_one_graph_equal_to_the_layer_and_no_recompilation_storm(options):
     "options",
     [
         *({"gate": gate} for gate in ("sigmoid", "expert_choice", "cosine", "sinkhorn")),
-        {"free_experts": ["null", "identity", "constant"], "weight_on": "input"},
+        {"free": ["null", "identity", "constant"]},
     ],
     ids=str,
 )
 def test_further_gates_in_one_graph(options):
     layer, counter = build(**options), CompileCounterWithBackend("aot_eager")
+    layer.experts.weight_on = "input" if layer.free else "output"
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for ours, same in zip(step(layer, compiled, tokens(32)), step(layer, layer, tokens(32)), strict=True):
         torch.testing.assert_close(ours, same)
@@ -113,9 +112,25 @@ def test_20_steps_of_other_loads_and_lengths_take_two_graphs():
 def test_what_is_set_between_steps():
     layer = build(**LAYERS["padded"])
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for layer.capacity_factor, layer.top_k in [(1.25, 2), (0.9, 2), (0.7, 1), (1.25, 2)]:
+    for layer.capacity, layer.top_k in [(1.25, 2), (0.9, 2), (0.7, 1), (1.25, 2)]:
         for ours, same in zip(step(layer, compiled, tokens(32)), step(layer, layer, tokens(32)), strict=True):
             torch.testing.assert_close(ours, same)
+
+
+@pytest.mark.parametrize("over", ["local", {"local": 1.0, "sequence": 0.5}], ids=str)
+def test_weights_of_losses_change_without_compiling_again(over):
+    layer, counter = build(balance=Balance(0.3, over=over, z_loss=0.2)), CompileCounterWithBackend("eager")
+    compiled, losses = torch.compile(layer, backend=counter, fullgraph=True), []
+    for weight, z_loss in [(0.3, 0.2), (0.1, 0.05), (0.7, 1e-3), (1.0, 1.0)]:
+        layer.balance = Balance(weight, over=over, z_loss=z_loss)
+        ours, same = step(layer, compiled, tokens(32)), step(layer, layer, tokens(32))
+        for a, b in zip(ours, same, strict=True):
+            torch.testing.assert_close(a, b)
+        losses.append(float(ours[1]))
+    assert len(set(losses)) == 4
+    layer.balance = 0.01
+    step(layer, compiled, tokens(32))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("half_units")
@@ -135,7 +150,7 @@ def test_a_sum_of_products_compiles():
 def test_recomputed_under_autocast_with_a_length_marked_as_dynamic(pad):
     """One graph from the first step on. That it is a whole one says, too, that nobody waits for numbers on the host."""
     layer, counter = build(**LAYERS["padded" if pad else "ragged"]), CompileCounterWithBackend("aot_eager")
-    layer.recompute = True
+    layer.experts.recompute = True
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for T in (32, 20, 33):
         x, results = tokens(T), []

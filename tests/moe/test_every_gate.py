@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import close
 from routed import built, drawn
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Balance, Capacity, MoE, aux_loss
 from turnout.moe.capacity import POLICIES
 from turnout.moe.gates import GATES
 
@@ -39,8 +39,9 @@ def test_padding_has_no_part_in_anything(name, data):
     T, training, seed = data.draw(st.integers(1, 8)), data.draw(st.booleans()), data.draw(st.integers(0, 99))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=T, max_size=T)), dtype=torch.bool)
     factor, policy = data.draw(st.sampled_from([None, 0.7, 1.5])), data.draw(st.sampled_from(POLICIES))
-    options = {"capacity_factor": factor, "drop_policy": policy, "balance": {"local": 1.0, "sequence": 0.5}}
-    layer = MoE(D, H, E, gate=name, seed=0, z_loss_weight=0.1 * (name not in ("hash", "random")), **options)
+    balance = Balance(over={"local": 1.0, "sequence": 0.5}, z_loss=0.1 * (name not in ("hash", "random")))
+    capacity = None if factor is None else Capacity(factor, drop=policy)
+    layer = MoE(D, H, E, gate=name, seed=0, capacity=capacity, balance=balance)
     built(layer.double().gate)
     layer.train(training)
     alone, other = copy.deepcopy(layer), copy.deepcopy(layer)
@@ -58,8 +59,8 @@ def test_padding_has_no_part_in_anything(name, data):
     if name in ("expert_choice", "random") or (training and name in DRAWS):
         return  # those look at how many tokens or which place, padding included
     if factor is not None:  # the same number of places for fewer tokens
-        places = layer._limit(layer._route(x, mask, ids))
-        alone.capacity_factor = (places - 0.5) * E / (layer.top_k * max(n, 1))
+        places = capacity.limit(layer.top_k, T, E, training)
+        alone.capacity = (places - 0.5) * E / (layer.top_k * max(n, 1))
     without = step(alone, x[mask], None, ids[mask])
     for each in without:
         padded = first[each][mask] if each in ("y", "x") else first[each]

@@ -10,7 +10,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from turnout.dispatch import OverlapDispatcher, Plan
 from turnout.dispatch.reorder import decode, encode, encode_weight, permute
-from turnout.moe import MoE, add_lora
+from turnout.moe import Capacity, MoE, Residual
+from turnout.moe.adapters import add_lora
 from turnout.moe.gates import GATES, TopKGate
 
 D = 8
@@ -30,10 +31,10 @@ LAYERS = {
     "swiglu": {"bias": True},
     "weighted before": {"hidden": 4, "bias": True},
     "clamped": {"experts": "clamped_swiglu"},
-    "capped": {"capacity_factor": 0.8},
-    "padded": {"capacity_factor": 1.0, "pad": True},
-    "shared": {"shared_experts": 1, "residual": True},
-    "free": {"free_experts": ["identity", "constant"], "weight_on": "input"},
+    "capped": {"capacity": 0.8},
+    "padded": {"capacity": Capacity(1.0, pad=True)},
+    "shared": {"shared": Residual(1)},
+    "free": {"free": ["identity", "constant"], "weight_on": "input"},
     "modules": {"experts": perceptron},
     "adapters": {"adapters": True},
     "recomputed": {"recompute": True},
@@ -49,10 +50,11 @@ def layer(request, monkeypatch):
     options = {"hidden": 16} | copy.deepcopy(request.param)
     few, chunks = options.pop("few", False), options.pop("chunks", 0)
     adapters, recompute = options.pop("adapters", False), options.pop("recompute", False)
+    weight_on = options.pop("weight_on", "output")
     monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
     torch.manual_seed(0)
     layer = MoE(D, options.pop("hidden"), 4, seed=0, **options)
-    layer.recompute = recompute
+    layer.experts.recompute, layer.experts.weight_on = recompute, weight_on
     if chunks:
         layer.dispatcher = OverlapDispatcher(layer.dispatcher, chunks)
     if adapters:
@@ -82,7 +84,7 @@ def test_forward_mode(layer):
     with forward_ad.dual_level():
         y = f(forward_ad.make_dual(x, v))
         assert close(forward_ad.unpack_dual(y).tangent, wanted, 1e-6)
-    if layer.recompute:  # torch's checkpoint does not know the mode that it was in
+    if layer.experts.recompute:  # torch's checkpoint does not know the mode that it was in
         return
     leaf = x.clone().requires_grad_()  # backward through a forward-mode derivative
     torch.func.jvp(f, (leaf,), (v,))[1].square().sum().backward()
@@ -127,7 +129,7 @@ def test_batched_gradients(layer):
 @pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
 def test_jacobians(jacobian, options):
     layer, x = (
-        MoE(D, **{"hidden": 16, "num_experts": 4, "seed": 0, "aux_loss_weight": 0} | options).double(),
+        MoE(D, **{"hidden": 16, "num_experts": 4, "seed": 0, "balance": 0} | options).double(),
         random(3, D),
     )
     wanted = torch.autograd.functional.jacobian(layer, x)
@@ -135,7 +137,7 @@ def test_jacobians(jacobian, options):
 
 
 def test_gradients_of_a_function():
-    layer, x = MoE(D, 16, 4, seed=0, aux_loss_weight=0).double(), random(6, D)
+    layer, x = MoE(D, 16, 4, seed=0, balance=0).double(), random(6, D)
     leaf = x.clone().requires_grad_()
     layer(leaf).square().sum().backward()
     assert close(torch.func.grad(lambda x: layer(x).square().sum())(x), leaf.grad, 1e-12)

@@ -8,7 +8,7 @@ import torch
 from reference import close
 from routed import drawn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.moe import MoE, aux_loss, parallelize, sync_gradients
+from turnout.moe import Balance, MoE, Residual, aux_loss, parallelize, sync_gradients
 
 D, H, E, T = 6, 5, 3, 13
 KINDS = ["identity", "constant", "null", "constant"]
@@ -54,7 +54,7 @@ def same(layer, x, wanted):
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.2])
 def test_free_experts_as_in_the_reference(capacity_factor):
-    layer, x = built(free_experts=KINDS, capacity_factor=capacity_factor), drawn(T, D).requires_grad_()
+    layer, x = built(free=KINDS, capacity=capacity_factor), drawn(T, D).requires_grad_()
     limit = None if capacity_factor is None else reference.capacity_limit(capacity_factor, 2, T, E)
     wanted, expert, computed = by_hand(layer, x, limit)
     assert same(layer, x, wanted)
@@ -67,7 +67,7 @@ def test_free_experts_as_in_the_reference(capacity_factor):
 
 
 def test_padding_visits_no_free_expert():
-    layer, x, mask = built(free_experts=KINDS), drawn(T, D), torch.arange(T) % 3 > 0
+    layer, x, mask = built(free=KINDS), drawn(T, D), torch.arange(T) % 3 > 0
     y = layer(x, mask)
     assert not y[~mask].any()
     assert close(y[mask], layer(x[mask]), 1e-12)
@@ -75,37 +75,38 @@ def test_padding_visits_no_free_expert():
 
 def test_free_experts_of_unknown_kinds():
     for kinds in (["zero"], "null"):
-        with pytest.raises(ValueError, match="free_experts must be a list, each one of null, identity, constant; got"):
-            MoE(D, H, E, free_experts=kinds)
+        with pytest.raises(ValueError, match="free must be a list, each one of null, identity, constant; got"):
+            MoE(D, H, E, free=kinds)
 
 
 @pytest.mark.parametrize("experts", ["swiglu", "gelu"])
 def test_weights_on_the_input(experts):
-    layer, x = built(weight_on="input", experts=experts, aux_loss_weight=0), drawn(T, D).requires_grad_()
+    layer, x = built(experts=experts, balance=0), drawn(T, D).requires_grad_()
+    layer.experts.weight_on = "input"
     wanted = by_hand(layer, x, on_input=True)[0]
     assert same(layer, x, wanted)
     assert not close(by_hand(layer, x)[0], wanted, 1e-2)
-    layer.recompute = True
+    layer.experts.recompute = True
     assert same(layer, x, wanted)
     with pytest.raises(ValueError, match="got 'both'"):
-        MoE(D, H, E, weight_on="both")
+        layer.experts.weight_on = "both"
 
 
 def test_several_balance_losses():
-    layer, x = built(balance={"local": 1.0, "sequence": 0.25}), drawn(3, T, D)
+    layer, x = built(balance=Balance(over={"local": 1.0, "sequence": 0.25})), drawn(3, T, D)
     layer(x)
     expert, _, scores, _ = reference.route_topk(x.flatten(0, 1), layer.gate.weight, 2)
     local = reference.balance_loss(scores, expert, E)
     wanted = local + 0.25 * reference.balance_loss_sequence(scores, expert, E, 3)
     assert close(aux_loss(layer), 1e-2 * wanted, 1e-12)
     assert not close(aux_loss(layer), 1e-2 * local, 1e-2)
-    with pytest.raises(ValueError, match=r"balance must be one of local, global, sequence; got \{'all': 1\}"):
-        MoE(D, H, E, balance={"all": 1})
+    with pytest.raises(ValueError, match=r"over must be one of local, global, sequence; got \{'all': 1\}"):
+        Balance(over={"all": 1})
 
 
-@pytest.mark.parametrize("options", [{"shared_experts": 2}, {"shared_experts": 1, "free_experts": KINDS}], ids=str)
+@pytest.mark.parametrize("options", [{"shared": Residual(2)}, {"shared": Residual(1), "free": KINDS}], ids=str)
 def test_residual_experts_as_in_the_reference(options):
-    layer, x = built(residual=True, aux_loss_weight=0, **options), drawn(T, D).requires_grad_()
+    layer, x = built(balance=0, **options), drawn(T, D).requires_grad_()
     mix, plain = layer.shared.coefficient, by_hand(layer, x)[0]
     branch = layer.shared.branch(x)
     rows = [reference_gates.residual(*each, mix.weight, mix.bias) for each in zip(x, plain, branch, strict=True)]
@@ -113,18 +114,13 @@ def test_residual_experts_as_in_the_reference(options):
     assert not close(plain + branch, torch.stack(rows), 1e-2)
     share = torch.stack(rows) - branch
     assert close(share.norm(dim=1) / (plain - branch).norm(dim=1), (x @ mix.weight.T + mix.bias).softmax(1)[:, 0], 1e-9)
-    given = MoE(D, H, E, gate=layer.gate, experts=layer.experts, shared_experts=layer.shared.branch, residual=True)
+    given = MoE(D, H, E, gate=layer.gate, experts=layer.experts, shared=Residual(layer.shared.branch))
     given.shared.coefficient, given.free = mix, layer.free
     assert torch.equal(given(x), layer(x))
 
 
-def test_residual_without_shared_experts():
-    with pytest.raises(ValueError, match="set shared_experts as well"):
-        MoE(D, H, E, residual=True)
-
-
 def test_residual_coefficients_are_float32_under_autocast():
-    layer, x = MoE(8, 8, E, shared_experts=1, residual=True, seed=0), drawn(T, 8, dtype=torch.float32)
+    layer, x = MoE(8, 8, E, shared=Residual(1), seed=0), drawn(T, 8, dtype=torch.float32)
     seen = []
     layer.shared.branch.register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,9 +130,10 @@ def test_residual_coefficients_are_float32_under_autocast():
     assert close(y, layer(x), 2e-2)
 
 
-def _spread(options):
+def _spread(options, weight_on="output"):
     rank, halves = torch.distributed.get_rank(), drawn(2, T, D)
-    one, many = (MoE(D, H, 4, 2, seed=0, balance="global", **options).double() for _ in range(2))
+    one, many = (MoE(D, H, 4, 2, seed=0, balance=Balance(over="global"), **options).double() for _ in range(2))
+    one.experts.weight_on = many.experts.weight_on = weight_on
     many.load_state_dict(one.state_dict())
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     parallelize(many, mesh, dispatcher="flat", overlap=2)
@@ -150,9 +147,7 @@ def _spread(options):
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"free_experts": KINDS}, {"weight_on": "input"}, {"shared_experts": 1, "residual": True}], ids=str
-)
+@pytest.mark.parametrize("options", [({"free": KINDS},), ({}, "input"), ({"shared": Residual(1)},)], ids=str)
 def test_many_ranks_equal_one(options):
     torch.manual_seed(0)
-    assert ranks.run(2, _spread, options) == [True, True]
+    assert ranks.run(2, _spread, *options) == [True, True]

@@ -8,8 +8,8 @@ from ranks import run
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import DispatchError
-from turnout.moe import Gate, MoE, Routing, SigmoidGate, TopKGate, parallelize
-from turnout.moe.gates import GATES
+from turnout.moe import Gate, MoE, Routing, parallelize
+from turnout.moe.gates import GATES, SigmoidGate, TopKGate
 from turnout.moe.routing import can_be_read
 
 D, E = 8, 4
@@ -71,7 +71,7 @@ def test_a_gate_that_breaks_the_contract_is_told_at_its_first_forward(change, me
 def test_the_values_are_read_once_in_training_and_once_in_eval(monkeypatch):
     seen = []
     monkeypatch.setattr("turnout.moe.layer.wrong_values", lambda routing: seen.append(len(routing.expert)))
-    layer = MoE(D, 16, E, aux_loss_weight=0)
+    layer = MoE(D, 16, E, balance=0)
     for _ in range(2):
         for training in (True, False):
             layer.train(training)
@@ -153,7 +153,7 @@ def test_k_is_at_most_the_experts_of_the_groups(kind):
 
 
 def test_free_experts_count():
-    layer = MoE(D, 16, E, free_experts=["null", "identity"])
+    layer = MoE(D, 16, E, free=["null", "identity"])
     layer.top_k = 6
     assert layer(tokens()).shape == (9, D)
     with pytest.raises(ValueError, match="top_k=7 must lie between 1 and num_experts=6"):

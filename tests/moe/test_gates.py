@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import close
 from routed import same
 from torch import nn
-from turnout.moe import GShardGate, Routing, SwitchGate, TopKGate
+from turnout.moe import Routing
+from turnout.moe.gates import GShardGate, SwitchGate, TopKGate
 from turnout.moe.gates.gate import jittered, normalised
 
 T, D, E = 17, 6, 5

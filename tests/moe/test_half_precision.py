@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference import close
 from torch import nn
-from turnout.moe import MoE, add_lora, aux_loss
+from turnout.moe import Balance, MoE, Residual, aux_loss
+from turnout.moe.adapters import add_lora
 from turnout.moe.experts.base import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import _sum_of_segments, _sum_of_spans, grouped_bias
 from turnout.moe.gates import SigmoidGate, SwitchGate
@@ -53,8 +54,8 @@ def perceptron() -> nn.Module:
 LAYERS = {
     "biases": {"bias": True},
     "router's bias": {"gate": SigmoidGate(8, 2, 1, bias=True)},
-    "shared": {"bias": True, "shared_experts": 1, "residual": True},
-    "free": {"free_experts": ["identity", "constant"]},
+    "shared": {"bias": True, "shared": Residual(1)},
+    "free": {"free": ["identity", "constant"]},
     "modules": {"experts": perceptron},
     "weight on the way in": {"bias": True, "weight_on": "input"},
     "recomputed": {"bias": True, "recompute": True},
@@ -67,11 +68,12 @@ LAYERS = {
 def test_no_gradient_of_a_layer_stands_still(options):
     options = copy.deepcopy(options)
     recompute, lora = options.pop("recompute", False), options.pop("lora", False)
+    weight_on = options.pop("weight_on", "output")
     layers = []
     for dtype in (torch.float64, torch.bfloat16):
         torch.manual_seed(0)
-        layer = MoE(8, 8, 2, 1, seed=0, balance_choices=1, **copy.deepcopy(options))
-        layer.recompute = recompute
+        layer = MoE(8, 8, 2, 1, seed=0, balance=Balance(choices=1), **copy.deepcopy(options))
+        layer.experts.recompute, layer.experts.weight_on = recompute, weight_on
         if lora:
             add_lora(layer, 4).requires_grad_()
             nn.init.normal_(layer.experts.lora["up"].b)

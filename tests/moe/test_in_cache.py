@@ -79,7 +79,7 @@ def test_second_derivatives(activation, gathers):
 @pytest.mark.parametrize("few", [False, True])
 def test_second_derivatives_where_the_weight_is_made_of_the_tokens(few, monkeypatch):
     monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
-    layer, x = MoE(3, 4, 3, seed=0, bias=True, aux_loss_weight=0).double(), random(4, 3).requires_grad_()
+    layer, x = MoE(3, 4, 3, seed=0, bias=True, balance=0).double(), random(4, 3).requires_grad_()
     assert torch.autograd.gradgradcheck(layer, x)
 
 

@@ -7,7 +7,7 @@ import reference
 import torch
 from reference import close
 from torch import nn
-from turnout.moe import Gate, MoE, Routing, aux_loss
+from turnout.moe import Balance, Capacity, Gate, MoE, Routing, aux_loss
 
 D, H, E, T = 6, 5, 4, 15
 
@@ -43,16 +43,16 @@ CASES = {
     "k=1": {"top_k": 1},
     "k=E": {"top_k": E},
     "k=3": {"top_k": 3},
-    "score": {"capacity_factor": 0.8},
-    "position": {"capacity_factor": 0.8, "drop_policy": "position"},
-    "priority": {"capacity_factor": 0.8, "drop_policy": "priority"},
-    "least": {"capacity_factor": 0.1, "min_capacity": 3},
-    "padded least": {"capacity_factor": 0.1, "min_capacity": 3, "pad": True},
-    "padded least, dropless": {"capacity_factor": 0.1, "min_capacity": T + 2, "pad": True},
-    "padded score": {"capacity_factor": 0.8, "pad": True},
-    "padded position": {"capacity_factor": 0.8, "drop_policy": "position", "pad": True},
-    "padded dropless": {"capacity_factor": 4.0, "pad": True},
-    "one row each": {"capacity_factor": 1e-6, "top_k": 1},
+    "score": {"capacity": 0.8},
+    "position": {"capacity": Capacity(0.8, drop="position")},
+    "priority": {"capacity": Capacity(0.8, drop="priority")},
+    "least": {"capacity": Capacity(0.1, minimum=3)},
+    "padded least": {"capacity": Capacity(0.1, minimum=3, pad=True)},
+    "padded least, dropless": {"capacity": Capacity(0.1, minimum=T + 2, pad=True)},
+    "padded score": {"capacity": Capacity(0.8, pad=True)},
+    "padded position": {"capacity": Capacity(0.8, drop="position", pad=True)},
+    "padded dropless": {"capacity": Capacity(4.0, pad=True)},
+    "one row each": {"capacity": 1e-6, "top_k": 1},
 }
 
 
@@ -73,8 +73,9 @@ def test_as_in_the_reference(case, activation, masked):
     layer = built(experts=activation, bias=True, **settings)
     x, exact = tokens(T).requires_grad_(), tokens(T).requires_grad_()
     mask = torch.arange(T) % 4 != 1 if masked else None
-    rule = {"capacity_factor": settings.get("capacity_factor"), "policy": settings.get("drop_policy", "score")}
-    rule["min_capacity"] = settings.get("min_capacity", 1)
+    capacity = layer.capacity
+    rule = {} if capacity is None else {"capacity_factor": capacity.factor, "policy": capacity.drop}
+    rule |= {} if capacity is None else {"min_capacity": capacity.minimum}
     y = layer(x, mask)
     expected, named = reference_of(layer, exact, activation, mask=mask, **rule)
     assert close(y, expected, 1e-12)
@@ -85,7 +86,7 @@ def test_as_in_the_reference(case, activation, masked):
     for name, p in layer.named_parameters():
         assert close(p.grad, named[name].grad, 1e-11), name
     assert layer.gate.weight.grad.abs().max() > 1e-3
-    assert (layer.stats.dropped > 0) == (rule["capacity_factor"] is not None and "dropless" not in case)
+    assert (layer.stats.dropped > 0) == (capacity is not None and "dropless" not in case)
     assert not close(y, reference_of(layer, exact, activation, swap=True, mask=mask, **rule)[0], 1e-3)
 
 
@@ -103,8 +104,8 @@ def test_the_settings_compute_different_things():
 
 @pytest.mark.parametrize("balance", ["local", "sequence"])
 def test_the_balance_loss_may_count_first_choices_alone(balance):
-    options = {"balance": balance, "top_k": 3}
-    layer, every, x = built(balance_choices=1, **options), built(**options), tokens(3, 5)
+    layer, every = (built(balance=Balance(over=balance, choices=choices), top_k=3) for choices in (1, None))
+    x = tokens(3, 5)
     layer(x)
     _, _, scores, _ = reference.route_topk(x.flatten(0, 1), layer.gate.weight, 3)
     first = scores.argmax(1, keepdim=True)
@@ -155,7 +156,7 @@ def test_no_tokens_where_torchs_grouped_mm_is_used(dtype):
 
 
 def test_any_strides():
-    layer, x = built(aux_loss_weight=0), tokens(5, 3)
+    layer, x = built(balance=0), tokens(5, 3)
     assert close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), 1e-12)
     y = layer(x.expand(2, 5, 3, D))
     y.sum().backward()
@@ -169,7 +170,7 @@ def test_padding_is_zero_and_costs_nobody():
     assert not y[~mask].any()
     assert close(y[mask], layer(x)[mask], 1e-12)
     assert close(layer(torch.where(mask.unsqueeze(-1), x, 1e3), mask), y, 1e-12)
-    capped = built(capacity_factor=0.8)
+    capped = built(capacity=0.8)
     assert not close(capped(x, mask)[mask], capped(x)[mask], 1e-3)  # there is room for more
     assert not layer(x, torch.zeros(3, 5, dtype=torch.bool)).any()
 
@@ -194,7 +195,7 @@ def test_dtype_in_is_dtype_out(dtype, dim, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_autocast(dtype, shared):
-    layer = built(torch.float32, dim=8, hidden=16, shared_experts=shared)
+    layer = built(torch.float32, dim=8, hidden=16, shared=shared)
     x = torch.randn(T, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     seen = []
     layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -215,9 +216,9 @@ def test_autocast_leaves_float64_alone():
 
 
 def test_gradcheck():
-    for settings in ({}, {"capacity_factor": 0.8, "pad": True}, {"shared_experts": 1}):
+    for settings in ({}, {"capacity": Capacity(0.8, pad=True)}, {"shared": 1}):
         layer, x = (
-            built(dim=3, hidden=2, aux_loss_weight=0, **settings),
+            built(dim=3, hidden=2, balance=0, **settings),
             tokens(5)[:, :3].requires_grad_(),
         )  # each number costs two steps
         names = [name for name, _ in layer.named_parameters()]
@@ -235,7 +236,7 @@ def test_settings_may_change_between_steps():
         assert layer.gate.top_k == k
         assert close(layer(x), reference_of(layer, x)[0], 1e-12)
     for factor in (0.5, 1, None, 0.7):
-        layer.capacity_factor = factor
+        layer.capacity = factor
         assert close(layer(x), reference_of(layer, x, capacity_factor=factor)[0], 1e-12)
     for k in (0, E + 1):
         with pytest.raises(ValueError, match=f"top_k={k} must lie between 1 and num_experts={E}"):
@@ -244,23 +245,23 @@ def test_settings_may_change_between_steps():
 
 @pytest.mark.parametrize("train", [None, 2.0])
 def test_eval_capacity_factor(train):
-    layer, x = built(capacity_factor=train, eval_capacity_factor=0.5), tokens(T)
+    layer, x = built(capacity=Capacity(train, eval_factor=0.5)), tokens(T)
     assert close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-12)
     assert close(layer.eval()(x), reference_of(layer, x, capacity_factor=0.5)[0], 1e-12)
     assert not close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-3)
-    layer.eval_capacity_factor = None
+    layer.capacity = None if train is None else Capacity(train)
     assert close(layer(x), reference_of(layer, x, capacity_factor=train)[0], 1e-12)
 
 
 def test_shared_experts():
     x = tokens(T)
-    layer = built(shared_experts=2, bias=True, experts="gelu")
+    layer = built(shared=2, bias=True, experts="gelu")
     up, down = layer.shared.up, layer.shared.down
     assert up.weight.shape == (2 * H, D)
     dense = nn.functional.gelu(x @ up.weight.T + up.bias) @ down.weight.T + down.bias
     assert close(layer(x), reference_of(layer, x, "gelu")[0] + dense, 1e-12)
     assert not close(layer(x), reference_of(layer, x, "gelu")[0], 1e-3)
-    made = built(shared_experts=2, experts=lambda: nn.Linear(D, D))
+    made = built(shared=2, experts=lambda: nn.Linear(D, D))
     first, second = made.shared.each
     assert not torch.equal(first.weight, second.weight)
     routed = copy.deepcopy(made)
@@ -271,14 +272,14 @@ def test_shared_experts():
 
 
 def test_experts_and_shared_modules_of_ones_own():
-    named = MoE(8, 12, 4, shared_experts=2, seed=1)
-    given = MoE(8, 1, 4, gate=named.gate, experts=named.experts, shared_experts=named.shared)
+    named = MoE(8, 12, 4, shared=2, seed=1)
+    given = MoE(8, 1, 4, gate=named.gate, experts=named.experts, shared=named.shared)
     x = torch.randn(5, 8)
     assert torch.equal(named(x), given(x))
     with pytest.raises(ValueError, match="num_experts=2, but the given experts are 4"):
         MoE(8, 12, 2, experts=named.experts)
-    with pytest.raises(ValueError, match="shared_experts=2 of what kind"):
-        MoE(8, 12, 4, experts=named.experts, shared_experts=2)
+    with pytest.raises(ValueError, match="shared=2 of what kind"):
+        MoE(8, 12, 4, experts=named.experts, shared=2)
 
 
 def test_a_gate_of_ones_own():

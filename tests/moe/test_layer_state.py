@@ -9,7 +9,9 @@ import torch
 from reference import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from turnout.moe import Gate, MoE, Routing, TopKGate, aux_loss, balance_loss, z_loss
+from turnout.moe import Balance, Capacity, Gate, MoE, Residual, Routing, aux_loss
+from turnout.moe.gates import TopKGate
+from turnout.moe.losses import balance_loss, z_loss
 
 D, H, E = 6, 5, 4
 
@@ -24,11 +26,11 @@ def built(**kwargs):
 
 def loss_of(layer, x, sequences=1):
     routing = layer.gate(x.reshape(-1, D))
-    return 1e-2 * balance_loss(routing, layer.balance, sequences) + layer.z_loss_weight * z_loss(routing)
+    return 1e-2 * balance_loss(routing, layer.balance.over, sequences) + layer.balance.z_loss * z_loss(routing)
 
 
 def test_copy_after_forward():
-    layer, x = built(shared_experts=1, capacity_factor=1.0), tokens(9)
+    layer, x = built(shared=1, capacity=1.0), tokens(9)
     y = layer(x)
     other = copy.deepcopy(layer)
     assert torch.equal(other(x), y)
@@ -83,7 +85,7 @@ def test_seed_is_drawn_from_torch():
 
 @pytest.mark.parametrize("balance", ["local", "global", "sequence"])
 def test_aux_loss_is_the_weighted_losses(balance):
-    layer, x = built(balance=balance, z_loss_weight=0.3), tokens(3, 8)
+    layer, x = built(balance=Balance(over=balance, z_loss=0.3)), tokens(3, 8)
     layer(x)
     assert close(aux_loss(layer), loss_of(layer, x, 3), 1e-12)
     assert not close(aux_loss(layer), loss_of(layer, x.flip(2), 3), 1e-3)
@@ -94,7 +96,7 @@ def test_aux_loss_is_the_weighted_losses(balance):
 
 
 def test_aux_loss_without_weights():
-    layer = built(aux_loss_weight=0)
+    layer = built(balance=0)
     layer(tokens(9)).sum().backward()
     assert aux_loss(layer).item() == 0
     assert aux_loss(nn.Linear(2, 2)).item() == 0
@@ -113,8 +115,8 @@ def test_aux_loss_of_a_gates_own_losses():
     layer(x)
     routing = layer.gate(x)
     assert close(aux_loss(layer), 1e-2 * (balance_loss(routing) + routing.losses["own"]), 1e-12)
-    layer.z_loss_weight = 1.0
-    with pytest.raises(ValueError, match="this gate returns none: set z_loss_weight=0"):
+    layer.balance = Balance(z_loss=1.0)
+    with pytest.raises(ValueError, match=r"this gate returns none: set Balance\(z_loss=0\)"):
         layer(x)
 
 
@@ -145,9 +147,9 @@ def gradients(layer, x, run):
     return [loss.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
-@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.8}, {"capacity_factor": 1.0, "pad": True}])
+@pytest.mark.parametrize("settings", [{}, {"capacity": 0.8}, {"capacity": Capacity(1.0, pad=True)}])
 def test_checkpoint(settings):
-    layer, x = built(aux_loss_weight=1.0, **settings), tokens(9)
+    layer, x = built(balance=1.0, **settings), tokens(9)
 
     def block(x):  # what comes after the layer needs its output: recomputation runs all of the layer
         return layer(x).sin()
@@ -157,8 +159,50 @@ def test_checkpoint(settings):
         recomputed = gradients(layer, x, lambda x: checkpoint(block, x, use_reentrant=False))
         assert all(torch.equal(a, b) for a, b in zip(recomputed, plain, strict=True))
     assert plain[0] > 0.5
-    layer.aux_loss_weight = 0.0
+    layer.balance = 0.0
     assert not close(gradients(layer, x, block)[2], plain[2], 1e-3)  # the gate's gradient has the loss in it
+
+
+@pytest.mark.parametrize(
+    ("of", "arguments", "message"),
+    [
+        (Capacity, {"factor": 0.0}, "factor must be a positive number"),
+        (Capacity, {"factor": "1"}, "factor must be a positive number; got '1'"),
+        (Capacity, {"factor": None}, "factor=None needs an eval_factor"),
+        (Capacity, {"factor": None, "eval_factor": 1.0, "pad": True}, "pad=True gives every expert its full capacity"),
+        (Capacity, {"factor": 1.0, "eval_factor": float("nan")}, "eval_factor must be a positive number"),
+        (Capacity, {"factor": 1.0, "minimum": 0}, "minimum must be a positive integer; got 0"),
+        (Capacity, {"factor": 1.0, "drop": "last"}, "drop must be one of score, position, priority; got 'last'"),
+        (Capacity, {"factor": 1.0, "pad": 1}, "pad must be True or False; got 1"),
+        (Balance, {"weight": -1}, "weight must be a number, 0 or more; got -1"),
+        (Balance, {"z_loss": float("inf")}, "z_loss must be a number, 0 or more; got inf"),
+        (Balance, {"over": "all"}, "over must be one of local, global, sequence; got 'all'"),
+        (Balance, {"over": {"local": -1.0}}, "over must be one of local, global, sequence; got {'local': -1.0}"),
+        (Balance, {"over": {}}, "over must be one of local, global, sequence; got {}"),
+        (Balance, {"over": None}, "over must be one of local, global, sequence; got None"),
+        (Balance, {"choices": 0}, "choices must be a positive integer or None; got 0"),
+    ],
+)
+def test_bad_rules(of, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        of(**arguments)
+
+
+def test_a_number_changes_a_rule_in_one_field():
+    layer = built(capacity=Capacity(1.25, 2.0, minimum=3, drop="position", pad=True), balance=Balance(over="global"))
+    layer.capacity, layer.balance = 1, 0.5
+    assert layer.capacity == Capacity(1.0, 2.0, minimum=3, drop="position", pad=True)
+    assert layer.balance == Balance(0.5, over="global")
+    layer.capacity, layer.balance = Capacity(1.5), Balance(z_loss=0.1)
+    assert (layer.capacity, layer.balance) == (Capacity(1.5), Balance(z_loss=0.1))
+    layer.capacity = None
+    assert layer.capacity is None
+    for value in (-1.0, "1"):
+        with pytest.raises((ValueError, TypeError), match="capacity must be a positive number"):
+            layer.capacity = value
+        with pytest.raises((ValueError, TypeError), match="balance must be a number, 0 or more"):
+            layer.balance = value
+    assert (layer.capacity, layer.balance) == (None, Balance(z_loss=0.1))
 
 
 @pytest.mark.parametrize(
@@ -167,15 +211,14 @@ def test_checkpoint(settings):
         ({"dim": 0}, "dim must be a positive integer; got 0"),
         ({"hidden": -1}, "hidden must be a positive integer; got -1"),
         ({"num_experts": 2.0}, "num_experts must be a positive integer; got 2.0"),
-        ({"drop_policy": "last"}, "drop_policy must be one of score, position, priority; got 'last'"),
-        ({"min_capacity": 0}, "min_capacity must be a positive integer; got 0"),
-        ({"balance_choices": 0}, "balance_choices must be a positive integer; got 0"),
-        ({"balance": "all"}, "balance must be one of local, global, sequence; got 'all'"),
-        ({"balance": {"local": -1.0}}, "balance must be one of local, global, sequence; got {'local': -1.0}"),
-        ({"balance": None}, "balance must be one of local, global, sequence; got None"),
-        ({"pad": True}, "pad=True gives every expert its full capacity: set capacity_factor"),
-        ({"capacity_factor": 0.0}, "capacity_factor must be a positive number"),
-        ({"eval_capacity_factor": float("nan")}, "capacity_factor must be a positive number"),
+        ({"capacity": "all"}, "capacity must be a positive number; got 'all'"),
+        ({"capacity": True}, "capacity must be a positive number; got True"),
+        ({"capacity": 0.0}, "capacity must be a positive number"),
+        ({"balance": -0.1}, "balance must be a number, 0 or more; got -0.1"),
+        ({"balance": "global"}, "balance must be a number, 0 or more; got 'global'"),
+        ({"shared": -1}, "shared must be a number of experts, 0 or more"),
+        ({"shared": "one"}, "shared must be a number of experts, 0 or more"),
+        ({"shared": Residual(0)}, r"shared=Residual\(shared=0\) weighs shared experts against the others"),
         ({"gate": "best"}, "gate must be one of topk, .*hash or a Gate; got 'best'"),
         ({"experts": "tanh"}, "experts must be one of gelu, .*clamped_swiglu or a factory; got 'tanh'"),
         ({"top_k": 5}, "top_k=5 must lie between 1 and num_experts=4"),
@@ -209,11 +252,11 @@ def test_bad_inputs(x, mask, error, message):
 
 
 def test_sequences_need_an_axis():
-    with pytest.raises(ValueError, match='balance="sequence" needs x'):
-        built(balance="sequence")(tokens())
+    with pytest.raises(ValueError, match=r'Balance\(over="sequence"\) needs x'):
+        built(balance=Balance(over="sequence"))(tokens())
 
 
-@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad": True}])
+@pytest.mark.parametrize("settings", [{}, {"capacity": 1.0}, {"capacity": Capacity(1.0, pad=True)}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_is_refused(settings, bad):
     layer, x = built(**settings), tokens(9)

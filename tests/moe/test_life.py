@@ -26,7 +26,7 @@ def deaf_to_top_k() -> None:
 
 
 def deaf_to_capacity() -> None:
-    MoE.capacity_factor = property(lambda layer: None, lambda layer, factor: None)
+    MoE.capacity = property(lambda layer: None, lambda layer, capacity: None)
 
 
 def blind_to_checkpoints() -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, parallel_model
 from turnout.models.recompute import recompute
-from turnout.moe import MoE, aux_loss, load, parallelize
+from turnout.moe import Capacity, MoE, aux_loss, load, parallelize
 
 D, E, K = 8, 4, 2
 SIZES = [5, 0, 9, 3]  # tokens of each rank: one has none
@@ -90,7 +90,7 @@ def test_forwards_add_up_and_a_call_starts_anew():
 
 
 def test_measures_are_those_of_stats():
-    layer = built(capacity_factor=0.7)
+    layer = built(capacity=0.7)
     train(layer, tokens(40))
     whole = load(layer)[""]
     for name in ("tokens_per_expert", "dropped", "entropy", "imbalance"):
@@ -101,7 +101,7 @@ def test_measures_are_those_of_stats():
 
 @pytest.mark.parametrize("policy", ["score", "position"])
 def test_what_capacity_drops(policy):
-    layer = built(capacity_factor=1.0, drop_policy=policy)
+    layer = built(capacity=Capacity(1.0, drop=policy))
     seen = Seen(layer)
     for number in (16, 10):
         seen.limit = math.ceil(K * number / E)
@@ -120,7 +120,7 @@ def test_padding_and_choices_of_no_expert_are_not_counted():
 
 
 def test_free_experts_come_after_the_others():
-    layer = MoE(D, 16, E, K, free_experts=["null", "identity"])
+    layer = MoE(D, 16, E, K, free=["null", "identity"])
     train(layer, tokens(20))
     assert len(load(layer)[""].tokens_per_expert) == E + 2
     layer.free, layer.gate = None, built().gate  # set later
@@ -141,7 +141,7 @@ def test_evaluations_are_not_counted():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
 def test_transformed_functions_change_nothing():
-    layer = built(aux_loss_weight=0)
+    layer = built(balance=0)
     torch.func.jvp(lambda x: layer(x).sum(), (tokens(5),), (tokens(5),))
     torch.func.grad(lambda x: layer(x).sum())(tokens(5))
     assert load(layer)[""].tokens_per_expert.sum() == 0
@@ -170,7 +170,7 @@ def test_models_that_recompute(what):
     assert sum(seen.tokens["blocks.1.feed_forward"].values()) == 2 * 18 * K
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.8}], ids=["dropless", "capped"])
+@pytest.mark.parametrize("options", [{}, {"capacity": 0.8}], ids=["dropless", "capped"])
 def test_compiled(options):
     torch._dynamo.reset()
     layer, counter = built(**options), CompileCounterWithBackend("aot_eager")
@@ -243,7 +243,7 @@ def uneven(ranks: int, axis: str, options: dict) -> tuple[dict, dict, dict]:
 
 
 @pytest.mark.parametrize(("ranks", "axis"), [(1, "ep"), (2, "ep"), (4, "ep"), (4, "edp")])
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}], ids=["dropless", "capped"])
+@pytest.mark.parametrize("options", [{}, {"capacity": 1.0}], ids=["dropless", "capped"])
 def test_over_ranks_that_are_uneven_or_empty(ranks, axis, options):
     results = run(ranks, uneven, ranks, axis, options)
     for loads, wanted, _ in results:

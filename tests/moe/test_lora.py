@@ -9,7 +9,9 @@ import torch
 from reference import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from turnout.moe import MoE, TopKGate, add_lora, aux_loss, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe import MoE, aux_loss
+from turnout.moe.adapters import add_lora, lora_parameters, merge_lora, unmerge_lora
+from turnout.moe.gates import TopKGate
 
 D, E, RANK = 16, 4, 4
 
@@ -180,7 +182,7 @@ def test_no_adapters_one_expert_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_any_rank(rank):
-    moe = trained(add_lora(layer(dtype=torch.float32, aux_loss_weight=0), rank))
+    moe = trained(add_lora(layer(dtype=torch.float32, balance=0), rank))
     y = moe(tokens(dtype=torch.float32))
     y.square().mean().backward()
     assert all(p.grad.any() for p in lora_parameters(moe).values())

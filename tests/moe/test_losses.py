@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import close
 from strategies import routings
-from turnout.moe import Routing, balance_loss, z_loss
+from turnout.moe import Routing
+from turnout.moe.losses import balance_loss, z_loss
 
 
 def double(routing):
@@ -118,7 +119,7 @@ def test_nan_of_padding_stays_out():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="balance must be one of local, global, sequence; got 'all'"):
+    with pytest.raises(ValueError, match="over must be one of local, global, sequence; got 'all'"):
         balance_loss(routed(), "all")
     with pytest.raises(ValueError, match="this gate returns none"):
         z_loss(replace(routed(), logits=None))

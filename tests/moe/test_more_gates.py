@@ -12,7 +12,7 @@ from reference import close
 from routed import drawn, even_within, is_a_routing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.func import functional_call
-from turnout.moe import MoE, aux_loss, parallelize
+from turnout.moe import Balance, MoE, aux_loss, parallelize
 from turnout.moe.gates import GATES, HierarchicalGate, NoisyTopKGate
 from turnout.moe.gates.noisy_topk import chosen_chance
 from turnout.moe.losses import cv_squared
@@ -216,7 +216,7 @@ def test_hierarchical_refuses_what_does_not_split():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tokens", [0, T])
 def test_in_the_layer(gate, masked, tokens):
-    layer, x = MoE(D, H, E, 2, gate=gate, seed=0, capacity_factor=2.0).double(), drawn(tokens, D)
+    layer, x = MoE(D, H, E, 2, gate=gate, seed=0, capacity=2.0).double(), drawn(tokens, D)
     mask = torch.arange(tokens) % 3 > 0 if masked else None
     y = layer(x, mask, torch.arange(tokens))
     assert y.shape == x.shape
@@ -272,7 +272,7 @@ def test_bad_top_k(gate):
 
 def _spread(gate):
     torch.manual_seed(0)
-    layer, ids = MoE(D, H, 4, 2, gate=gate, balance="global"), torch.arange(T)
+    layer, ids = MoE(D, H, 4, 2, gate=gate, balance=Balance(over="global")), torch.arange(T)
     x = drawn(T, D, seed=1, dtype=torch.float32)
     wanted = layer.eval()(x, ids=ids)
     world = torch.distributed.get_world_size()

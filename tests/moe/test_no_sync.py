@@ -5,6 +5,7 @@ copy. With a GPU the same is asked of CUDA itself.
 """
 
 from contextlib import contextmanager, nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,30 +14,30 @@ from turnout.cuda.tiles import Tiles
 from turnout.dispatch import Plan
 from turnout.dispatch import reorder as ops
 from turnout.dispatch.agreement import Note
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Balance, Capacity, MoE, Residual, aux_loss
 from turnout.moe.gates import GATES
 
 LAYERS = {
     "ragged": {},
-    "capped": {"capacity_factor": 1.1},
-    "padded": {"capacity_factor": 1.25, "pad": True},
-    "padded, gelu, by position": {"capacity_factor": 0.7, "pad": True, "experts": "gelu", "drop_policy": "position"},
-    "shared, bias, z-loss": {"shared_experts": 1, "bias": True, "z_loss_weight": 1e-3},
-    "sequence": {"balance": "sequence", "balance_choices": 1},
-    "by priority": {"capacity_factor": 0.1, "min_capacity": 6, "drop_policy": "priority"},
-    "two balances": {"balance": {"global": 1.0, "sequence": 0.1}},
-    "free experts": {"free_experts": ["null", "identity", "constant"], "capacity_factor": 1.1},
+    "capped": {"capacity": 1.1},
+    "padded": {"capacity": Capacity(1.25, pad=True)},
+    "padded, gelu, by position": {"capacity": Capacity(0.7, drop="position", pad=True), "experts": "gelu"},
+    "shared, bias, z-loss": {"shared": 1, "bias": True, "balance": Balance(z_loss=1e-3)},
+    "sequence": {"balance": Balance(over="sequence", choices=1)},
+    "by priority": {"capacity": Capacity(0.1, minimum=6, drop="priority")},
+    "two balances": {"balance": Balance(over={"global": 1.0, "sequence": 0.1})},
+    "free experts": {"free": ["null", "identity", "constant"], "capacity": 1.1},
     "weight on the input": {"weight_on": "input"},
-    "residual": {"shared_experts": 1, "residual": True},
+    "residual": {"shared": Residual(1)},
     **{f"gate {name}": {"gate": name} for name in GATES if name != "base"},  # that one the host computes, and says so
 }
 KERNELS = ["torch", "triton"]
 
 
-def step(device: str, kernel: str = "torch", masked: bool = False, **options) -> None:
+def step(device: str, kernel: str = "torch", masked: bool = False, weight_on: str = "output", **options: Any) -> None:
     """Forward, losses, statistics, backward."""
     layer = MoE(32, 64, 8, **options).to(device, torch.bfloat16)
-    layer.experts.kernel = kernel
+    layer.experts.kernel, layer.experts.weight_on = kernel, weight_on
     x = torch.randn(2, 24, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.zeros(2, 24, dtype=torch.int64, device=device)
     mask = torch.ones(2, 24, dtype=torch.bool, device=device) if masked else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import close
 from torch import nn
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Balance, Capacity, MoE, Residual, aux_loss
 
 D, H, E, NAN = 6, 5, 4, float("nan")
 
@@ -24,20 +24,24 @@ class Norm(nn.Module):
 
 LAYERS = {
     "routed": {},
-    "shared": {"shared_experts": 1, "bias": True},
-    "shared module": {"shared_experts": Norm()},
-    "shared by a factory": {"shared_experts": 2, "experts": lambda: nn.Linear(D, D)},
-    "residual": {"shared_experts": 1, "residual": True, "bias": True},
-    "free": {"free_experts": ["identity", "constant", "null"]},
-    "all": {"shared_experts": 1, "residual": True, "free_experts": ["constant"], "capacity_factor": 0.8},
-    "input weighted": {"shared_experts": 1, "weight_on": "input"},
-    "padded": {"shared_experts": 1, "capacity_factor": 1.0, "pad": True},
+    "shared": {"shared": 1, "bias": True},
+    "shared module": {"shared": Norm()},
+    "shared by a factory": {"shared": 2, "experts": lambda: nn.Linear(D, D)},
+    "residual": {"shared": Residual(1), "bias": True},
+    "free": {"free": ["identity", "constant", "null"]},
+    "all": {"shared": Residual(1), "free": ["constant"], "capacity": 0.8},
+    "input weighted": {"shared": 1, "weight_on": "input"},
+    "padded": {"shared": 1, "capacity": Capacity(1.0, pad=True)},
 }
 
 
 def built(options):
     torch.manual_seed(0)
-    return MoE(D, H, E, seed=1, z_loss_weight=0.1, **copy.deepcopy(options)).double()
+    options = copy.deepcopy(options)
+    weight_on = options.pop("weight_on", "output")
+    layer = MoE(D, H, E, seed=1, balance=Balance(z_loss=0.1), **options).double()
+    layer.experts.weight_on = weight_on
+    return layer
 
 
 def batch():
@@ -69,7 +73,7 @@ def test_whatever_stands_in_padding_reaches_nothing(options, bad):
     assert poisoned["x"][mask].any()
 
 
-@pytest.mark.parametrize("name", [name for name, options in LAYERS.items() if "capacity_factor" not in options])
+@pytest.mark.parametrize("name", [name for name, options in LAYERS.items() if "capacity" not in options])
 def test_the_tokens_get_what_they_get_without_padding(name):
     layer, (x, mask) = built(LAYERS[name]), batch()
     padded, alone = step(layer, layer, x, mask), step(layer, lambda x, _: layer(x[mask]), x, mask[mask])

@@ -5,6 +5,7 @@ The rules are loops in float64 that import nothing of the package; the layers, g
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from reference import close
 from routed import drawn, same
 from test_readme import blocks
-from turnout.moe import MoE, aux_loss, capacity_limit
+from turnout.moe import Capacity, MoE, aux_loss
+from turnout.moe.capacity import capacity_limit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming_from.md"
 T, D, H, E = 14, 16, 32, 4
@@ -283,8 +285,9 @@ def test_the_mapping_computes_what_the_other_library_does(page, peer):
     layer.load_state_dict(page[peer.convert](page["under"](theirs, "blocks.3.moe."), *peer.more))
     if peer.rows is not None:
         assert peer.rows != capacity_limit(1.0, 2, T, E)
-        layer.capacity_factor = page["factor_for"](peer.rows, 2, T, E)
-    layer.drop_policy = peer.policy or layer.drop_policy
+        layer.capacity = page["factor_for"](peer.rows, 2, T, E)
+    if peer.policy is not None:
+        layer.capacity = replace(layer.capacity, drop=peer.policy)
     assert holds(layer, peer.state, peer.rule, peer.coefficient, drawn(T, D, seed=8))
     with torch.no_grad():
         layer.experts.get_parameter("w_down" if peer.layer != "deepspeed" else "module.2.weight")[1] *= 1.001
@@ -310,7 +313,7 @@ def test_factor_for_gives_any_rule_its_rows(page, k, experts):
 
 @pytest.mark.parametrize("policy", ["position", "score", "priority"])
 def test_with_one_choice_position_is_megablocks_order_and_score_is_batch_priority_too(policy):
-    layer, x = MoE(D, H, E, top_k=1, capacity_factor=1.0, drop_policy=policy).double(), drawn(T, D, seed=8)
+    layer, x = MoE(D, H, E, top_k=1, capacity=Capacity(1.0, drop=policy)).double(), drawn(T, D, seed=8)
     layer.load_state_dict(layer.state_dict() | {"gate.weight": drawn(E, D)})
     scores = (x @ drawn(E, D).T).softmax(1)
     order = range(T) if policy == "position" else sorted(range(T), key=lambda t: -float(scores[t].max()))

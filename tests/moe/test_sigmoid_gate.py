@@ -11,8 +11,8 @@ from routed import built, drawn, same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
-from turnout.moe import MoE, SigmoidGate, aux_loss, balance_biases, parallelize
-from turnout.moe.gates import GATES
+from turnout.moe import Balance, MoE, aux_loss, parallelize, update_expert_biases
+from turnout.moe.gates import GATES, SigmoidGate
 
 D, H, E, T = 6, 5, 6, 13
 
@@ -55,7 +55,7 @@ def test_the_bias_follows_the_load():
     assert torch.equal(layer.gate.load, load)
     layer(drawn(T, D, seed=1))  # another micro-batch of the step
     load = load + layer.stats.tokens_per_expert
-    balance_biases(layer)
+    update_expert_biases(layer)
     mean = 2 * 2 * T / E
     wanted = [0.1 * ((n < mean) - (n > mean)) for n in load.tolist()]
     assert close(layer.gate.expert_bias, torch.tensor(wanted), 1e-6)
@@ -86,7 +86,7 @@ def test_the_bias_evens_out_loads_without_a_loss():
     for _ in range(150):
         layer(x)
         loads.append(float(layer.stats.imbalance))
-        balance_biases(layer)
+        update_expert_biases(layer)
     assert aux_loss(layer) == 0
     assert loads[0] > 1.8
     assert loads[-1] < 1.25
@@ -149,7 +149,9 @@ def test_no_gate_has_another_state():
 
 
 def test_with_a_balance_loss_if_asked_for():
-    layer = MoE(D, H, E, gate=SigmoidGate(D, E, 2, balance_loss=True), seed=0, balance="sequence").double()
+    layer = MoE(
+        D, H, E, gate=SigmoidGate(D, E, 2, balance_loss=True), seed=0, balance=Balance(over="sequence")
+    ).double()
     x = drawn(2, T, D)
     layer(x)
     routing = layer.gate(x.flatten(0, 1))
@@ -159,12 +161,14 @@ def test_with_a_balance_loss_if_asked_for():
 def _biases():
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     torch.manual_seed(0)
-    layers = nn.Sequential(*(MoE(D, H, 4, 2, gate="sigmoid", balance="global", seed=i) for i in range(2))).double()
+    layers = nn.Sequential(
+        *(MoE(D, H, 4, 2, gate="sigmoid", balance=Balance(over="global"), seed=i) for i in range(2))
+    ).double()
     parallelize(layers, init_device_mesh("cpu", (world,), mesh_dim_names=("ep",)))
     x = drawn(2 * T, D)[T * rank : T * (rank + 1)] if world > 1 else drawn(2 * T, D)
     for _ in range(3):
         layers(x)
-        balance_biases(layers)
+        update_expert_biases(layers)
     return torch.stack([layer.gate.expert_bias for layer in layers])
 
 

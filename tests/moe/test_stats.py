@@ -6,12 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import routings
-from turnout.moe import MoE, Stats, capacity
+from turnout.moe import Capacity, MoE, Stats
+from turnout.moe.capacity import drop_over_capacity
 
 
 @given(routings(), st.integers(0, 4))
 def test_as_in_the_reference(routing, limit):
-    kept, E = capacity(routing, limit), routing.num_experts
+    kept, E = drop_over_capacity(routing, limit), routing.num_experts
     stats = Stats.of(routing.expert, kept.expert, routing.weight, E)
     expected = reference.load_stats(routing.expert, kept.expert, E)
     assert stats.tokens_per_expert.tolist() == expected["tokens_per_expert"]
@@ -52,7 +53,7 @@ def test_nonfinite_weights(bad):
 
 
 def test_of_a_layer():
-    layer = MoE(6, 4, 4, capacity_factor=1.0, drop_policy="position")
+    layer = MoE(6, 4, 4, capacity=Capacity(1.0, drop="position"))
     with pytest.raises(RuntimeError, match="no statistics yet"):
         layer.stats.dropped.item()
     with torch.no_grad():

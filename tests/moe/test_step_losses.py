@@ -8,7 +8,8 @@ import torch
 from reference import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from turnout.moe import MoE, aux_loss, balance_loss
+from turnout.moe import Balance, MoE, aux_loss
+from turnout.moe.losses import balance_loss
 
 D, H, E = 6, 5, 4
 
@@ -88,7 +89,7 @@ def test_the_loss_of_an_evaluation_is_not_taken_for_that_of_a_step(grad):
 
 
 def test_an_evaluation_without_losses_is_no_mistake():
-    layer = built(aux_loss_weight=0)
+    layer = built(balance=0)
     evaluated(layer, X, grad=False)
     assert aux_loss(layer) == 0
 
@@ -220,13 +221,13 @@ def test_a_forgotten_balance_loss_is_warned_of_once_a_layer():
     (text,) = warned(lambda: steps(first))
     assert text.startswith("the balance loss of MoE(dim=6, num_experts=4) was left out of the last step")
     assert "aux_loss(model)" in text
-    assert "aux_loss_weight" in text
+    assert "layer.balance = Balance(weight=0)" in text
     assert not warned(lambda: steps(first))
     assert len(warned(lambda: steps(nn.Sequential(second, built())))) == 2
     with pytest.warns(UserWarning, match="balance loss"):
         steps(copy.deepcopy(first))  # a layer of its own
     with pytest.warns(UserWarning, match="balance loss"):
-        steps(built(aux_loss_weight=0, z_loss_weight=0.1))
+        steps(built(balance=Balance(0, z_loss=0.1)))
 
 
 def test_a_part_of_a_step_may_be_forgotten():
@@ -247,7 +248,7 @@ def frozen():
 @pytest.mark.parametrize(
     "layer",
     [
-        built(aux_loss_weight=0),
+        built(balance=0),
         frozen(),
         built().requires_grad_(False),
         *(built(gate=gate) for gate in ("sigmoid", "random", "sinkhorn", "base", "expert_choice")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import close
 from routed import drawn
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Balance, MoE, aux_loss
 from turnout.moe.gates import GATES
 from turnout.moe.gates.assignment import sinkhorn
 from turnout.moe.gates.noisy_topk import chosen_chance
@@ -24,7 +24,7 @@ def layer_of(name, off, where):
             p.copy_(drawn(*p.shape, seed=seed))
         if where == "bias":
             gate.bias[chosen] = -torch.inf
-    layer = MoE(D, 5, E, gate=gate, seed=0, aux_loss_weight=1.0, z_loss_weight=0.1).double()
+    layer = MoE(D, 5, E, gate=gate, seed=0, balance=Balance(1.0, z_loss=0.1)).double()
     if where == "logits":
         own = gate.logits
         gate.logits = lambda x: own(x).masked_fill(chosen, -torch.inf)

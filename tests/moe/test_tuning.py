@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from turnout.cuda import tiles, tune
 from turnout.cuda.tiles import Blocks, Product
 from turnout.dispatch import FlatDispatcher
-from turnout.moe import MoE, add_lora, autotune, fully_shard_experts, parallelize
+from turnout.moe import MoE, fully_shard_experts, parallelize
+from turnout.moe.adapters import add_lora
+from turnout.moe.autotune import autotune
 from turnout.moe.autotune.results import fastest
 
 tuning = import_module("turnout.moe.autotune.tuning")
@@ -207,7 +209,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_job(machine, tmp_path, c
 
 
 def test_the_shape_is_that_of_one_rank(machine):
-    moe = layer(shared_experts=1, bias=False)
+    moe = layer(shared=1, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
         (tuned,) = autotune(moe, 6, clock=clock).experts
     assert tuned.shape == (6, 8, 16, 4, 2, "swiglu", False, "bfloat16", True, True)

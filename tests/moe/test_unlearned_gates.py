@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from routed import drawn, even_within, is_a_routing
-from turnout.moe import MoE, aux_loss
+from turnout.moe import Balance, MoE, aux_loss
 from turnout.moe.gates import HashGate, RandomGate
 from turnout.moe.gates.gate import distinct
 from turnout.moe.gates.hash import hashed, mixed
@@ -91,6 +91,6 @@ def test_a_gate_without_parameters_adds_no_loss():
         layer.gate.reset_parameters()
         layer(drawn(T, D, dtype=torch.float32), ids=torch.arange(T)).sum().backward()
         assert aux_loss(layer) == 0
-        layer.z_loss_weight = 1.0
+        layer.balance = Balance(z_loss=1.0)
         with pytest.raises(ValueError, match="this gate returns none"):
             layer(drawn(T, D, dtype=torch.float32), ids=torch.arange(T))

@@ -9,15 +9,19 @@ import torch
 from reference import close
 from torch import nn
 from turnout.models import GPT, GPTConfig, next_token_loss
-from turnout.moe import MoE, SigmoidGate, TopKGate, aux_loss, upcycle
+from turnout.moe import MoE, aux_loss
 from turnout.moe.experts.shared import FeedForward
+from turnout.moe.gates import SigmoidGate, TopKGate
+from turnout.moe.upcycling import upcycle
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def layer(hidden=24, num_experts=8, top_k=4, dim=16, **options) -> MoE:
+def layer(hidden=24, num_experts=8, top_k=4, dim=16, weight_on="output", **options) -> MoE:
     torch.manual_seed(1)
-    return MoE(dim, hidden, num_experts, top_k, **options).double()
+    moe = MoE(dim, hidden, num_experts, top_k, **options).double()
+    moe.experts.weight_on = weight_on
+    return moe
 
 
 def block(activation="swiglu", bias=False) -> FeedForward:
@@ -73,8 +77,8 @@ def test_shards_of_a_copy_have_one_router_bias():
         ({"gate": "hash", "top_k": 4}, 24, "add up to"),
         ({"top_k": 3}, 24, "top_k=3 must be multiples of 2"),
         ({"num_experts": 7}, 24, "num_experts=7"),
-        ({"shared_experts": 1}, 48, "shared_experts"),
-        ({"free_experts": ["null"]}, 48, "free_experts"),
+        ({"shared": 1}, 48, "layer.* has shared"),
+        ({"free": ["null"]}, 48, "has free"),
         ({"weight_on": "input"}, 48, "weight_on"),
         ({"experts": "gelu"}, 48, "same kind"),
         ({}, 36, "divisor"),

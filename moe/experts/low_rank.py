@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.reorder import wide
-from ..experts.sharded import held_slice, local, seeded
+from .sharded import held_slice, local, seeded
 
 
 class LowRank(nn.Module):

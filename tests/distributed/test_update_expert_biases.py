@@ -10,9 +10,9 @@ from turnout.dispatch import Meshes
 from turnout.models import GPT, GPTConfig, next_token_loss, tensor_parallel
 from turnout.models.pipeline.engine import Pipeline
 from turnout.models.pipeline.partition import Stages
-from turnout.moe import aux_loss, balance_biases, parallelize, sync_gradients
+from turnout.moe import Balance, aux_loss, parallelize, sync_gradients, update_expert_biases
 
-MOE = {"gate": "sigmoid", "free_experts": ["identity", "constant"], "balance": "global", "z_loss_weight": 1e-2}
+MOE = {"gate": "sigmoid", "free": ["identity", "constant"], "balance": Balance(over="global", z_loss=1e-2)}
 CONFIG = GPTConfig(vocab=16, dim=16, layers=1, heads=2, hidden=12, seq_len=8, moe_every=1, num_experts=4, moe=MOE)
 STEPS, MICRO = 2, 2
 
@@ -36,7 +36,7 @@ def batch(step: int) -> torch.Tensor:
 
 def train(model, share=lambda tokens: tokens, sync=lambda: None) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: balance_biases(model))
+    optimizer.register_step_post_hook(lambda *_: update_expert_biases(model))
     for step in range(STEPS):
         for tokens in share(batch(step)).chunk(MICRO):
             ((next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]) + aux_loss(model)) / MICRO).backward()
@@ -81,7 +81,7 @@ def in_a_pipeline():
         pipeline.step(batch(step)[:, :-1], batch(step)[:, 1:])
         optimizer.step()
         optimizer.zero_grad()
-        balance_biases(pipeline.parts)
+        update_expert_biases(pipeline.parts)
     return list(of(pipeline.parts).values()), list(of(one).values())
 
 
