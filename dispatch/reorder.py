@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 
 from . import kernels
 from .plan import Plan
+from .torch_internals import embedding_bag_weight_backward, transformed
 
 
 def encode(x: Tensor, plan: Plan) -> Tensor:
@@ -71,19 +70,6 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x in float32, or float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def transformed(*grads: Tensor) -> bool:
-    """Whether PyTorch follows each operator: in `torch.func`, in forward mode, or where gradients are batched.
-
-    Operators of ours have a backward and nothing else; in forward mode a custom one would silently pass on tangents of
-    zero. So plain PyTorch computes in their place.
-
-    Args:
-        grads: gradients that may be batched (``torch.autograd.grad(..., is_grads_batched=True)``).
-    """
-    followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return followed or any(is_legacy_batchedtensor(grad) for grad in grads)
 
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
@@ -145,7 +131,7 @@ def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor
     if rows.device.type != "cpu" or not len(rows):
         return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
     home, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]  # without a pass of products; skips -1
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    return embedding_bag_weight_backward(
         wide(grad), wide(rows), home, token, token, mode=0
     ).view_as(slot)
 

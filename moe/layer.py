@@ -17,6 +17,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
+from ..dispatch.torch_internals import in_backward
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
 from .experts.activation import weighted_before
@@ -246,7 +247,7 @@ class MoE(nn.Module):
 
     def _begin(self) -> None:
         """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
-        if torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or in_backward():
             return
         if self.training and self._losses.forgotten:
             learns = any(p.requires_grad for p in self.gate.parameters())
@@ -259,7 +260,7 @@ class MoE(nn.Module):
         kept = routing.expert if dropped is None else torch.where(dropped, -1, routing.expert)
         self._last = (routing.expert, kept, routing.weight.detach())
         compiling = torch.compiler.is_compiling()
-        if not compiling and _in_backward():
+        if not compiling and in_backward():
             return  # activation recomputation: this forward has been counted
         if self.training and y.requires_grad:
             self.gate.observe(routing)
@@ -307,10 +308,6 @@ def described(layer: MoE) -> str:
     """The layer as messages name it."""
     sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
     return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _autocast(tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.plan import load
-from ..dispatch.reorder import transformed
+from ..dispatch.torch_internals import transformed
 
 
 @dataclass(frozen=True)

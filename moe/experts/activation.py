@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch.reorder import transformed, wide
+from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import transformed
 
 _CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
 _aten = torch.ops.aten

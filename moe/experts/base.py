@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.plan import Plan
-from ...dispatch.reorder import decode, encode, encode_weight, transformed
+from ...dispatch.reorder import decode, encode, encode_weight
+from ...dispatch.torch_internals import transformed
 from ..adapters.low_rank import LowRank
 from .activation import ACTIVATIONS, activated, weighted
 from .blocked import Layer, pays, perceptrons

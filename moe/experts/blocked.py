@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch.plan import Plan
-from ...dispatch.reorder import encode_weight, transformed, wide
+from ...dispatch.reorder import encode_weight, wide
+from ...dispatch.torch_internals import transformed
 from .activation import Activation, blocks, differentiated
 from .grouped_mm import computed, mm, sum_rows
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch.reorder import transformed, wide
+from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import has_half_products, transformed
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -116,9 +117,7 @@ def _emulated(dtype: torch.dtype) -> bool:
 
 @cache
 def _asked(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype in (torch.bfloat16, torch.float16) and not has_half_products(dtype)
 
 
 def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ...dispatch.torch_internals import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...cuda.launch import available, launch
-from ...dispatch.reorder import transformed
+from ...dispatch.torch_internals import transformed
 from .gate import normalised
 
 SCORES = ("softmax", "sigmoid")
