@@ -97,7 +97,7 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
     _check_visits(ranks, visit)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
-        raise DispatchError(f"{where}{told(nan)} of the expert group: {_NAN_MESSAGE}")
+        raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
     for name, what, remedy in (
         ("dim", "the model width", "build the same layer on every rank"),
         ("dtype", "the dtype of the tokens", "use one dtype and the same autocast on every rank"),
@@ -162,13 +162,7 @@ def _layer(note: Note, visit: Visit | None) -> str:
     return f"layer {visit.place.names[note.layer]!r}"
 
 
-def check_weight(weight: Tensor) -> None:
-    """Raise ValueError on NaN weights where looking is free: on a CPU, eagerly. Elsewhere see `stats`."""
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling() and bool(weight.isnan().any()):
-        raise ValueError(f"the gate produced {_NAN_MESSAGE}")
-
-
-_NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the layer's input or in the gate's parameters"
+NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the layer's input or in the gate's parameters"
 
 
 def told(ranks: Sequence[int]) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.local import LocalDispatcher
@@ -20,7 +18,6 @@ from ..dispatch.plan import Plan
 from ..dispatch.torch_internals import in_backward
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import POLICIES, capacity, capacity_limit, factor_of
-from .experts.activation import weighted_before
 from .experts.base import Experts
 from .experts.shared import Residual
 from .experts.zero_computation import FreeExperts
@@ -108,8 +105,6 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
         if drop_policy not in POLICIES:
             raise ValueError(f"drop_policy must be one of {', '.join(POLICIES)}; got {drop_policy!r}")
-        if weight_on not in ("input", "output"):
-            raise ValueError(f'weight_on must be "input" or "output"; got {weight_on!r}')
         balance_shares(balance)
         if pad and capacity_factor is None:
             raise ValueError("pad=True gives every expert its full capacity: set capacity_factor as well")
@@ -118,10 +113,11 @@ class MoE(nn.Module):
         self.dim, self.num_experts = dim, num_experts
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.drop_policy, self.pad, self.min_capacity = drop_policy, pad, min_capacity
-        self.balance, self.balance_choices, self.weight_on = balance, balance_choices, weight_on
+        self.balance, self.balance_choices = balance, balance_choices
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.gate = named_gate(gate, dim, num_experts + len(free_experts), top_k)
         self.experts = named_experts(experts, dim, hidden, num_experts, bias, seed)
+        self.experts.weight_on = weight_on
         self.shared = named_shared(experts, dim, hidden, shared_experts, bias, residual)
         self.free = FreeExperts(free_experts, dim) if free_experts else None
         self.dispatcher: Dispatcher = LocalDispatcher()
@@ -134,7 +130,6 @@ class MoE(nn.Module):
 
     capacity_factor = factor_of("_capacity")  # these may be set between steps
     eval_capacity_factor = factor_of("_eval_capacity")
-    recompute: bool = False  # compute what is inside the experts again in the backward, instead of keeping it
 
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
@@ -159,7 +154,7 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
-        y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
+        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # there, through the experts, and back
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, Residual):
@@ -192,6 +187,20 @@ class MoE(nn.Module):
         self.gate.top_k = top_k
 
     @property
+    def weight_on(self) -> str:
+        """See `Experts`."""
+        return self.experts.weight_on
+
+    @property
+    def recompute(self) -> bool:
+        """See `Experts`."""
+        return self.experts.recompute
+
+    @recompute.setter
+    def recompute(self, recompute: bool) -> None:
+        self.experts.recompute = recompute
+
+    @property
     def stats(self) -> Stats:
         """Load statistics of the last forward on this rank, as tensors on its device."""
         if self._last is None:
@@ -202,15 +211,6 @@ class MoE(nn.Module):
     def _choices(self) -> int:
         """What the gate chooses among: the experts, and then those that are free."""
         return self.num_experts + (0 if self.free is None else len(self.free))
-
-    def _experts(self) -> Callable[..., Tensor]:
-        """What rows go through: the experts, the weight before or after them, recomputed or not."""
-        experts = self.experts if self.weight_on == "output" else partial(weighted_before, self.experts)
-        if self.recompute and torch.is_grad_enabled():
-            own, experts = experts, partial(checkpoint, experts, use_reentrant=False)
-            if not torch.compiler.is_compiling():  # a graph takes neither a plan here nor an attribute of a partial
-                experts.gathers = getattr(own, "gathers", False)  # pyright: ignore[reportAttributeAccessIssue]
-        return experts  # pyright: ignore[reportReturnType]
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:

@@ -116,11 +116,6 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
 
 
-def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
-    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
-
-
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, up, gate):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, transformed
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -23,11 +25,16 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows, weight: of one floating dtype.
         ends: int32 [L], where each expert's rows end.
     """
+    return grouped_product(rows, weight)(rows, weight, ends)
+
+
+def grouped_product(rows: Tensor, *weights: Tensor) -> Product:
+    """What computes `grouped_mm` for rows of this dtype and each of these weights, on their device."""
     if transformed():
-        return _each(rows, weight, ends)
-    if _fits_torch(rows, weight):
-        return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
-    return _grouped_mm(rows, weight, ends)
+        return _each
+    if computed(rows) == rows.dtype and all(_fits_torch(rows, weight) for weight in weights):
+        return _torch_grouped_mm
+    return _grouped_mm
 
 
 def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
@@ -47,13 +54,19 @@ def _owners(ends: Tensor, rows: int) -> Tensor:
 
 
 def grouped_linear(
-    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+    rows: Tensor,
+    ends: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None = None,
+    product: Product = grouped_mm,
 ) -> Tensor:
     """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
 
     `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    `product`: what multiplies, where that is chosen already (`grouped_product`).
     """
-    y = grouped_mm(rows, matrix, ends)
+    y = product(rows, matrix, ends)
     if bias is None:
         return y
     if weight is None:
@@ -65,12 +78,16 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
-    if computed(rows) != rows.dtype or (rows.is_cuda and len(weight) > 1023):
+    if rows.is_cuda and len(weight) > 1023:
         return False
     size = rows.element_size()
     if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included
         return False
     return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
+
+
+def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
 
 
 @torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
