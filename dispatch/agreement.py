@@ -95,7 +95,8 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
         if note.met >= 0:
             why = f"in {_layer(note, visit)} met a rank in {_layer(replace(note, layer=note.met), visit)}"
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
-    _check_visits(ranks, visit)
+    if len({(note.model, note.layer, note.forward, note.training, note.chunks) for note in ranks}) > 1:
+        _check_visits(ranks, visit)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
         raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
     for name, what, remedy in (
@@ -121,7 +122,7 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
 
 
 def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
-    """All ranks must be in the same forward of the same layer."""
+    """Raise where ranks are not all in the same forward of the same layer, naming who is where."""
 
     def differ(key: Callable[[Note], object], say: Callable[[Note], str], remedy: str) -> None:
         found: dict[str, list[int]] = {}

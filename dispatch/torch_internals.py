@@ -5,6 +5,8 @@ A torch that moves one of them breaks this file and no other.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,7 @@ def transformed(*grads: Tensor) -> bool:
     return followed or any(is_legacy_batchedtensor(grad) for grad in grads)
 
 
+@cache
 def has_half_products(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of bfloat16 or float16 on this CPU."""
     if dtype == torch.bfloat16:

@@ -237,7 +237,7 @@ class MoE(nn.Module):
                 self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
-        return routing.masked(real)
+        return routing if real is None else routing.masked(real)
 
     def _limit(self, routing: Routing) -> int | None:
         """Rows an expert takes from this rank, None if any number."""

@@ -122,8 +122,9 @@ class _Gated(torch.autograd.Function):
         ctx.kind = kind
         ctx.save_for_backward(up, gate)
         out = torch.empty_like(up)
+        dtype = torch.promote_types(up.dtype, torch.float32)
         for o, u, g in blocks(out, up, gate):
-            torch.mul(kind.act.value(wide(g)), kind.factor(wide(u)), out=o)
+            torch.mul(kind.act.value(g.to(dtype)), kind.factor(u.to(dtype)), out=o)
         return out
 
     @staticmethod

@@ -82,7 +82,7 @@ class FeedForwardExperts(Experts):
     @property
     def gathers(self) -> bool:
         """Tokens are as good as rows, unless their weight comes first, or a graph recomputes: it takes no plan."""
-        return self.weight_on == "output" and not (self.recompute and torch.compiler.is_compiling())
+        return self._weight_on == "output" and not (self.recompute and torch.compiler.is_compiling())
 
     def forward(self, rows: Tensor | Tokens, weight: Tensor, counts: Tensor) -> Tensor:
         """See `Experts.forward`; of `Tokens` [T, D] with their weight [T, k] -> tokens [T, D]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -86,17 +85,14 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
 
 
-def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
-
-
 @torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
-def _dense_gradient(y: Tensor) -> Tensor:
-    """y: torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
-    return _DenseGradient.apply(y)  # pyright: ignore[reportReturnType]
+def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _DenseGradient.apply(F.grouped_mm(rows, weight, offs=ends))  # pyright: ignore[reportReturnType]
 
 
 class _DenseGradient(torch.autograd.Function):
+    """torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+
     @staticmethod
     def forward(ctx, y):
         return y.detach()  # not a view: FSDP2 warns of experts that return one
@@ -123,18 +119,14 @@ def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 def computed(x: Tensor) -> torch.dtype:
     """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
-    return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and _emulated(x.dtype) else x.dtype
 
 
 @torch.compiler.assume_constant_result
 def _emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
-    return _asked(dtype)
-
-
-@cache
-def _asked(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) and not has_half_products(dtype)
+    return not has_half_products(dtype)
 
 
 def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
