@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from turnout.moe import Capacity, MoE, aux_loss
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import computed, grouped_mm
 
 SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8)]  # T, D, H, E, k
@@ -73,11 +73,11 @@ def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
     """The layer without the path that CPUs have of their own."""
-    by_group, FeedForwardExperts._few_at_a_time = FeedForwardExperts._few_at_a_time, lambda *args: False
+    by_group, FeedForwardExperts._in_blocks = FeedForwardExperts._in_blocks, lambda *args: False
     try:
         return ours(layer, x)
     finally:
-        FeedForwardExperts._few_at_a_time = by_group
+        FeedForwardExperts._in_blocks = by_group
 
 
 def loop(layer: MoE, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from turnout.dispatch import FlatDispatcher, OverlapDispatcher, Plan
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 
 E, K = 8, 2
 DEGREES = (1, 2, 4)

@@ -16,6 +16,7 @@ from .mesh import node_and_local
 from .place import Place, Visit
 from .plan import Plan
 from .steps import Ready, Steps, finish, refuse
+from .torch_internals import mark_dynamic
 from .traced import Sealed, outside
 
 
@@ -73,7 +74,7 @@ class Dispatcher(ABC):
         plan = plan.visiting()
         rows, weight, counts, receipt = self.dispatch(x, plan, weight)
         for tensor in (rows, weight):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, 0)
         return Batch(rows, weight, counts, Sealed((receipt, plan.visit)))
 
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:

@@ -13,9 +13,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .torch_internals import Backend
 
 EP, EDP, ETP, NODE, LOCAL = "ep", "edp", "etp", "node", "local"
 PP, DP, TP = "pp", "dp", "tp"

@@ -20,6 +20,7 @@ from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
 from .steps import Steps, interleave, prepare, refuse
+from .torch_internals import in_backward
 from .traced import outside
 
 
@@ -150,8 +151,7 @@ class _Trial:
 
     def degree(self, device: torch.device, groups: tuple[ProcessGroup, ...]) -> int:
         """The degree of the trip that begins now; called the same number of times on all ranks."""
-        recomputing = torch._C._current_graph_task_id() != -1  # a forward within a backward: of the same step
-        if not self.chosen and self.new_step and not recomputing:
+        if not self.chosen and self.new_step and not in_backward():  # a recomputed forward is of the same step
             self._advance(device, groups)
         return self.chosen or self.DEGREES[self.step // self.ROUNDS]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cuda.launch import backends
 from . import kernels
 from .place import Place, Visit
 
@@ -66,7 +68,8 @@ class Plan:
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        make = _plan if torch.compiler.is_compiling() or kernels.places(expert, num_experts) else _sorted
+        kernel = expert.device.type in backends and kernels.places(expert, num_experts)
+        make = _plan if kernel or torch.compiler.is_compiling() else _sorted
         token, slot, counts = make(expert, num_experts, capacity)
         return cls(expert, token, slot, counts, capacity, place)
 
@@ -114,9 +117,19 @@ class Plan:
         return replace(self, token=self.token[order], slot=place[self.slot])
 
 
+class Tokens(NamedTuple):
+    """Rows that nobody has laid out: experts that gather take them in place of rows, and give tokens [T, D] back.
+
+    The weight beside them is that of the assignments, [T, k].
+    """
+
+    x: Tensor  # [T, D]
+    plan: Plan
+
+
 @torch.library.custom_op("turnout::plan", mutates_args=())
 def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    if kernels.places(expert, num_experts):
+    if expert.device.type in backends and kernels.places(expert, num_experts):
         return kernels.plan(expert, num_experts, capacity)
     return _sorted(expert, num_experts, capacity)
 

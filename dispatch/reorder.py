@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 
+from ..cuda.launch import backends
 from . import kernels
 from .plan import Plan
+from .torch_internals import embedding_bag_weight_backward, transformed
 
 
 def encode(x: Tensor, plan: Plan) -> Tensor:
@@ -73,32 +73,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def transformed(*grads: Tensor) -> bool:
-    """Whether PyTorch follows each operator: in `torch.func`, in forward mode, or where gradients are batched.
-
-    Operators of ours have a backward and nothing else; in forward mode a custom one would silently pass on tangents of
-    zero. So plain PyTorch computes in their place.
-
-    Args:
-        grads: gradients that may be batched (``torch.autograd.grad(..., is_grads_batched=True)``).
-    """
-    followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return followed or any(is_legacy_batchedtensor(grad) for grad in grads)
-
-
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.encode(x, token, slot) if kernels.moves(x) else _gather(x, token)
+    return kernels.encode(x, token, slot) if x.device.type in backends and kernels.moves(x) else _gather(x, token)
 
 
 @torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.decode(rows, slot) if kernels.sums(rows) else _sum(rows, slot)
+    return kernels.decode(rows, slot) if rows.device.type in backends and kernels.sums(rows) else _sum(rows, slot)
 
 
 @torch.library.custom_op("turnout::decode_weighted", mutates_args=())
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    if kernels.sums(rows):
+    if rows.device.type in backends and kernels.sums(rows):
         return kernels.decode(rows, slot, weight)
     return _sum(rows, slot, wide(weight))
 
@@ -108,7 +95,7 @@ def _decode_weighted_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 ) -> tuple[Tensor, Tensor]:
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
-    if kernels.sums(rows):
+    if rows.device.type in backends and kernels.sums(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
     to_rows = _gather(grad, token)
     to_weight = _dots(rows, grad, to_rows, slot)
@@ -145,9 +132,7 @@ def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor
     if rows.device.type != "cpu" or not len(rows):
         return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
     home, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]  # without a pass of products; skips -1
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        wide(grad), wide(rows), home, token, token, mode=0
-    ).view_as(slot)
+    return embedding_bag_weight_backward(wide(grad), wide(rows), home, token, token, mode=0).view_as(slot)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from .torch_internals import all_to_all_single_autograd
 from .wire import Wire, pack, unpack
 
 Result = TypeVar("Result")

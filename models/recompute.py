@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..dispatch.torch_internals import skips_side_effects_in_recomputation
 from ..dispatch.traced import outside
 from ..moe.experts.base import Experts
 from .dropout import Part, own_numbers
@@ -31,7 +32,7 @@ class Blocks(nn.ModuleList):
         if not self.segment or not torch.is_grad_enabled():
             return _through(held, x, *context)
         again: Callable[..., Any] = partial(checkpoint, _through, use_reentrant=False)
-        if torch.compiler.is_compiling() and not _forgets():
+        if torch.compiler.is_compiling() and not skips_side_effects_in_recomputation():
             again = partial(outside, again)
         while segment := list(islice(held, self.segment)):
             x = again(segment, x, *context)
@@ -107,16 +108,6 @@ def recompute(model: Model, what: Literal["none", "full", "selective"] = "full",
         elif isinstance(part, Experts | Core):
             part.recompute = what == "selective"
     return model
-
-
-@torch.compiler.assume_constant_result
-def _forgets() -> bool:
-    """Whether a compiled backward leaves out what a forward does beside computing, as it must: record losses and loads.
-
-    Otherwise `torch.compile` takes no recomputed mixture of experts into its graph. Blocks compiled by themselves
-    would record a second time, so none of them is.
-    """
-    return getattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", False)
 
 
 def _through(blocks: Any, x: Tensor, *context: Any) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .experts.base import Experts, FeedForwardExperts
+from .experts.base import Experts
+from .experts.feed_forward import FeedForwardExperts
 from .experts.modules import ModuleExperts
 from .experts.shared import FeedForward, Residual, ResidualExperts, Sum
 from .gates import GATES, Gate

@@ -108,7 +108,7 @@ def _limit(factor: str, top_k: int, tokens: int, num_experts: int, minimum: int)
 
 @torch.compiler.assume_constant_result
 def _ratio(factor: str) -> tuple[int, int]:
-    """"1.1" -> (11, 10)."""
+    """ "1.1" -> (11, 10)."""
     return Fraction(factor).as_integer_ratio()
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
+from ..dispatch.torch_internals import in_backward
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import Capacity, drop_over_capacity
-from .experts.activation import weighted_before
 from .experts.base import Experts
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
@@ -132,7 +130,7 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
-        y = self.dispatcher(tokens, plan, kept.weight, self._experts())  # there, through the experts, and back
+        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # there, through the experts, and back
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
@@ -194,15 +192,6 @@ class MoE(nn.Module):
         """What the gate chooses among: the experts, and then those that are free."""
         return self.num_experts + (0 if self.free is None else len(self.free))
 
-    def _experts(self) -> Callable[..., Tensor]:
-        """What rows go through: the experts, the weight before or after them, recomputed or not."""
-        experts = self.experts if self.experts.weight_on == "output" else partial(weighted_before, self.experts)
-        if self.experts.recompute and torch.is_grad_enabled():
-            own, experts = experts, partial(checkpoint, experts, use_reentrant=False)
-            if not torch.compiler.is_compiling():  # a graph takes neither a plan here nor an attribute of a partial
-                experts.gathers = getattr(own, "gathers", False)  # pyright: ignore[reportAttributeAccessIssue]
-        return experts  # pyright: ignore[reportReturnType]
-
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {tuple(x.shape)}")
@@ -228,7 +217,7 @@ class MoE(nn.Module):
                 self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
-        return routing.masked(real)
+        return routing if real is None else routing.masked(real)
 
     def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
         """What capacity keeps of a routing; and to how many rows each expert is padded, None if it is not."""
@@ -241,7 +230,7 @@ class MoE(nn.Module):
 
     def _begin(self) -> None:
         """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
-        if torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or in_backward():
             return
         if self.training and self._losses.forgotten:
             learns = any(p.requires_grad for p in self.gate.parameters())
@@ -255,7 +244,7 @@ class MoE(nn.Module):
         kept = routing.expert if dropped is None else torch.where(dropped, -1, routing.expert)
         self._last = (routing.expert, kept, routing.weight.detach())
         compiling = torch.compiler.is_compiling()
-        if not compiling and _in_backward():
+        if not compiling and in_backward():
             return  # activation recomputation: this forward has been counted
         if self.training and y.requires_grad:
             self.gate.observe(routing)
@@ -288,10 +277,6 @@ def described(layer: MoE) -> str:
     """The layer as messages name it."""
     sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
     return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _autocast(tokens: Tensor) -> Tensor:

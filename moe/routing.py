@@ -59,9 +59,9 @@ class Routing:
             return self
         return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
 
-    def masked(self, mask: Tensor | None) -> Routing:
+    def masked(self, mask: Tensor) -> Routing:
         """Take padding out: tokens where `mask`, bool [T], is False go to no expert."""
-        return self if mask is None else replace(self.keep(mask.unsqueeze(1)), mask=mask)
+        return replace(self.keep(mask.unsqueeze(1)), mask=mask)
 
 
 def wrong_shapes(routing: Routing, tokens: int, num_experts: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.plan import load
-from ..dispatch.reorder import transformed
+from ..dispatch.torch_internals import transformed
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class LoadCount:
             return  # `torch.func` lets no function change what it was not given
         if len(self.sums) != num_experts + 2:  # another gate or other free experts: begin anew
             self.sums = LoadCount(num_experts).sums
-        self.move_to(chosen.device)
+        if self.sums.device != chosen.device:
+            self.move_to(chosen.device)
         ids = chosen.flatten() + 1
         self.sums.scatter_add_(0, ids, torch.ones_like(ids))
         if dropped is not None:

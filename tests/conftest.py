@@ -29,9 +29,7 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     Nothing else in the package depends on the kind of CPU.
     """
-    monkeypatch.setattr(
-        "turnout.moe.experts.grouped_mm._emulated", lambda dtype: not request.param and dtype.itemsize == 2
-    )
+    monkeypatch.setattr("turnout.moe.experts.grouped_mm._emulated", lambda dtype: not request.param)
     return request.param
 
 

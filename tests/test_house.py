@@ -5,6 +5,7 @@ import configparser
 import doctest
 import importlib
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,20 @@ def environment_reads(source: str) -> list[int]:
         if named or imported:
             lines.append(node.lineno)
     return lines
+
+
+def private_torch(source: str) -> list[int]:
+    """Lines that name a part of torch with a leading underscore, imported or reached from `torch` itself."""
+    lines = set()
+    for node in ast.walk(ast.parse(source)):
+        parts: list[str] = []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            parts = ast.unparse(node).split(".") if re.fullmatch(r"[\w.]+", ast.unparse(node)) else []
+        if parts[:1] == ["torch"] and any(re.match("_[^_]", part) for part in parts):
+            lines.add(node.lineno)
+    return sorted(lines)
 
 
 def undocumented(source: str) -> list[str]:
@@ -178,6 +193,16 @@ def test_nothing_reads_the_environment(path):
 )
 def test_the_environment_rule_sees(source, lines):
     assert environment_reads(source) == lines
+
+
+@each([path for path in MODULES if path.stem != "torch_internals"])
+def test_private_names_of_torch_are_in_one_file(path):
+    assert private_torch(path.read_text()) == [], "add it to dispatch/torch_internals.py, with the reason"
+
+
+def test_the_rule_of_private_names_sees():
+    source = "import torch\nfrom torch._C import a\nfrom torch.x import _b\ntorch.y._c.d()\nself._e\ntorch.__doc__\n"
+    assert private_torch(source) == [2, 3, 4]
 
 
 @each([ROOT / "__init__.py", *MODULES])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,11 @@ from .measure import measure
 from .profile import DEGREES, Choice, Message, Profile
 
 log = logging.getLogger(__name__)
+
+
+class _Receipt(NamedTuple):
+    transport: SteppedDispatcher  # the one that carried the rows
+    inner: Any  # its own receipt
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,11 @@ class AutoDispatcher(SteppedDispatcher):
         """As the chosen transport does it; the receipt says which that was."""
         transport = self._transport(x, plan.expert.shape[1], plan.counts.numel())
         batch = yield from transport.dispatch_steps(x, plan, weight)
-        return batch._replace(receipt=(transport, batch.receipt))
+        return batch._replace(receipt=_Receipt(transport, batch.receipt))
 
-    def combine_steps(self, rows: Tensor, receipt: Any) -> Steps[Tensor]:
+    def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
         """By the way they came."""
-        transport, receipt = receipt
-        return transport.combine_steps(rows, receipt)
+        return receipt.transport.combine_steps(rows, receipt.inner)
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """Take part in the choice, if it is still to be made, and refuse then."""

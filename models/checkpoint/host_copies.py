@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ...dispatch.torch_internals import is_traceable_wrapper_subclass
 
 
 class HostCopies:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...moe.experts.activation import ACTIVATIONS, activated, weighted
-from ...moe.experts.base import Experts, grouped_linear
+from ...moe.experts.base import Experts
+from ...moe.experts.grouped_mm import grouped_linear
 from ...moe.experts.modules import ModuleExperts
 from ...moe.experts.sharded import local_as
 

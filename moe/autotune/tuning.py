@@ -19,7 +19,7 @@ from ...cuda.tune import Run, Shape
 from ...dispatch.local import LocalDispatcher
 from ...dispatch.plan import Plan
 from ..experts.activation import ACTIVATIONS
-from ..experts.base import FeedForwardExperts
+from ..experts.feed_forward import FeedForwardExperts
 from ..experts.sharded import held_slice
 from ..experts.triton_path import check_triton
 from ..layer import MoE

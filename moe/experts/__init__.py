@@ -1,5 +1,6 @@
-"""Expert networks: E of one shape, their tensors stacked. Start at `base.py`, then `grouped_mm.py`."""
+"""Expert networks: E of one shape, their tensors stacked. Start at `feed_forward.py`."""
 
-from .base import Experts, FeedForwardExperts
+from .base import Experts
+from .feed_forward import FeedForwardExperts
 
 __all__ = ["Experts", "FeedForwardExperts"]

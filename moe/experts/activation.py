@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch.reorder import transformed, wide
+from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import transformed
 
 _CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
 _aten = torch.ops.aten
@@ -115,19 +116,15 @@ def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
 
 
-def weighted_before(experts: Callable[..., Tensor], rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Experts of rows [R, D] that are multiplied by their weight [R] on the way in, and not on the way out."""
-    return experts(weighted(rows, weight), torch.ones_like(weight), counts)
-
-
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, up, gate):
         ctx.kind = kind
         ctx.save_for_backward(up, gate)
         out = torch.empty_like(up)
+        dtype = torch.promote_types(up.dtype, torch.float32)
         for o, u, g in blocks(out, up, gate):
-            torch.mul(kind.act.value(wide(g)), kind.factor(wide(u)), out=o)
+            torch.mul(kind.act.value(g.to(dtype)), kind.factor(u.to(dtype)), out=o)
         return out
 
     @staticmethod

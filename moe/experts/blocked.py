@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch.plan import Plan
-from ...dispatch.reorder import encode_weight, transformed, wide
-from .activation import Activation, blocks, differentiated
+from ...dispatch.reorder import decode, encode, encode_weight, wide
+from ...dispatch.torch_internals import transformed
+from .activation import ACTIVATIONS, Activation, blocks, differentiated
 from .grouped_mm import computed, mm, sum_rows
 
 _LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
@@ -53,18 +54,20 @@ def _faulted_anew() -> bool:
 
 
 def perceptrons(
-    rows: Tensor, weight: Tensor, counts: Tensor, kind: Activation, up: list[Layer], down: Layer, plan: Plan | None
+    x: Tensor, weight: Tensor, counts: Tensor, activation: str, ups: list[Layer], down: Layer, plan: Plan | None
 ) -> Tensor:
-    """Weighted rows [R, D]: rows [R, D] sorted by expert, weight [R] float32 or wider, counts int64 [L].
+    """Weighted rows [R, D] of rows x [R, D], or tokens of tokens with a `plan`; arguments as those of `fused`.
 
-    `up` has one layer, or if the activation is gated two, the gate being the second. The gate's weight multiplies the
-    hidden row: W_down (w a) = w W_down a. With a `plan`, rows are its tokens [T, D] and weight is [T, k], and tokens
-    come back: the rows of a group are gathered when it is its turn, and all [R, D] never exist.
+    The router's weight multiplies the hidden row: W_down (w a) = w W_down a. With a `plan` the rows of a group are
+    gathered when it is its turn, and all [R, D] never exist.
     """
-    weight = weight if plan is None else encode_weight(weight, plan)
-    tensors = [tensor for layer in (down, *up) for tensor in layer]
+    if plan is not None:
+        weight = encode_weight(weight, plan)
+        if plan.capacity is not None:  # its padding rows name no token
+            return decode(perceptrons(encode(x, plan), weight, counts, activation, ups, down, None), plan)
+    kind, tensors = ACTIVATIONS[activation], [tensor for layer in (down, *ups) for tensor in layer]
     graph = torch.is_grad_enabled()  # asked here: inside, it never is
-    return _Perceptrons.apply(rows, weight, counts, kind, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
+    return _Perceptrons.apply(x, weight, counts, kind, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
 
 
 class Group(NamedTuple):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch.reorder import transformed, wide
+from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import has_half_products, transformed
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -22,11 +24,16 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows, weight: of one floating dtype.
         ends: int32 [L], where each expert's rows end.
     """
+    return grouped_product(rows, weight)(rows, weight, ends)
+
+
+def grouped_product(rows: Tensor, *weights: Tensor) -> Product:
+    """What computes `grouped_mm` for rows of this dtype and each of these weights, on their device."""
     if transformed():
-        return _each(rows, weight, ends)
-    if _fits_torch(rows, weight):
-        return _dense_gradient(F.grouped_mm(rows, weight, offs=ends))
-    return _grouped_mm(rows, weight, ends)
+        return _each
+    if computed(rows) == rows.dtype and all(_fits_torch(rows, weight) for weight in weights):
+        return _torch_grouped_mm
+    return _grouped_mm
 
 
 def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
@@ -46,13 +53,19 @@ def _owners(ends: Tensor, rows: int) -> Tensor:
 
 
 def grouped_linear(
-    rows: Tensor, ends: Tensor, matrix: Tensor, bias: Tensor | None, weight: Tensor | None = None
+    rows: Tensor,
+    ends: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None = None,
+    product: Product = grouped_mm,
 ) -> Tensor:
     """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
 
     `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
+    `product`: what multiplies, where that is chosen already (`grouped_product`).
     """
-    y = grouped_mm(rows, matrix, ends)
+    y = product(rows, matrix, ends)
     if bias is None:
         return y
     if weight is None:
@@ -64,7 +77,7 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
-    if computed(rows) != rows.dtype or (rows.is_cuda and len(weight) > 1023):
+    if rows.is_cuda and len(weight) > 1023:
         return False
     size = rows.element_size()
     if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included
@@ -73,12 +86,13 @@ def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
 
 
 @torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
-def _dense_gradient(y: Tensor) -> Tensor:
-    """y: torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
-    return _DenseGradient.apply(y)  # pyright: ignore[reportReturnType]
+def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _DenseGradient.apply(F.grouped_mm(rows, weight, offs=ends))  # pyright: ignore[reportReturnType]
 
 
 class _DenseGradient(torch.autograd.Function):
+    """torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+
     @staticmethod
     def forward(ctx, y):
         return y.detach()  # not a view: FSDP2 warns of experts that return one
@@ -105,20 +119,14 @@ def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 def computed(x: Tensor) -> torch.dtype:
     """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
-    return torch.float32 if x.device.type == "cpu" and _emulated(x.dtype) else x.dtype
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and _emulated(x.dtype) else x.dtype
 
 
 @torch.compiler.assume_constant_result
 def _emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
-    return _asked(dtype)
-
-
-@cache
-def _asked(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return not has_half_products(dtype)
 
 
 def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

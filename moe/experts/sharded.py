@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ...dispatch.torch_internals import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local_as(tensor: Tensor, rows: Tensor) -> Tensor:
     """The part of a stacked tensor that lies here, in the dtype of rows: that of the tensor, or autocast's."""
-    held = local(tensor)
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if held.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type):
         return held.to(rows.dtype)
     raise TypeError(f"tokens are {rows.dtype} and expert weights {held.dtype}: convert one, or use torch.autocast")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...dispatch.plan import Plan
-from ...dispatch.reorder import encode_weight, transformed
+from ...dispatch.reorder import encode_weight
+from ...dispatch.torch_internals import transformed
 from .activation import ACTIVATIONS
 from .blocked import Layer
 

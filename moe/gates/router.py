@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...cuda.launch import available, launch
-from ...dispatch.reorder import transformed
+from ...cuda.launch import available, backends, launch
+from ...dispatch.torch_internals import transformed
 from .gate import normalised
 
 SCORES = ("softmax", "sigmoid")
@@ -43,8 +43,8 @@ def route(
         if bias.shape != logits.shape[1:]:
             raise ValueError(f"bias must be [E], E={logits.shape[1]}; got {tuple(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
-    one_kernel = logits.dtype == torch.float32 and (torch.compiler.is_compiling() or _has_kernel(logits, k))
-    step = _route if one_kernel and not transformed() else plain
+    kernel = torch.compiler.is_compiling() or (logits.device.type in backends and _has_kernel(logits, k))
+    step = _route if kernel and logits.dtype == torch.float32 and not transformed() else plain
     weight, scores, expert = step(logits, bias, k, score == "sigmoid", normalize)
     return expert, weight, scores
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._composable.contract import _get_registry
-from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,6 +14,7 @@ from torch.optim import Optimizer
 
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
+from ...dispatch.torch_internals import composed_by, replicate
 from ..build import called
 from ..layer import MoE
 from .alike import differences, gathered, options, values
@@ -146,7 +145,7 @@ def _wrappers(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh | Meshe
 
 def _replicated(module: nn.Module) -> list[nn.Parameter]:
     """Parameters whose gradients `replicate` will average, before its first forward; DDP itself refuses DTensors."""
-    state = (_get_registry(module) or {}).get("replicate") and replicate.state(module)
+    state = (composed_by(module) or {}).get("replicate") and replicate.state(module)
     if not state or not state._init_args:
         return []
     left = {id(p) for ignored in state._init_args[1] for p in ignored.parameters()}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ...dispatch.torch_internals import unscale
 from ..experts.sharded import local
 
 
@@ -44,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
                     grads[grad.device, grad.dtype].append(grad)
         for (device, _), same in grads.items():
             found = torch.zeros_like(found_inf, device=device)
-            torch.ops.aten._amp_foreach_non_finite_check_and_unscale_(same, found, inv_scale.to(device))
+            unscale(same, found, inv_scale.to(device))
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
         if dist.is_initialized():
             dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=self.group)

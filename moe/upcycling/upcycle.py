@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..build import called
-from ..experts.base import Experts, FeedForwardExperts
+from ..experts.base import Experts
+from ..experts.feed_forward import FeedForwardExperts
 from ..experts.sharded import held_slice, local, seeded, whole
 from ..gates import Gate
 from ..layer import MoE

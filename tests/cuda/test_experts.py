@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from turnout.cuda.tiles import Blocks, Product, Tiles, sizes
 from turnout.cuda.tune import candidates
 from turnout.moe import Capacity, MoE, aux_loss
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 
 HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}

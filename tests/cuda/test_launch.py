@@ -164,6 +164,7 @@ def test_without_cupy_a_warning_says_so_once(no_cupy, caplog):
 
 def test_without_cupy_operators_run_in_plain_pytorch(no_cupy, monkeypatch):
     # CPU tensors stand for CUDA ones: the question `available` is asked for the device that lacks CuPy.
+    monkeypatch.setitem(launch.backends, "cpu", launch.launch_cupy)
     monkeypatch.setattr(dispatch_kernels, "available", lambda device: launch.available(torch.device("cuda")))
     plan, x = Plan.of(torch.tensor([[1, 0], [0, 1]]), 2), torch.eye(2)
     assert torch.equal(decode(encode(x, plan), plan, torch.full((2, 2), 0.5)), x)

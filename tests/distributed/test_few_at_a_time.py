@@ -5,8 +5,8 @@ import torch
 from cases import close, whole
 from ranks import run
 from test_data_parallel import batch, build
-from turnout.moe.experts import base as experts
 from turnout.moe.experts import blocked as in_cache
+from turnout.moe.experts import feed_forward as experts
 
 
 def gradients(name, few, kinds):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reference import close
 from turnout.moe import MoE
 from turnout.moe.experts.activation import ACTIVATIONS, Activation, Pointwise, activated, weighted
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.triton_path import check_triton
 
 SOFTPLUS = Pointwise(F.softplus, lambda grad, x: grad * x.sigmoid())
@@ -123,7 +123,7 @@ def test_a_new_entry_needs_no_other_place(few, gated, monkeypatch):
     monkeypatch.setitem(
         reference.ACTIVATIONS, "softplus", lambda up, gate: F.softplus(gate) * up if gated else F.softplus(up)
     )
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
     experts = FeedForwardExperts(4, 6, 2, "softplus").double()
     rows, weight = random(5, 4).requires_grad_(), random(5, seed=1).abs().requires_grad_()
     tensors = {name: p.detach().clone().requires_grad_() for name, p in experts.named_parameters()}

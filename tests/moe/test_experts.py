@@ -6,7 +6,7 @@ from reference import close, expert_ffn
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from turnout.moe.experts.activation import ACTIVATIONS
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import _fits_torch
 from turnout.moe.experts.modules import ModuleExperts
 
@@ -43,7 +43,7 @@ def tensors_of(experts):
 @pytest.mark.parametrize("activation", KINDS)
 @pytest.mark.parametrize("at_once", [False, True])  # all experts, as on other devices
 def test_as_in_the_reference(at_once, activation, size, bias, dtype, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: not at_once)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: not at_once)
     experts = FeedForwardExperts(*size, 4, activation, bias, seed=3).to(dtype)
     rows, weight, counts = inputs(size[0], dtype)
     oracle = tensors_of(experts)

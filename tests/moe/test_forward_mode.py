@@ -51,7 +51,7 @@ def layer(request, monkeypatch):
     few, chunks = options.pop("few", False), options.pop("chunks", 0)
     adapters, recompute = options.pop("adapters", False), options.pop("recompute", False)
     weight_on = options.pop("weight_on", "output")
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
     torch.manual_seed(0)
     layer = MoE(D, options.pop("hidden"), 4, seed=0, **options)
     layer.experts.recompute, layer.experts.weight_on = recompute, weight_on

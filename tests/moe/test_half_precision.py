@@ -8,7 +8,7 @@ from reference import close
 from torch import nn
 from turnout.moe import Balance, MoE, Residual, aux_loss
 from turnout.moe.adapters import add_lora
-from turnout.moe.experts.base import FeedForwardExperts
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import _sum_of_segments, _sum_of_spans, grouped_bias
 from turnout.moe.gates import SigmoidGate, SwitchGate
 
@@ -27,7 +27,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize(("hidden", "activation"), [(16, "gelu"), (4, "swiglu")])  # the weight behind, and before
 def test_gradients_of_biases_of_many_rows(hidden, activation, dtype, autocast, few, monkeypatch):
     """bfloat16 counts to 256, float16 to 2048: a sum of ones in them stands still there."""
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
     R = 3000
     experts = FeedForwardExperts(8, hidden, 2, activation, bias=True, seed=0)
     experts = experts if autocast else experts.to(dtype)

@@ -14,8 +14,8 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.moe import MoE
 from turnout.moe.experts.activation import ACTIVATIONS
-from turnout.moe.experts.base import FeedForwardExperts
 from turnout.moe.experts.blocked import _faulted_anew, groups, pays
+from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import grouped_mm
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -29,7 +29,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: True)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: True)
 
 
 @pytest.mark.usefixtures("half_units")
@@ -44,7 +44,7 @@ def test_rows_gathered_group_by_group_or_all_at_once(activation, bias, dtype, mo
     toward, results = random(5, 8, seed=2, dtype=dtype), []
     apart = super(LocalDispatcher, dispatcher).__call__
     for grouped, trip in ((True, dispatcher), (False, dispatcher), (False, apart)):
-        monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes, grouped=grouped: grouped)
+        monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes, grouped=grouped: grouped)
         experts.zero_grad()
         x, weight = random(5, 8, dtype=dtype), random(5, 2, seed=1).to(torch.promote_types(dtype, torch.float32))
         x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -78,7 +78,7 @@ def test_second_derivatives(activation, gathers):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_second_derivatives_where_the_weight_is_made_of_the_tokens(few, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
     layer, x = MoE(3, 4, 3, seed=0, bias=True, balance=0).double(), random(4, 3).requires_grad_()
     assert torch.autograd.gradgradcheck(layer, x)
 
@@ -87,7 +87,7 @@ def test_second_derivatives_where_the_weight_is_made_of_the_tokens(few, monkeypa
 @pytest.mark.parametrize("capacity", [None, 3])
 @pytest.mark.parametrize("hidden", [4, 16])
 def test_a_plan_in_place_of_rows(hidden, capacity, few, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: few)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
     plan = Plan.of(torch.tensor([[3, 0], [0, -1], [2, 3], [-1, -1], [3, 2]]), 4, capacity)
     experts = FeedForwardExperts(8, hidden, 4, bias=True).double()
     x, weight = random(5, 8), random(5, 2, seed=1)

@@ -198,7 +198,7 @@ def test_autocast(dtype, shared):
     layer = built(torch.float32, dim=8, hidden=16, shared=shared)
     x = torch.randn(T, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     seen = []
-    layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0].x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert seen == [torch.bfloat16]

@@ -161,7 +161,7 @@ def test_frozen_experts_cost_no_gradient(frozen, dtype):
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_frozen_experts_without_adapters_keep_no_rows(one_at_a_time, monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: one_at_a_time)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: one_at_a_time)
     moe, saved = layer(hidden=8).requires_grad_(False), []
     x = tokens(50).requires_grad_()
     with Made(list(moe.experts.parameters())) as made:
@@ -174,7 +174,7 @@ def test_frozen_experts_without_adapters_keep_no_rows(one_at_a_time, monkeypatch
 
 
 def test_no_adapters_one_expert_at_a_time(monkeypatch):
-    monkeypatch.setattr("turnout.moe.experts.base.pays", lambda *sizes: True)
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: True)
     moe = trained(add_lora(layer(), RANK))
     y = moe(tokens())  # all at once, in spite of that
     assert close(merge_lora(moe)(tokens()), y, 1e-12)

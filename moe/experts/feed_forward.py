@@ -1,0 +1,155 @@
+"""Feed-forward experts: two-layer perceptrons, plain or gated, and what computes them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...dispatch.plan import Plan, Tokens
+from ...dispatch.reorder import decode, encode, encode_weight
+from ...dispatch.torch_internals import transformed
+from .activation import ACTIVATIONS, activated, weighted
+from .base import Experts
+from .blocked import Layer, pays, perceptrons
+from .grouped_mm import grouped_linear, grouped_product
+from .sharded import held_slice, local_as
+from .triton_path import KERNELS, check_triton, fused
+
+
+class FeedForwardExperts(Experts):
+    """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (act(W_gate x) * W_up x).
+
+    `w_up` and `w_gate` are [E, D, H], `w_down` [E, H, D]; with `bias`, `b_up` and `b_gate` [E, H],
+    `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
+    W_down (w a) = w W_down a.
+
+    `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
+    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; not run on
+    a GPU yet); ``"auto"``, which is "torch". `autotune` measures, and sets the faster.
+
+    Args:
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (squared, arXiv:2109.08668); or
+            gated (arXiv:2002.05202), ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``, ``"clamped_swiglu"``
+            (gpt-oss, arXiv:2508.10925). The table is `ACTIVATIONS` in `moe/experts/activation.py`.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, num_experts: int, activation: str = "swiglu", bias: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(num_experts, seed)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"experts must be one of {', '.join(ACTIVATIONS)} or a factory; got {activation!r}")
+        self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
+        self.kernel = "auto"
+        self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
+        if ACTIVATIONS[activation].gated:
+            self.sizes["gate"] = (dim, hidden)
+        for name, (fan_in, fan_out) in self.sizes.items():
+            self.register_parameter(f"w_{name}", nn.Parameter(torch.empty(num_experts, fan_in, fan_out)))
+            b = nn.Parameter(torch.empty(num_experts, fan_out)) if bias else None
+            self.register_parameter(f"b_{name}", b)
+        self.reset_parameters()
+
+    @property
+    def kernel(self) -> str:
+        """What computes the experts."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+        if kernel == "triton" and not ACTIVATIONS[self.activation].triton:
+            raise ValueError(f'kernel="triton" has no activation {self.activation!r}: set kernel="torch"')
+        if kernel == "triton" and self.adapts:
+            raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
+        self._kernel = kernel
+
+    def split_axes(self) -> dict[str, int]:
+        """The hidden width; of `b_down`, the output's: each part adds its own piece."""
+        if self.adapts:
+            raise ValueError("experts with adapters cannot be split inside: merge_lora(model) first, or take etp=1")
+        inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
+        return {name: inside[name] for name, _ in self.named_parameters(recurse=False)}
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
+
+    @property
+    def gathers(self) -> bool:
+        """Tokens are as good as rows, unless their weight comes first, or a graph recomputes: it takes no plan."""
+        return self._weight_on == "output" and not (self.recompute and torch.compiler.is_compiling())
+
+    def forward(self, rows: Tensor | Tokens, weight: Tensor, counts: Tensor) -> Tensor:
+        """See `Experts.forward`; of `Tokens` [T, D] with their weight [T, k] -> tokens [T, D]."""
+        x, plan = rows if isinstance(rows, Tokens) else (rows, None)
+        up, down, *gate = (self._layer(name, x) for name in self.sizes)
+        if self._kernel == "triton":
+            check_triton(x, self.activation)
+            compute = fused
+        elif self._in_blocks(x, len(weight) if plan is None else len(plan.token)):
+            compute = perceptrons
+        else:
+            compute = self._at_once
+        return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
+
+    def _in_blocks(self, x: Tensor, rows: int) -> bool:
+        plain = self.lora is None and not torch.compiler.is_compiling() and not transformed()
+        return plain and pays(x, rows, max(self.dim, self.hidden))
+
+    def _at_once(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        counts: Tensor,
+        activation: str,
+        ups: list[Layer],
+        down: Layer,
+        plan: Plan | None,
+    ) -> Tensor:
+        """One grouped matrix product a layer; arguments as those of `fused`. Empty experts cost nothing."""
+        rows, ends = x if plan is None else encode(x, plan), counts.cumsum(0).to(torch.int32)
+        product = grouped_product(rows, down[0], *(matrix for matrix, _ in ups))
+
+        def linear(name: str, layer: Layer, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+            y = grouped_linear(rows, ends, *layer, weight, product)
+            return y if self.lora is None else self.adapted(name, y, rows, ends)
+
+        hidden = activated(
+            ACTIVATIONS[activation], *(linear(name, up, rows) for name, up in zip(("up", "gate"), ups, strict=False))
+        )
+        if self.hidden >= self.dim:
+            rows = linear("down", down, hidden)
+            return weighted(rows, weight) if plan is None else decode(rows, plan, weight)
+        weight = weight if plan is None else encode_weight(weight, plan)
+        rows = linear("down", down, weighted(hidden, weight), weight)
+        return rows if plan is None else decode(rows, plan)
+
+    def _layer(self, name: str, x: Tensor) -> Layer:
+        """Weight [L, in, out] and bias [L, out] of the layer `name`, as they lie here and in the dtype of x."""
+        weight = local_as(getattr(self, f"w_{name}"), x)
+        if not self.bias:
+            return weight, None
+        whole = getattr(self, f"b_{name}")
+        bias = local_as(whole, x)
+        if bias.shape[1] < weight.shape[2]:  # of experts split inside, this rank's part
+            held = held_slice(whole)[1]
+            bias = F.pad(bias, (held.start, weight.shape[2] - held.stop))
+        return weight, bias
+
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        initial = {}
+        for name, (fan_in, fan_out) in self.sizes.items():  # uniform within 1 / sqrt(fan_in), as nn.Linear
+            bound = 1 / math.sqrt(fan_in)
+            for kind, shape in {"w": (fan_in, fan_out), "b": (fan_out,)}.items():
+                drawn = torch.empty(shape, device="cpu", dtype=torch.float32)
+                initial[f"{kind}_{name}"] = drawn.uniform_(-bound, bound, generator=generator)
+        return initial
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
