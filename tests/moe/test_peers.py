@@ -286,8 +286,7 @@ def test_the_mapping_computes_what_the_other_library_does(page, peer):
     if peer.rows is not None:
         assert peer.rows != capacity_limit(1.0, 2, T, E)
         layer.capacity = page["factor_for"](peer.rows, 2, T, E)
-    if peer.policy is not None:
-        layer.capacity = replace(layer.capacity, drop=peer.policy)
+    layer.capacity = layer.capacity and replace(layer.capacity, drop=peer.policy or layer.capacity.drop)
     assert holds(layer, peer.state, peer.rule, peer.coefficient, drawn(T, D, seed=8))
     with torch.no_grad():
         layer.experts.get_parameter("w_down" if peer.layer != "deepspeed" else "module.2.weight")[1] *= 1.001
