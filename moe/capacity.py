@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Real
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +44,7 @@ class Capacity:
     minimum: int = 1
     drop: str = "score"
     pad: bool = False
-
-    _written: ClassVar[Sequence[str | None]]  # the factor in eval mode, and in training
+    _written: tuple[str | None, str | None] = field(init=False, repr=False, compare=False)  # in eval mode, in training
 
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
@@ -65,8 +62,8 @@ class Capacity:
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad must be True or False; got {self.pad!r}")
         # to torch.compile a text is a constant; a float that changes would be a variable, of which nothing follows
-        evaluated = self.factor if self.eval_factor is None else self.eval_factor
-        object.__setattr__(self, "_written", [factor and str(factor) for factor in (evaluated, self.factor)])
+        factors = (self.eval_factor or self.factor, self.factor)
+        object.__setattr__(self, "_written", tuple(factor and str(factor) for factor in factors))
 
     @classmethod
     def of(cls, given: float | Capacity | None, now: Capacity | None = None) -> Capacity | None:

@@ -173,7 +173,7 @@ class MoE(nn.Module):
 
     @property
     def balance(self) -> Balance:
-        """What the losses are; may be set between steps, by a number to change the balance loss's weight alone."""
+        """The balance rule; may be set between steps, by a number to change the balance loss's weight alone."""
         return self._loss.balance
 
     @balance.setter
@@ -194,15 +194,20 @@ class MoE(nn.Module):
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {tuple(x.shape)}")
+            given = f"{tuple(x.shape)} in {described(self)}"
+            raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {given}")
         if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
+            raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype} in {described(self)}")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {mask.dtype} {tuple(mask.shape)}")
+            given = f"{mask.dtype} {tuple(mask.shape)} in {described(self)}"
+            raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {given}")
         if ids is not None and (ids.shape != x.shape[:-1] or ids.dtype != torch.int64):
-            raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {ids.dtype} {tuple(ids.shape)}")
+            given = f"{ids.dtype} {tuple(ids.shape)} in {described(self)}"
+            raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {given}")
         if "sequence" in self.balance.shares and x.ndim < 2:
-            raise ValueError(f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)}')
+            raise ValueError(
+                f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)} in {described(self)}'
+            )
 
     def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
         """Ask the gate; its answer is checked, its values once."""
@@ -211,6 +216,8 @@ class MoE(nn.Module):
             more["ids"] = None if ids is None else ids.flatten()
         routing = self.gate(tokens, **more)
         wrong = wrong_shapes(routing, len(tokens), self._choices)
+        if wrong is None and self._loss.penalizes and routing.logits is None:
+            wrong = "returns no logits, and Balance(z_loss=) needs the router's logits: set z_loss=0"
         if wrong is None and can_be_read(routing.expert) and (type(self.gate), self.training) not in self._checked:
             wrong = wrong_values(routing)  # one wait for the device
             if len(tokens):

@@ -241,7 +241,7 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGr
     With a `group`, or `split`, over the tokens of all their ranks; both as in `balance_loss`.
     """
     if routing.logits is None:
-        raise ValueError("z_loss needs the router's logits, and this gate returns none: set Balance(z_loss=0)")
+        raise ValueError("z_loss needs the router's logits, and this routing has none")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
     sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])

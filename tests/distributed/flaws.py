@@ -63,7 +63,7 @@ FLAWS = {
         lambda c: replace(c, dispatcher=("2dh", "node")[c.seed % 2]),
     ),
     "a loss without logits": Flaw(
-        "z_loss needs the router's logits", lambda c: True, lambda c: first(c, gate="random", z_loss_weight=0.1)
+        "needs the router's logits: set z_loss=0", lambda c: True, lambda c: first(c, gate="random", z_loss_weight=0.1)
     ),
     "no ids": Flaw("pass ids", lambda c: True, lambda c: first(c, gate="hash")),
     "FSDP of float64": Flaw(

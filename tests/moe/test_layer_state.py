@@ -116,7 +116,9 @@ def test_aux_loss_of_a_gates_own_losses():
     routing = layer.gate(x)
     assert close(aux_loss(layer), 1e-2 * (balance_loss(routing) + routing.losses["own"]), 1e-12)
     layer.balance = Balance(z_loss=1.0)
-    with pytest.raises(ValueError, match=r"this gate returns none: set Balance\(z_loss=0\)"):
+    with pytest.raises(
+        ValueError, match=r"Own, the gate of MoE\(dim=6, num_experts=4\), returns no logits, and .*: set z_loss=0"
+    ):
         layer(x)
 
 

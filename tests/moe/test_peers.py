@@ -5,7 +5,6 @@ The rules are loops in float64 that import nothing of the package; the layers, g
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,9 +284,7 @@ def test_the_mapping_computes_what_the_other_library_does(page, peer):
     layer.load_state_dict(page[peer.convert](page["under"](theirs, "blocks.3.moe."), *peer.more))
     if peer.rows is not None:
         assert peer.rows != capacity_limit(1.0, 2, T, E)
-        layer.capacity = page["factor_for"](peer.rows, 2, T, E)
-    if peer.policy is not None:
-        layer.capacity = replace(layer.capacity, drop=peer.policy)
+        layer.capacity = Capacity(page["factor_for"](peer.rows, 2, T, E), drop=peer.policy)
     assert holds(layer, peer.state, peer.rule, peer.coefficient, drawn(T, D, seed=8))
     with torch.no_grad():
         layer.experts.get_parameter("w_down" if peer.layer != "deepspeed" else "module.2.weight")[1] *= 1.001

@@ -92,5 +92,5 @@ def test_a_gate_without_parameters_adds_no_loss():
         layer(drawn(T, D, dtype=torch.float32), ids=torch.arange(T)).sum().backward()
         assert aux_loss(layer) == 0
         layer.balance = Balance(z_loss=1.0)
-        with pytest.raises(ValueError, match="this gate returns none"):
+        with pytest.raises(ValueError, match="returns no logits"):
             layer(drawn(T, D, dtype=torch.float32), ids=torch.arange(T))
