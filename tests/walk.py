@@ -63,13 +63,19 @@ class Walk:
             f"{'  ' * depth}{code.co_qualname}".ljust(64) + place
             for (depth, code), place in zip(self.calls, places, strict=True)
         ]
-        moves = sum(a.co_filename != b.co_filename for a, b in pairwise(codes))
-        files, functions = len({code.co_filename for code in codes}), len(set(codes))
-        figures = f"{files} files, {functions} functions, {moves} moves between files, {len(self.lines)} lines executed"
+        files, functions, moves, lines = self.figures
+        figures = f"{files} files, {functions} functions, {moves} moves between files, {lines} lines executed"
         return "\n".join([*shown, "", figures])
 
+    @property
+    def figures(self) -> tuple[int, int, int, int]:
+        """Files, functions, moves between files from one function's start to the next one's, and lines that ran."""
+        codes = [code for _, code in self.calls]
+        moves = sum(a.co_filename != b.co_filename for a, b in pairwise(codes))
+        return len({code.co_filename for code in codes}), len(set(codes)), moves, len(self.lines)
 
-def walk(how: str) -> str:
+
+def walk(how: str) -> Walk:
     """Walk through a forward on this rank, which is one of those that the mesh needs."""
     torch.manual_seed(0)
     layer = MoE(dim=16, hidden=32, num_experts=4, top_k=2)
@@ -80,7 +86,12 @@ def walk(how: str) -> str:
     layer(x)
     with Walk() as walked:
         layer(x)
-    return str(walked)
+    return walked
+
+
+def shown(how: str) -> str:
+    """The walk as text, which can leave its process."""
+    return str(walk(how))
 
 
 if __name__ == "__main__":
@@ -89,4 +100,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     (way,) = sys.argv[1:]
     ranks = {"local": 1, "flat": 2, "2dh": 4}[way]
-    print(walk(way) if ranks == 1 else run(ranks, walk, way)[0])
+    print(walk(way) if ranks == 1 else run(ranks, shown, way)[0])
