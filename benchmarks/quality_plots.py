@@ -1,4 +1,4 @@
-"""Draws the curves of docs/quality.md and docs/choosing.md from the runs that benchmarks/quality.py made.
+"""Draws the curves of docs/records/quality.md and docs/guides/choosing.md from the runs that benchmarks/quality.py made.
 
 python benchmarks/quality_plots.py            # runs/quality -> docs/images
 """

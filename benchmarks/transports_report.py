@@ -1,4 +1,4 @@
-"""The table and the plot of docs/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
+"""The table and the plot of docs/explanations/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
 
     python benchmarks/transports_report.py                  # half an hour; appends to runs/transports.jsonl, then draws
     python benchmarks/transports_report.py --only-draw

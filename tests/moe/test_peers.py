@@ -1,4 +1,4 @@
-"""docs/coming_from.md: its layers, with converted weights, against other libraries' rules written from their formulas.
+"""docs/guides/migration.md: its layers, with converted weights, against other libraries' rules written from their formulas.
 
 The rules are loops in float64 that import nothing of the package; the layers, gates and converters are the page's own.
 """
@@ -17,7 +17,7 @@ from routed import drawn, same
 from test_readme import blocks
 from turnout.moe import MoE, aux_loss, capacity_limit
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming_from.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "migration.md"
 T, D, H, E = 14, 16, 32, 4
 
 
