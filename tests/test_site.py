@@ -4,6 +4,7 @@ import html
 import importlib
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_broken_references_fail(tmp_path):
     assert len(complaints) == len(broken), complaints  # and none of the names that exist
     for name in ("nowhere.md", "nothing", "nowhere.png", "turnout.moe.Nothing"):
         assert any(name in complaint for complaint in complaints), name
+
+
+def test_pictures_are_drawn_from_the_records(tmp_path):
+    draw = runpy.run_path(str(ROOT / "docs" / "images" / "draw.py"))
+    assert draw["dispatch"]() == (ROOT / "docs" / "images" / "dispatch.svg").read_text()
+    for name in ("quality", "transports"):
+        draw[name](tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(chromium() is None, reason="needs Chromium: apt-get install chromium")

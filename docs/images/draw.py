@@ -82,6 +82,7 @@ def quality(path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def transports(path: Path) -> None:
@@ -109,6 +110,7 @@ def transports(path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

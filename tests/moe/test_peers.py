@@ -1,4 +1,4 @@
-"""docs/guides/migration.md: its layers, with converted weights, against other libraries' rules written from their formulas.
+"""The layers of docs/guides/migration.md, with converted weights, against other libraries' rules from their formulas.
 
 The rules are loops in float64 that import nothing of the package; the layers, gates and converters are the page's own.
 """
