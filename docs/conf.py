@@ -19,6 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = "Turnout"
 html_show_sphinx = False
+smartquotes = False  # what is copied from a page must be what was written
 
 # Pages are read on GitHub as well: links name files, and headings have the anchors that GitHub gives them.
 myst_heading_anchors = 4
