@@ -30,10 +30,8 @@ lint: $(VENV)/test.stamp ## ruff and pyright; changes nothing
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# Left out: pdoc 16 cannot resolve the annotations of a NamedTuple's constructor (it can those of its fields).
-docs: $(VENV)/docs.stamp ## the reference, from the docstrings: build/docs/index.html
-	$(VENV)/bin/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" \
-	  -m pdoc --docformat google turnout turnout.models.hf turnout.models.checkpoint turnout.models.report '!turnout.moe.capacity' --output-directory build/docs
+docs: $(VENV)/docs.stamp ## pages and API reference, as one site: build/docs/index.html
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 clean: ## remove what make and pip made here; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

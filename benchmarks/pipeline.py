@@ -191,7 +191,8 @@ def draw(path: str, shown: dict[str, list[list[Span]]], p: int) -> None:
     axes[-1].set_xlabel("seconds")
     names = {"F": "forward", "B": "backward (of inputs, where W follows)", "W": "backward of weights"}
     patches = [Patch(color=COLOURS[kind], label=name) for kind, name in names.items()]
-    figure.legend(handles=patches, ncols=3, loc="outside lower center", fontsize=8, frameon=False)
+    patches.append(Patch(color="gray", alpha=0.55, label="pale: the second stage of a rank"))
+    figure.legend(handles=patches, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/quality.py --workers 2
 
 Runs what is missing under --out, one process a run, one rank and one thread each; started again it goes on.
-Prints the tables of docs/quality.md, which has the protocol. A run is the flags it is named by.
+Prints the tables of docs/records/quality.md, which has the protocol. A run is the flags it is named by.
 """
 
 from __future__ import annotations

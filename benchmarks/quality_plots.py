@@ -1,4 +1,4 @@
-"""Draws the curves of docs/quality.md and docs/choosing.md from the runs that benchmarks/quality.py made.
+"""Draws the picture of docs/guides/choosing.md from the runs that benchmarks/quality.py made.
 
 python benchmarks/quality_plots.py            # runs/quality -> docs/images
 """
@@ -14,44 +14,27 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from quality import LONG_MODELS, LONGER, ROOT, VARIANTS, folder_of, named
+from quality import ROOT, VARIANTS, folder_of, named
 
 BALANCE = ("no balance loss", "aux 0.001", "topk, top-2 of 8, dropless, aux 0.01", "aux 0.1")
 CAPACITY = ("capacity 1.0", "capacity 1.25", "gshard, capacity 1.25", "switch, capacity 1.25")
 
 
 def log(runs: Path, flags: str) -> dict[str, list] | None:
-    """Curves of a run: over `step`, `dropped` and `imbalance`; over `val_step`, `val_bpb`."""
+    """Curves of a run over `step`: `dropped` and `imbalance`."""
     path = folder_of(runs, flags) / "log.jsonl"
     if not path.exists():
         return None
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    lines, held_out = ([event for event in events if event["event"] == kind] for kind in ("step", "held out"))
+    lines = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "step"]
     return {
         "step": [line["step"] for line in lines],
         "dropped": [sum(line["dropped"]) / max(1, len(line["dropped"])) for line in lines],
         "imbalance": [max(line["imbalance"], default=1.0) for line in lines],
-        "val_step": [event["step"] for event in held_out],
-        "val_bpb": [event["bits_per_byte"] for event in held_out],
     }
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:
     return np.convolve(values, np.ones(width) / width, "valid")
-
-
-def longer(runs: Path, lr: float, left: plt.Axes, right: plt.Axes) -> None:
-    """Bits per held-out byte, and how many fewer than the dense model of the same seed."""
-    for seed in range(3):
-        logs = {name: log(runs, named(f"{flags} {LONGER}", lr, seed)) for name, flags in LONG_MODELS.items()}
-        for (name, found), color in zip(logs.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
-            if found is None or logs["dense"] is None:
-                continue
-            style = {"color": color, "ms": 3, "label": name if seed == 0 else None}
-            left.plot(found["val_step"], found["val_bpb"], "o-", **style)
-            right.plot(found["val_step"], np.subtract(logs["dense"]["val_bpb"], found["val_bpb"]), "o-", **style)
-    left.set(xlabel="step", ylabel="bits per held-out byte", title="equal active FLOPs")
-    right.set(xlabel="step", ylabel="fewer bits than dense", title="the same, less the dense model's")
 
 
 def each(runs: Path, lr: float, names: tuple[str, ...], key: str, axis: plt.Axes) -> None:
@@ -77,10 +60,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
-    longer(args.runs, args.lr, *axes)
-    save(figure, args.out / "quality.png")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     each(args.runs, args.lr, BALANCE, "imbalance", left)

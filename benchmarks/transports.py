@@ -1,6 +1,6 @@
 """Which transport is fastest, and what does each put on the wire? Trips of a layer, forward and backward.
 
-    python benchmarks/transports_report.py           # all clusters and links of docs/transports.md: runs this file
+    python benchmarks/transports_report.py           # all clusters of docs/records/transports.md: runs this file
     python benchmarks/cluster/emulate.py --nodes 4 --ranks 2 --rate 100mbit --delay 0.2ms -- benchmarks/transports.py
     torchrun --nnodes 4 --nproc-per-node 8 ... benchmarks/transports.py --interface eth0        # a real cluster
 

@@ -1,7 +1,7 @@
-"""The table and the plot of docs/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
+"""The table of docs/records/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
 
-    python benchmarks/transports_report.py                  # half an hour; appends to runs/transports.jsonl, then draws
-    python benchmarks/transports_report.py --only-draw
+    python benchmarks/transports_report.py                  # half an hour; appends to runs/transports.jsonl, prints all
+    python benchmarks/transports_report.py --only-print
 
 A case that is in the file already is not measured again.
 """
@@ -13,11 +13,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = {
@@ -82,42 +77,15 @@ def print_table(records: list[dict]) -> None:
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """How much faster than flat, over message sizes; a panel for each cluster and link."""
-    panels = list(dict.fromkeys((r["shape"], r["link"]) for r in records))
-    rows = -(-len(panels) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(12, 3.2 * rows), squeeze=False)
-    for axis, (shape, link) in zip(axes.flat, panels, strict=False):
-        here = [r for r in records if (r["shape"], r["link"], r["skewed"]) == (shape, link, False)]
-        axis.axhline(1, color=COLORS["flat"], label="flat")
-        for k, style in ((2, "o:"), (4, "o--"), (8, "o-")):
-            for name in ("2dh", "node"):
-                cases = [r for r in here if r["k"] == k]
-                faster = [r["found"]["flat"]["seconds"] / r["found"][name]["seconds"] for r in cases]
-                axis.plot([r["size"] for r in cases], faster, style, ms=3, color=COLORS[name], label=f"{name}, k = {k}")
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="bytes of tokens on a rank", ylabel="times as fast as flat", ylim=(0.4, None))
-        axis.set_title(f"{shape}, {link}")
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, default=ROOT / "runs" / "transports.jsonl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only-draw", action="store_true", help="from what the file has")
+    parser.add_argument("--only-print", action="store_true", help="from what the file has")
     args = parser.parse_args()
-    if not args.only_draw:
+    if not args.only_print:
         measure(args.file, args.rounds)
-    records = read(args.file)
-    print_table(records)
-    draw(records, ROOT / "docs" / "images" / "transports.png")
+    print_table(read(args.file))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""log.jsonl, the one log of a run: a JSON object a line, written as things happen. Its keys: docs/training.md."""
+"""log.jsonl, the one log of a run: a JSON object a line, written as things happen. Keys: docs/guides/training.md."""
 
 from __future__ import annotations
 

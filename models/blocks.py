@@ -1,6 +1,6 @@
 """What the models are made of: blocks of attention and a feed-forward network, which may be a mixture of experts.
 
-Activations are [B, S, D], sequences whole in memory (docs/models.md: why not [S, B, D]).
+Activations are [B, S, D], sequences whole in memory (docs/explanations/models.md: why not [S, B, D]).
 """
 
 from __future__ import annotations

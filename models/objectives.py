@@ -18,7 +18,7 @@ Batch = tuple[tuple[Tensor, ...], Tensor]
 
 
 class Objective(NamedTuple):
-    """A model and its task. ``loss(model(*inputs), targets)`` is one forward, for all of them:
+    """A model and its task. ``loss(model(*inputs), targets)`` is one forward, for all of them::
 
         kind = OBJECTIVES["bert"]
         config = kind.config(dim=64, heads=2)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "cuda" / "README.md",
     ROOT / "benchmarks" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RANKS = {"python torchrun": 2, "python torchrun 4": 4}  # what a fence says, and the ranks its block runs on
+# what a fence says, and the numbers of ranks its block runs on; on several it must print the same numbers, to 1 %
+RANKS = {"python torchrun": (2,), "python torchrun 4": (4,), "python torchrun 1 4": (1, 4)}
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")  # file, heading
 
 
@@ -57,12 +59,17 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
 @pytest.mark.slow
 @each([path for path in PAGES if any(blocks(path, kind) for kind in RANKS)])
 def test_torchrun_blocks_run(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # what they write
-    for ranks, code in [(ranks, code) for kind, ranks in RANKS.items() for code in blocks(path, kind)]:
-        job = tmp_path / "job.py"
+    job = tmp_path / "job.py"
+    for numbers, code in [(numbers, code) for kind, numbers in RANKS.items() for code in blocks(path, kind)]:
         job.write_text(code)
-        done = script(job, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        losses = {}
+        for ranks in numbers:
+            monkeypatch.chdir(tempfile.mkdtemp(dir=tmp_path))  # what they write
+            done = script(job, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            losses[ranks] = [float(number) for number in re.findall(r"loss ([\d.]+)", done.stdout)]
+        assert all(found == pytest.approx(losses[numbers[0]], rel=0.01) for found in losses.values()), losses
+        assert losses[1] if len(numbers) > 1 else True
 
 
 @pytest.mark.slow
@@ -96,5 +103,7 @@ def headings(path: Path) -> set[str]:
 
 
 def test_the_index_has_every_page():
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
-    assert pages - {file for file, _ in linked(ROOT / "docs" / "index.md")} == set()
+    docs = ROOT / "docs"
+    linked_to = {file for file, _ in linked(docs / "index.md")} | {"index.md"}
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert {page for page in pages - linked_to if not page.startswith("api/")} == set()

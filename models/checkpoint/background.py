@@ -38,7 +38,7 @@ class AsyncCheckpointer:
     """Saves as `save` does, while training goes on: training waits for a copy in host memory, a thread writes it.
 
     All ranks make it, and call each method at the same place of their loops. The thread has a process group of its own.
-    What fails in it is raised by the next call of `poll`, `wait` or `save`, on every rank alike.
+    What fails in it is raised by the next call of `poll`, `wait` or `save`, on every rank alike::
 
         with AsyncCheckpointer("runs/mine", keep=3) as checkpointer:
             for step in range(1, 1001):

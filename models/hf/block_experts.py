@@ -81,7 +81,7 @@ class FusedExperts(Experts):
         layout = "[E, D, 2H] and [E, H, D]" if transposed else "[E, 2H, D] and [E, D, H]"
         raise ValueError(
             f"{type(module).__name__} must have gate_up_proj and down_proj, {layout}; it has {shapes}: say "
-            f"transposed={not transposed}, or write Experts of its own (docs/bridges.md)"
+            f"transposed={not transposed}, or write Experts of its own (docs/guides/hugging_face.md)"
         )
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which families of Hugging Face's transformers there is a bridge for: one adapter, block -> `Parts`, each.
 
 They are told by the name of the block's class, so that nothing here imports transformers. What each router does
-is in docs/bridges.md.
+is in docs/guides/hugging_face.md.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
     Args:
         model: of transformers, or any module that holds blocks for which there are adapters.
         adapters: functions block -> `Parts` by the class of the block, beside those of `families.FAMILIES`, or in
-            place of them: docs/bridges.md has a guide.
+            place of them: docs/guides/hugging_face.md has a guide.
 
     Raises:
         ValueError: no MoE block, or one without an adapter; the model is then as it was.
@@ -77,7 +77,7 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no MoE block that is known or has `experts`: pass "
-            "adapters={its class: a function block -> Parts}; docs/bridges.md says how to write one"
+            "adapters={its class: a function block -> Parts}; docs/guides/hugging_face.md says how to write one"
         )
     for place, (parent, name, layer) in enumerate(layers):
         layer.experts.seed = place  # what is drawn anew, or beside them (LoRA), differs from layer to layer
@@ -126,7 +126,7 @@ def _adapter(path: str, block: nn.Module, adapters: Mapping[type[nn.Module], Ada
         kind = type(block).__name__
         raise ValueError(
             f"{path} is a {kind}, for which there is no adapter: write a function block -> Parts and pass "
-            f"adapters={{{kind}: it}}; docs/bridges.md says how"
+            f"adapters={{{kind}: it}}; docs/guides/hugging_face.md says how"
         )
     return adapter
 

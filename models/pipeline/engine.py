@@ -65,7 +65,8 @@ class Pipeline:
         stages: how the model was cut.
         group: the ranks of the pipeline, in the order of the stages.
         micro_batches: in which a batch is cut, m. All schedules but gpipe want at least as many as ranks, P; the
-            interleaved ones a multiple of m // P. The share of time a rank waits shrinks with it (docs/pipeline.md).
+            interleaved ones a multiple of m // P. The share of time a rank waits shrinks with it
+            (docs/explanations/pipeline.md).
         loss_fn: (logits of the last stage, targets) -> mean over the micro-batch, a scalar; None: `next_token_loss`.
         boundary: how hidden states travel, if several ranks split a stage; None: this rank has all of them.
         dtype: of hidden states between stages; None: that of the parameters.

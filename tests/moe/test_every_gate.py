@@ -135,7 +135,7 @@ def test_who_has_no_router_bias(name):
 
 @pytest.mark.parametrize("name", GATES)
 def test_every_gate_has_its_paper_and_formula(name):
-    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "explanations" / "gates.md").read_text()
     (row,) = re.findall(rf'^\| `"{name}"` \| (.+) \| (.+) \| (.+) \|$', page, re.MULTILINE)
     papers = set(re.findall(r"arXiv:\d{4}\.\d{5}", row[-1]))
     assert papers

@@ -1,4 +1,4 @@
-"""docs/coming_from.md: its layers, with converted weights, against other libraries' rules written from their formulas.
+"""The layers of docs/guides/migration.md, with converted weights, against other libraries' rules from their formulas.
 
 The rules are loops in float64 that import nothing of the package; the layers, gates and converters are the page's own.
 """
@@ -18,7 +18,7 @@ from test_readme import blocks
 from turnout.moe import Capacity, MoE, aux_loss
 from turnout.moe.capacity import capacity_limit
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming_from.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "migration.md"
 T, D, H, E = 14, 16, 32, 4
 
 
