@@ -8,7 +8,7 @@ Prints a table for each case as it is done, and last what was hoped for beside w
 JSON, after every case, and the longest kernels of a step to a text file beside it. On a GPU every part runs in a
 process of its own: a case that crashes it, or hangs, is named as such, and another process goes on with the next case.
 No part takes more than its share of the time that is left.
-The floors behind the targets: docs/guides/gpu.md, "Check it, and time it". Peers are measured where they are installed.
+The floors behind the targets: docs/records/gpu.md, "Floors and targets". Peers are measured where they are installed.
 """
 
 from __future__ import annotations
