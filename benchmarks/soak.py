@@ -109,6 +109,11 @@ class Job:
             self.tend()
             time.sleep(0.05)
 
+    def training(self) -> bool:
+        """Whether there was a step since it began or went on."""
+        log = self.log()
+        return log is not None and log.end is None and log.steps != [] and log.steps[-1].time > log.starts[-1].time
+
     def starts(self) -> int:
         """How often it has begun or gone on."""
         log = self.log()
@@ -122,9 +127,9 @@ class Job:
 
 def disturb(job: Job, draw: random.Random) -> Sent | None:
     """Send one signal at a random moment, and wait until the job goes on; None if it is done before."""
-    before, further = job.lines(), draw.randint(1, 8)
-    if draw.random() < 0.3:
-        job.wait(job.done, draw.uniform(0, 8))
+    before, further = job.lines(), draw.randint(1, 5)
+    if not job.training() and draw.random() < 0.5:
+        job.wait(job.training, draw.uniform(0, 8))
     else:
         job.wait(lambda: job.lines() >= before + further, PATIENCE)
         time.sleep(draw.uniform(0, 0.1))
@@ -134,14 +139,13 @@ def disturb(job: Job, draw: random.Random) -> Sent | None:
         return None
     if not victims:  # torchrun has not started them yet
         return disturb(job, draw)
-    log = job.log()
-    phase = "training" if log and log.end is None and log.steps and log.time > time.time() - 1 else "starting or ending"
+    phase = "training" if job.training() else "starting"
     victim, at, starts, sent = draw.choice(victims), job.lines(), job.starts(), time.monotonic()
     first, _, then = kind.partition("+")
     if _alive(victim):
         os.kill(victim, getattr(signal, f"SIG{first}"))
     if then:
-        job.wait(job.done, draw.uniform(0.5, 12))
+        job.wait(job.done, draw.uniform(0.5, 12 if to == "rank" else 2))
         if _alive(victim):
             os.kill(victim, getattr(signal, f"SIG{then}"))
     ends = kind in ("KILL", "TERM") or (kind == "STOP" and to == "rank")
