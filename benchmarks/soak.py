@@ -34,7 +34,7 @@ FLAGS = (
     "--batch 8 --seq 32 --dim 32 --heads 4 --layers 4 --hidden 32 --experts 4 --gate gshard --eval-size 8 "
     "--eval-every 20 --save-every 4 --log-every 1 --warmup 20 --timeout 8 --check-every 10"
 )
-PATIENCE = 120.0  # seconds without a new line in the log after which the watchman kills the job
+PATIENCE = 600.0  # seconds without a new line in the log after which the watchman kills the job
 KINDS = ("KILL", "TERM", "STOP", "STOP+CONT")
 
 
@@ -142,13 +142,14 @@ def disturb(job: Job, draw: random.Random) -> Sent | None:
     phase = "training" if job.training() else "starting"
     victim, at, starts, sent = draw.choice(victims), job.lines(), job.starts(), time.monotonic()
     first, _, then = kind.partition("+")
+    heard = kind == "KILL" or _state(victim) != "T"  # what is stopped already does not hear of anything else
     if _alive(victim):
         os.kill(victim, getattr(signal, f"SIG{first}"))
     if then:
         job.wait(job.done, draw.uniform(0.5, 12 if to == "rank" else 2))
         if _alive(victim):
             os.kill(victim, getattr(signal, f"SIG{then}"))
-    ends = kind in ("KILL", "TERM") or (kind == "STOP" and to == "rank")
+    ends = heard and (kind in ("KILL", "TERM") or (kind == "STOP" and to == "rank"))
     job.wait(lambda: (job.starts() > starts if ends else job.lines() > at + 1) or job.done(), PATIENCE)
     if job.lines() == at or (ends and job.starts() == starts and not job.done()):
         raise SystemExit(f"{kind} to {to} {victim}: nothing happened for {PATIENCE:.0f} s; see {job.out}.said")

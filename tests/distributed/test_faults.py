@@ -170,7 +170,7 @@ def test_every_rank_hears_of_it(dispatcher):
     [
         (other_seed, "MoE layers differ between ranks: the values of parameter experts.w_up of layer 0 on ranks 1, 2"),
         (other_width, "MoE layers differ between ranks: experts of layer 0 is FeedForwardExperts("),
-        (other_options, "MoE layers differ between ranks: balance of layer 0 is 'global' on ranks 0, 1, 2, 'local' on"),
+        (other_options, "MoE layers differ between ranks: balance of layer 0 is Balance("),
         (other_router, "MoE layers differ between ranks: the values of parameter gate.weight of layer 0 on ranks 1, 2"),
         (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and nothing would be exchanged along dp"),
         (synchronised_over_half, "the mesh averages over ranks ["),
