@@ -14,7 +14,7 @@ from gpu_report import Row
 from torch import Tensor
 from turnout.dispatch import Plan, decode, encode
 from turnout.moe import Capacity, MoE
-from turnout.moe.capacity import capacity
+from turnout.moe.capacity import drop_over_capacity
 from turnout.moe.gates import TopKGate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,7 +152,7 @@ def router(device: torch.device, T: int, E: int, k: int) -> list[Row]:
         result.append(row(f"router's gradient, {order}", grads[0], grads[1], 1e-4))
         for policy in ("score", "position"):
             limit = T * k // E
-            kept = [capacity(r, limit, policy) for r in (ours, expected)]
+            kept = [drop_over_capacity(r, limit, policy) for r in (ours, expected)]
             same = torch.equal(kept[0].expert.cpu(), kept[1].expert)
             result.append({"check": f"capacity by {policy}, {order}", "ok": same})
     return result
