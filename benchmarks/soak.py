@@ -7,7 +7,7 @@
 SIGSTOP for ever, or SIGSTOP and some seconds later SIGCONT; to a random rank or to torchrun; at a random moment while
 the job starts, trains, evaluates or saves. torchrun starts its ranks again if it can (--max-restarts). Where it ends,
 a watchman who knows no more than a shell script starts the job again with --resume, and kills what does not end by
-itself. The losses of all steps, and the bits per held-out byte, have to be those of the undisturbed job, to the bit.
+itself. All losses, and the bits per held-out byte, must equal the undisturbed job's to the bit.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Plan:
 class Tokens(NamedTuple):
     """Rows that nobody has laid out: experts that gather take them in place of rows, and give tokens [T, D] back.
 
-    The weight beside them is that of the assignments, [T, k].
+    The router's weights go beside them as they are, [T, k].
     """
 
     x: Tensor  # [T, D]

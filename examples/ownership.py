@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,17 +61,17 @@ class Run:
         """
         launchers: list[Any] = [None] * launch.RANKS
         dist.all_gather_object(launchers, launch.launcher())
-        lock, answer = None, [None, ""]
+        run, answer = None, [None]
         if launch.RANK == 0:
             try:
-                taken, lock = _take(Path(job.out), job.resume, {each for each in launchers if each})
-                answer = [taken, ""]
+                run = _take(job, text, {each for each in launchers if each})
+                answer = [replace(run, lock=None)]
             except (ValueError, OSError) as error:
-                answer = [None, str(error)]
+                answer = [str(error)]
         dist.broadcast_object_list(answer)
-        if answer[0] is None:
-            raise ValueError(answer[1])
-        return cls(*answer[0], job, text, lock)
+        if isinstance(answer[0], str):
+            raise ValueError(answer[0])
+        return run or answer[0]
 
     def signature(self) -> dict[str, Any]:
         """For a checkpoint: whose it is."""
@@ -99,14 +99,15 @@ class Run:
             say(f"going on with {', '.join(others + changed)}")
 
 
-def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool, bool, bool], IO[str] | None]:
+def _take(job: Job, text: str, launchers: set[str]) -> Run:
+    out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     held, newest = _read(out / "run.json"), checkpoint.newest(out)
     restarted = bool(launchers & set(held.get("launchers", [])))
     lock = _locked(out / "lock", patience=RELEASE if restarted else 0)
-    if resume and not newest and not restarted:
+    if job.resume and not newest and not restarted:
         raise ValueError(f"--resume: there is no checkpoint in {out}")
-    if newest and not (resume or restarted):
+    if newest and not (job.resume or restarted):
         of = f"run {held['run']}" if held else "another run"
         raise ValueError(
             f"{out} holds {newest.name} of {of}: go on with it by --resume, name another folder by --out, or delete it"
@@ -116,7 +117,7 @@ def _take(out: Path, resume: bool, launchers: set[str]) -> tuple[tuple[str, bool
     aside = out / "run.json.incomplete"
     aside.write_text(json.dumps({"run": run, "launchers": sorted(launchers)}))
     aside.replace(out / "run.json")
-    return (run, bool(newest), known, restarted), lock
+    return Run(run, bool(newest), known, restarted, job, text, lock)
 
 
 def _read(file: Path) -> dict[str, Any]:

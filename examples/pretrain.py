@@ -88,10 +88,12 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
                 log.write("spike", done, loss=spike.loss, median=spike.usual, **where)
             stopping = stop.answer() and done < job.steps
             last = stopping or done == job.steps
+            saves = done % job.save_every == 0 or last
 
-            if logged:
+            if logged or saves:
                 place.at("the log")
                 recent.count(*steps.gather(model))
+            if logged:
                 event = log.write("step", done, lr=lr, gradient_norm=step.norm, **meter.read(), **recent.spend())
                 bar.set_postfix_str(summary(event))
                 if silent:
@@ -108,14 +110,12 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
                     board.held_out(event)
 
             log_saved(log, checkpointer.poll)
-            saves = done % job.save_every == 0 or last
             if saves or done % job.check_every == 0:
                 place.at("the comparison of replicas")
                 check_replicas(model.parts)
             if saves:
                 place.at("the checkpoint")
                 log_saved(log, checkpointer.wait)
-                recent.count(*steps.gather(model))
                 extra = {"recent": asdict(recent), "scaler": scaler.state_dict(), **run.signature()}
                 checkpointer.save(model.parts, optimizer, done, extra, random_state(device))
             if last:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
 
@@ -47,12 +48,12 @@ class Spikes:
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, loss: float, own: float, model: ParallelModel, scale: float) -> Spike | None:
+    def look(self, loss: float, own: Tensor | float, model: ParallelModel, scale: float) -> Spike | None:
         """Take note of a step's loss, while its gradients are there. All ranks call it.
 
         Args:
             loss: of the step, the same on all ranks.
-            own: of this rank's part of the batch.
+            own: of this rank's part of the batch; read if there is a spike.
             scale: by which gradients were multiplied when they were clipped.
         """
         before, enough = list(self.losses), len(self.losses) >= FEWEST
@@ -68,7 +69,7 @@ class Spikes:
                     held = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
                     gradients.append((float(torch.linalg.vector_norm(held.float())) / scale, name))
         said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, (own, *max(gradients)))
+        dist.all_gather_object(said, (float(own), *max(gradients)))
         where = max(range(len(said)), key=lambda rank: said[rank][0])
         rank = max(range(len(said)), key=lambda rank: said[rank][1])
         return Spike(loss, usual, said[where][0], where, *said[rank][1:], rank)

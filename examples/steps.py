@@ -93,7 +93,7 @@ def train(
     spike = None
     if not nonfinite:
         if spikes:
-            spike = spikes.look(task, float(losses.task), model, scale=min(1.0, max_norm / whole) if whole else 1.0)
+            spike = spikes.look(task, losses.task, model, scale=min(1.0, max_norm / whole) if whole else 1.0)
         scaler.step(optimizer)
     scaler.update()
     update_expert_biases(model)

@@ -103,19 +103,8 @@ class DbrxGate(RouterGate):
             weight = weight / torch.norm(weight, p=self.norm, dim=-1, keepdim=True)
         return logits, weight, expert
 
-    @property
-    def top_k(self) -> int:
-        """Experts a token picks, k; the choice is made here."""
-        return self._top_k
-
-    @top_k.setter
-    def top_k(self, top_k: int) -> None:
-        self.check_top_k(top_k)
-        self._top_k = top_k
-
-    def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: any number, as the router has no part in the choice."""
-        Gate.check_top_k(self, top_k)
+    # any number: the router has no part in the choice
+    top_k, check_top_k = Gate.top_k, Gate.check_top_k  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class SwitchTransformersGate(RouterGate):

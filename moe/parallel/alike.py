@@ -118,10 +118,13 @@ def values(
         for own, t in module.named_parameters() if kind == "parameter" else module.named_buffers():
             yield f"{kind} {own}{behind}", f"{tuple(t.shape)} {t.dtype}"
             if not t.is_meta:
-                held = (
-                    ", ".join(f"{part.start}:{part.stop}" for part in held_slice(t)) if isinstance(t, DTensor) else ""
-                )
-                yield f"{VALUES}{kind} {own}{held and f'[{held}]'}{behind}", f"{checksum(local(t.detach())):x}"
+                yield f"{VALUES}{kind} {held_name(own, t)}{behind}", f"{checksum(local(t.detach())):x}"
+
+
+def held_name(name: str, tensor: Tensor) -> str:
+    """A tensor's name and, of one that is split, the part that lies here: "w_up[2:4, 0:8]"."""
+    parts = ", ".join(f"{part.start}:{part.stop}" for part in held_slice(tensor))
+    return f"{name}[{parts}]" if isinstance(tensor, DTensor) else name
 
 
 def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from ...dispatch.agreement import told
-from ..experts.sharded import held_slice, local
+from ..experts.sharded import local
 from ..gates import Gate
-from .alike import checksums, gathered
+from .alike import checksums, gathered, held_name
 
 
 class ReplicaError(RuntimeError):
@@ -80,9 +79,8 @@ def _held(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
         routers = [name for name, module in part.named_modules() if isinstance(module, Gate)]
         buffers = [(name, t) for name, t in part.named_buffers() if any(name.startswith(f"{r}.") for r in routers)]
         for name, tensor in [*part.named_parameters(), *buffers]:
-            where = [f"{s.start}:{s.stop}" for s in held_slice(tensor)] if isinstance(tensor, DTensor) else []
             if (here := local(tensor.detach())).numel() and not here.is_meta:
-                yield f"{name}[{', '.join(where)}]" if where else name, here
+                yield held_name(name, tensor), here
 
 
 def _key(name: str) -> int:
