@@ -94,7 +94,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         try:
             for name in leftovers():
-                _ip("netns", "del", name)
+                _remove(name)
             binary = os.path.join(self._folder.name, "switch")
             source = str(Path(__file__).parent / "switch.c")
             subprocess.run([str(compiler()), "-O2", "-o", binary, source, "-lm"], check=True)
@@ -125,7 +125,7 @@ class Cluster:
             self._switch.kill()
             self._switch.communicate()
         for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+            _remove(name)
         self._folder.cleanup()
 
     def set(self, *command: str | float) -> None:
@@ -163,8 +163,10 @@ class Cluster:
             alive = {process.sentinel: process for process in started}
             while alive:
                 for sentinel in wait(list(alive)):
-                    if code := alive.pop(sentinel).exitcode:
-                        return code
+                    process = alive.pop(sentinel)
+                    process.join()  # its end of the pipe closes before it has an exit code
+                    if process.exitcode:
+                        return process.exitcode
             return 0
         finally:
             for process in started:
@@ -192,6 +194,11 @@ def _ip(*arguments: str) -> None:
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {result.stderr.strip()}")
+
+
+def _remove(name: str) -> None:
+    """A node, unless it is gone: another cluster may be sweeping up as well."""
+    subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def script(command: list[str]) -> Callable[[], None]:
