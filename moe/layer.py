@@ -16,6 +16,7 @@ from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
 from ..dispatch.torch_internals import in_backward
+from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import Capacity, drop_over_capacity
 from .experts.base import Experts
@@ -23,7 +24,7 @@ from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
-from .routing import Routing, can_be_read, wrong_shapes, wrong_values
+from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
 
 
@@ -105,6 +106,7 @@ class MoE(nn.Module):
         self.place: Place | None = None  # among the layers of its model
         self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
         self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
+        self.tap: Tap | None = None  # records or replays routings
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was looked at, in training and eval
@@ -224,7 +226,8 @@ class MoE(nn.Module):
                 self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
-        return routing if real is None else routing.masked(real)
+        routing = routing if real is None else routing.masked(real)
+        return routing if self.tap is None else outside(self.tap, self.gate, tokens, routing)
 
     def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
         """What capacity keeps of a routing; and to how many rows each expert is padded, None if it is not."""
@@ -277,7 +280,7 @@ class MoE(nn.Module):
 
     def _state(self) -> dict[str, Any]:
         # What can be copied: not a loss with its graph, nor what `compile` made of this very layer.
-        return {**super().__getstate__(), "_last": None, "_losses": StepLosses()}
+        return {**super().__getstate__(), "_last": None, "_losses": StepLosses(), "tap": None}
 
 
 def described(layer: MoE) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class Routing:
     def masked(self, mask: Tensor) -> Routing:
         """Take padding out: tokens where `mask`, bool [T], is False go to no expert."""
         return replace(self.keep(mask.unsqueeze(1)), mask=mask)
+
+
+class Tap(Protocol):
+    """What a layer shows the routing of its gate, and takes the routing to use from: see `moe.replay`."""
+
+    ended: bool  # another one may take its place
+
+    def __call__(self, gate: Any, tokens: Tensor, routing: Routing) -> Routing:
+        """tokens [T, D] and the gate's own routing -> the routing to use."""
+        ...
 
 
 def wrong_shapes(routing: Routing, tokens: int, num_experts: int) -> str | None:

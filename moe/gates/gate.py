@@ -93,6 +93,17 @@ class Gate(nn.Module, ABC):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """Weights [T, k] of experts that this gate has not chosen, int64 [T, k], -1 for none: for `replay`.
+
+        A subclass computes them from its routing of the same tokens, so that they have a graph to the router. Weights
+        where the expert is -1 do not count.
+
+        Raises:
+            TypeError: a gate that does not define it.
+        """
+        raise TypeError(f"{type(self).__name__} cannot weigh experts it has not chosen: define weigh(routing, expert)")
+
     def observe(self, routing: Routing) -> None:
         """Look at the layer's routing after each training forward; not in eval, and once where it is recomputed."""
 
@@ -150,6 +161,11 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
     scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
     return Routing(expert, weight, scores)
+
+
+def taken(scores: Tensor, expert: Tensor) -> Tensor:
+    """The scores [T, E] of experts int64 [T, k] -> [T, k]; 0 where the expert is -1."""
+    return torch.where(expert < 0, 0.0, scores.gather(1, expert.clamp(min=0)))
 
 
 def normalised(weight: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class HashGate(Gate):
             raise ValueError("the hash gate routes by token id: pass ids, int64 of x's leading shape: moe(x, ids=ids)")
         return even(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts, self.scale)
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(torch.full_like(expert, 1 / self.top_k, dtype=routing.weight.dtype))
+
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"{super().extra_repr()}, seed={self.seed}"
