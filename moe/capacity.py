@@ -14,6 +14,7 @@ from ..dispatch.plan import load
 from .routing import Routing
 
 POLICIES = ("score", "position", "priority")
+AS_NEEDED = "as needed"
 
 
 @dataclass(frozen=True)
@@ -24,32 +25,41 @@ class Capacity:
 
     Args:
         factor: capacity factor in training, a positive number. 1.0 is an expert's even share. None drops nothing in
-            training, and needs an `eval_factor`.
-        eval_factor: capacity factor in eval mode, a positive number. None, the default, takes `factor`.
+            training, and needs an `eval_factor`. ``"as needed"`` drops nothing either, and pads every expert to the
+            largest load of any expert on any rank, which the host reads in each step (Tutel's dynamic capacity,
+            arXiv:2206.03382). It sets `pad`.
+        eval_factor: capacity factor in eval mode, a positive number or ``"as needed"``. None, the default, takes
+            `factor`.
         minimum: the fewest rows that the limit may be, a positive integer; 1 by default.
         drop: the order in which an expert accepts its assignments: ``"score"``, the default, takes the highest weight
             first, ``"position"`` the earliest token, ``"priority"`` the token of the highest score
             (`drop_over_capacity`).
+        at_most: the largest capacity factor that ``"as needed"`` may take, a positive number. It drops what is over
+            that. None, the default, sets no limit.
         pad: whether every expert gets exactly its limit of rows, padding rows included. All shapes are static then.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by its name.
 
+    >>> Capacity("as needed", at_most=2.0).needed(load=30, top_k=2, tokens=100, num_experts=8, training=True)
+    30
     >>> Capacity(1.25, drop="position").limit(top_k=2, tokens=100, num_experts=8, training=True)
     32
     """
 
-    factor: float | None
-    eval_factor: float | None = None
+    factor: float | str | None
+    eval_factor: float | str | None = None
     minimum: int = 1
     drop: str = "score"
     pad: bool = False
+    at_most: float | None = None
     _written: tuple[str | None, str | None] = field(init=False, repr=False, compare=False)  # in eval mode, in training
+    follows_load: tuple[bool, bool] = field(init=False, repr=False, compare=False)  # "as needed" in eval, in training
 
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
             factor = getattr(self, name)
-            if factor is None:
+            if factor is None or factor == AS_NEEDED:
                 continue
             _check_factor(name, factor)
             object.__setattr__(self, name, float(factor))  # 1 and 1.0 are the same to ranks that compare
@@ -57,30 +67,47 @@ class Capacity:
             raise ValueError("factor=None needs an eval_factor; to drop no token at all, set capacity=None")
         if self.factor is None and self.pad:
             raise ValueError("pad=True gives every expert its full capacity: set factor as well")
+        if AS_NEEDED in (self.factor, self.eval_factor):
+            object.__setattr__(self, "pad", True)
+        if self.at_most is not None:
+            _check_factor("at_most", self.at_most)
+            if AS_NEEDED not in (self.factor, self.eval_factor):
+                raise ValueError(
+                    f"at_most={self.at_most} is the limit of 'as needed': set factor='as needed', or leave it out"
+                )
         _check_minimum(self.minimum)
         _check_drop(self.drop)
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad must be True or False; got {self.pad!r}")
         # to torch.compile a text is a constant; a float that changes would be a variable, of which nothing follows
         factors = (self.eval_factor or self.factor, self.factor)
-        object.__setattr__(self, "_written", tuple(factor and str(factor) for factor in factors))
+        limits = [self.at_most if factor == AS_NEEDED else factor for factor in factors]
+        object.__setattr__(self, "_written", tuple(limit and str(limit) for limit in limits))
+        object.__setattr__(self, "follows_load", tuple(factor == AS_NEEDED for factor in factors))
 
     @classmethod
-    def of(cls, given: float | Capacity | None, now: Capacity | None = None) -> Capacity | None:
-        """What `MoE(capacity=)` means: `given` itself, or a factor. The other fields of `now` stay.
+    def of(cls, given: float | str | Capacity | None, now: Capacity | None = None) -> Capacity | None:
+        """What `MoE(capacity=)` means: `given` itself, or a factor or ``"as needed"``. The other fields of `now` stay.
 
         >>> Capacity.of(1.5, now=Capacity(1.25, pad=True))
         Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True)
         """
         if given is None or isinstance(given, Capacity):
             return given
-        _check_factor("capacity", given)
+        if given != AS_NEEDED:
+            _check_factor("capacity", given)
         return cls(given) if now is None else replace(now, factor=given)
 
     def limit(self, top_k: int, tokens: int, num_experts: int, training: bool) -> int | None:
         """Rows that an expert takes from a rank with that many tokens; None: any number."""
         written = self._written[training]
         return None if written is None else _limit(written, top_k, tokens, num_experts, self.minimum)
+
+    def needed(self, load: int, top_k: int, tokens: int, num_experts: int, training: bool) -> int:
+        """Rows of every expert where capacity follows the load; `load`: the largest load of an expert on this rank."""
+        most = self.limit(top_k, tokens, num_experts, training)
+        least = max(load, self.minimum) if tokens else 0
+        return least if most is None else min(least, most)
 
 
 def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, minimum: int = 1) -> int:
@@ -109,10 +136,12 @@ def _ratio(factor: str) -> tuple[int, int]:
     return Fraction(factor).as_integer_ratio()
 
 
-def _check_factor(name: str, factor: float) -> None:
+def _check_factor(name: str, factor: object) -> None:
     if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise TypeError(f"{name} must be a positive number; got {factor!r}")
-    if not (math.isfinite(factor) and factor > 0):
+        raise TypeError(
+            f"{name} must be a positive number{'' if name == 'at_most' else f' or {AS_NEEDED!r}'}; got {factor!r}"
+        )
+    if not (math.isfinite(float(factor)) and float(factor) > 0):
         raise ValueError(f"{name} must be a positive number (capacity=None drops no token); got {factor!r}")
 
 
@@ -148,6 +177,12 @@ def drop_over_capacity(routing: Routing, limit: int, drop: str = "score") -> Rou
     place = torch.empty_like(choice_major).scatter_(0, order, _place(choice_major[order], routing.num_experts))
     kept = (place < limit).view_as(routing.expert.T).T & (routing.expert >= 0)
     return routing.keep(kept)
+
+
+@torch.compiler.disable(reason="the host reads the load")
+def largest_load(expert: Tensor, num_experts: int) -> int:
+    """The most assignments that any expert has, of int64 [T, k]. The host waits for it."""
+    return int(load(expert, num_experts).max())
 
 
 def _place(expert: Tensor, num_experts: int) -> Tensor:

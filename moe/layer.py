@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from ..dispatch.plan import Plan
 from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
-from .capacity import Capacity, drop_over_capacity
+from .capacity import Capacity, drop_over_capacity, largest_load
 from .experts.base import Experts
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
@@ -49,8 +50,8 @@ class MoE(nn.Module):
             ``"relu2"`` or another of `moe.experts.activation.ACTIVATIONS`. A factory ``() -> nn.Module``,
             [n, D] -> [n, D], makes experts of any kind (`ModuleExperts`); `Experts` are taken as they are. The last
             two ignore `hidden` and `bias`.
-        capacity: capacity factor, or a `Capacity` with the factor in eval mode, the dropping order and padding. None,
-            the default, is dropless.
+        capacity: capacity factor, or a `Capacity` with the factor in eval mode, the dropping order and padding.
+            ``"as needed"`` pads every expert to the largest load. None, the default, is dropless without padding.
         balance: weight of the load-balancing loss, 0.01 by default, or a `Balance` with the tokens it is taken over
             and the router z-loss. 0 adds no loss.
         shared: number of shared experts, which every token visits; 0 by default. A module [T, D] -> [T, D] stands for
@@ -83,7 +84,7 @@ class MoE(nn.Module):
         top_k: int | None = None,
         gate: str | Gate = "topk",
         experts: str | Callable[[], nn.Module] | Experts = "swiglu",
-        capacity: float | Capacity | None = None,
+        capacity: float | str | Capacity | None = None,
         balance: float | Balance = 0.01,
         shared: int | nn.Module | Residual = 0,
         free: Sequence[str] = (),
@@ -128,6 +129,8 @@ class MoE(nn.Module):
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             kept, padded = self._drop(routed)  # drop assignments over capacity
             plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
+            if self.capacity is not None and self.capacity.follows_load[self.training]:
+                plan = replace(plan, follows_load=True)
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
@@ -170,7 +173,7 @@ class MoE(nn.Module):
         return self._capacity
 
     @capacity.setter
-    def capacity(self, capacity: float | Capacity | None) -> None:
+    def capacity(self, capacity: float | str | Capacity | None) -> None:
         self._capacity = Capacity.of(capacity, self._capacity)
 
     @property
@@ -233,7 +236,12 @@ class MoE(nn.Module):
         """What capacity keeps of a routing; and to how many rows each expert is padded, None if it is not."""
         if self.capacity is None:
             return routing, None
-        limit = self.capacity.limit(self.top_k, len(routing.expert), self.num_experts, self.training)
+        sizes = self.top_k, len(routing.expert), self.num_experts, self.training
+        if self.capacity.follows_load[self.training]:
+            load = largest_load(routing.expert, self.num_experts)
+            limit = self.capacity.needed(load, *sizes)
+            return routing if load <= limit else drop_over_capacity(routing, limit, self.capacity.drop), limit
+        limit = self.capacity.limit(*sizes)
         if limit is None:
             return routing, None
         return drop_over_capacity(routing, limit, self.capacity.drop), limit if self.capacity.pad else None
