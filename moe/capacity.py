@@ -90,7 +90,7 @@ class Capacity:
         """What `MoE(capacity=)` means: `given` itself, or a factor or ``"as needed"``. The other fields of `now` stay.
 
         >>> Capacity.of(1.5, now=Capacity(1.25, pad=True))
-        Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True)
+        Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True, at_most=None)
         """
         if given is None or isinstance(given, Capacity):
             return given

@@ -73,7 +73,7 @@ class MoE(nn.Module):
     >>> layer = MoE(16, 32, 8, capacity=capacity, balance=Balance(0.01, over="global"), shared=1)
     >>> layer.capacity, layer.balance, layer.top_k = 1.0, 0.1, 1  # may change in every step; other fields stay
     >>> layer.capacity, layer.balance.over
-    (Capacity(factor=1.0, eval_factor=None, minimum=1, drop='position', pad=False), 'global')
+    (Capacity(factor=1.0, eval_factor=None, minimum=1, drop='position', pad=False, at_most=None), 'global')
     """
 
     def __init__(
