@@ -105,7 +105,7 @@ def reshard(model: nn.Module) -> None:
 def computed_in(dtype: torch.dtype, model: GPT, device_type: str) -> GPT:
     """Run a model's forward under autocast to `dtype`, in place. Its output is float32.
 
-    The backward stays outside: autocast would round its sums.
+    The backward stays outside: autocast would round values in it that must not be rounded.
     """
     model.forward = partial(_cast, model.forward, dtype, device_type)  # a partial: deepcopy of the model copies it
     return model
