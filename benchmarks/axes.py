@@ -1,11 +1,11 @@
-"""[B, S, D] or [S, B, D]? Attention and a feed-forward network in both orders of the axes: forward, backward, float32.
+"""Is [B, S, D] or [S, B, D] faster? A transformer block in both layouts: forward and backward in float32.
 
     OMP_NUM_THREADS=1 python benchmarks/axes.py
 
-Matrix products do not care: they see B * S rows. What differs is how heads lie for attention, and, with sequence
-parallelism over t ranks, the sequence gathered from its parts: parts come one after the other, which is whole sequences
-in [S, B, D], and a copy more in [B, S, D] (`gather`, of one activation; a block has four, forward and backward).
-Interleaved; medians, and the fastest in brackets.
+Matrix products see B * S rows in both layouts. Two things differ: the memory layout of attention's heads, and gathers
+of sequence parallelism. Gathered parts of the sequence come one after the other. In [S, B, D] that is the whole
+sequence, in [B, S, D] it needs one more copy. `gather` is the time of that copy for one activation. A block has four
+of them in forward and backward. Both layouts alternate. Times are medians, with the fastest in brackets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS, ROUNDS = 4, 15
 
 
 class Block(nn.Module):
-    """Pre-norm, causal, without positions; x in the order that `axes` says."""
+    """Pre-norm block with causal attention and without positions; `axes` is the layout of x, in einops' notation."""
 
     def __init__(self, dim: int, heads: int, axes: str) -> None:
         super().__init__()

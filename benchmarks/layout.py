@@ -1,12 +1,12 @@
-"""Do the experts' matrix products shrink when ranks are added? One rank of W, simulated: the work that reaches it.
+"""Is one batch of rows per expert faster than a product for each source rank? Work of one rank of W, simulated.
 
     OMP_NUM_THREADS=1 python benchmarks/layout.py
 
-Tokens and experts of a rank stay the same, so E grows with W and each rank sends an expert k * T / E rows. `by source`
-leaves them as they come, [W, L, C, D]: one product for each source and expert, of C rows (GShard's layout,
-arXiv:2006.16668). `one batch` is what Turnout's dispatchers hand out, [L, W * C, D]: one product an expert, of as many
-rows at every W (Tutel calls it flexible all-to-all, arXiv:2206.03382). Forward of both layers; `carry` is the change of
-layout, which dispatchers fold into the pass they make anyway. Medians, interleaved.
+Tokens and experts per rank stay the same. So E grows with W, and each rank sends k * T / E rows to an expert.
+`by source` keeps rows as they arrive, [W, L, C, D], with one product of C rows for each source and expert (GShard's
+layout, arXiv:2006.16668). `one batch` is the layout of Turnout's dispatchers, [L, W * C, D]: one product per expert,
+with as many rows at every W (Tutel's flexible all-to-all, arXiv:2206.03382). Times are of the forward of both matrices.
+`carry` is the change of layout, part of a pass that dispatchers need anyway. Runs alternate; times are medians.
 """
 
 from __future__ import annotations
