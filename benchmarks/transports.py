@@ -136,9 +136,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--skewed", action="store_true", help="skewed routing; uniform otherwise")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--cap", type=float, default=4.0, help="leave out steps that are predicted to take more seconds"
-    )
+    parser.add_argument("--cap", type=float, default=4.0, help="leave out steps predicted to take more seconds")
     parser.add_argument("--interface", default="eth0", help="network interface between the nodes")
     parser.add_argument("--link", default="", help="name of the link, for the results")
     parser.add_argument("--out", help="file to append the results to, one line of JSON per case")
