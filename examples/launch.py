@@ -192,7 +192,7 @@ class Place:
         Each rank that fails calls it, inside `process_group`. It takes `GRACE` seconds if a rank does not answer.
         """
         heard = {RANK: str(self)}
-        told: list[int] = []
+        answered: list[int] = []
 
         def listen() -> None:
             with suppress(Exception):  # the process of the store may have ended
@@ -200,11 +200,11 @@ class Place:
                 store.set(f"failed/{RANK}", str(self))
                 store.add("failed", 1)
                 _wait_for(store, "failed", RANKS)
-                told.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
-                heard.update({rank: store.get(f"failed/{rank}").decode() for rank in told})
+                answered.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
+                heard.update({rank: store.get(f"failed/{rank}").decode() for rank in answered})
                 store.add("heard", 1)
                 if RANK == 0:  # the store may live in this process: keep it for the others
-                    _wait_for(store, "heard", len(told))
+                    _wait_for(store, "heard", len(answered))
 
         thread = Thread(target=listen, daemon=True)  # a thread, since a store whose process is stopped never answers
         thread.start()
@@ -212,10 +212,10 @@ class Place:
         words = [f"failed at {self}"]
         for place in sorted(set(heard.values()) - {str(self)}):
             words.append(f"{_ranks([r for r in heard if heard[r] == place])} failed at {place}")
-        if not told:
+        if not answered:
             words.append("the store of the ranks (torchrun's, or rank 0's) does not answer")
         elif silent := [rank for rank in range(RANKS) if rank not in heard]:
-            words.append(f"no word from {_ranks(silent)}: dead, stopped or cut off")
+            words.append(f"no answer from {_ranks(silent)}: dead, stopped or cut off")
         return "; ".join(words)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 import launch
-from meter import told
+from meter import usage_line
 
 
 class Log:
@@ -129,7 +129,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 def summary(step: dict[str, Any]) -> str:
     """One line of text for a step event."""
-    words = ["no loss" if step["loss"] is None else f"loss {step['loss']:.3f}", told(step)]
+    words = ["no loss" if step["loss"] is None else f"loss {step['loss']:.3f}", usage_line(step)]
     if step["tokens"]:
         words.append(f"dropped {mean(step['dropped']):.1%}, imbalance {max(step['imbalance']):.2f}")
     return ", ".join([*words, *([f"skipped {step['skipped']}"] if step["skipped"] else [])])

@@ -92,7 +92,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def told(usage: dict[str, Any]) -> str:
+def usage_line(usage: dict[str, Any]) -> str:
     """One line of text for the values of `Meter.read`."""
     words = []
     if usage["tokens_per_s"]:

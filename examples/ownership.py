@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         id: id of the run, which its checkpoints carry.
-        goes_on: whether the job resumes from a checkpoint in the folder, by --resume or because torchrun restarted it.
+        resumes: whether the job resumes from a checkpoint in the folder, by --resume or because torchrun restarted it.
         known: whether the id comes from the folder. If not, it is new.
         restarted: whether torchrun restarted the ranks.
         job: flags of the job.
@@ -41,7 +41,7 @@ class Run:
     """
 
     id: str
-    goes_on: bool
+    resumes: bool
     known: bool
     restarted: bool
     job: Job
@@ -96,7 +96,7 @@ class Run:
                 "it was trained with, start a new run in another --out, or accept the changes by --allow-changes"
             )
         if others or changed:
-            say(f"going on with {', '.join(others + changed)}")
+            say(f"resuming with {', '.join(others + changed)}")
 
 
 def _take(job: Job, text: str, launchers: set[str]) -> Run:
@@ -110,7 +110,7 @@ def _take(job: Job, text: str, launchers: set[str]) -> Run:
     if newest and not (job.resume or restarted):
         of = f"run {held['run']}" if held else "another run"
         raise ValueError(
-            f"{out} holds {newest.name} of {of}: go on with it by --resume, name another folder by --out, or delete it"
+            f"{out} holds {newest.name} of {of}: continue it by --resume, name another folder by --out, or delete it"
         )
     known = bool(held and (newest or restarted))
     run = held["run"] if known else uuid.uuid4().hex[:12]
@@ -128,7 +128,7 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         held = None
     if not (isinstance(held, dict) and isinstance(held.get("run"), str) and isinstance(held.get("launchers"), list)):
-        raise ValueError(f"{file} is damaged: delete it, and --resume goes on from the newest checkpoint")
+        raise ValueError(f"{file} is damaged: delete it, and --resume continues from the newest checkpoint")
     return held
 
 

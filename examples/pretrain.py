@@ -126,7 +126,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     if board:
         board.close()
     if stopping:
-        say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
+        say(f"stopped by SIGTERM after step {done}; it is saved, and --resume continues from there")
         return STOPPED
     if launch.RANK == 0:
         say(f"report: {reported(out)}; log: {log.path}")
@@ -141,7 +141,7 @@ def log_saved(log: Log, call: Callable[[], Saved | None], final: bool = False) -
     except WriteError as error:
         if final:
             raise
-        say(f"a checkpoint is not written, and training goes on to the next one (--save-every): {error}")
+        say(f"a checkpoint is not written, and training continues until the next one (--save-every): {error}")
     else:
         if saved:
             log.write("checkpoint", saved.step, stall_s=saved.stalled, seconds=saved.seconds)
@@ -157,7 +157,7 @@ def reported(out: Path) -> Path | str:
 
 def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:
     """Load the newest checkpoint if the job resumes, and return the steps done and values that are not logged yet."""
-    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.goes_on else None
+    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.resumes else None
     if loaded is None:
         # all ranks have drawn the same weights; from here on each has its own seed, for noise in gates
         torch.manual_seed(hash((job.seed, 0, launch.RANK)))
@@ -171,7 +171,7 @@ def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler
         say("the number of ranks has changed: noise in gates starts with new seeds")
     if job.fp16 and loaded.extra.get("scaler"):
         scaler.load_state_dict(loaded.extra["scaler"])
-    say(f"going on after step {loaded.step} of run {run.id}")
+    say(f"resuming after step {loaded.step} of run {run.id}")
     return loaded.step, Recent(**loaded.extra.get("recent", {}))
 
 
@@ -261,8 +261,8 @@ def main() -> int:
                 written = f" Its last collectives are in {record}." if record else ""
                 say(
                     f"{place.failed()}. If a connection was lost or timed out, look at the rank that ended first or "
-                    f"gave no word.{written} --resume goes on from the newest checkpoint; torchrun --max-restarts does "
-                    "so by itself.",
+                    f"did not answer.{written} --resume continues from the newest checkpoint; torchrun --max-restarts "
+                    "does so by itself.",
                     every_rank=True,
                 )
             raise

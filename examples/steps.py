@@ -138,7 +138,7 @@ class Skips:
         self.in_a_row += 1
         found = f"step {number}: {step.nonfinite} is NaN or infinite on some rank"
         remedy = (
-            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume goes on from the "
+            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume continues from the "
             "newest checkpoint"
         )
         if self.policy == "stop":
@@ -163,7 +163,7 @@ def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
     if not math.isfinite(bits := float(nats) / job.eval_size / math.log(2)):
         raise NonFiniteError(
             "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
-            "--resume goes on from the newest checkpoint."
+            "--resume continues from the newest checkpoint."
         )
     return bits
 

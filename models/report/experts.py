@@ -30,9 +30,9 @@ def experts(log: Log) -> list[Section]:
             Section("Balance", balance(log)),
             Section("Load of the experts", f'{SCALE}<div class="grid maps">{maps}</div>', note),
         ]
-    told = next((each for each in reversed(log.held_out) if each.bytes), None)
-    if told:
-        parts.append(specialisation(told))
+    evaluation = next((each for each in reversed(log.held_out) if each.bytes), None)
+    if evaluation:
+        parts.append(specialisation(evaluation))
     return parts
 
 
@@ -51,9 +51,9 @@ def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
     return panel(name, image, note=said)
 
 
-def specialisation(told: HeldOut) -> Section:
+def specialisation(evaluation: HeldOut) -> Section:
     """Section with the bytes that each expert of each layer gets most of."""
-    layers = told.bytes or []
+    layers = evaluation.bytes or []
     html = "\n".join(
         details(
             f"MoE layer {index + 1}",
@@ -63,8 +63,8 @@ def specialisation(told: HeldOut) -> Section:
         for index, layer in enumerate(layers)
     )
     note = (
-        f"Bytes that each expert gets most above its even share, in the evaluation of step {told.step:,}. A darker "
-        "byte has more tokens. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are hex."
+        f"Bytes that each expert gets most above its even share, in the evaluation of step {evaluation.step:,}. A "
+        "darker byte has more tokens. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are hex."
     )
     return Section("What each expert takes", f'<div class="folded">{html}</div>', note)
 

@@ -94,12 +94,12 @@ def _folded(title: str, head: tuple[str, ...], rows: list, numbers: tuple[str, .
 
 def settings(log: Log) -> Section:
     """Section with all flags. Flags that a restart changed come first."""
-    told = [facts(start) | {_flag(name): value for name, value in start.job.items()} for start in log.starts]
+    flags_of = [facts(start) | {_flag(name): value for name, value in start.job.items()} for start in log.starts]
     changed: list[tuple[str, str]] = []
     same: list[tuple[str, str]] = []
-    for name in dict.fromkeys(name for values in reversed(told) for name in values):
-        values = [(log.starts[0].step, told[0].get(name))]
-        for start, flags in zip(log.starts[1:], told[1:], strict=True):
+    for name in dict.fromkeys(name for values in reversed(flags_of) for name in values):
+        values = [(log.starts[0].step, flags_of[0].get(name))]
+        for start, flags in zip(log.starts[1:], flags_of[1:], strict=True):
             if flags.get(name) != values[-1][1]:
                 values.append((start.step, flags.get(name)))
         words = [setting(values[0][1]), *(f"from step {step:,}: {setting(value)}" for step, value in values[1:])]
