@@ -39,7 +39,7 @@ class BERTConfig(RotaryConfig):
 class BERT(nn.Module):
     """Bidirectional encoder with BERT's head: a linear layer, GELU, a norm, and the embedding again.
 
-    The blocks are those of `GPT`, without the causal mask. Three things differ from the original BERT. The norm comes
+    It has the blocks of `GPT` without the causal mask. Three things differ from the original BERT. The norm comes
     first in a block (arXiv:1909.08053, section 5.3). Positions are rotary, as in ModernBERT (arXiv:2412.13663).
     Segments are optional: they carry nothing without next-sentence prediction (arXiv:1907.11692). The same
     `torch.manual_seed` gives the same model at every world size.

@@ -116,8 +116,8 @@ class ParallelModel(nn.Module):
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
         """Run forward and backward of a batch, and synchronise gradients. All ranks call it.
 
-        Gradients must be None or zero before. Afterwards they are those of the mean loss over micro-batches and data
-        ranks. `clip_grad_norm_` and the optimizer come next.
+        Gradients must be None or zero before. The step computes the gradients of the mean loss over micro-batches and
+        data ranks. `clip_grad_norm_` and the optimizer come next.
 
         Args:
             tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches`. Ranks along

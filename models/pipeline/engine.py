@@ -51,9 +51,9 @@ class Losses(NamedTuple):
 class Pipeline:
     """Trains a GPT whose stages are spread over the ranks of a pipeline; each rank makes one with its own stages.
 
-    A step gives the gradients that one rank would get from the micro-batches one by one: those of the mean of
-    ``loss_fn + aux_loss``. The whole batch at once would give the same, except for balance losses over "local" and
-    "global": these are taken over one micro-batch (of all data ranks), and are not linear in it::
+    A step computes the gradients of the mean of ``loss_fn + aux_loss`` over micro-batches, as one rank would get them.
+    The whole batch at once would give the same gradients, except for balance losses over "local" and "global". These
+    are taken over one micro-batch, and are not linear in it::
 
         cut = Stages.of(config, "1f1b", ranks=dist.get_world_size(group))
         parts = cut.build(dist.get_rank(group))      # now `parallelize`, FSDP and the optimizer, as for any model
