@@ -85,7 +85,7 @@ def test_eval_and_training_each_have_a_rule():
     ("make", "error", "says"),
     [
         (lambda: Capacity("as need"), TypeError, "factor must be a positive number or 'as needed'; got 'as need'"),
-        (lambda: Capacity(1.0, at_most=2.0), ValueError, "at_most=2.0 is the limit of 'as needed': set factor='as needed'"),
+        (lambda: Capacity(1.0, at_most=2.0), ValueError, "at_most=2.0 is the limit of 'as needed': set"),
         (lambda: Capacity("as needed", at_most=0), ValueError, "at_most must be a positive number"),
         (lambda: layer("most"), TypeError, "capacity must be a positive number or 'as needed'; got 'most'"),
     ],
