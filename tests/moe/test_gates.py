@@ -229,11 +229,11 @@ def test_routing_refuses_what_does_not_fit():
         Routing(one, torch.zeros(3, 2), scores)
     with pytest.raises(ValueError, match="T=3"):
         Routing(one, torch.zeros(3, 1), scores[:2])
-    with pytest.raises(ValueError, match="k=3 choices among only E=2"):
+    with pytest.raises(ValueError, match="k=3 choices for each token, but scores has only E=2"):
         Routing(one.expand(3, 3), torch.zeros(3, 3), scores)
     with pytest.raises(TypeError, match="int64"):
         Routing(one.int(), torch.zeros(3, 1), scores)
-    with pytest.raises(TypeError, match="float32 or wider"):
+    with pytest.raises(TypeError, match="float32 or float64"):
         Routing(one, torch.zeros(3, 1).bfloat16(), scores)
 
 
