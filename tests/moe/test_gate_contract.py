@@ -156,7 +156,7 @@ def test_free_experts_count():
     layer = MoE(D, 16, E, free=["null", "identity"])
     layer.top_k = 6
     assert layer(tokens()).shape == (9, D)
-    with pytest.raises(ValueError, match="top_k=7 must lie between 1 and num_experts=6"):
+    with pytest.raises(ValueError, match="top_k=7 must be between 1 and num_experts=6"):
         layer.top_k = 7
 
 

@@ -239,7 +239,7 @@ def test_settings_may_change_between_steps():
         layer.capacity = factor
         assert close(layer(x), reference_of(layer, x, capacity_factor=factor)[0], 1e-12)
     for k in (0, E + 1):
-        with pytest.raises(ValueError, match=f"top_k={k} must lie between 1 and num_experts={E}"):
+        with pytest.raises(ValueError, match=f"top_k={k} must be between 1 and num_experts={E}"):
             layer.top_k = k
 
 

@@ -223,13 +223,13 @@ def test_a_number_changes_a_rule_in_one_field():
         ({"shared": Residual(0)}, r"shared=Residual\(shared=0\) has no shared expert to weigh"),
         ({"gate": "best"}, "gate must be one of topk, .*hash or a Gate; got 'best'"),
         ({"experts": "tanh"}, "experts must be one of gelu, .*clamped_swiglu or a factory; got 'tanh'"),
-        ({"top_k": 5}, "top_k=5 must lie between 1 and num_experts=4"),
-        ({"top_k": 0}, "top_k=0 must lie between"),
+        ({"top_k": 5}, "top_k=5 must be between 1 and num_experts=4"),
+        ({"top_k": 0}, "top_k=0 must be between"),
         ({"top_k": 2.0}, "top_k must be an integer or None; got 2.0"),
         ({"gate": TopKGate}, "gate must be a name or a Gate, not a class: pass TopKGate"),
         ({"experts": nn.Linear(D, D)}, "experts must be a name or a factory, not a module: pass lambda: Linear"),
-        ({"gate": "switch", "top_k": 2}, "switch gate picks one expert"),
-        ({"gate": "gshard", "top_k": 1}, "gshard gate picks two experts"),
+        ({"gate": "switch", "top_k": 2}, "switch gate needs top_k=1"),
+        ({"gate": "gshard", "top_k": 1}, "gshard gate needs top_k=2"),
     ],
 )
 def test_bad_arguments(arguments, message):
