@@ -176,7 +176,7 @@ def test_bad_modules():
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"experts must be one of gelu, .*clamped_swiglu or a factory; got 'tanh'"):
         FeedForwardExperts(8, 16, 4, "tanh")
-    with pytest.raises(TypeError, match=r"tokens are torch.float64 and expert weights torch.float32"):
+    with pytest.raises(TypeError, match=r"tokens are torch.float64 and expert weights are torch.float32"):
         FeedForwardExperts(8, 16, 4)(*inputs(8))
 
 
@@ -253,7 +253,7 @@ def test_an_expert_does_not_depend_on_how_many_there_are():
 
 def test_modules_that_cannot_be_stacked_are_refused():
     widths = iter([3, 3, 5, 5, 5])
-    with pytest.raises(ValueError, match="experts must be of one shape"):
+    with pytest.raises(ValueError, match="experts must have one shape"):
         ModuleExperts(lambda: nn.Linear(4, next(widths)), 4)
 
     class Tied(nn.Module):

@@ -243,7 +243,7 @@ def test_bad_arguments(arguments, message):
         (torch.zeros(3, 5), None, ValueError, r"x must be \(..., 6\).*got \(3, 5\)"),
         (torch.tensor(1.0), None, ValueError, r"x must be \(..., 6\).*got \(\)"),
         (torch.zeros(3, D, dtype=torch.int64), None, TypeError, "x must be float32.*got torch.int64"),
-        (torch.zeros(3, D), None, TypeError, "tokens are torch.float32 and expert weights torch.float64"),
+        (torch.zeros(3, D), None, TypeError, "tokens are torch.float32 and expert weights are torch.float64"),
         (tokens(3), torch.ones(2, dtype=torch.bool), ValueError, r"mask must be bool \(3,\); got torch.bool \(2,\)"),
         (tokens(3), torch.ones(3), ValueError, r"mask must be bool \(3,\); got torch.float32"),
     ],
