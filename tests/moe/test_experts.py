@@ -169,7 +169,7 @@ def test_bad_modules():
     with pytest.raises(ValueError, match="an expert needs parameters, and ReLU has none"):
         ModuleExperts(nn.ReLU, 4)
     experts = ModuleExperts(lambda: nn.Linear(6, 5), 4)
-    with pytest.raises(ValueError, match=r"shape it is given: \(3, 6\) became \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"shape of its input, \(3, 6\); Linear returned \(3, 5\)"):
         experts(*inputs(6, torch.float32))
 
 
