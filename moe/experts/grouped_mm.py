@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, transformed
 
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # (rows, weight, ends), as in `grouped_mm`
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

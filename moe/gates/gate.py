@@ -54,7 +54,7 @@ class Gate(nn.Module, ABC):
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
         super().__init__()
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
-        self.lora = None  # an adapter of `weight`, set by `add_lora`
+        self.lora = None  # an adapter beside `weight`: see `add_lora`
         if bias and not self.learned:
             raise ValueError(f"{type(self).__name__} computes no logits that bias=True could be added to: leave it out")
         if self.learned:

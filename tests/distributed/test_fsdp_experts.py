@@ -62,6 +62,4 @@ def shared():
 
 def test_fsdp_of_experts_that_share_parameters_is_refused():
     for error in errors(2, shared):
-        assert error.startswith(
-            "ValueError: layer 0 and layer 1 share expert parameters, which FSDP2 would copy"
-        )
+        assert error.startswith("ValueError: layer 0 and layer 1 share expert parameters, which FSDP2 would copy")

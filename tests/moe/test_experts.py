@@ -202,7 +202,7 @@ class TestEveryKind:
                 p[2] = 0
         assert not experts[2](rows).any()
         for outside in (4, -5, 100):
-            with pytest.raises(IndexError, match=f"no expert {outside} among 4"):
+            with pytest.raises(IndexError, match=f"no expert {outside}: ids are 0 to 3"):
                 experts[outside]
         assert len(experts) == 4
         assert len(list(experts)) == 4
