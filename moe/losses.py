@@ -93,8 +93,8 @@ class LayerLoss:
 
     def __init__(self, balance: Balance) -> None:
         self.balance = balance
-        self.weight, self.z_loss = _held(balance.weight), _held(balance.z_loss)
-        self.parts = {over: _held(balance.weight * share) for over, share in balance.shares.items()}
+        self.weight, self.z_loss = _weight_tensor(balance.weight), _weight_tensor(balance.z_loss)
+        self.parts = {over: _weight_tensor(balance.weight * share) for over, share in balance.shares.items()}
         self.balances, self.penalizes = balance.weight > 0, balance.z_loss > 0
 
     def __call__(
@@ -306,7 +306,7 @@ def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
     return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
 
 
-def _held(weight: float) -> Tensor:
+def _weight_tensor(weight: float) -> Tensor:
     # [1], not a scalar: torch.compile traces a graph with a float64 scalar input twice (torch 2.13)
     return torch.tensor([weight], dtype=torch.float64, device="cpu")
 

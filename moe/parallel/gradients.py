@@ -109,7 +109,7 @@ def clip_grad_norm_(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
         if p.grad is not None:
-            _held(p.grad).mul_(scale.to(p.grad.device))
+            _local_part(p.grad).mul_(scale.to(p.grad.device))
     return norm
 
 
@@ -146,12 +146,12 @@ def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
             )
 
 
-def _held(tensor: Tensor) -> Tensor:
+def _local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _squared(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    held = grad.coalesce().values() if grad.is_sparse else _held(grad)
+    held = grad.coalesce().values() if grad.is_sparse else _local_part(grad)
     return held.norm(dtype=dtype).square()
 
 
@@ -197,7 +197,7 @@ def _reduce(
                 p.grad = _summed_part(p, p.grad)
             elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
                 p.grad = p.grad.redistribute(placements=p.placements)  # DTensor chooses others on ranks without tokens
-            grads.append(_held(p.grad))
+            grads.append(_local_part(p.grad))
     for g in grads:
         if group is None or g.dtype == torch.float16:  # divide first: a float16 sum could exceed 65504
             g.div_(divisor)
@@ -239,7 +239,7 @@ def _summed_part(p: DTensor, grad: Tensor) -> Tensor:
     summed already is divided among the ranks, so that one reduction serves both cases.
     """
     assert isinstance(grad, DTensor)
-    part = _held(grad)
+    part = _local_part(grad)
     if _is_whole(grad):
         part = part / grad.device_mesh.size()
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)

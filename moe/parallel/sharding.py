@@ -72,7 +72,7 @@ def spread(share: Share) -> None:
     held, mesh = share.tensor.detach(), share.mesh
     for axis, place, at in zip(axes.names(mesh), mesh.get_coordinate() or (), share.split, strict=True):
         held = held.chunk(mesh[axis].size(), at)[place]
-    part = held.clone(memory_format=torch.contiguous_format)  # a view would keep all experts, and FSDP2 refuses strides
+    part = held.clone(memory_format=torch.contiguous_format)  # a view would keep all experts; FSDP2 wants no gaps
     new: Tensor = DTensor.from_local(part, mesh, [Shard(at) for at in share.split], run_check=False)
     if isinstance(share.tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=share.tensor.requires_grad)
