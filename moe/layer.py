@@ -16,6 +16,7 @@ from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
 from ..dispatch.torch_internals import in_backward
+from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import Capacity, drop_over_capacity
 from .experts.base import Experts
@@ -23,7 +24,7 @@ from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
-from .routing import Routing, can_be_read, wrong_shapes, wrong_values
+from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
 
 
@@ -106,6 +107,7 @@ class MoE(nn.Module):
         self.place: Place | None = None
         self.balance_group: ProcessGroup | None = None
         self.sequence_group: ProcessGroup | None = None
+        self.tap: Tap | None = None  # records or replays routings
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was checked, in training and in eval
@@ -123,7 +125,7 @@ class MoE(nn.Module):
             tokens = rearrange(x, "... d -> (...) d")
             if real is not None:  # padding may hold NaN: zeros keep it out of outputs and gradients
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
-            routing = self._route(tokens, real, ids)  # who goes where
+            routing = self._route(tokens, real, ids)  # choose experts and weights
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             kept, padded = self._drop(routed)  # drop assignments over capacity
             plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
@@ -211,7 +213,7 @@ class MoE(nn.Module):
             )
 
     def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
-        """Ask the gate; its answer is checked, its values once."""
+        """Ask the gate, and check its routing. Values are only checked in the first forward."""
         more = {"mask": real} if self.gate.takes_mask else {}
         if self.gate.takes_ids:
             more["ids"] = None if ids is None else ids.flatten()
@@ -225,7 +227,8 @@ class MoE(nn.Module):
                 self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
-        return routing if real is None else routing.masked(real)
+        routing = routing if real is None else routing.masked(real)
+        return routing if self.tap is None else outside(self.tap, self.gate, tokens, routing)
 
     def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
         """The routing after capacity, and the number of rows that each expert is padded to (None without padding)."""
@@ -278,7 +281,7 @@ class MoE(nn.Module):
 
     def _state(self) -> dict[str, Any]:
         # Without losses, whose graph cannot be copied, and without what `compile` made of this layer.
-        return {**super().__getstate__(), "_last": None, "_losses": StepLosses()}
+        return {**super().__getstate__(), "_last": None, "_losses": StepLosses(), "tap": None}
 
 
 def described(layer: MoE) -> str:

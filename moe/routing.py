@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,16 @@ class Routing:
     def masked(self, mask: Tensor) -> Routing:
         """The same routing with `mask`, bool [T]: tokens where it is False are padding and visit no expert."""
         return replace(self.keep(mask.unsqueeze(1)), mask=mask)
+
+
+class Tap(Protocol):
+    """A hook of a layer that sees the routing of its gate and returns the routing to use: see `moe.replay`."""
+
+    ended: bool  # whether another hook may replace it
+
+    def __call__(self, gate: Any, tokens: Tensor, routing: Routing) -> Routing:
+        """The routing to use, from tokens [T, D] and the gate's own routing."""
+        ...
 
 
 def wrong_shapes(routing: Routing, tokens: int, num_experts: int) -> str | None:

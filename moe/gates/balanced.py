@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .assignment import assign
-from .gate import Gate
+from .gate import Gate, taken
 
 
 class BalancedGate(Gate):
@@ -45,3 +45,7 @@ class BalancedGate(Gate):
         expert = (assign(logits, mask) if self.training else logits.argmax(1)).unsqueeze(1)
         weight = scores.gather(1, expert.clamp(min=0))
         return Routing(expert, self.scaled(weight), scores, logits).keep(expert >= 0)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(taken(routing.scores, expert))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..capacity import capacity_limit
 from ..routing import Routing
-from .gate import Gate
+from .gate import Gate, taken
 
 
 class ExpertChoiceGate(Gate):
@@ -58,3 +58,7 @@ class ExpertChoiceGate(Gate):
         _, expert = torch.where(chosen, wanted, -2.0).sort(dim=1, descending=True, stable=True)
         expert = expert[:, :most]
         return Routing(expert, self.scaled(scores.gather(1, expert)), scores, logits).keep(chosen.gather(1, expert))
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(taken(routing.scores, expert))

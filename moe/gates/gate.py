@@ -104,6 +104,22 @@ class Gate(nn.Module, ABC):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]: choose each token's experts and their weights."""
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """Weights of experts that this gate has not chosen itself, for `replay`.
+
+        Args:
+            routing: the gate's own routing of the same tokens. Weights are computed from it, so that they have a graph
+                to the router.
+            expert: expert ids, int64 [T, k], -1 for none.
+
+        Returns:
+            Weights [T, k]. They are not used where the expert is -1.
+
+        Raises:
+            TypeError: the gate does not define this method.
+        """
+        raise TypeError(f"{type(self).__name__} cannot weigh experts it has not chosen: define weigh(routing, expert)")
+
     def observe(self, routing: Routing) -> None:
         """Called with the layer's routing after each training forward, but not again in activation recomputation."""
 
@@ -162,6 +178,11 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
     scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
     return Routing(expert, weight, scores)
+
+
+def taken(scores: Tensor, expert: Tensor) -> Tensor:
+    """The scores of some experts: scores [T, E], expert ids int64 [T, k] -> [T, k], 0 where the id is -1."""
+    return torch.where(expert < 0, 0.0, scores.gather(1, expert.clamp(min=0)))
 
 
 def normalised(weight: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class HashGate(Gate):
             )
         return even(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts, self.scale)
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(torch.full_like(expert, 1 / self.top_k, dtype=routing.weight.dtype))
+
     def extra_repr(self) -> str:
         """Text that ``print(model)`` shows."""
         return f"{super().extra_repr()}, seed={self.seed}"

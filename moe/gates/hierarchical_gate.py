@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .gate import Gate, best, projected, uniform
-from .router import picks
+from .router import picks, weighed_in_groups
 
 
 class HierarchicalGate(Gate):
@@ -82,6 +82,10 @@ class HierarchicalGate(Gate):
         logits = outer.unsqueeze(2) + inner
         expert, weight = expert.flatten(1).gather(1, order), self.scaled(weight)
         return Routing(expert, weight, scores.flatten(1), logits.flatten(1))
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(weighed_in_groups(routing.scores, expert, self.groups, *self.picks()))
 
     def extra_repr(self) -> str:
         """Text that ``print(model)`` shows."""

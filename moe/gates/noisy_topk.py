@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..losses import cv_squared
 from ..routing import Routing
-from .gate import Gate, best, projected
+from .gate import Gate, best, normalised, projected, taken
 
 
 class NoisyTopKGate(Gate):
@@ -76,6 +76,11 @@ class NoisyTopKGate(Gate):
             gates, chance = (torch.where(mask.unsqueeze(1), each, 0) for each in (gates, chance))
         losses = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(chance.sum(0))}
         return Routing(expert, self.scaled(weight), logits.softmax(-1), logits, losses)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`. Weights have no noise."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.top_k > 1 else weight)
 
 
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:

@@ -33,3 +33,7 @@ class RandomGate(Gate):
             return even(x, hashed(torch.arange(len(x), device=x.device), E, k), E, self.scale)
         draw = torch.randint(2**62, (len(x), k), device=x.device)  # so large that the remainders are uniform
         return even(x, distinct(draw % (E - torch.arange(k, device=x.device)), E), E, self.scale)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(torch.full_like(expert, 1 / self.top_k, dtype=routing.weight.dtype))

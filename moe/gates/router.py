@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cuda.launch import available, backends, launch
 from ...dispatch.torch_internals import transformed
-from .gate import normalised
+from .gate import normalised, taken
 
 SCORES = ("softmax", "sigmoid")
 
@@ -123,6 +123,29 @@ def picks(k: int, num_experts: int, groups: int, top_groups: int | None) -> tupl
         )
     top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(k)))[0]  # min(key=) breaks torch.compile's graph
     return top_groups, k // top_groups
+
+
+def weighed_in_groups(scores: Tensor, expert: Tensor, groups: int, top_groups: int, each: int) -> Tensor:
+    """Weights of a two-level routing: the weight of an expert's group times its weight within the group, [T, k].
+
+    Each is a softmax over the choices at that level, or over all if a token makes only one choice there.
+
+    Args:
+        scores: product of both levels' softmax over all, [T, E].
+        expert: expert ids int64 [T, k], -1 for none.
+        groups: number of groups G.
+        top_groups: number of groups that a token picks.
+        each: number of experts that a token picks in each group.
+    """
+    chosen = torch.zeros_like(scores).scatter_add(1, expert.clamp(min=0), (expert >= 0).to(scores.dtype))
+    by_group, chosen = scores.unflatten(1, (groups, -1)), chosen.unflatten(1, (groups, -1))  # [T, G, E/G]
+    group, tiny = by_group.sum(2, keepdim=True), torch.finfo(scores.dtype).tiny
+    within = by_group / group.clamp(min=tiny)
+    if each > 1:
+        within = within / (within * chosen).sum(2, keepdim=True).clamp(min=tiny)
+    if top_groups > 1:
+        group = group / (group * chosen.amax(2, keepdim=True)).sum(1, keepdim=True).clamp(min=tiny)
+    return taken((group * within).flatten(1), expert)
 
 
 def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:

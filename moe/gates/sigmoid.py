@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .biased import BiasedGate
+from .gate import normalised, taken
 from .router import check_groups, check_room, route_in_groups
 
 
@@ -64,3 +65,8 @@ class SigmoidGate(BiasedGate):
         options = "sigmoid", self.normalize, self.expert_bias
         expert, weight, scores = route_in_groups(logits, self.top_k, *groups, *options)
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.normalize else weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .assignment import sinkhorn
-from .gate import Gate, normalised
+from .gate import Gate, normalised, taken
 
 
 class SinkhornGate(Gate):
@@ -55,3 +55,8 @@ class SinkhornGate(Gate):
         weight = scores.gather(1, expert)
         weight = normalised(weight) if self.top_k > 1 else weight
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.top_k > 1 else weight)

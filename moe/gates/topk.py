@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, jittered
+from .gate import Gate, jittered, normalised, taken
 from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")
@@ -49,7 +49,8 @@ class TopKGate(Gate):
         super().__init__(dim, num_experts, top_k, scale, bias)
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-        self.order, self.normalize, self.jitter = order, normalize, jitter
+        # The softmax over the chosen logits equals their softmax over all, divided by their sum.
+        self.order, self.normalize, self.jitter = order, True if order == "choose_first" else normalize, jitter
         self.groups, self.top_groups = groups, check_groups(num_experts, groups, top_groups)
         self.check_top_k(top_k)  # now that the groups are known
 
@@ -62,7 +63,12 @@ class TopKGate(Gate):
         """Route tokens x [T, D]. Scores are the softmax over all experts."""
         logits = self.logits(jittered(x, self.jitter) if self.training and self.jitter else x)
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
-        normalize = normalize or self.order == "choose_first"  # equal to the softmax over the chosen logits
         groups = self.groups, self.top_groups, 1  # a group is compared by its best expert
         expert, weight, scores = route_in_groups(logits, self.top_k, *groups, normalize=normalize)
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        normalize = self.top_k > 1 if self.normalize is None else self.normalize
+        return self.scaled(normalised(weight) if normalize else weight)
