@@ -78,7 +78,7 @@ FLAWS = {
     ),
     "unknown wire": Flaw("wire must be None or one of", lambda c: True, lambda c: replace(c, wire="fp4")),
     "no chunks": Flaw("overlap must be None", lambda c: True, lambda c: replace(c, overlap=0)),
-    "one rank differs": Flaw("has built other MoE layers than rank 0", lambda c: c.ranks > 1),
+    "one rank differs": Flaw("MoE layers differ between ranks", lambda c: c.ranks > 1),
     "nothing split over tp": Flaw("nothing is split over", lambda c: c.tp > 1),
 }
 
