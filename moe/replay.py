@@ -1,8 +1,8 @@
-"""Router replay: record which experts each token went to, and send the same tokens there again.
+"""Router replay: record which experts each token visits, and send the same tokens to them again.
 
-Reinforcement learning trains on text that another program has sampled. The two programs round differently, so in
-training some tokens go to other experts than in sampling. That can make training collapse, and replaying the recorded
-choice cures it (Ma et al. 2025, arXiv:2510.11370). Weights are computed from the current router, so it still learns.
+Reinforcement learning trains on text that another program has sampled. The two programs round differently, so some
+tokens visit other experts in training than in sampling. That can make training collapse, and replaying the recorded
+choice prevents it (Ma et al. 2025, arXiv:2510.11370). Weights come from the current router, so it still learns.
 """
 
 from __future__ import annotations
@@ -27,42 +27,46 @@ __all__ = ["Routings", "record", "replay"]
 
 @dataclass(frozen=True)
 class Routings:
-    """The experts that tokens went to, by layer: what `record` fills and `replay` reads.
+    """The experts of each token in each layer, which `record` collects and `replay` uses.
 
     Attributes:
-        by_layer: name of each `MoE` layer -> int64 [tokens, k], -1 where a token had no expert. Tokens of several
-            forwards follow each other.
+        by_layer: expert ids int64 [tokens, k] for each name of a `MoE` layer, -1 where a token has no expert. Tokens
+            of several forwards follow each other.
     """
 
     by_layer: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ids(self) -> Tensor:
-        """int64 [layers, tokens, k] on the CPU, layers in the model's order; filled up with -1 to the largest k."""
+        """All expert ids, int64 [layers, tokens, k] on the CPU, with layers in the model's order.
+
+        Layers with fewer choices than the largest k are filled up with -1. Raises ValueError if the layers have
+        different numbers of tokens.
+        """
         tokens = {name: len(ids) for name, ids in self.by_layer.items()}
         if len(set(tokens.values())) > 1:
-            raise ValueError(f"layers saw different numbers of tokens, which one tensor cannot hold: {tokens}")
+            raise ValueError(f"layers saw different numbers of tokens, {tokens}: use by_layer, not one tensor")
         widest = max((ids.shape[1] for ids in self.by_layer.values()), default=0)
         filled = [F.pad(ids.cpu(), (0, widest - ids.shape[1]), value=-1) for ids in self.by_layer.values()]
         return torch.stack(filled) if filled else torch.zeros(0, 0, 0, dtype=torch.int64)
 
     def numpy(self) -> np.ndarray:
-        """`ids` as an array."""
+        """`ids` as a NumPy array."""
         return self.ids.numpy()
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Routings]:
-    """Record the experts that every token goes to, in all `MoE` layers of a model.
+    """Record the experts that each token visits, in all `MoE` layers of a model.
 
-    Each forward inside the context adds its tokens, in training and in evaluation. Forwards that activation
-    checkpointing computes again add nothing. Capacity has no part in it: tokens are recorded before it drops any.
+    Each forward inside the context adds its tokens, in training and in eval mode. Forwards that activation
+    checkpointing computes again add nothing. Choices are recorded before capacity drops any.
 
     Args:
-        model: a model with `MoE` layers, or the part of one that this rank has. Every rank records its own tokens.
+        model: model with `MoE` layers, or the part of it that this rank has. Each rank records its own tokens.
 
     Yields:
-        `Routings`, complete when the context ends.
+        `Routings` that are filled when the context ends.
 
     >>> from turnout.moe import MoE
     >>> model, x = nn.Sequential(MoE(8, 16, 4, seed=0), MoE(8, 16, 4, seed=1)), torch.randn(10, 8)
@@ -85,22 +89,21 @@ def record(model: nn.Module) -> Iterator[Routings]:
 
 @contextmanager
 def replay(model: nn.Module, routings: Routings | Mapping[str, Any] | Tensor | np.ndarray) -> Iterator[None]:
-    """Send tokens to recorded experts, whatever the router would choose now.
+    """Send tokens to recorded experts instead of the router's own choice.
 
-    The first forward of a layer takes the first rows of its record, the next forward the rows after these. A forward
-    that activation checkpointing computes again takes the rows of the forward that had the same tokens, also if the
-    backward runs after the context. Weights, scores,
-    balance losses and gradients come from the current router (`Gate.weigh`).
+    The first forward of a layer uses the first rows of its record, and the next forward the rows after them. A forward
+    that activation checkpointing computes again uses the rows of the forward with the same tokens, also if backward
+    runs after the context. Weights, scores, balance losses and gradients come from the current router (`Gate.weigh`).
 
     Args:
-        model: a model with `MoE` layers, or the part of one that this rank has.
-        routings: what `record` gave, on any mesh and from any framework: `Routings`, a mapping from names of layers to
-            [tokens, k], or a tensor or array [layers, tokens, k] for the layers in the model's order. Integers, -1 for
-            no expert. Each rank gives the rows of its own tokens; names that the model has not are left out.
+        model: model with `MoE` layers, or the part of it that this rank has.
+        routings: recorded expert ids, from any mesh or framework, with -1 for no expert. `Routings`, a mapping from
+            names of layers to integers [tokens, k], or a tensor or array [layers, tokens, k] in the model's order of
+            layers. Each rank passes the rows of its own tokens. Names that the model does not have are ignored.
 
     Raises:
-        ValueError: rows that do not fit: other layers, experts or numbers of tokens. It names the layer.
-        TypeError: a gate that cannot weigh experts it has not chosen.
+        ValueError: layers, expert ids or numbers of tokens do not fit. The message names the layer.
+        TypeError: a gate cannot weigh experts that it has not chosen.
     """
     layers = named_layers(model)
     if isinstance(routings, Tensor | np.ndarray):
@@ -121,7 +124,7 @@ def replay(model: nn.Module, routings: Routings | Mapping[str, Any] | Tensor | n
 
 
 def named_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `MoE` layers of a model by name: by that which they had in `parallelize`, so that stages keep theirs."""
+    """The `MoE` layers of a model by name. Names are the ones from `parallelize`, so that pipeline stages keep them."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
@@ -140,11 +143,11 @@ def _tapped(layers: Mapping[str, MoE], taps: Mapping[str, Tap]) -> Iterator[None
         yield
     finally:
         for tap in taps.values():
-            tap.ended = True  # it stays, for the backward may come later and compute forwards again
+            tap.ended = True  # it stays on the layer, because a later backward may recompute forwards
 
 
 class _Recorder:
-    """Keeps the experts of each forward, in as few bytes as their numbers need."""
+    """Keeps the expert ids of each forward of one layer, in the smallest dtype that holds them."""
 
     def __init__(self, num_experts: int) -> None:
         self.dtype = torch.int16 if num_experts < 2**15 else torch.int32
@@ -163,7 +166,7 @@ class _Recorder:
 
 
 class _Player:
-    """Hands out the rows of one layer's record."""
+    """Replaces the choices of one layer's gate by the rows of its record."""
 
     def __init__(self, name: str, gate: Gate, given: Any) -> None:
         self.name, ids = name, torch.as_tensor(given)
@@ -181,7 +184,7 @@ class _Player:
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
             raise ValueError(f"routings of layer {name!r} name an expert twice for one token")
         self.ids, self.next, self.ended = ids, 0, False
-        self.forwards: list[tuple[Tensor, Tensor]] = []  # `_mark` of the tokens, and where they went
+        self.forwards: list[tuple[Tensor, Tensor]] = []  # `_mark` and expert ids of the tokens of each forward
 
     def __call__(self, gate: Gate, tokens: Tensor, routing: Routing) -> Routing:
         if self.ids.device != tokens.device:
@@ -202,7 +205,7 @@ class _Player:
         return _sent(gate, routing, expert)
 
     def _again(self, gate: Gate, tokens: Tensor, routing: Routing) -> Routing:
-        """Where the forward sent these tokens; the gate's own choice if they were in none. The host waits for it."""
+        """The routing of the forward that had these tokens, or the gate's own if none had. The host waits for it."""
         mark = _mark(tokens)
         for other, expert in self.forwards:
             if len(expert) == len(tokens) and torch.allclose(other, mark, rtol=1e-4):  # a GPU may round differently
@@ -210,7 +213,7 @@ class _Player:
         return routing
 
     def check_end(self) -> None:
-        """ValueError if rows are left."""
+        """Raise ValueError if rows of the record are left."""
         if self.next != len(self.ids):
             raise ValueError(
                 f"routings of layer {self.name!r} have {len(self.ids)} tokens, but only {self.next} were replayed"
@@ -218,13 +221,13 @@ class _Player:
 
 
 def _sent(gate: Gate, routing: Routing, expert: Tensor) -> Routing:
-    """The routing of the same tokens to these experts, int64 [T, k]."""
+    """The routing of the same tokens to other experts, given by ids int64 [T, k]."""
     sent = replace(routing, expert=expert, weight=gate.weigh(routing, expert)).keep(expert >= 0)
     return sent if routing.mask is None else sent.masked(routing.mask)
 
 
 def _mark(tokens: Tensor) -> Tensor:
-    """float64 [2]: sums over tokens [T, D] that a recomputed forward finds again, and other tokens do not have."""
+    """Two sums over tokens [T, D], as float64 [2], that recognise the same tokens in a recomputed forward."""
     wide = tokens.detach().double()
     place = torch.arange(1, len(wide) + 1, device=wide.device, dtype=torch.float64)
     by_token = wide.abs().sum(1)

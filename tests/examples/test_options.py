@@ -96,7 +96,7 @@ def test_no_file():
         ("--on-nonfinite go", 1, "--on-nonfinite must be one of stop, skip"),
         ("--heads 5", 1, "--dim (128) must be a multiple of 10 = 2 x heads"),
         ("--top-k 9", 1, "--top-k (9) must be at most --experts (8)"),
-        ("--gate gshard --top-k 3", 1, "the gshard gate picks two experts a token; got top_k=3"),
+        ("--gate gshard --top-k 3", 1, "the gshard gate needs top_k=2; got top_k=3"),
         ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
         ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
         ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = tp"),

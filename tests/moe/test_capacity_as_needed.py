@@ -77,6 +77,7 @@ def test_eval_and_training_each_have_a_rule():
     model.capacity = "as needed"
     assert model.capacity == Capacity("as needed", eval_factor="as needed")
     assert rows(model.train(), x)[0] == [int(model.stats.tokens_per_expert.max())] * E
+    model.capacity = Capacity("as needed", at_most=9.0)
     model.capacity = 2.0
     assert rows(model, x)[0] == [40] * E
 
