@@ -20,6 +20,7 @@ class Wrong(Gate):
 
     def __init__(self, change, top_k=2) -> None:
         super().__init__(D, E, top_k)
+        self.weight.data = torch.randn(E, D, generator=torch.Generator().manual_seed(1))  # every expert is chosen
         self.change, self.calls = change, 0
 
     def forward(self, x):
