@@ -1,7 +1,7 @@
-"""What ranks must agree on before rows travel, and how all of them learn that they do not.
+"""Checks that all ranks exchange the same thing, before rows travel: every rank raises the same error, or none does.
 
-A rank that raises alone leaves the others waiting in a collective. So each rank sends a short note to
-every other, beside the sizes; all of them read the same notes and raise the same error together.
+A rank that raises alone leaves the others waiting in a collective. So each rank sends a short note with its sizes.
+All ranks read the same notes, and so they raise together.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ACCEPTED, _NAN, _REFUSED = 0, 1, 2
 
 
 class DispatchError(RuntimeError):
-    """Ranks disagree on what to exchange, one of them cannot take part, or an exchange failed; raised on every rank.
+    """Ranks disagree about an exchange, one of them cannot take part, or the exchange failed. Raised on every rank.
 
     Attributes:
-        met: the layer of a rank that was in another forward, -1 if that was not it: for ranks that have not seen it.
+        met: index of another layer that a rank of the group was in, or -1. Passed on to ranks that did not see it.
     """
 
     met: int = -1
@@ -31,23 +31,23 @@ class DispatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Note:
-    """One rank's view of the exchange to come: everything that must be equal, and whether it takes part."""
+    """One rank's description of the coming exchange: what must be equal on all ranks, and whether it takes part."""
 
-    state: int  # 0 takes part, 1 has NaN among its weights, 2 raised an error of its own
-    model: int  # these five are the `Visit`: which layer, which forward; -1 if the layer has no place
+    state: int  # 0: takes part, 1: has NaN among its weights, 2: has raised an error
+    model: int  # this field and the next four come from the `Visit`; -1 if the layer has no `Place`
     layer: int
     forward: int
     training: int
     chunks: int
     dim: int
     dtype: int
-    grad: int  # 1 where a backward will follow: the way back has collectives as well
-    capacity: int  # rows per expert of a padded plan, -1 if ragged; the largest one counts
-    met: int = -1  # of a rank that has failed because it met another layer: which
+    grad: int  # 1 if a backward follows, because its collectives need all ranks as well
+    capacity: int  # rows per expert of a padded plan, -1 if ragged; ranks use the largest one
+    met: int = -1  # on a rank that failed because it met another layer: the index of that layer
 
     @classmethod
     def tensor(cls, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """The note for x [T, D] and weight [T, k], int64 [11] on x's device, without a host sync."""
+        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [11] on x's device, no host sync."""
         padded = -1 if plan.capacity is None else plan.capacity
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
@@ -57,11 +57,11 @@ class Note:
 
     @classmethod
     def refusal(cls, device: torch.device, visit: Visit | None = None, met: int = -1) -> Tensor:
-        """The note of a rank that has failed and says so, and the layer it has met if that is why."""
+        """Note of a rank that has failed. `met` is the layer it met, if that is why."""
         return torch.tensor([_REFUSED, *_which(visit), 0, 0, 0, 0, met], device=device)
 
 
-NOTE = len(Note.__dataclass_fields__)  # int64 numbers a note takes
+NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 
 def _which(visit: Visit | None) -> list[int]:
@@ -71,21 +71,24 @@ def _which(visit: Visit | None) -> list[int]:
 
 
 def _copied(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device. From pinned memory, or the host would wait for all that the device has to do."""
+    """Copy numbers to a device. Memory is pinned, because otherwise the host waits for all queued work."""
     on_host = torch.tensor(numbers, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 
 def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool = False) -> int | None:
-    """Read the notes of all ranks, in rank order; returns the capacity to use, None if ragged.
+    """Read the notes of all ranks and return the capacity to use, or None if plans are ragged.
 
     Args:
-        notes: one list for each rank.
-        visit: this rank's own, for the names of layers.
-        equal_tokens: raise where capacities differ, instead of taking the largest.
+        notes: one list of numbers for each rank, in rank order.
+        visit: this rank's own forward, for the names of layers in errors. None, the default, if there is no `Place`.
+        equal_tokens: whether to raise if capacities differ; False, the default, takes the largest.
+
+    Returns:
+        The largest capacity of all ranks, in rows per expert. None if the plans are ragged.
 
     Raises:
-        DispatchError: on every rank, naming the ranks at fault and the layers they are in.
+        DispatchError: on every rank. The message names the ranks at fault and the layers they are in.
     """
     ranks = [Note(*note) for note in notes]
     where = "" if visit is None else f"layer {visit.place.name!r}: "
@@ -111,18 +114,19 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
     capacities = [note.capacity for note in ranks]
     if min(capacities) < 0 <= max(capacities):
         raise DispatchError(
-            f"{where}some ranks send padded rows and some ragged ones: capacities {capacities}; set pad alike"
+            f"{where}some ranks have padded plans and some ragged ones: capacities {capacities} (in rank order of the "
+            "group, -1 is ragged); give Capacity the same pad on all ranks"
         )
     if equal_tokens and len(set(capacities)) > 1:
         raise DispatchError(
-            f"{where}ranks differ in the capacity that follows from their tokens: {capacities} rows an expert (in rank "
-            "order of the group); equal_tokens promises the same number of tokens on all ranks"
+            f"{where}ranks differ in the capacity that follows from their tokens: {capacities} rows per expert (in "
+            "rank order of the group); equal_tokens needs the same number of tokens on all ranks, or set it to False"
         )
     return max(capacities) if max(capacities) >= 0 else None
 
 
 def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
-    """Raise where ranks are not all in the same forward of the same layer, naming who is where."""
+    """Raise if ranks are not all in the same forward of the same layer, and say which rank is where."""
 
     def differ(key: Callable[[Note], object], say: Callable[[Note], str], remedy: str) -> None:
         found: dict[str, list[int]] = {}
@@ -138,12 +142,12 @@ def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
     differ(
         lambda note: (note.model, note.layer),
         lambda note: _layer(note, visit),
-        "Every rank has to call the same MoE layers in the same order; without tokens for one, call it with x[:0]",
+        "Call the same MoE layers in the same order on every rank; a rank without tokens calls them with x[:0]",
     )
     differ(
         lambda note: note.forward,
         lambda note: f"{_layer(note, visit)}, forward {note.forward}",
-        "A rank has skipped this layer before, or called it once more than the others",
+        "A rank has skipped this layer before, or called it more often: call it equally often on all ranks",
     )
     differ(
         lambda note: note.training,
@@ -167,5 +171,9 @@ NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the lay
 
 
 def told(ranks: Sequence[int]) -> str:
-    """Ranks as messages name them: "rank 2", "ranks 0, 1"."""
+    """Ranks as an error names them.
+
+    >>> told([2]), told([0, 1])
+    ('rank 2', 'ranks 0, 1')
+    """
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

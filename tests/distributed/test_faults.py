@@ -143,7 +143,7 @@ FAULTS = {
     not_a_number_padded: "rank 1 of the expert group: NaN",
     other_dtype: "ranks differ in the dtype",
     no_backward: "ranks differ in whether a backward will follow: [0, 1, 1, 1]",
-    padded_and_ragged: "some ranks send padded rows and some ragged ones: capacities [",
+    padded_and_ragged: "some ranks have padded plans and some ragged ones: capacities [",
 }
 
 

@@ -197,7 +197,7 @@ def fault(what: str) -> None:
         ("width", "ranks differ in the model width: [5, 5, 4, 5]"),
         ("dtype", "ranks differ in the dtype"),
         ("grad", "ranks differ in whether a backward will follow: [1, 1, 0, 1]"),
-        ("capacity", "some ranks send padded rows and some ragged ones: capacities [-1, -1, 3, -1]"),
+        ("capacity", "some ranks have padded plans and some ragged ones: capacities [-1, -1, 3, -1]"),
         ("nan", "rank 2 of the expert group: NaN"),
         ("refusal", "rank 2 of the expert group raised an error"),
     ],
