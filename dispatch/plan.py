@@ -82,7 +82,7 @@ class Plan:
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        kernel = expert.device.type in backends and kernels.places(expert, num_experts)
+        kernel = expert.device.type in backends and kernels.can_plan(expert, num_experts)
         make = _plan if kernel or torch.compiler.is_compiling() else _sorted
         token, slot, counts = make(expert, num_experts, capacity)
         return cls(expert, token, slot, counts, capacity, place)
@@ -145,7 +145,7 @@ class Tokens(NamedTuple):
 
 @torch.library.custom_op("turnout::plan", mutates_args=())
 def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    if expert.device.type in backends and kernels.places(expert, num_experts):
+    if expert.device.type in backends and kernels.can_plan(expert, num_experts):
         return kernels.plan(expert, num_experts, capacity)
     return _sorted(expert, num_experts, capacity)
 

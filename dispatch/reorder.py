@@ -97,17 +97,17 @@ def wide(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.encode(x, token, slot) if x.device.type in backends and kernels.moves(x) else _gather(x, token)
+    return kernels.encode(x, token, slot) if x.device.type in backends and kernels.can_encode(x) else _gather(x, token)
 
 
 @torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.decode(rows, slot) if rows.device.type in backends and kernels.sums(rows) else _sum(rows, slot)
+    return kernels.decode(rows, slot) if rows.device.type in backends and kernels.can_decode(rows) else _sum(rows, slot)
 
 
 @torch.library.custom_op("turnout::decode_weighted", mutates_args=())
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    if rows.device.type in backends and kernels.sums(rows):
+    if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode(rows, slot, weight)
     return _sum(rows, slot, wide(weight))
 
@@ -117,7 +117,7 @@ def _decode_weighted_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 ) -> tuple[Tensor, Tensor]:
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
-    if rows.device.type in backends and kernels.sums(rows):
+    if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
     to_rows = _gather(grad, token)
     to_weight = _dots(rows, grad, to_rows, slot)
