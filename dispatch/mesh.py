@@ -57,11 +57,11 @@ class Meshes:
         ranks_per_node: int | None = None,
         timeout: timedelta | float | None = None,
     ) -> Meshes:
-        """Make the meshes over all ranks of the default group. Every rank must call it. dp and edp are computed.
+        """Make the meshes over all ranks of the default group. Every rank must call it.
 
-        Neighbouring ranks lie along tp, then dp, then pp. So tensor parallelism, which communicates most, stays inside
-        a node. Both meshes are views of one mesh. So DTensors on either can be combined, such as FSDP2 over "edp" of a
-        parameter that is sharded over "ep".
+        The axes dp and edp get the ranks that the given sizes leave. Neighbouring ranks lie along tp, then dp, then pp.
+        So tensor parallelism, which communicates most, stays inside a node. Both meshes are views of one mesh. So
+        DTensors on either can be combined, such as FSDP2 over "edp" of a parameter that is sharded over "ep".
 
         Args:
             device_type: ``"cuda"`` or ``"cpu"``.
