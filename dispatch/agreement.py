@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,7 +34,7 @@ class Note:
     """One rank's description of the coming exchange: what must be equal on all ranks, and whether it takes part."""
 
     state: int  # 0: takes part, 1: has NaN among its weights, 2: has raised an error
-    model: int  # this field and the next four come from the `Visit`; -1 if the layer has no `Place`
+    model: int  # this field and the next four come from the `LayerCall`; -1 if the layer has no `Place`
     layer: int
     forward: int
     training: int
@@ -52,36 +52,41 @@ class Note:
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
         return torch.cat(
-            [state, _copied([*_which(plan.visit), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device)]
+            [
+                state,
+                _to_device(
+                    [*_call_numbers(plan.call), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device
+                ),
+            ]
         )
 
     @classmethod
-    def refusal(cls, device: torch.device, visit: Visit | None = None, met: int = -1) -> Tensor:
+    def refusal(cls, device: torch.device, call: LayerCall | None = None, met: int = -1) -> Tensor:
         """Note of a rank that has failed. `met` is the layer it met, if that is why."""
-        return torch.tensor([_REFUSED, *_which(visit), 0, 0, 0, 0, met], device=device)
+        return torch.tensor([_REFUSED, *_call_numbers(call), 0, 0, 0, 0, met], device=device)
 
 
 NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 
-def _which(visit: Visit | None) -> list[int]:
-    if visit is None:
+def _call_numbers(call: LayerCall | None) -> list[int]:
+    if call is None:
         return [-1] * 5
-    return [visit.place.model, visit.place.layer, visit.forward, int(visit.training), visit.chunks]
+    return [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
 
 
-def _copied(numbers: list[int], device: torch.device) -> Tensor:
+def _to_device(numbers: list[int], device: torch.device) -> Tensor:
     """Copy numbers to a device. Memory is pinned, because otherwise the host waits for all queued work."""
     on_host = torch.tensor(numbers, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 
-def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool = False) -> int | None:
+def agree(notes: list[list[int]], call: LayerCall | None = None, equal_tokens: bool = False) -> int | None:
     """Read the notes of all ranks and return the capacity to use, or None if plans are ragged.
 
     Args:
         notes: one list of numbers for each rank, in rank order.
-        visit: this rank's own forward, for the names of layers in errors. None, the default, if there is no `Place`.
+        call: this rank's own forward, for the names of layers in errors. None, the default, if there is no `Place`.
         equal_tokens: whether to raise if capacities differ; False, the default, takes the largest.
 
     Returns:
@@ -91,15 +96,15 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
         DispatchError: on every rank. The message names the ranks at fault and the layers they are in.
     """
     ranks = [Note(*note) for note in notes]
-    where = "" if visit is None else f"layer {visit.place.name!r}: "
+    where = "" if call is None else f"layer {call.place.name!r}: "
     if refused := [rank for rank, note in enumerate(ranks) if note.state == _REFUSED]:
         why = "raised an error; see its own message"
         note = ranks[refused[0]]
         if note.met >= 0:
-            why = f"in {_layer(note, visit)} met a rank in {_layer(replace(note, layer=note.met), visit)}"
+            why = f"in {_layer(note, call)} met a rank in {_layer(replace(note, layer=note.met), call)}"
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
     if len({(note.model, note.layer, note.forward, note.training, note.chunks) for note in ranks}) > 1:
-        _check_visits(ranks, visit)
+        _check_calls(ranks, call)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
         raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
     for name, what, remedy in (
@@ -125,7 +130,7 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
     return max(capacities) if max(capacities) >= 0 else None
 
 
-def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
+def _check_calls(ranks: list[Note], call: LayerCall | None) -> None:
     """Raise if ranks are not all in the same forward of the same layer, and say which rank is where."""
 
     def differ(key: Callable[[Note], object], say: Callable[[Note], str], remedy: str) -> None:
@@ -135,36 +140,36 @@ def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
         if len({key(note) for note in ranks}) > 1:
             places = "; ".join(f"{told(those)} in {what}" for what, those in found.items())
             error = DispatchError(f"ranks of the expert group are in different forwards: {places}. {remedy}")
-            mine = -1 if visit is None else visit.place.layer
+            mine = -1 if call is None else call.place.layer
             error.met = next((note.layer for note in ranks if note.layer != mine), mine)
             raise error
 
     differ(
         lambda note: (note.model, note.layer),
-        lambda note: _layer(note, visit),
+        lambda note: _layer(note, call),
         "Call the same MoE layers in the same order on every rank; a rank without tokens calls them with x[:0]",
     )
     differ(
         lambda note: note.forward,
-        lambda note: f"{_layer(note, visit)}, forward {note.forward}",
+        lambda note: f"{_layer(note, call)}, forward {note.forward}",
         "A rank has skipped this layer before, or called it more often: call it equally often on all ranks",
     )
     differ(
         lambda note: note.training,
-        lambda note: f"{_layer(note, visit)}, {'training' if note.training else 'evaluation'}",
+        lambda note: f"{_layer(note, call)}, {'training' if note.training else 'evaluation'}",
         "Call model.train() or model.eval() on all ranks",
     )
     differ(
         lambda note: note.chunks,
-        lambda note: f"{_layer(note, visit)}, in {note.chunks} chunks",
+        lambda note: f"{_layer(note, call)}, in {note.chunks} chunks",
         "Give OverlapDispatcher the same degree on all ranks",
     )
 
 
-def _layer(note: Note, visit: Visit | None) -> str:
-    if visit is None or note.model != visit.place.model:
+def _layer(note: Note, call: LayerCall | None) -> str:
+    if call is None or note.model != call.place.model:
         return "a layer without a place" if note.model < 0 else f"layer {note.layer} of another model"
-    return f"layer {visit.place.names[note.layer]!r}"
+    return f"layer {call.place.names[note.layer]!r}"
 
 
 NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the layer's input or in the gate's parameters"

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .failure import named, timeout_of
-from .place import Visit
+from .place import LayerCall
 from .traced import Arrived, exchange
 from .wire import Wire, pack, unpack
 
@@ -75,7 +75,7 @@ def all_to_all_start(
     recv: list[int] | None = None,
     group: ProcessGroup | None,
     wire: Wire | None = None,
-    visit: Visit | None = None,
+    call: LayerCall | None = None,
 ) -> Travel | Arrived:
     """Start an `all_to_all`, so that other work can run before its `wait`; differentiable.
 
@@ -90,7 +90,7 @@ def all_to_all_start(
 
     Args:
         tensors, send, recv, group, wire: as in `all_to_all`.
-        visit: the forward that the exchange belongs to; None, the default, if there is no `Place`. Errors name it. On a
+        call: the forward that the exchange belongs to; None, the default, if there is no `Place`. Errors name it. On a
             CPU it also keeps gradients of different forwards apart.
 
     Returns:
@@ -106,7 +106,7 @@ def all_to_all_start(
     wire = wire if tensors[0].is_floating_point() else None
     if torch.compiler.is_compiling():
         return exchange(tensors, send, recv, group, wire)
-    state = _Exchange(send, recv, group, wire, tensors[0].dtype, visit)
+    state = _Exchange(send, recv, group, wire, tensors[0].dtype, call)
     return Travel(state, _Start.apply(state, *tensors))  # pyright: ignore[reportArgumentType]
 
 
@@ -119,7 +119,7 @@ class _Exchange:
     group: ProcessGroup | None
     wire: Wire | None  # format of the first tensor
     dtype: torch.dtype  # dtype of the first tensor
-    visit: Visit | None = None
+    call: LayerCall | None = None
     backward: bool = False
     arriving: list[tuple[Tensor, dist.Work | _TaggedMessages]] = field(default_factory=list)  # from start to wait
     back: _Exchange | None = None  # the exchange of the gradients, while it is under way
@@ -127,20 +127,20 @@ class _Exchange:
     def start(self, tensor: Tensor) -> tuple[Tensor, dist.Work | _TaggedMessages]:
         tensor = tensor.contiguous()
         out = tensor.new_empty(tensor.shape[0] if self.recv is None else sum(self.recv), *tensor.shape[1:])
-        if self.backward and self.visit is not None and tensor.device.type == "cpu":
-            return out, _TaggedMessages(out, self.recv, tensor, self.send, self.group, self.visit.tag)
+        if self.backward and self.call is not None and tensor.device.type == "cpu":
+            return out, _TaggedMessages(out, self.recv, tensor, self.send, self.group, self.call.tag)
         work = dist.all_to_all_single(out, tensor, self.recv, self.send, group=self.group, async_op=True)
         assert work is not None, "this rank is not in the group"
         return out, work
 
     def named(self) -> AbstractContextManager[None]:
         """Name the phase and the forward in an error of the exchange."""
-        return named("gradients of rows" if self.backward else "rows", self.group, self.visit)
+        return named("gradients of rows" if self.backward else "rows", self.group, self.call)
 
     def reversed(self) -> _Exchange:
         """Exchange of the gradients: the same group, with send and recv swapped."""
         wire = self.wire and "bf16"
-        return _Exchange(self.recv, self.send, self.group, wire, self.dtype, self.visit, not self.backward)
+        return _Exchange(self.recv, self.send, self.group, wire, self.dtype, self.call, not self.backward)
 
 
 class _TaggedMessages:
@@ -209,7 +209,7 @@ class _Wait(torch.autograd.Function):
         return None, _Start.apply(ctx.state.back, *grads)
 
 
-def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, visit: Visit | None = None) -> Tensor:
+def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, call: LayerCall | None = None) -> Tensor:
     """Exchange one block of sizes with every rank: int64 [W, ...] to each rank -> [W, ...] from each rank.
 
     It is the first phase of a two-phase all-to-all, and not differentiable::
@@ -223,7 +223,7 @@ def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, visit: Visit | Non
     Args:
         sizes: int64 [W, ...], block w for rank w.
         group: the W ranks; None is the default group.
-        visit: the forward that the exchange belongs to, for errors. None, the default, if there is no `Place`.
+        call: the forward that the exchange belongs to, for errors. None, the default, if there is no `Place`.
 
     Returns:
         int64 [W, ...], block w from rank w.
@@ -232,11 +232,11 @@ def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, visit: Visit | Non
         DispatchError: the exchange failed.
     """
     flat = sizes.reshape(len(sizes), -1)
-    numbers = max(flat.shape[1], 64 + visit.place.widest if visit is not None and visit.place.widest else 64)
+    numbers = max(flat.shape[1], 64 + call.place.widest if call is not None and call.place.widest else 64)
     sent = flat.new_zeros(len(flat), 1 << (numbers - 1).bit_length())
     sent[:, : flat.shape[1]] = flat
     came = torch.empty_like(sent)
-    with named("sizes", group, visit):
+    with named("sizes", group, call):
         dist.all_to_all_single(came, sent, group=group)
     return came[:, : flat.shape[1]].reshape(sizes.shape)
 

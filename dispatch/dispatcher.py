@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .mesh import node_and_local
-from .place import Place, Visit
+from .place import LayerCall, Place
 from .plan import Plan
 from .steps import Ready, Steps, finish, refuse
 from .torch_internals import mark_dynamic
@@ -97,21 +97,21 @@ class Dispatcher(ABC):
         if torch.compiler.is_compiling() and not self.is_static(plan):
             batch = outside(self._dispatch_sealed, x, plan, weight)
             return outside(self._combine_sealed, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
-        plan = plan.visiting()
+        plan = plan.started()
         batch = self.dispatch(x, plan, weight)
-        return self._combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt, plan.visit)
+        return self._combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt, plan.call)
 
-    def _combine(self, rows: Tensor, receipt: Any, visit: Visit | None) -> Tensor:
+    def _combine(self, rows: Tensor, receipt: Any, call: LayerCall | None) -> Tensor:
         """`combine`, with the forward that it belongs to."""
         return self.combine(rows, receipt)
 
     def _dispatch_sealed(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """`dispatch` before compiled experts: they compile once for any number of rows and any receipt."""
-        plan = plan.visiting()
+        plan = plan.started()
         rows, weight, counts, receipt = self.dispatch(x, plan, weight)
         for tensor in (rows, weight):
             mark_dynamic(tensor, 0)
-        return Batch(rows, weight, counts, Sealed((receipt, plan.visit)))
+        return Batch(rows, weight, counts, Sealed((receipt, plan.call)))
 
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
         return self._combine(rows, *receipt.content)
@@ -162,18 +162,18 @@ class SteppedDispatcher(Dispatcher):
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """See `Dispatcher.dispatch`."""
-        return finish(self.dispatch_steps(x, plan, weight), plan.visit)
+        return finish(self.dispatch_steps(x, plan, weight), plan.call)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         """See `Dispatcher.combine`."""
         return finish(self.combine_steps(rows, receipt))
 
-    def _combine(self, rows: Tensor, receipt: Any, visit: Visit | None) -> Tensor:
-        return finish(self.combine_steps(rows, receipt), visit)
+    def _combine(self, rows: Tensor, receipt: Any, call: LayerCall | None) -> Tensor:
+        return finish(self.combine_steps(rows, receipt), call)
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Send a refusal in place of sizes, as in `Dispatcher.refuse`. The other ranks raise DispatchError."""
-        refuse([self.refuse_steps(num_experts, device)], None if place is None else place.visit())
+        refuse([self.refuse_steps(num_experts, device)], None if place is None else place.start_call())
 
     @abstractmethod
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:

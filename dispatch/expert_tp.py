@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from .agreement import NOTE, DispatchError, Note, agree
 from .dispatcher import Batch, SteppedDispatcher
 from .node import Hop
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan
 from .reorder import encode, encode_weight, permute
 from .row_blocks import invert, reorder
@@ -68,10 +68,10 @@ class TensorParallelDispatcher(SteppedDispatcher):
         try:
             ready = yield from until_ready(inner)
         except DispatchError as error:
-            yield from self._pass_on(plan.counts.numel(), x.device, plan.visit, error.met)
+            yield from self._pass_on(plan.counts.numel(), x.device, plan.call, error.met)
             raise
         assert ready.counts is not None
-        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.visit)
+        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.call)
         yield Ready(came.sum(0), sum(recv))
 
         batch = yield from inner
@@ -102,21 +102,21 @@ class TensorParallelDispatcher(SteppedDispatcher):
         return *self.inner.groups, self.group
 
     def _pass_on(
-        self, num_experts: int, device: torch.device, visit: Visit | None = None, met: int = -1
+        self, num_experts: int, device: torch.device, call: LayerCall | None = None, met: int = -1
     ) -> Steps[None]:
         """Tell the group that `inner` failed on this rank, because its other ranks may not know."""
         ranks = torch.tensor([dist.get_world_size(group) for group in self.inner.groups]).prod()
         nothing = torch.zeros(num_experts // int(ranks), dtype=torch.int64, device=device)
         with suppress(DispatchError):  # the error of `inner` is the one to raise
-            yield from self._exchange_sizes(nothing, Note.refusal(device, visit, met))
+            yield from self._exchange_sizes(nothing, Note.refusal(device, call, met))
 
     def _exchange_sizes(
-        self, counts: Tensor, note: Tensor, visit: Visit | None = None
+        self, counts: Tensor, note: Tensor, call: LayerCall | None = None
     ) -> Steps[tuple[Tensor, list[int]]]:
         """Exchange counts int64 [L] in the group -> counts of every rank [t, L], and their sum for each rank."""
         size = dist.get_world_size(self.group)
         came = yield Sizes(repeat(torch.cat([note, counts]), "n -> s n", s=size), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
         host = yield Read(torch.cat([came.sum(1), notes.flatten()]))
-        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], visit)
+        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], call)
         return came, host[:size]

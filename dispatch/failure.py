@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError, told
-from .place import Visit
+from .place import LayerCall
 
 GRACE = 1.0  # seconds that a failed rank waits for reports of the others
 
 
 @contextmanager
-def named(phase: str, group: ProcessGroup | None, visit: Visit | None = None) -> Iterator[None]:
+def named(phase: str, group: ProcessGroup | None, call: LayerCall | None = None) -> Iterator[None]:
     """Turn a RuntimeError of a collective into a DispatchError that names the phase, the group and likely culprits.
 
     gloo names an address at best. It may be the address of a neighbour that gave up first, not of the rank that died.
@@ -29,7 +29,7 @@ def named(phase: str, group: ProcessGroup | None, visit: Visit | None = None) ->
     Args:
         phase: what is exchanged.
         group: the ranks; None is the default group.
-        visit: the forward that the exchange belongs to; None, the default, if it belongs to no single layer.
+        call: the forward that the exchange belongs to; None, the default, if it belongs to no single layer.
 
     Raises:
         DispatchError: in place of any RuntimeError except `torch.OutOfMemoryError`.
@@ -42,7 +42,7 @@ def named(phase: str, group: ProcessGroup | None, visit: Visit | None = None) ->
         ranks = dist.get_process_group_ranks(group)
         # Keep gloo's message alone, without its source line and its general advice.
         reason = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error)).split(". This is typically")[0].strip()
-        where = phase if visit is None else f"{phase} in {visit}"
+        where = phase if call is None else f"{phase} in {call}"
         raise DispatchError(
             f"the exchange of {where} among ranks {ranks} failed on rank {dist.get_rank()}: {reason}; "
             + _other_ranks(where, ranks)

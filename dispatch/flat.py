@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import NOTE, Note, agree
 from .dispatcher import Batch, SteppedDispatcher
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan
 from .reorder import decode, encode, encode_weight, permute
 from .row_blocks import invert, reorder
@@ -66,7 +66,7 @@ class FlatDispatcher(SteppedDispatcher):
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
-        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan), plan.visit)
+        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan), plan.call)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
@@ -107,7 +107,7 @@ class FlatDispatcher(SteppedDispatcher):
         yield Ready()
 
     def _exchange_sizes(
-        self, to: Tensor, note: Tensor, visit: Visit | None = None
+        self, to: Tensor, note: Tensor, call: LayerCall | None = None
     ) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
         """Send sizes int64 [W, L] and this rank's note, and check the notes of all ranks.
 
@@ -120,5 +120,5 @@ class FlatDispatcher(SteppedDispatcher):
         host = yield Read(torch.cat([to.sum(1), came.sum(1), notes.flatten()]))  # the one host sync
         send, recv, notes = host[: self.size], host[self.size : 2 * self.size], host[2 * self.size :]
         every = [notes[i : i + NOTE] for i in range(0, len(notes), NOTE)]
-        capacity = agree(every, visit, self.equal_tokens == "check")
+        capacity = agree(every, call, self.equal_tokens == "check")
         return came, send, recv, capacity

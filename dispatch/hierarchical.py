@@ -31,7 +31,7 @@ from .agreement import NOTE, Note, agree
 from .collectives import all_to_all
 from .dispatcher import Batch, NodeLocalDispatcher
 from .mesh import node_and_local
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan
 from .reorder import decode, encode, encode_weight, permute
 from .row_blocks import invert, reorder
@@ -139,7 +139,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         note = Note.tensor(x, weight, plan)
-        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note, plan.visit)
+        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note, plan.call)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         return (yield from self._send_rows(x, plan, weight, sizes))
@@ -170,7 +170,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         return rearrange(counts, "(n l e) -> n l e", n=nodes, l=peers)
 
     def _exchange_sizes(
-        self, leaving: Tensor, note: Tensor, visit: Visit | None = None
+        self, leaving: Tensor, note: Tensor, call: LayerCall | None = None
     ) -> Steps[tuple[_Sizes, int | None]]:
         """Exchange sizes [n, l, e] and this rank's note, and check the notes of all ranks.
 
@@ -190,7 +190,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         host = iter((yield Read(torch.cat([*sums, notes.flatten()]))))  # the one host sync
         to_local, from_local, to_node, from_node = (list(islice(host, len(s))) for s in sums)
         notes = [list(islice(host, NOTE)) for _ in range(nodes * peers)]
-        capacity = agree(notes, visit, self.equal_tokens == "check")
+        capacity = agree(notes, call, self.equal_tokens == "check")
         rows = sum(to_local), sum(from_local), sum(from_node)
         return _Sizes(leaving, passing, arriving, rows, (to_local, from_local), (to_node, from_node)), capacity
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .agreement import NOTE, Note, agree
 from .dispatcher import Batch, NodeLocalDispatcher
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan, load
 from .reorder import decode, encode, encode_weight
 from .steps import Read, Ready, Rows, Sizes, Steps
@@ -123,7 +123,7 @@ class NodeDispatcher(NodeLocalDispatcher):
         per_node = experts // nodes
         to_nodes = Plan.of(distinct_nodes(plan.expert, nodes, per_node), nodes)
         note = Note.tensor(x, weight, plan)
-        sizes = yield from self._exchange_sizes(to_nodes.counts, load(plan.expert, experts), note, k, plan.visit)
+        sizes = yield from self._exchange_sizes(to_nodes.counts, load(plan.expert, experts), note, k, plan.call)
         yield Ready(*sizes.arriving)
 
         between = Hop(to_nodes.trimmed(sum(sizes.between[0])), self.node, *sizes.between)
@@ -156,7 +156,7 @@ class NodeDispatcher(NodeLocalDispatcher):
         yield Ready()
 
     def _exchange_sizes(
-        self, rows: Tensor, loads: Tensor, note: Tensor, k: int, visit: Visit | None = None
+        self, rows: Tensor, loads: Tensor, note: Tensor, k: int, call: LayerCall | None = None
     ) -> Steps[_Sizes]:
         """Exchange the sizes of both exchanges, and check the notes of all ranks, with one host sync.
 
@@ -167,7 +167,7 @@ class NodeDispatcher(NodeLocalDispatcher):
             loads: int64 [E], rows to each expert.
             note: note of this rank.
             k: experts of each token on this rank; ranks may differ in it.
-            visit: the forward it belongs to, if there is a `Place`.
+            call: the forward it belongs to, if there is a `Place`.
         """
         nodes, peers = self.shape
         loads = rearrange(loads, "(n l e) -> n (l e)", n=nodes, l=peers)
@@ -185,6 +185,6 @@ class NodeDispatcher(NodeLocalDispatcher):
         host = iter((yield Read(torch.cat([*splits, notes]))))  # the one host sync
         send, recv, send_inside, recv_inside = ([*islice(host, len(s))] for s in splits)
         every = [[*islice(host, NOTE + 1)] for _ in range(nodes * peers)]
-        capacity, k = agree([line[:NOTE] for line in every], visit), max(line[NOTE] for line in every)
+        capacity, k = agree([line[:NOTE] for line in every], call), max(line[NOTE] for line in every)
         blocks = rearrange(blocks, "l n e -> l e n")
         return _Sizes((send, recv), (send_inside, recv_inside), blocks, capacity, k)

@@ -73,11 +73,11 @@ class OverlapDispatcher(Dispatcher):
         if degree == 1:
             y = self.inner(x, plan, weight, experts)
         else:
-            plan = plan.visiting(degree)
+            plan = plan.started(degree)
             xs, plans, weights = _cut(x, plan, weight, degree)
             chunks = [self._chunk(*chunk, experts) for chunk in zip(xs, plans, weights, strict=True)]
-            prepare(chunks, plan.visit)
-            ys = interleave(chunks, plan.visit)
+            prepare(chunks, plan.call)
+            ys = interleave(chunks, plan.call)
             y = torch.cat(ys) if plan.capacity is None else torch.stack(ys).sum(0)
         if self.degree == "auto":
             self._trial.watch(y)
@@ -94,7 +94,7 @@ class OverlapDispatcher(Dispatcher):
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Refuse every chunk that the other ranks are about to send."""
         refusals = [self.inner.refuse_steps(num_experts, device) for _ in range(self._degree_now(device))]
-        refuse(refusals, None if place is None else place.visit())
+        refuse(refusals, None if place is None else place.start_call())
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
@@ -116,7 +116,7 @@ def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tens
         return (x,) * degree, _by_rows(plan, plan.capacity, degree), (weight,) * degree
     sizes = _shares(x.shape[0], degree)
     whole = [Plan.of(expert, plan.counts.numel(), place=plan.place) for expert in plan.expert.split(sizes)]
-    plans = [replace(part, visit=plan.visit) for part in whole]
+    plans = [replace(part, call=plan.call) for part in whole]
     return x.split(sizes), plans, weight.split(sizes)
 
 

@@ -33,13 +33,13 @@ class Place:
         """Name of the layer in the model."""
         return self.names[self.layer]
 
-    def visit(self) -> Visit:
+    def start_call(self) -> LayerCall:
         """Count one more forward. A rank that fails before its dispatch counts it too, so that ranks stay in step."""
         self.forwards += 1
-        return Visit(self, self.forwards, self.training)
+        return LayerCall(self, self.forwards, self.training)
 
 
-class Visit(NamedTuple):
+class LayerCall(NamedTuple):
     """One forward of one MoE layer.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cuda.launch import backends
 from . import kernels
-from .place import Place, Visit
+from .place import LayerCall, Place
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
@@ -49,7 +49,7 @@ class Plan:
         counts: int64 [E], rows of each expert; in a padded plan `capacity` each.
         capacity: rows of each expert in a padded plan; None if ragged.
         place: the layer that the plan belongs to; None, the default, outside of `parallelize`.
-        visit: the forward that the plan belongs to, set when its rows leave; None before, and if there is no `place`.
+        call: the forward that the plan belongs to, set when its rows leave; None before, and if there is no `place`.
 
     >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
     >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
@@ -64,7 +64,7 @@ class Plan:
     counts: Tensor
     capacity: int | None = None
     place: Place | None = None
-    visit: Visit | None = None
+    call: LayerCall | None = None
 
     @classmethod
     def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None, place: Place | None = None) -> Plan:
@@ -87,12 +87,12 @@ class Plan:
         token, slot, counts = make(expert, num_experts, capacity)
         return cls(expert, token, slot, counts, capacity, place)
 
-    def visiting(self, chunks: int = 1) -> Plan:
+    def started(self, chunks: int = 1) -> Plan:
         """The same plan, as its rows leave in `chunks` chunks: this starts a forward of its layer."""
         if self.place is None or torch.compiler.is_compiling():  # a graph cannot hold a number that changes
             return self
-        visit = self.place.visit() if self.visit is None else self.visit
-        return replace(self, visit=visit._replace(chunks=chunks))
+        call = self.place.start_call() if self.call is None else self.call
+        return replace(self, call=call._replace(chunks=chunks))
 
     def padded(self, capacity: int) -> Plan:
         """The same assignments with `capacity` rows for each expert, at least as many as any expert has now.

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .collectives import Travel, all_to_all_start, exchange_sizes
-from .place import Visit
+from .place import LayerCall
 from .traced import Arrived
 from .wire import Wire
 
@@ -32,10 +32,10 @@ class Sizes(NamedTuple):
     group: ProcessGroup
 
     @staticmethod
-    def answer(asked: Sequence[Sizes], visit: Visit | None) -> list[Tensor]:
+    def answer(asked: Sequence[Sizes], call: LayerCall | None) -> list[Tensor]:
         """Answer the requests of several chunks with one exchange."""
         flat = [a.sizes.flatten(1) for a in asked]
-        came = exchange_sizes(torch.cat(flat, 1), asked[0].group, visit).split([f.shape[1] for f in flat], 1)
+        came = exchange_sizes(torch.cat(flat, 1), asked[0].group, call).split([f.shape[1] for f in flat], 1)
         return [c.reshape(a.sizes.shape) for c, a in zip(came, asked, strict=True)]
 
 
@@ -45,7 +45,7 @@ class Read(NamedTuple):
     numbers: Tensor
 
     @staticmethod
-    def answer(asked: Sequence[Read], visit: Visit | None) -> list[list[int]]:
+    def answer(asked: Sequence[Read], call: LayerCall | None) -> list[list[int]]:
         """Answer the requests of several chunks with one host sync."""
         host = iter(torch.cat([a.numbers for a in asked]).tolist())
         return [list(islice(host, len(a.numbers))) for a in asked]
@@ -60,10 +60,10 @@ class Rows(NamedTuple):
     group: ProcessGroup
     wire: Wire | None = None  # format in which the first tensor is sent
 
-    def start(self, visit: Visit | None) -> Travel | Arrived:
+    def start(self, call: LayerCall | None) -> Travel | Arrived:
         """Start the exchange."""
         send, recv, group, wire = self.send, self.recv, self.group, self.wire
-        return all_to_all_start(*self.tensors, send=send, recv=recv, group=group, wire=wire, visit=visit)
+        return all_to_all_start(*self.tensors, send=send, recv=recv, group=group, wire=wire, call=call)
 
 
 class Ready(NamedTuple):
@@ -80,12 +80,12 @@ Ask: TypeAlias = Sizes | Read | Rows | Ready
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
-def finish(steps: Steps[Result], visit: Visit | None = None) -> Result:
+def finish(steps: Steps[Result], call: LayerCall | None = None) -> Result:
     """Run one generator by itself: answer every request at once.
 
     Args:
         steps: the generator.
-        visit: the forward it belongs to; None, the default, if there is no `Place`.
+        call: the forward it belongs to; None, the default, if there is no `Place`.
 
     Returns:
         What the generator returns.
@@ -99,9 +99,9 @@ def finish(steps: Steps[Result], visit: Visit | None = None) -> Result:
         if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
-            answer = ask.start(visit).wait()
+            answer = ask.start(call).wait()
         else:
-            (answer,) = ask.answer([ask], visit)  # pyright: ignore[reportArgumentType]
+            (answer,) = ask.answer([ask], call)  # pyright: ignore[reportArgumentType]
 
 
 def returned(end: StopIteration) -> Any:
@@ -109,11 +109,11 @@ def returned(end: StopIteration) -> Any:
     return end.args[0] if end.args else None
 
 
-def prepare(chunks: Sequence[Steps], visit: Visit | None = None) -> None:
+def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
     """Run the generators of all chunks until they are ready. They share every exchange of sizes and every host sync."""
     asked = [next(chunk) for chunk in chunks]
     while isinstance(asked[0], Sizes | Read):
-        answers = asked[0].answer(asked, visit)  # pyright: ignore[reportArgumentType]
+        answers = asked[0].answer(asked, call)  # pyright: ignore[reportArgumentType]
         asked = [chunk.send(answer) for chunk, answer in zip(chunks, answers, strict=True)]
     assert all(isinstance(ask, Ready) for ask in asked), "a chunk sent rows before it was ready"
 
@@ -126,7 +126,7 @@ def until_ready(steps: Steps) -> Steps[Ready]:
     return ask
 
 
-def interleave(chunks: Sequence[Steps[Result]], visit: Visit | None = None) -> list[Result]:
+def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -> list[Result]:
     """Run the generators of several prepared chunks, so that rows of one travel while another computes.
 
     In each round one more chunk starts. Every other chunk makes one step: it waits for its rows, computes, and sends
@@ -156,17 +156,17 @@ def interleave(chunks: Sequence[Steps[Result]], visit: Visit | None = None) -> l
                 done[number] = returned(end)
                 continue
             assert isinstance(ask, Rows)
-            still.append((number, ask.start(visit)))
+            still.append((number, ask.start(call)))
         under_way = still[::-1]
     return [done[number] for number in range(len(chunks))]
 
 
-def refuse(refusals: Sequence[Steps[None]], visit: Visit | None = None) -> None:
+def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
     """Send refusals where the other ranks expect sizes, one for each of their chunks.
 
     The first chunk also runs to its end, for dispatchers without steps of their own. Their first dispatch fails on
     every rank, so one refusal is enough.
     """
     with suppress(DispatchError):
-        prepare(refusals, visit)
-        finish(refusals[0], visit)
+        prepare(refusals, call)
+        finish(refusals[0], call)

@@ -58,7 +58,7 @@ class AutoDispatcher(SteppedDispatcher):
         wire: format in which rows are sent (`CompressedDispatcher`). None, the default, sends them as they are.
 
     Examples:
-        On a mesh with axes "node" and "local", `parallelize` makes one by default. To make one by hand::
+        ``parallelize(model, mesh, "auto")`` makes one on a mesh with axes "node" and "local". By hand::
 
             layer.dispatcher = AutoDispatcher.of(mesh, "profile.json")
     """

@@ -105,7 +105,7 @@ class Profile:
     def predict(self, message: Message, degree: int = 1) -> dict[str, float]:
         """Predict the time of each transport, in seconds, for tokens that choose experts evenly.
 
-        The time is for dispatch, experts and combine, forward and backward. With L ranks in each of N nodes, every
+        The time is for dispatch, experts and combine, forward and backward. With M ranks in each of N nodes, every
         transport sends (M - 1) / M of its rows inside a node to another rank, and (N - 1) / N of its rows between nodes
         to another node. Flat sends each row straight to its rank. 2DH sends all rows through both exchanges.
         Node-deduplicated sends a token between nodes once for each distinct node among its experts.
