@@ -1,4 +1,4 @@
-"""Token dispatch and combine: plan, encode, all-to-all, decode. Start at `plan.py`, `dispatcher.py` and `flat.py`."""
+"""Token dispatch and combine over expert-parallel ranks. Start at `plan.py`, `dispatcher.py` and `flat.py`."""
 
 from .agreement import DispatchError
 from .autoselect.auto import AutoDispatcher

@@ -1,4 +1,4 @@
-"""Checks that all ranks exchange the same thing, before rows travel: every rank raises the same error, or none does.
+"""Checks before rows travel that all ranks exchange the same thing. If they do not, every rank raises the same error.
 
 A rank that raises alone leaves the others waiting in a collective. So each rank sends a short note with its sizes.
 All ranks read the same notes, and so they raise together.
@@ -52,24 +52,19 @@ class Note:
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
         return torch.cat(
-            [
-                state,
-                _to_device(
-                    [*_call_numbers(plan.call), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device
-                ),
-            ]
+            [state, _to_device([*_ids(plan.call), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device)]
         )
 
     @classmethod
     def refusal(cls, device: torch.device, call: LayerCall | None = None, met: int = -1) -> Tensor:
         """Note of a rank that has failed. `met` is the layer it met, if that is why."""
-        return torch.tensor([_REFUSED, *_call_numbers(call), 0, 0, 0, 0, met], device=device)
+        return torch.tensor([_REFUSED, *_ids(call), 0, 0, 0, 0, met], device=device)
 
 
 NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 
-def _call_numbers(call: LayerCall | None) -> list[int]:
+def _ids(call: LayerCall | None) -> list[int]:
     if call is None:
         return [-1] * 5
     return [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
@@ -168,7 +163,7 @@ def _check_calls(ranks: list[Note], call: LayerCall | None) -> None:
 
 def _layer(note: Note, call: LayerCall | None) -> str:
     if call is None or note.model != call.place.model:
-        return "a layer without a place" if note.model < 0 else f"layer {note.layer} of another model"
+        return "a layer outside of parallelize" if note.model < 0 else f"layer {note.layer} of another model"
     return f"layer {call.place.names[note.layer]!r}"
 
 
@@ -176,7 +171,7 @@ NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the lay
 
 
 def told(ranks: Sequence[int]) -> str:
-    """Ranks as an error names them.
+    """Names of ranks for an error.
 
     >>> told([2]), told([0, 1])
     ('rank 2', 'ranks 0, 1')

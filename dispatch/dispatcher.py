@@ -157,15 +157,16 @@ class SteppedDispatcher(Dispatcher):
     """A dispatcher written as generators: `dispatch_steps`, `combine_steps` and `refuse_steps`.
 
     A generator yields what it needs from other ranks or from the host, and is sent the answer. Before its
-    ``yield Ready(...)`` a dispatch yields `Sizes` and `Read` alone, afterwards `Rows` alone.
+    ``yield Ready(...)`` a dispatch yields `Sizes` and `Read` alone, afterwards `Rows` alone. CONTRIBUTING.md has a
+    complete example under "A transport".
     """
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """See `Dispatcher.dispatch`."""
+        """Bring tokens to the ranks that own their experts, as in `Dispatcher.dispatch`."""
         return finish(self.dispatch_steps(x, plan, weight), plan.call)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
-        """See `Dispatcher.combine`."""
+        """Bring rows back to their ranks and sum the rows of each token, as in `Dispatcher.combine`."""
         return finish(self.combine_steps(rows, receipt))
 
     def _combine(self, rows: Tensor, receipt: Any, call: LayerCall | None) -> Tensor:
