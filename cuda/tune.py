@@ -133,7 +133,7 @@ def _compile(runs: Iterable[Run], device: torch.device) -> None:
 
 
 def candidates(product: Product, major: int) -> list[Blocks]:
-    """Tile sizes to try on a GPU of compute capability `major` (0 in the interpreter), starting with those of `sizes`.
+    """Tile sizes to try on a GPU of compute capability `major` (0 in the interpreter), starting with the default.
 
     `tests/cuda/compile_experts.py --candidates` shows that none spills registers and all fit into shared memory.
     """

@@ -63,7 +63,7 @@ class TensorParallelDispatcher(SteppedDispatcher):
             )
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
-        """Exchange the sizes of `inner` and then those of the group, then rows in the same order."""
+        """Exchange sizes as `inner` does, then in the group; then rows in the same order."""
         inner = self.inner.dispatch_steps(x, plan, weight)
         try:
             ready = yield from until_ready(inner)

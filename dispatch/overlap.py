@@ -28,7 +28,7 @@ from .traced import outside
 class OverlapDispatcher(Dispatcher):
     """Runs another dispatcher in `degree` chunks that overlap with the experts, in forward and backward.
 
-    Results equal those of `inner` up to rounding, because experts see the same rows in smaller batches. The same
+    Results equal the results of `inner` up to rounding, because experts see the same rows in smaller batches. The same
     assignments are dropped, because capacity is applied before. Every rank makes `degree` chunks whatever its number of
     tokens, and empty chunks take part. All chunks exchange their sizes and notes together, before any row is sent. So
     nothing waits for the host afterwards.
