@@ -7,7 +7,7 @@ element is written once. A token's k rows are summed in order, in float32 or wid
 Kernels and plain PyTorch on a CPU round alike: a product and the sum it is added to are rounded once (FMA). There is
 one exception, on x86 CPUs: `decode` without weights, of bfloat16 rows with k > 1. FBGEMM (torch 2.13) rounds a sum
 halfway between two bfloat16 numbers to the larger magnitude, not to even. For random rows this changes one element
-in ten at k = 2 and one in twenty at k = 8, and raises the mean by 0.06 % and 0.03 %. A version that rounds to even
+in ten at k = 2 and one in twenty at k = 8. It raises the mean by 0.06 % and 0.03 %. A version that rounds to even
 takes at least twice as long.
 """
 

@@ -77,7 +77,7 @@ class AutoDispatcher(SteppedDispatcher):
 
         Args:
             mesh: mesh with axes "node" and "local" in place of "ep".
-            profile: a `Profile`, or the path of one that `Profile.save` wrote. Rank 0's counts. None, the default,
+            profile: a `Profile`, or the path of one that `Profile.save` wrote. Only rank 0's is used. None, the default,
                 measures the costs now, in about a second.
 
         Raises:
