@@ -77,8 +77,8 @@ class AutoDispatcher(SteppedDispatcher):
 
         Args:
             mesh: mesh with axes "node" and "local" in place of "ep".
-            profile: a `Profile`, or the path of one that `Profile.save` wrote. Only rank 0's is used. None, the default,
-                measures the costs now, in about a second.
+            profile: a `Profile`, or the path of one that `Profile.save` wrote. Only rank 0's is used. None, the
+                default, measures the costs now, in about a second.
 
         Raises:
             ValueError: the mesh has other axes, or the profile cannot be read or belongs to another number of ranks.

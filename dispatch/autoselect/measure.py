@@ -20,9 +20,9 @@ def measure(mesh: DeviceMesh, small: int = SMALL, large: int = LARGE, rounds: in
     """Measure the costs of links and matrix products. Every rank must call it, and every rank gets the same result.
 
     It times five exchanges: small and large ones inside nodes, small and large ones between nodes, and a small one
-    among all ranks. All groups exchange at the same time, as in a real dispatch. The last exchange differs from the small one
-    between nodes only in its number of messages. So the two give the cost of a message and of an exchange. Inside a
-    node these are not separated, and a message has both costs.
+    among all ranks. All groups exchange at the same time, as in a real dispatch. The last exchange differs from the
+    small one between nodes only in its number of messages. So the two give the cost of a message and of an exchange.
+    Inside a node these are not separated, and a message has both costs.
 
     It then times a square matrix product on all ranks at the same time, in float32 and bfloat16, to estimate the
     experts.

@@ -105,10 +105,10 @@ class Profile:
     def predict(self, message: Message, degree: int = 1) -> dict[str, float]:
         """Predict the time of each transport, in seconds, for tokens that choose experts evenly.
 
-        The time is for dispatch, experts and combine, forward and backward. There are M ranks in each of N nodes. Of the
-        rows inside a node, (M - 1) / M go to another rank. Of the rows between nodes, (N - 1) / N go to another node.
-        Flat sends each row straight to its rank. 2DH sends all rows through both exchanges. Node-deduplicated sends a
-        token between nodes once for each distinct node among its experts.
+        The time is for dispatch, experts and combine, forward and backward. There are M ranks in each of N nodes. Of
+        the rows inside a node, (M - 1) / M go to another rank. Of the rows between nodes, (N - 1) / N go to another
+        node. Flat sends each row straight to its rank. 2DH sends all rows through both exchanges. Node-deduplicated
+        sends a token between nodes once for each distinct node among its experts.
 
         With n chunks, the exchanges of one chunk take t = exchanges * alpha + bytes / n * beta. The experts take c for
         all chunks together, and twice that in the backward. Forward and backward then take, each::
