@@ -1,4 +1,4 @@
-// What every kernel may use: element types, wide accesses, shared memory.
+// Shared by all kernels: element types and dynamic shared memory.
 #pragma once
 
 #ifndef TURNOUT_ON_CPU

@@ -1,17 +1,17 @@
-// decode: rows [R, D] -> tokens [T, D], a token the sum of its k rows, weighted or not; and the weighted one's backward.
+// decode: rows [R, D] -> tokens [T, D], each the sum of its k rows, with or without weights; and the weighted backward.
 #include "rows.cuh"
 
-// Blocks a multiprocessor, for loads enough under way (README.md): with k = 8 ptxas would leave room for two. In float32,
-// and before sm_90, three are too tight for it, and it spills.
+// Blocks per multiprocessor, so that enough loads are under way (README.md). With k = 8, ptxas by itself would leave
+// room for two. With three it spills registers in float32, and before sm_90.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kBlocksOfHalves = 2;
 #else
 constexpr int kBlocksOfHalves = 3;
 #endif
 
-// Sums in float32, j = 0 .. k - 1; rows of nobody are not read. A product is rounded with the sum it is added to, as in
-// plain PyTorch on a CPU, so that both agree to the bit (its ties in bfloat16 apart: dispatch/reorder.py). `weight` is null
-// where rows are weighted already.
+// Sums in float32 over j = 0 .. k - 1. Dropped assignments are skipped. A product and the sum it is added to are
+// rounded once (FMA), as in plain PyTorch on a CPU, so both agree bit for bit. dispatch/reorder.py names the one
+// exception. `weight` is null if rows are weighted already.
 template <class T, class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kBlocksOfHalves : 2)
     decode(const Chunk* __restrict__ rows, const float* __restrict__ weight, const long long* __restrict__ slot,
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kBlocksOfHalves : 2
     for (int first = 0; first < homes.size(); first += Homes::kAtOnce) {
       Chunk chunk[Homes::kAtOnce];
 #pragma unroll
-      for (int i = 0; i < Homes::kAtOnce; i++)  // all loads before the first sum waits for one
+      for (int i = 0; i < Homes::kAtOnce; i++)  // start all loads before the first sum waits for one
         if (homes[first + i] >= 0) chunk[i] = row_of(rows, homes[first + i], chunks)[c];
 #pragma unroll
       for (int i = 0; i < Homes::kAtOnce; i++) {
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kBlocksOfHalves : 2
   }
 }
 
-// grad_rows[slot[t, j]] = weight[t, j] * grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>, 0 where dropped.
-// A group is one warp: grad is read once for kAtOnce rows. Empty rows get zeros, as in encode.
+// grad_rows[slot[t, j]] = weight[t, j] * grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>, 0 if dropped.
+// A group is one warp, and reads grad once for kAtOnce rows. Empty rows get zeros, as in encode.
 template <class T, class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_backward(const Chunk* __restrict__ grad, const Chunk* __restrict__ rows, const float* __restrict__ weight,

@@ -1,7 +1,8 @@
-// encode: tokens [T, D] -> rows [R, D], in scatter form: a token is read once and written to its k rows.
+// encode: tokens [T, D] -> rows [R, D] as a scatter: each token is read once and written to its k rows.
 #include "rows.cuh"
 
-// Moves bytes, whatever their type. The first T groups take a token each, the others as many rows as they have threads.
+// Moves bytes of any type. Each of the first T groups copies one token. The other groups zero empty rows, and look at
+// one row with each of their threads.
 template <class Chunk, int K>
 __global__ void __launch_bounds__(kThreads, 1)
     encode(const Chunk* __restrict__ x, const long long* __restrict__ token, const long long* __restrict__ slot,

@@ -1,20 +1,20 @@
-"""Grouped matrix products of experts, in Triton: rows gathered in the loads, activations in the epilogues.
+"""Grouped GEMMs of the experts in Triton: loads gather rows, and epilogues apply biases, activations and weights.
 
-Import it where it is used: Triton comes with torch's CUDA builds and is no dependency of the package. The kernels
-are compiled for sm_80, sm_90 and sm_100 and run in Triton's interpreter by the tests; **not run on a GPU yet**.
+Import this module where it is used. Triton comes with torch's CUDA builds, and the package does not depend on it. Tests
+compile the kernels for sm_80, sm_90 and sm_100 and run them in Triton's interpreter; **not run on a GPU yet**.
 
-Rows are sorted by expert; those of expert e end at ends[e], int32 [L]. Where `token` is given, int64 [R], row r is
-x[token[r]], zeros if that is -1, and no copy of x in the order of the experts is made (ScatterMoE, arXiv:2403.08245;
-SonicMoE, arXiv:2512.14080). Rows past ends[-1] are read by nobody and stay as they are. The host never learns how
-many rows an expert has: a grid has as many tiles as there could be, and those too many leave at once. Sums run in
-float32 (float32 products as torch.backends.cuda.matmul.fp32_precision says), in a fixed order, without atomics.
+Rows are sorted by expert, and the rows of expert e end at ends[e], int32 [L]. With `token`, int64 [R], row r is
+x[token[r]], or zeros if token[r] is -1. So x is never copied in the order of experts (ScatterMoE, arXiv:2403.08245;
+SonicMoE, arXiv:2512.14080). Padding rows past ends[-1] are neither read nor written. There is no host sync: a grid has
+as many tiles as there could be, and programs of unused tiles return at once. Sums are in float32, in a fixed order,
+without atomics. torch.backends.cuda.matmul.fp32_precision sets the precision of float32 products.
 
-What is read in the order of memory, weights and rows that are not gathered, goes through tensor descriptors where
-`Blocks.descriptors` says so. They are made for each launch, by the host, from addresses and sizes alone, so that a
-CUDA graph may keep them.
+Operands that are contiguous in memory, such as weights and rows that are not gathered, are loaded through tensor
+descriptors if `Blocks.descriptors` is set. The host makes the descriptors for each launch from addresses and sizes
+alone, so CUDA graphs may capture them.
 """
 
-# A kernel is not the function that it looks like.
+# A Triton kernel is an object, not the function that pyright sees.
 # pyright: reportArgumentType=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -42,18 +42,24 @@ def up(
     b_gate: Tensor | None = None,
     size: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden rows [R, H], times weight [R], and what the backward wants of them.
+    """Up and gate projections, activation, and multiplication by the router's weight: the hidden rows [R, H].
 
     Args:
-        x: [T, D], gathered by `token`; rows [R, D] if that is None.
-        w_up, w_gate: [L, D, H]; w_gate for gated activations alone.
-        activation: the name of a function in `activations.py`.
+        x: [T, D] if `token` is given, else rows [R, D].
+        token: int64 [R], token in each row, -1 = empty row; None if x has the rows.
+        ends: int32 [L], end of each expert's rows.
+        weight: [R], the router's weight of each row.
+        w_up: [L, D, H], up projections.
+        w_gate: [L, D, H], gate projections; None for activations without a gate.
+        activation: name of a function in `activations.py`.
         save: whether a backward follows.
-        b_up, b_gate: [L, H], where there are biases.
-        size: of the tiles, here and below; None: `blocks`.
+        b_up: [L, H], biases of the up projections; None, the default, for no biases.
+        b_gate: [L, H], biases of the gate projections; None, the default, for no biases.
+        size: tile sizes; None, the default, takes them from `blocks`.
 
     Returns:
-        hidden; then up and gate before the activation, [R, H] each, empty where not asked for.
+        The hidden rows [R, H], then up and gate before the activation, [R, H] each. The last two are empty if they are
+        not saved or there is no gate.
     """
     (_, D, H), R = w_up.shape, len(weight)
     hidden = x.new_empty(R, H)
@@ -76,9 +82,15 @@ def down(
     weight: Tensor | None = None,
     size: Blocks | None = None,
 ) -> Tensor:
-    """The sum over one or two pairs (a [R, K], b [L, K, N]) of a times its expert's b: [R, N].
+    """Sum over one or two pairs (a, b) of the grouped GEMM of a [R, K] with b [L, K, N]: [R, N].
 
-    With `transposed`, b is [L, N, K]. A bias [L, N] is added times weight [R].
+    Args:
+        pairs: one or two pairs (a, b).
+        ends: int32 [L], end of each expert's rows.
+        transposed: whether b is [L, N, K] instead; False by default.
+        bias: [L, N], added times `weight`; None, the default, for no bias.
+        weight: [R], the factor of the bias in each row.
+        size: tile sizes; None, the default, takes them from `blocks`.
     """
     (a, b), (a2, b2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
     R, K = a.shape
@@ -104,10 +116,20 @@ def hidden_backward(
     activation: str,
     size: Blocks | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Back through the down projection w_down [L, H, D] and the activation, from grad [T, D] or [R, D] (see `up`).
+    """Backward through the down projection and the activation.
+
+    Args:
+        grad: gradient of the output, [T, D] if `token` is given, else [R, D].
+        token: int64 [R], token in each row, -1 = empty row; None if grad has the rows.
+        ends: int32 [L], end of each expert's rows.
+        weight: [R], the router's weight of each row.
+        w_down: [L, H, D], down projections.
+        up, gate: [R, H], values before the activation that `up` saved; gate is None without a gate projection.
+        activation: name of a function in `activations.py`.
+        size: tile sizes; None, the default, takes them from `blocks`.
 
     Returns:
-        The hidden rows [R, H] as `up` made them, computed again; the gradients of up and, if there is one, of gate;
+        The hidden rows [R, H], recomputed; a list of the gradients of up and, if there is one, gate, [R, H] each; and
         the gradient of weight, float32 [R].
     """
     (_, H, D), R = w_down.shape, len(weight)
@@ -132,9 +154,18 @@ def weight_backward(
     b_token: Tensor | None = None,
     size: Blocks | None = None,
 ) -> list[Tensor]:
-    """Gradients of weights: per expert a^T b [L, K, N] for one or two b [R, N] in `others`; zeros without rows.
+    """Gradients of the experts' matrices: a^T b over each expert's rows, [L, K, N], zeros for experts without rows.
 
-    a [R, K], or [T, K] gathered by a_token; the same for b_token.
+    Args:
+        a: [R, K], or [T, K] if `a_token` is given.
+        others: one or two matrices b, [R, N], or [T, N] if `b_token` is given.
+        ends: int32 [L], end of each expert's rows.
+        a_token: int64 [R], token of a in each row; None, the default, if a has the rows.
+        b_token: int64 [R], token of b in each row; None, the default, if b has the rows.
+        size: tile sizes; None, the default, takes them from `blocks`.
+
+    Returns:
+        One gradient [L, K, N] for each b.
     """
     K, N = a.shape[1], others[0].shape[1]
     out = [a.new_empty(len(ends), K, N) for _ in others]
@@ -152,10 +183,17 @@ def weight_backward(
 def bias_backward(
     a: Tensor, ends: Tensor, token: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of what `down` adds, weight [R] * bias [L, N], from that of its rows: a [R, N], or gathered by token.
+    """Gradients of bias and weight in the summand weight [R] * bias [L, N] of `down`.
+
+    Args:
+        a: gradient of the rows, [R, N], or [T, N] if `token` is given.
+        ends: int32 [L], end of each expert's rows.
+        token: int64 [R], token in each row; None, the default, if a has the rows.
+        weight: [R], the factor of the bias; None, the default, if the bias is added without a factor.
+        bias: [L, N]; None, the default, if there is no weight.
 
     Returns:
-        Of bias, [L, N], and of weight, float32 [R]. Without weight and bias: of one that is added as it is, and zeros.
+        Gradient of bias [L, N], and of weight, float32 [R], which is zeros without a weight.
     """
     R, N = len(a if token is None else token), a.shape[1]
     size = blocks("bias", a, 0)
@@ -169,19 +207,19 @@ def bias_backward(
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1 when it was imported."""
+    """Whether Triton's interpreter runs the kernels on CPU tensors: TRITON_INTERPRET was 1 when Triton was imported."""
     return "Interpreted" in type(up_kernel).__name__
 
 
 def _rows(a: Tensor | None, token: Tensor | None, size: Blocks, block: tuple[int, int] | None = None):
-    """Rows [R, K] as a kernel takes them: a descriptor of tiles `block`, or the tensor itself."""
+    """Rows [R, K] as an argument of a kernel: a tensor descriptor of tiles `block`, or the tensor itself."""
     if a is None or token is not None or not _describable(a, size):
         return a
     return create_ragged_descriptor(a, block or (size.rows, size.depth))
 
 
 def _matrices(b: Tensor | None, size: Blocks, transposed: bool = False):
-    """Matrices [L, K, N], or [L, N, K] if `transposed`, as a kernel takes them: see `_rows`."""
+    """Matrices [L, K, N], or [L, N, K] if `transposed`, as an argument of a kernel (see `_rows`)."""
     if b is None or not _describable(b, size):
         return b
     block = (size.columns, size.depth) if transposed else (size.depth, size.columns)
@@ -189,7 +227,7 @@ def _matrices(b: Tensor | None, size: Blocks, transposed: bool = False):
 
 
 def _describable(t: Tensor, size: Blocks) -> bool:
-    """Whether the copy engine takes this tensor: what it starts from and steps by are multiples of 16 bytes."""
+    """Whether a tensor descriptor can describe this tensor: address and strides are multiples of 16 bytes."""
     steps = [t.data_ptr(), *(step * t.element_size() for step in t.stride()[:-1])]
     return size.descriptors and t.numel() > 0 and len(t) <= 2**30 and not any(step % 16 for step in steps)
 

@@ -1,10 +1,10 @@
 # type: ignore (the language of Triton, which looks like Python)
 """The Triton kernels of `grouped.py`.
 
-A program makes one tile [BM, BN] of a result and sums over BK at a time, in float32. Sizes that a model fixes are
-constants of the kernel, so that masks fold away where tiles divide them; rows are 64-bit: there may be 2^31 elements.
-ACTIVATION is a function of `activations.py`.
-What an operation goes without (token, gate, biases) is None, and no code is made for it.
+A program computes one tile [BM, BN] of a result in float32, in steps of BK. Sizes that the model fixes are constants of
+the kernel, so masks vanish where tiles divide them. Row offsets are 64-bit, because there may be 2^31 elements.
+ACTIVATION is a function of `activations.py`. An argument that an operation does not need (token, gate, biases) is None,
+and the kernel is compiled without it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """hidden [R, H] = weight * act(x[token] w_up + b_up, x[token] w_gate + b_gate); x is read once for both."""
+    """hidden [R, H] = weight * act(x[token] w_up + b_up, x[token] w_gate + b_gate), with x read once for both."""
     m, n = place(num_m, tl.cdiv(H, BN))
     expert = tl.load(tile_expert + m)
     if expert < 0:
@@ -57,7 +57,7 @@ def up_kernel(
         u += tl.load(b_up + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
         if b_gate is not None:
             g += tl.load(b_gate + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
-    # Rounded as they are stored: the backward makes the hidden rows again from that, and they must be these.
+    # Round as for storing: the backward recomputes the hidden rows from stored values, and must get the same rows.
     u = u.to(hidden.dtype.element_ty)
     g = g.to(hidden.dtype.element_ty)
     at = row.to(tl.int64)[:, None] * H + column[None, :]
@@ -92,7 +92,7 @@ def down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out [R, N] = a b + a2 b2 + weight * bias, of rows [R, K]; see `matrix` for TRANSPOSED."""
+    """out [R, N] = a b + a2 b2 + weight * bias, for rows a and a2 [R, K]. See `matrix` for TRANSPOSED."""
     m, n = place(num_m, tl.cdiv(N, BN))
     expert = tl.load(tile_expert + m)
     if expert < 0:
@@ -143,9 +143,9 @@ def hidden_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """From the gradient grad[token] [R, D] to those of up, gate and weight, and the hidden rows again.
+    """From the gradient grad[token] [R, D], gradients of up, gate and weight, and the recomputed hidden rows.
 
-    to_weight is [ceil(H / BN), R]: each tile's part of the sum over H.
+    to_weight is [ceil(H / BN), R], with each tile's part of the sum over H.
     """
     m, n = place(num_m, tl.cdiv(H, BN))
     expert = tl.load(tile_expert + m)
@@ -193,13 +193,13 @@ def weight_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """to_b [L, K, N]: for each expert the sum over its rows of a[a_token]^T b[b_token]; to_c of c, if there is one."""
+    """to_b [L, K, N]: a[a_token]^T b[b_token] summed over the rows of each expert; to_c the same for c, if given."""
     m, n = place(tl.cdiv(K, BM), tl.cdiv(N, BN))
     expert = tl.program_id(1)
     start, end = span(ends, expert)
     total = tl.zeros([BM, BN], tl.float32)
     second = total
-    # Looked up a block ahead: as a load within a load, it would take one of the loads under way.
+    # Load indices one block ahead. An index load right before its row load would take one of the pipeline's stages.
     row = start + tl.arange(0, BK)
     from_a, from_b = source(row, end, a_token), source(row, end, b_token)
     for first in range(start, end, BK):
@@ -234,9 +234,9 @@ def bias_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """to_bias [L, N]: for each expert the sum over its rows of weight * a[token], a [R, N]; without weight, of a.
+    """to_bias [L, N]: weight * a[token] summed over the rows of each expert, for a [R, N]. Without weight, a alone.
 
-    With weight also to_weight [ceil(N / BN), R], from a[token] and bias [L, N]: each tile's part of their product.
+    With weight, also to_weight [ceil(N / BN), R], with each tile's part of the product of a[token] and bias [L, N].
     """
     n = tl.program_id(0)
     expert = tl.program_id(1)

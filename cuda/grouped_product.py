@@ -1,9 +1,10 @@
 # type: ignore (the language of Triton, which looks like Python)
-"""What the kernels of grouped products are made of: a program's tile, the loads of its operands, the sum of products.
+"""Building blocks of the grouped GEMM kernels: the tile of a program, loads of its operands, and the sum of products.
 
-An operand is a pointer or a tensor descriptor, by its type. A descriptor is read by the copy engine of sm_90 and later
-(TMA), which needs no addresses and no masks: what lies outside comes as zeros. Rows in memory order are described as
-`ragged_tma` does it, so that the engine also knows where an expert's rows end; gathered rows have pointers.
+An operand is a pointer or a tensor descriptor, and the kernel tells them apart by type at compile time. The copy engine
+of sm_90 and later (TMA) reads a descriptor. It needs no addresses and no masks, and fills with zeros outside. Rows that
+are contiguous in memory have a descriptor in the form of `ragged_tma`, so the engine also knows where an expert's rows
+end. Gathered rows have pointers.
 """
 
 # ruff: noqa: RET505 (Triton leaves a branch out by its constant condition, but does not know that a return ends it)
@@ -14,12 +15,12 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
-TOGETHER = tl.constexpr(8)  # row tiles that go through the columns of a weight while these are in L2
+TOGETHER = tl.constexpr(8)  # row tiles that share the columns of a weight while they are in the L2 cache
 
 
 @triton.jit
 def place(num_m, num_n):
-    """This program's tile: row, column."""
+    """Row and column of this program's tile."""
     program = tl.program_id(0)
     first = program // (TOGETHER * num_n) * TOGETHER
     height = tl.minimum(num_m - first, TOGETHER)
@@ -29,7 +30,7 @@ def place(num_m, num_n):
 
 @triton.jit
 def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """index < SIZE, known beforehand where blocks fill the size."""
+    """index < SIZE, which is a constant if blocks divide the size."""
     if SIZE % BLOCK == 0:
         return tl.full(index.shape, 1, tl.int1)
     else:
@@ -38,7 +39,7 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def span(ends, expert):
-    """An expert's rows: the first, and where they end."""
+    """First row of an expert, and the end of its rows."""
     start = 0
     if expert > 0:
         start = tl.load(ends + expert - 1)
@@ -47,7 +48,7 @@ def span(ends, expert):
 
 @triton.jit
 def source(row, end, token):
-    """Where the rows of a tile lie: int64, -1 = nowhere."""
+    """Source row of each row of a tile, int64; -1 = none."""
     if token is None:
         return tl.where(row < end, row, -1).to(tl.int64)
     else:
@@ -56,7 +57,10 @@ def source(row, end, token):
 
 @triton.jit
 def rows(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """[BM, BK] from column `start` on of the rows a[found], or of those from `first` to `end`; zeros for others."""
+    """Rows of a tile, [BM, BK], with columns from `start`, and zeros for missing rows.
+
+    They are a[found], or rows `first` to `end` if a is a descriptor.
+    """
     if isinstance(a, tl.tensor_descriptor):
         return load_ragged(a, 0, end, [first, start])
     else:
@@ -67,7 +71,10 @@ def rows(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.
 
 @triton.jit
 def columns(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """[BK, BM]: what `rows` gives, transposed. Loaded so, as sm_80 does not prefetch what is transposed later."""
+    """Transposed rows of a tile, [BK, BM].
+
+    They are loaded transposed, because sm_80 does not prefetch an operand that is transposed after its load.
+    """
     if isinstance(a, tl.tensor_descriptor):
         return load_ragged(a, 0, end, [first, start]).T
     else:
@@ -88,7 +95,7 @@ def matrix(
     BK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """[BK, BN] from row `start`, column `across` on of b[expert]: [K, N], or lying as [N, K] if TRANSPOSED."""
+    """Tile [BK, BN] of b[expert] from row `start` and column `across`. b[expert] is [K, N], or [N, K] if TRANSPOSED."""
     if isinstance(b, tl.tensor_descriptor):
         if TRANSPOSED:
             return b.load([expert, across, start]).reshape(BN, BK).T
@@ -122,7 +129,7 @@ def product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total + rows of a times b[expert], and second + those rows times c[expert] unless c is None."""
+    """total + rows of a times b[expert], and second + the same rows times c[expert] if c is given."""
     for start in range(0, K, BK):
         left = rows(a, found, first, end, start, K, BM, BK)
         right = matrix(b, expert, start, across, K, N, TRANSPOSED, BK, BN)

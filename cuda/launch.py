@@ -1,4 +1,4 @@
-"""Compile the kernels of this folder at run time and launch them: one function, `launch`."""
+"""Compile the CUDA kernels of this folder at run time, and launch them: `launch`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FOLDER = Path(__file__).resolve().parent
 
 
 class Kernel(NamedTuple):
-    """Where a `__global__` function lies and what it takes: a letter for each parameter.
+    """Source file and parameters of a `__global__` function, with one letter for each parameter.
 
-    P a pointer, i an int (32 bits), q a long long (64 bits), f a float. Tests hold the letters against the C++.
+    P is a pointer, i an int (32 bits), q a long long (64 bits), f a float. Tests compare the letters with the C++.
     """
 
     source: str
@@ -36,14 +36,14 @@ KERNELS = {
     "route_backward": Kernel("router.cu", "PPPPPiiiii"),
 }
 
-OLDEST = (8, 0)  # compute capability: the router's reductions over a warp came with it
-GRANTED = 48 * 1024  # bytes of shared memory; a kernel that takes more must ask
+OLDEST = (8, 0)  # lowest compute capability: the router needs its reductions over a warp
+GRANTED = 48 * 1024  # bytes of shared memory that a kernel gets without asking for more
 Argument = Tensor | int | float | None
-Packed = int | np.generic  # a pointer, or a number of the parameter's own width
+Packed = int | np.generic  # a pointer, or a number of the parameter's width
 
 
 class Backend(Protocol):
-    """Runs a kernel on tensors of one type of device."""
+    """Launches kernels on tensors of one type of device."""
 
     def __call__(
         self,
@@ -54,32 +54,32 @@ class Backend(Protocol):
         shared: int,
         device: torch.device,
     ) -> None:
-        """Launch `kernel` with arguments that are packed already; see `launch`."""
+        """Launch `kernel` with packed arguments. The other arguments are as in `launch`."""
         ...
 
 
 def launch(
     kernel: str, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Argument], shared: int = 0
 ) -> None:
-    """Launch `kernel` on the device of its tensors, on torch's current stream there; does not wait for it.
+    """Launch a kernel on the device of its tensors, on torch's current stream. It does not wait for the kernel.
 
     Args:
-        kernel: the kernel's name in `KERNELS`, with its template arguments: ``"decode<float, uint4, 2>"``.
-        grid: blocks on up to three axes; with none on one of them nothing is launched.
-        block: threads of a block on up to three axes.
-        args: contiguous tensors or None (a null pointer), and numbers, in the order of the C++ parameters.
-        shared: bytes of dynamic shared memory of a block.
+        kernel: name of the kernel in `KERNELS`, with its template arguments: ``"decode<float, uint4, 2>"``.
+        grid: number of blocks on up to three axes. If one of them is 0, nothing is launched.
+        block: number of threads of a block on up to three axes.
+        args: arguments in the order of the C++ parameters: contiguous tensors, None for a null pointer, and numbers.
+        shared: bytes of dynamic shared memory for each block, 0 by default.
 
     Raises:
-        ImportError: the tensors are CUDA tensors and CuPy is missing.
-        ValueError: the tensors are on several devices or not contiguous, or on a device that runs no kernels.
+        ImportError: the tensors are on a CUDA device, and CuPy is missing.
+        ValueError: the tensors are on several devices, not contiguous, or on a device that runs no kernels.
     """
     devices = {arg.device for arg in args if isinstance(arg, Tensor)}
     if len(devices) != 1:
         raise ValueError(f"{kernel} needs all its tensors on one device; got {sorted(map(str, devices))}")
     device = devices.pop()
     if device.type not in backends:
-        raise ValueError(f"{kernel} runs on {' and '.join(backends)} tensors; got {device.type} ones")
+        raise ValueError(f"{kernel} runs on {' and '.join(backends)} tensors; got {device.type} tensors")
     signature = KERNELS[kernel.partition("<")[0]].signature
     packed = tuple(_pack(kernel, letter, arg) for letter, arg in zip(signature, args, strict=True))
     if 0 not in grid:
@@ -87,7 +87,7 @@ def launch(
 
 
 def available(device: torch.device) -> bool:
-    """Whether `launch` can serve this device. Where CUDA lacks CuPy, or a GPU is too old, a warning says so once."""
+    """Whether `launch` supports this device. A warning says so once if CuPy is missing or the GPU is too old."""
     if device.type == "cuda" and backends["cuda"] is launch_cupy:
         return _has_cupy() and _is_recent(device)
     return device.type in backends
@@ -112,7 +112,7 @@ def launch_cupy(
     shared: int,
     device: torch.device,
 ) -> None:
-    """The backend of CUDA tensors: NVRTC and the driver, through CuPy."""
+    """Backend for CUDA tensors: NVRTC and the driver, through CuPy."""
     with torch.cuda.device(device), _cupy().cuda.Stream.from_external(torch.cuda.current_stream(device)):
         function = _function(kernel)
         if shared > GRANTED and shared > function.max_dynamic_shared_size_bytes:
@@ -120,12 +120,12 @@ def launch_cupy(
         function(grid, block, args, shared_mem=shared)
 
 
-backends: dict[str, Backend] = {"cuda": launch_cupy}  # by type of device; tests add one that runs kernels on the CPU
+backends: dict[str, Backend] = {"cuda": launch_cupy}  # by device type; tests add one that runs kernels on the CPU
 
 
 @functools.cache
 def _function(kernel: str) -> Any:
-    """The compiled kernel. CuPy compiles for the device at hand and keeps the result in its cache on disk."""
+    """The compiled kernel. CuPy compiles it for the current device, and caches the result on disk."""
     source = (FOLDER / KERNELS[kernel.partition("<")[0]].source).read_text()
     options = (f"-I{FOLDER}", "-std=c++17", f"-DTURNOUT_HEADERS=0x{_headers()}")
     return _cupy().RawModule(code=source, options=options, name_expressions=(kernel,)).get_function(kernel)
@@ -133,14 +133,14 @@ def _function(kernel: str) -> Any:
 
 @functools.cache
 def _headers() -> str:
-    """A digest of all headers: CuPy's cache knows a source by its own text alone, not by what it includes."""
+    """Digest of all headers, because CuPy's cache keys a source by its own text without its includes."""
     texts = (path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def _cupy() -> Any:
     try:
-        # only here: it takes half a second, and most processes launch no kernel
+        # imported here because it takes half a second, and most processes launch no kernel
         import cupy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(f'CUDA kernels need CuPy: pip install "turnout[{_extra()}]"') from error
@@ -149,7 +149,7 @@ def _cupy() -> Any:
 
 @functools.cache
 def _has_cupy() -> bool:
-    if torch.version.cuda is None:  # ROCm calls its devices "cuda" too
+    if torch.version.cuda is None:  # devices of ROCm are named "cuda" too
         return False
     try:
         _cupy()

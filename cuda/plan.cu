@@ -1,25 +1,24 @@
-// A plan is a stable counting sort of assignments by expert, in two launches:
-//   plan_count  every block counts its chunk of the assignments: histogram [blocks, E]
-//   plan_place  an expert's first row + its assignments in earlier chunks + those earlier in the same
-//               chunk = the row of an assignment; what is left over is marked empty
-// The order within a chunk is kept without atomics. A chunk is cut once more, into a contiguous piece for
-// each counting warp with bins of its own; a warp takes 32 assignments at a time, in order, and lanes with
-// the same expert find each other by __match_any_sync: the place of a lane among them is the number of
-// lower lanes in the match.
+// The plan: a stable counting sort of assignments by expert, in two launches.
+//   plan_count  Every block counts its chunk of the assignments: histogram [blocks, E].
+//   plan_place  The row of an assignment is its expert's first row, plus the expert's assignments in earlier
+//               chunks, plus the earlier ones in the same chunk. Rows that remain are marked empty.
+// The order within a chunk is kept without atomics. Each counting warp has bins of its own, and a contiguous
+// piece of the chunk. It takes 32 assignments at a time, in order. __match_any_sync finds the lanes with the
+// same expert, and the position of a lane among them is the number of lower lanes in the match.
 //
-// n = T * k < 2^31 assignments; an expert id outside [0, E) is no assignment.
+// There are n = T * k < 2^31 assignments. An expert id outside [0, E) is no assignment.
 #include "common.cuh"
 
 namespace {
 
-constexpr int kBatch = 8;  // loads that a lane has in flight; a warp takes 32 * kBatch assignments at once
+constexpr int kBatch = 8;  // loads under way in each lane; a warp takes 32 * kBatch assignments at once
 constexpr int kThreads = 256;
 
 struct Range {
   long long begin, end;
 };
 
-// Piece `i` of `pieces` equal ones of [begin, end), the last ones shorter.
+// Piece `i` of `pieces` equal pieces of [begin, end). The last ones may be shorter.
 __device__ Range piece(Range all, int i, int pieces) {
   long long size = (all.end - all.begin + pieces - 1) / pieces;
   long long begin = min(all.begin + i * size, all.end);
@@ -28,8 +27,8 @@ __device__ Range piece(Range all, int i, int pieces) {
 
 __device__ Range chunk_of_block(int n) { return piece({0, n}, blockIdx.x, gridDim.x); }
 
-// One warp walks its assignments in order and raises bins[e] for each; `visit(i, e, row)` is told of every
-// assignment i what bins[e] was before it, -1 for e and row where there is none.
+// One warp goes through its assignments in order, and increments bins[e] for each. It calls `visit(i, e, row)`
+// for each assignment i, with row = bins[e] before the increment, and e = row = -1 if i has no expert.
 template <class Visit>
 __device__ void walk(const long long* __restrict__ expert, Range range, int E, int* bins, Visit visit) {
   unsigned lane = threadIdx.x % 32, lower = (1u << lane) - 1;
@@ -46,16 +45,16 @@ __device__ void walk(const long long* __restrict__ expert, Range range, int E, i
       long long i = first + 32 * j + lane;
       unsigned same = __match_any_sync(~0u, id[j]);
       int row = id[j] < 0 ? -1 : bins[id[j]] + __popc(same & lower);
-      __syncwarp();  // all have read
+      __syncwarp();  // all lanes have read the bins
       if (id[j] >= 0 && !(same & lower)) bins[id[j]] += __popc(same);
-      __syncwarp();  // the bins are those after these 32
+      __syncwarp();  // the bins count these 32 assignments
       if (i < range.end) visit(i, id[j], row);
     }
   }
 }
 
-// values[0..n) -> sums of those before each, by the whole block; returns the sum of all. Each warp scans a
-// piece, then adds what the pieces before it hold.
+// Exclusive prefix sum of values[0..n), by the whole block; returns the sum of all. Each warp scans a piece,
+// then adds the sums of the pieces before it.
 __device__ int exclusive_scan(int* values, int n) {
   __shared__ int held[kThreads / 32];
   int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, carry = 0;
@@ -83,7 +82,7 @@ __device__ int exclusive_scan(int* values, int n) {
 
 }  // namespace
 
-// histogram[block, e]: assignments of expert e in the block's chunk. Shared memory: bins [counters, E].
+// histogram[block, e]: number of assignments of expert e in the block's chunk. Shared memory: bins [counters, E].
 __global__ void __launch_bounds__(kThreads, 4)
 plan_count(const long long* __restrict__ expert, int* __restrict__ histogram, int n, int E, int counters) {
   SHARED_MEMORY(int, bins);
@@ -100,19 +99,19 @@ plan_count(const long long* __restrict__ expert, int* __restrict__ histogram, in
   }
 }
 
-// token [R], slot [n] and counts [E] of `Plan`, with the same grid, n, E and counters as before. Ragged where
-// capacity < 0: R = n rows; else R = E * capacity, and what an expert gets beyond its capacity goes nowhere.
+// token [R], slot [n] and counts [E] of `Plan`, with the same grid, n, E and counters as plan_count. The plan is
+// ragged if capacity < 0, with R = n rows. Otherwise R = E * capacity, and assignments over capacity are dropped.
 // Shared memory: bins [counters, E], total [E].
 __global__ void __launch_bounds__(kThreads, 4)
 plan_place(const long long* __restrict__ expert, const int* __restrict__ histogram, long long* __restrict__ token,
            long long* __restrict__ slot, long long* __restrict__ counts, int n, int k, int E, int counters,
            int capacity) {
   SHARED_MEMORY(int, bins);
-  int* total = bins + counters * E;  // per expert; when ragged, later its first row
+  int* total = bins + counters * E;  // assignments of each expert; in a ragged plan, later its first row
   int warp = threadIdx.x / 32;
   bool ragged = capacity < 0;
 
-  // Every block adds up the columns of the histogram for itself: a third launch would cost more.
+  // Every block sums the columns of the histogram itself, because a third launch would cost more.
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
     int before = 0, all = 0;
 #pragma unroll 16
@@ -128,7 +127,7 @@ plan_place(const long long* __restrict__ expert, const int* __restrict__ histogr
   for (int i = E + threadIdx.x; i < counters * E; i += blockDim.x) bins[i] = 0;
   __syncthreads();
 
-  // Empty rows. Ragged: those behind all kept ones; padded: those behind each expert's own.
+  // Mark empty rows. They follow all kept rows in a ragged plan, and each expert's rows in a padded one.
   if (ragged) {
     int kept = exclusive_scan(total, E);
     for (long long row = kept + (long long)blockIdx.x * blockDim.x + threadIdx.x; row < n;
@@ -140,8 +139,8 @@ plan_place(const long long* __restrict__ expert, const int* __restrict__ histogr
         token[(long long)e * capacity + row] = -1;
   }
 
-  // Each warp but the last counts its piece into the next warp's bins; then bins[w, e] becomes the row of the
-  // first assignment of expert e that warp w will meet (padded: its row among the expert's own).
+  // Each warp but the last counts its piece into the next warp's bins. Then bins[w, e] becomes the row of the
+  // first assignment of expert e in warp w's piece. In a padded plan it counts from the expert's first row.
   Range chunk = chunk_of_block(n);
   if (warp + 1 < counters)
     walk(expert, piece(chunk, warp, counters), E, bins + (warp + 1) * E, [](long long, int, int) {});

@@ -1,23 +1,23 @@
-// Rows in chunks: a chunk is what a thread moves at a time, 16 bytes (uint4), or one element where rows are not aligned.
+// Rows in chunks: a thread moves one chunk at a time, 16 bytes (uint4), or one element if rows are not aligned.
 //
-// blockDim.x threads share a token (or a row) and blockDim.y of these groups a block. Offsets are 64 bits wide.
+// A group of blockDim.x threads shares a token, and a block has blockDim.y groups. Offsets are 64 bits wide.
 #pragma once
 #include "common.cuh"
 
-constexpr int kThreads = 256;  // of a block, at most; with __launch_bounds__(kThreads) alone ptxas saves registers and spills
+constexpr int kThreads = 256;  // most threads of a block; with this in __launch_bounds__ alone, ptxas spills
 
-// The number of this group in the grid.
+// Number of this group in the grid.
 __device__ __forceinline__ long long group_number() {
   return blockIdx.x * static_cast<long long>(blockDim.y) + threadIdx.y;
 }
 
-// Row r of a matrix that has `chunks` chunks a row.
+// Row r of a matrix with `chunks` chunks in each row.
 template <class Chunk>
 __device__ __forceinline__ Chunk* row_of(Chunk* matrix, long long r, int chunks) {
   return matrix + r * chunks;
 }
 
-// N elements of type T from a chunk, as floats, and back.
+// The N elements of type T in a chunk, as floats.
 template <class T, class Chunk>
 struct Elements {
   static constexpr int N = sizeof(Chunk) / sizeof(T);
@@ -29,7 +29,7 @@ struct Elements {
     for (int i = 0; i < N; i++) e.value[i] = 0;
     return e;
   }
-  __device__ static Elements of(const Chunk chunk) {  // by value: loaded whole, not element by element
+  __device__ static Elements of(const Chunk chunk) {  // by value, so that it is loaded whole, not element by element
     T raw[N];
     memcpy(raw, &chunk, sizeof chunk);
     Elements e;
@@ -47,10 +47,10 @@ struct Elements {
   }
 };
 
-// The row of each of a token's k assignments, -1 = none. Known at compile time (K > 0) they stay in registers.
+// The row of each of a token's k assignments, -1 = none. If k is known at compile time (K > 0), they stay in registers.
 template <int K>
 struct Slots {
-  static constexpr int kAtOnce = K;  // rows whose loads are under way together
+  static constexpr int kAtOnce = K;  // rows that are loaded at the same time
   long long row[K];
   __device__ Slots(const long long* slot, int) {
 #pragma unroll
@@ -70,8 +70,8 @@ struct Slots<0> {
   __device__ int size() const { return k; }
 };
 
-// Zeroes the empty ones (token -1) among the group's rows, one row for each of its threads; the others belong to tokens,
-// which write them. A warp looks at 32 rows at once: one after the other would be 32 trips to memory.
+// Zeroes the empty rows (token -1) among the group's rows, one row for each of its threads. Tokens write the others.
+// A warp looks at 32 rows at once, because one after the other would take 32 memory latencies.
 template <class Chunk>
 __device__ void zero_empty_rows(const long long* token, Chunk* rows, long long group, long long num_rows, int chunks) {
   const int lane = threadIdx.x % 32;

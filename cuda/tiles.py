@@ -1,4 +1,4 @@
-"""How grouped products are cut into tiles: which rows each program takes, and the sizes of a tile."""
+"""Tiles of grouped GEMMs: which rows each program takes, and the tile sizes of each kernel."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MANY = 64  # rows of an expert; more are many
+MANY = 64  # an expert with more rows than this has many
 
 
 class Tiles(NamedTuple):
-    """Which rows the programs of a grid over row tiles take.
+    """Rows of each program in a grid over row tiles.
 
     Attributes:
-        expert: int32 [M], the expert of each tile, -1 = a tile too many.
-        start: int32 [M], its first row.
-        ends: int32 [L], where each expert's rows end.
+        expert: int32 [M], expert of each tile; -1 = unused tile.
+        start: int32 [M], first row of each tile.
+        ends: int32 [L], end of each expert's rows.
     """
 
     expert: Tensor
@@ -25,14 +25,19 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, ends: Tensor, rows: int, size: int) -> Tiles:
-        """Cut `rows` rows into tiles of `size`, none over two experts; M = rows // size + L, and no host sync.
+        """Cut `rows` rows into M = rows // size + L tiles of `size` rows, each with rows of one expert. No host sync.
+
+        Args:
+            ends: int32 [L], end of each expert's rows.
+            rows: number of rows R, at least ends[-1].
+            size: rows of a tile.
 
         >>> expert, start, _ = Tiles.of(torch.tensor([3, 3, 8], dtype=torch.int32), rows=9, size=2)
         >>> expert.tolist(), start.tolist()
         ([0, 0, 2, 2, 2, -1, -1], [0, 2, 3, 5, 7, 0, 0])
         """
         first = torch.cat([ends.new_zeros(1), ends[:-1]])
-        until = ((ends - first + size - 1) // size).cumsum(0, dtype=torch.int32)  # tiles up to and with each expert
+        until = ((ends - first + size - 1) // size).cumsum(0, dtype=torch.int32)  # tiles up to each expert, inclusive
         tile = torch.arange(rows // size + len(ends), dtype=torch.int32, device=ends.device)
         expert = torch.searchsorted(until, tile, right=True, out_int32=True)
         real, expert = expert < len(ends), expert.clamp(max=len(ends) - 1)
@@ -42,14 +47,16 @@ class Tiles(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Sizes of a tile, and how a GPU works on it.
+    """Sizes of a tile, and how a GPU computes it.
 
     Attributes:
-        rows, columns: of a tile of the result.
-        depth: what is summed over between two loads.
-        warps: that share a tile.
-        stages: loads under way at a time.
-        descriptors: whether operands in the order of memory are loaded by the copy engine (TMA, sm_90 and later).
+        rows: rows of a tile of the result.
+        columns: columns of a tile of the result.
+        depth: terms that are summed between two loads.
+        warps: warps that share a tile.
+        stages: loads under way at the same time.
+        descriptors: whether the copy engine (TMA, sm_90 and later) loads operands that are contiguous in memory. False
+            by default.
     """
 
     rows: int
@@ -61,15 +68,15 @@ class Blocks(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product as far as the best sizes of its tiles depend on it.
+    """A grouped GEMM, with the properties that its best tile sizes depend on.
 
     Attributes:
-        kernel: "up", "down", "hidden" or "weight".
-        device: the GPU's name.
-        dtype: of what is multiplied, as text.
-        shape: of an expert's matrix, as it lies in the product: [summed over, columns of the result]; of "weight", the
-            gradient's.
-        many: rows an expert, or few.
+        kernel: ``"up"``, ``"down"``, ``"hidden"`` or ``"weight"``.
+        device: name of the GPU.
+        dtype: dtype of the operands, as text.
+        shape: shape of an expert's matrix in the product: [summed over, columns of the result]. For "weight", the shape
+            of the gradient.
+        many: whether an expert has many rows on average (more than 64).
     """
 
     kernel: str
@@ -80,30 +87,37 @@ class Product(NamedTuple):
 
     @classmethod
     def of(cls, kernel: str, x: Tensor, rows: int, shape: tuple[int, int]) -> Product:
-        """Over tensors like `x`, on its device, with `rows` rows an expert on average."""
+        """The product over operands like `x`, on its device, with `rows` rows per expert on average."""
         return cls(kernel, device_name(x.device), str(x.dtype), shape, kernel == "weight" or rows > MANY)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or "cpu"."""
+    """Name of the GPU, or "cpu"."""
     return torch.cuda.get_device_properties(device).name if device.type == "cuda" else device.type
 
 
-# What was measured in this process, filled by `moe.tuning` alone. A fact about the machine, as a compiled kernel is.
+# Tile sizes that `moe.autotune` measured in this process. They are facts about the machine, like compiled kernels.
 MEASURED: dict[Product, Blocks] = {}
 
 
 def blocks(kernel: str, x: Tensor, rows: int, shape: tuple[int, int] | None = None) -> Blocks:
-    """For a kernel as in `Product.of`: as measured where that was done for this `shape`, else `sizes`."""
+    """Tile sizes of a kernel (see `Product.of`): the measured ones if this `shape` was measured, else `sizes`."""
     if shape is not None and MEASURED and (found := MEASURED.get(Product.of(kernel, x, rows, shape))):
         return found
-    if x.device.type != "cuda":  # Triton's interpreter: the smallest, so that small inputs have many
+    if x.device.type != "cuda":  # in Triton's interpreter, the smallest tiles give even small inputs several
         return Blocks(16, 16, 16, 4, 1, descriptors=True)
     return sizes(kernel, x.element_size(), torch.cuda.get_device_capability(x.device)[0], rows > MANY)
 
 
 def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
-    """For a GPU of compute capability `major`; `many` rows an expert or few. No register spills; else unmeasured."""
+    """Default tile sizes for a GPU of compute capability `major`. They spill no registers; their speed is not measured.
+
+    Args:
+        kernel: as in `Product`, or ``"bias"``.
+        itemsize: bytes of each number of the operands.
+        major: compute capability of the GPU, its first number.
+        many: whether an expert has many rows on average (more than 64).
+    """
     if kernel == "bias":
         return _BIAS
     if itemsize == 4:
@@ -112,16 +126,16 @@ def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
     return size if many or kernel == "weight" else size._replace(rows=64, warps=4)
 
 
-_BIAS = Blocks(64, 64, 0, 4, 3)  # a sum over rows: of no products, memory is the limit
+_BIAS = Blocks(64, 64, 0, 4, 3)  # a sum over rows without products, limited by memory
 _FLOAT32 = Blocks(64, 64, 32, 8, 2)
 # "up" and "weight" hold two accumulators of this size.
 _MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
     "up": Blocks(128, 64, 32, 4, 3),
     "down": Blocks(128, 64, 32, 4, 3),
-    "hidden": Blocks(64, 64, 32, 4, 3),  # whose epilogue wants many registers
+    "hidden": Blocks(64, 64, 32, 4, 3),  # its epilogue needs many registers
     "weight": Blocks(128, 64, 32, 4, 3),
 }
-_LARGE = {  # 227 KiB: sm_90, sm_100
+_LARGE = {  # fits 227 KiB of shared memory: sm_90, sm_100
     "up": Blocks(128, 128, 64, 8, 3, True),
     "down": Blocks(128, 256, 64, 8, 3, True),
     "hidden": Blocks(128, 64, 64, 8, 4, True),

@@ -1,4 +1,4 @@
-"""What there is to measure of the experts' kernels: their products at given sizes, and tiles to try for each."""
+"""What autotuning measures: the grouped GEMMs of the experts at given sizes, and the tile sizes to try for each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ Run = Callable[[], object]
 
 
 class Shape(NamedTuple):
-    """Experts as one rank computes them.
+    """Sizes of the experts as one rank computes them.
 
     Attributes:
-        tokens: T, of which each goes to `top_k` experts: T * k rows.
-        dim, hidden: D and H.
-        experts: L, those of this rank.
-        top_k: k.
-        activation, bias: as in the experts.
-        dtype: "float32", "bfloat16" or "float16".
-        gathers: whether rows are read from tokens by index, or lie sorted.
+        tokens: T. Each token goes to `top_k` experts, which gives T * k rows.
+        dim: D, width of the model.
+        hidden: H, hidden width of an expert.
+        experts: L, experts on this rank.
+        top_k: k, experts of each token.
+        activation: name of the activation.
+        bias: whether experts have biases.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        gathers: whether kernels gather rows from tokens, or rows are sorted already.
         gated: whether there is a gate projection beside the up projection.
     """
 
@@ -45,16 +47,16 @@ class Shape(NamedTuple):
 
 
 def drawn(shape: Shape, device: torch.device) -> Tensor:
-    """int64 [T, k]: experts of each token, k different ones, all equally likely; the same on every call."""
+    """Experts of each token, int64 [T, k]: k different ones, all equally likely. Every call returns the same."""
     T, L, k = shape.tokens, shape.experts, shape.top_k
     first = torch.randint(L, (T, 1), generator=torch.Generator(device).manual_seed(0), device=device)
     return (first + torch.arange(k, device=device) * max(L // k, 1)) % L
 
 
 def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Blocks], object]]:
-    """Every product of a forward and a backward, as a function of its tiles, on random numbers.
+    """Every grouped GEMM of a forward and a backward, as a function of its tile sizes, on random numbers.
 
-    What has one choice of tiles is one entry: the down projection and its way back, of square experts more.
+    Products with the same best tile sizes share an entry: the down projection and its backward, and more if D = H.
     """
     from . import grouped
 
@@ -101,21 +103,21 @@ def _each(runs: list[Callable[[Blocks], object]], size: Blocks) -> None:
 
 
 def attempts(shape: Shape, device: torch.device, kernel: str | None = None) -> dict[Product, dict[Blocks, Run]]:
-    """What runs each product of the experts in each of its `candidates`: compiled, but for those that fail.
+    """Function that runs each grouped GEMM with each of its `candidates`. All are compiled, unless compiling fails.
 
     Args:
-        shape: of the experts.
-        device: where; of other devices than GPUs only what Triton's interpreter runs.
-        kernel: of this kernel alone; None: all.
+        shape: sizes of the experts.
+        device: where to run. Other devices than GPUs run only what Triton's interpreter can.
+        kernel: name of the only kernel to run; None, the default, runs all.
 
     Raises:
-        torch.OutOfMemoryError: 5 L D H + T k (6 H + D) numbers, more or less, do not fit.
+        torch.OutOfMemoryError: about 5 L D H + T k (6 H + D) numbers do not fit into memory.
     """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     every = {product: run for product, run in products(shape, device).items() if kernel in (None, product.kernel)}
     tried = {product: candidates(product, major) for product in every}
     if device.type == "cuda":
-        few = products(shape._replace(tokens=1, experts=1, top_k=1), device)  # they compile to the same
+        few = products(shape._replace(tokens=1, experts=1, top_k=1), device)  # these compile to the same code
         few = {(product.kernel, product.shape): run for product, run in few.items()}
         _compile([partial(few[p.kernel, p.shape], size) for p, found in tried.items() for size in found], device)
     return {product: {size: partial(run, size) for size in tried[product]} for product, run in every.items()}
@@ -123,7 +125,7 @@ def attempts(shape: Shape, device: torch.device, kernel: str | None = None) -> d
 
 def _compile(runs: Iterable[Run], device: torch.device) -> None:
     def attempt(run: Run) -> None:
-        with torch.cuda.device(device), suppress(Exception):  # it fails again where it is timed
+        with torch.cuda.device(device), suppress(Exception):  # a failing one fails again when it is timed
             run()
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -131,9 +133,9 @@ def _compile(runs: Iterable[Run], device: torch.device) -> None:
 
 
 def candidates(product: Product, major: int) -> list[Blocks]:
-    """Tiles to try on a GPU of compute capability `major` (0: in the interpreter), first those of `sizes`.
+    """Tile sizes to try on a GPU of compute capability `major` (0 in the interpreter), starting with the default.
 
-    `tests/cuda/compile_experts.py --candidates` shows that none spills registers and all fit the shared memory.
+    `tests/cuda/compile_experts.py --candidates` shows that none spills registers and all fit into shared memory.
     """
     if not major:
         return [Blocks(16, 16, 16, 4, 1, descriptors) for descriptors in (True, False)]

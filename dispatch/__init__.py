@@ -1,4 +1,4 @@
-"""Token dispatch and combine: plan, encode, all-to-all, decode. Start at `plan.py`, `dispatcher.py` and `flat.py`."""
+"""Token dispatch and combine over expert-parallel ranks. Start at `plan.py`, `dispatcher.py` and `flat.py`."""
 
 from .agreement import DispatchError
 from .autoselect.auto import AutoDispatcher
@@ -10,8 +10,6 @@ from .collectives import (
     all_to_all_two_phase,
     check_sizes,
     exchange_sizes,
-    gather,
-    scatter,
 )
 from .compressed import CompressedDispatcher
 from .dispatcher import Batch, Dispatcher, SteppedDispatcher
@@ -24,6 +22,7 @@ from .node import NodeDispatcher
 from .overlap import OverlapDispatcher
 from .plan import Plan
 from .reorder import decode, encode
+from .scatter_gather import gather, scatter
 
 __all__ = [
     "AutoDispatcher",

@@ -1,7 +1,7 @@
-"""What ranks must agree on before rows travel, and how all of them learn that they do not.
+"""Checks before rows travel that all ranks exchange the same thing. If they do not, every rank raises the same error.
 
-A rank that raises alone leaves the others waiting in a collective. So each rank sends a short note to
-every other, beside the sizes; all of them read the same notes and raise the same error together.
+A rank that raises alone leaves the others waiting in a collective. So each rank sends a short note with its sizes.
+All ranks read the same notes, and so they raise together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .place import Visit
+from .place import LayerCall
 from .plan import Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,10 +20,10 @@ _ACCEPTED, _NAN, _REFUSED = 0, 1, 2
 
 
 class DispatchError(RuntimeError):
-    """Ranks disagree on what to exchange, one of them cannot take part, or an exchange failed; raised on every rank.
+    """Ranks disagree about an exchange, one of them cannot take part, or the exchange failed. Raised on every rank.
 
     Attributes:
-        met: the layer of a rank that was in another forward, -1 if that was not it: for ranks that have not seen it.
+        met: index of another layer that a rank of the group was in, or -1. Passed on to ranks that did not see it.
     """
 
     met: int = -1
@@ -31,72 +31,75 @@ class DispatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Note:
-    """One rank's view of the exchange to come: everything that must be equal, and whether it takes part."""
+    """One rank's description of the coming exchange: what must be equal on all ranks, and whether it takes part."""
 
-    state: int  # 0 takes part, 1 has NaN among its weights, 2 raised an error of its own
-    model: int  # these five are the `Visit`: which layer, which forward; -1 if the layer has no place
+    state: int  # 0: takes part, 1: has NaN among its weights, 2: has raised an error
+    model: int  # this field and the next four come from the `LayerCall`; -1 if the layer has no `Place`
     layer: int
     forward: int
     training: int
     chunks: int
     dim: int
     dtype: int
-    grad: int  # 1 where a backward will follow: the way back has collectives as well
-    capacity: int  # rows per expert of a padded plan, -1 if ragged; the largest one counts
-    met: int = -1  # of a rank that has failed because it met another layer: which
+    grad: int  # 1 if a backward follows, because its collectives need all ranks as well
+    capacity: int  # rows per expert of a padded plan, -1 if ragged; ranks use the largest one
+    met: int = -1  # on a rank that failed because it met another layer: the index of that layer
 
     @classmethod
     def tensor(cls, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """The note for x [T, D] and weight [T, k], int64 [11] on x's device, without a host sync."""
+        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [11] on x's device, no host sync."""
         padded = -1 if plan.capacity is None else plan.capacity
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
         return torch.cat(
-            [state, _copied([*_which(plan.visit), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device)]
+            [state, _to_device([*_ids(plan.call), x.shape[1], _DTYPES.index(x.dtype), int(grad), padded, -1], x.device)]
         )
 
     @classmethod
-    def refusal(cls, device: torch.device, visit: Visit | None = None, met: int = -1) -> Tensor:
-        """The note of a rank that has failed and says so, and the layer it has met if that is why."""
-        return torch.tensor([_REFUSED, *_which(visit), 0, 0, 0, 0, met], device=device)
+    def refusal(cls, device: torch.device, call: LayerCall | None = None, met: int = -1) -> Tensor:
+        """Note of a rank that has failed. `met` is the layer it met, if that is why."""
+        return torch.tensor([_REFUSED, *_ids(call), 0, 0, 0, 0, met], device=device)
 
 
-NOTE = len(Note.__dataclass_fields__)  # int64 numbers a note takes
+NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 
-def _which(visit: Visit | None) -> list[int]:
-    if visit is None:
+def _ids(call: LayerCall | None) -> list[int]:
+    if call is None:
         return [-1] * 5
-    return [visit.place.model, visit.place.layer, visit.forward, int(visit.training), visit.chunks]
+    return [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
 
 
-def _copied(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device. From pinned memory, or the host would wait for all that the device has to do."""
+def _to_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Copy numbers to a device. Memory is pinned, because otherwise the host waits for all queued work."""
     on_host = torch.tensor(numbers, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 
-def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool = False) -> int | None:
-    """Read the notes of all ranks, in rank order; returns the capacity to use, None if ragged.
+def agree(notes: list[list[int]], call: LayerCall | None = None, equal_tokens: bool = False) -> int | None:
+    """Read the notes of all ranks and return the capacity to use, or None if plans are ragged.
 
     Args:
-        notes: one list for each rank.
-        visit: this rank's own, for the names of layers.
-        equal_tokens: raise where capacities differ, instead of taking the largest.
+        notes: one list of numbers for each rank, in rank order.
+        call: this rank's own forward, for the names of layers in errors. None, the default, if there is no `Place`.
+        equal_tokens: whether to raise if capacities differ; False, the default, takes the largest.
+
+    Returns:
+        The largest capacity of all ranks, in rows per expert. None if the plans are ragged.
 
     Raises:
-        DispatchError: on every rank, naming the ranks at fault and the layers they are in.
+        DispatchError: on every rank. The message names the ranks at fault and the layers they are in.
     """
     ranks = [Note(*note) for note in notes]
-    where = "" if visit is None else f"layer {visit.place.name!r}: "
+    where = "" if call is None else f"layer {call.place.name!r}: "
     if refused := [rank for rank, note in enumerate(ranks) if note.state == _REFUSED]:
         why = "raised an error; see its own message"
         note = ranks[refused[0]]
         if note.met >= 0:
-            why = f"in {_layer(note, visit)} met a rank in {_layer(replace(note, layer=note.met), visit)}"
+            why = f"in {_layer(note, call)} met a rank in {_layer(replace(note, layer=note.met), call)}"
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
     if len({(note.model, note.layer, note.forward, note.training, note.chunks) for note in ranks}) > 1:
-        _check_visits(ranks, visit)
+        _check_calls(ranks, call)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
         raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
     for name, what, remedy in (
@@ -111,18 +114,19 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
     capacities = [note.capacity for note in ranks]
     if min(capacities) < 0 <= max(capacities):
         raise DispatchError(
-            f"{where}some ranks send padded rows and some ragged ones: capacities {capacities}; set pad alike"
+            f"{where}some ranks have padded plans and some ragged ones: capacities {capacities} (in rank order of the "
+            "group, -1 is ragged); give Capacity the same pad on all ranks"
         )
     if equal_tokens and len(set(capacities)) > 1:
         raise DispatchError(
-            f"{where}ranks differ in the capacity that follows from their tokens: {capacities} rows an expert (in rank "
-            "order of the group); equal_tokens promises the same number of tokens on all ranks"
+            f"{where}ranks differ in the capacity that follows from their tokens: {capacities} rows per expert (in "
+            "rank order of the group); equal_tokens needs the same number of tokens on all ranks, or set it to False"
         )
     return max(capacities) if max(capacities) >= 0 else None
 
 
-def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
-    """Raise where ranks are not all in the same forward of the same layer, naming who is where."""
+def _check_calls(ranks: list[Note], call: LayerCall | None) -> None:
+    """Raise if ranks are not all in the same forward of the same layer, and say which rank is where."""
 
     def differ(key: Callable[[Note], object], say: Callable[[Note], str], remedy: str) -> None:
         found: dict[str, list[int]] = {}
@@ -131,41 +135,45 @@ def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
         if len({key(note) for note in ranks}) > 1:
             places = "; ".join(f"{told(those)} in {what}" for what, those in found.items())
             error = DispatchError(f"ranks of the expert group are in different forwards: {places}. {remedy}")
-            mine = -1 if visit is None else visit.place.layer
+            mine = -1 if call is None else call.place.layer
             error.met = next((note.layer for note in ranks if note.layer != mine), mine)
             raise error
 
     differ(
         lambda note: (note.model, note.layer),
-        lambda note: _layer(note, visit),
-        "Every rank has to call the same MoE layers in the same order; without tokens for one, call it with x[:0]",
+        lambda note: _layer(note, call),
+        "Call the same MoE layers in the same order on every rank; a rank without tokens calls them with x[:0]",
     )
     differ(
         lambda note: note.forward,
-        lambda note: f"{_layer(note, visit)}, forward {note.forward}",
-        "A rank has skipped this layer before, or called it once more than the others",
+        lambda note: f"{_layer(note, call)}, forward {note.forward}",
+        "A rank has skipped this layer before, or called it more often: call it equally often on all ranks",
     )
     differ(
         lambda note: note.training,
-        lambda note: f"{_layer(note, visit)}, {'training' if note.training else 'evaluation'}",
+        lambda note: f"{_layer(note, call)}, {'training' if note.training else 'evaluation'}",
         "Call model.train() or model.eval() on all ranks",
     )
     differ(
         lambda note: note.chunks,
-        lambda note: f"{_layer(note, visit)}, in {note.chunks} chunks",
+        lambda note: f"{_layer(note, call)}, in {note.chunks} chunks",
         "Give OverlapDispatcher the same degree on all ranks",
     )
 
 
-def _layer(note: Note, visit: Visit | None) -> str:
-    if visit is None or note.model != visit.place.model:
-        return "a layer without a place" if note.model < 0 else f"layer {note.layer} of another model"
-    return f"layer {visit.place.names[note.layer]!r}"
+def _layer(note: Note, call: LayerCall | None) -> str:
+    if call is None or note.model != call.place.model:
+        return "a layer outside of parallelize" if note.model < 0 else f"layer {note.layer} of another model"
+    return f"layer {call.place.names[note.layer]!r}"
 
 
 NAN_MESSAGE = "NaN among the gate's weights: look for NaN or infinity in the layer's input or in the gate's parameters"
 
 
 def told(ranks: Sequence[int]) -> str:
-    """Ranks as messages name them: "rank 2", "ranks 0, 1"."""
+    """Names of ranks for an error.
+
+    >>> told([2]), told([0, 1])
+    ('rank 2', 'ranks 0, 1')
+    """
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

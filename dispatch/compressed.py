@@ -1,4 +1,4 @@
-"""Rows that travel in fewer bytes than the experts compute in."""
+"""Dispatcher that sends the rows of another dispatcher in bfloat16 or float8."""
 
 from __future__ import annotations
 
@@ -18,16 +18,27 @@ from .wire import WIRES, Wire
 
 @dataclass(frozen=True)
 class CompressedDispatcher(SteppedDispatcher):
-    """Another dispatcher's trips, their rows in bfloat16 or float8 while they are under way.
+    """Sends the rows of another dispatcher in bfloat16 or float8.
 
-    Rows are compressed before every exchange, out and home, and are in their own dtype again after it:
-    experts and sums compute as before. Gradients travel in bfloat16 with either format, as if nothing had been
-    rounded on the way. Weights, sizes and numbers of experts travel as they are. See `wire.pack` for the
-    formats and their errors. Where it overlaps, too: ``OverlapDispatcher(CompressedDispatcher(inner), 2)``.
+    Rows are compressed before each exchange, in dispatch and in combine, and have their own dtype again after it. So
+    experts and sums compute as before. Gradients are sent in bfloat16 with either format, and treat the rounding as the
+    identity. Weights, sizes and expert ids are sent as they are. `wire.pack` describes the formats and their errors.
+
+    To overlap as well, wrap this dispatcher: ``OverlapDispatcher(CompressedDispatcher(inner), 2)``.
 
     Args:
-        inner: what carries the rows, a dispatcher in steps.
-        wire: ``"bf16"``, or ``"fp8"``: e4m3 with a scale for each row. The same on all ranks; it is not checked.
+        inner: the dispatcher that sends the rows.
+        wire: format of the rows, the same on all ranks, which is not checked. ``"bf16"``, the default, or ``"fp8"``,
+            which is e4m3 with one scale for each row.
+
+    Raises:
+        TypeError: `inner` is no `SteppedDispatcher`.
+        ValueError: `wire` is none of the two formats.
+
+    Examples:
+        On the ranks of a mesh with axis "ep"::
+
+            layer.dispatcher = CompressedDispatcher(FlatDispatcher(mesh.get_group("ep")), wire="fp8")
     """
 
     inner: SteppedDispatcher
@@ -36,31 +47,31 @@ class CompressedDispatcher(SteppedDispatcher):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SteppedDispatcher):
             raise TypeError(
-                f"inner must be a SteppedDispatcher, whose rows can be reached; got {type(self.inner).__name__}"
-                " (wrap this one in an OverlapDispatcher, not the other way round)"
+                f"inner must be a SteppedDispatcher, whose rows can be compressed; got {type(self.inner).__name__}. "
+                "To overlap as well, write OverlapDispatcher(CompressedDispatcher(inner), degree)"
             )
         if self.wire not in WIRES:
             raise ValueError(f"wire must be one of {', '.join(WIRES)}; got {self.wire!r}")
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
-        """As `inner`, with smaller rows."""
+        """Dispatch of `inner` with compressed rows."""
         return self._compressed(self.inner.dispatch_steps(x, plan, weight))
 
     def combine_steps(self, rows: Tensor, receipt: Any) -> Steps[Tensor]:
-        """As `inner`, with smaller rows."""
+        """Combine of `inner` with compressed rows."""
         return self._compressed(self.inner.combine_steps(rows, receipt))
 
     def is_static(self, plan: Plan) -> bool:
-        """As `inner`, from torch 2.13 on."""
+        """As for `inner`, with torch 2.13 or newer; False before."""
         return KEEPS_BACKWARDS and self.inner.is_static(plan)
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
-        """As `inner`."""
+        """Refuse as `inner` does."""
         return self.inner.refuse_steps(num_experts, device)
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """Those of `inner`."""
+        """The groups of `inner`."""
         return self.inner.groups
 
     def _compressed(self, steps: Steps[Result]) -> Steps[Result]:

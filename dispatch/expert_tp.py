@@ -1,4 +1,4 @@
-"""Experts split inside: a rank holds a slice of each expert's hidden width, and rows visit all slices."""
+"""Dispatch for experts with tensor parallelism: each rank holds a slice of every expert's hidden width."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from .agreement import NOTE, DispatchError, Note, agree
 from .dispatcher import Batch, SteppedDispatcher
-from .node import Leg
-from .place import Visit
+from .node import Hop
+from .place import LayerCall
 from .plan import Plan
 from .reorder import encode, encode_weight, permute
 from .row_blocks import invert, reorder
@@ -24,27 +24,32 @@ from .steps import Read, Ready, Sizes, Steps, until_ready
 
 class _Receipt(NamedTuple):
     inner: Any
-    visit: Leg  # each row goes to every slice, and the slices' outputs add up
-    order: Tensor  # arrived by (source, expert) -> handed out by (expert, source)
+    hop: Hop  # sends each row to every slice, and sums the outputs of the slices
+    order: Tensor  # from (source, expert), as rows arrive, to (expert, source), as experts get them
     inverse: Tensor
 
 
 @dataclass(frozen=True)
 class TensorParallelDispatcher(SteppedDispatcher):
-    """Another dispatcher's trips, to experts whose hidden width is split over a group (axis "etp").
+    """Extends another dispatcher to experts whose hidden width is split over a group (axis "etp").
 
-    ``W_down act(W_up x)`` is a sum over the hidden width, so each of t ranks can compute it for H / t of that
-    and the parts add up (Megatron-LM, arXiv:1909.08053; for experts: FastMoE 0.3). Every rank has tokens of
-    its own: `inner` brings rows to the experts of this rank, the group gathers those of all its ranks,
-    and on the way back each rank gets its rows again as sums. Backward is the mirror image: gradients of rows
-    and weights are summed over the slices. (t - 1) / t of the rows travel inside the group, out and home.
+    ``W_down act(W_up x)`` is a sum over the hidden width. So each of the t ranks computes it for H / t of the width,
+    and the parts are added. `inner` brings rows to the experts of this rank. The group then gathers the rows of all its
+    ranks, and combine returns to each rank the sums of its rows. The backward sums gradients of rows and weights over
+    the slices in the same way. Inside the group, (t - 1) / t of all rows are sent, in dispatch and in combine.
 
-    The order of rows, (expert, rank of the group, as from `inner`), is the same on all its ranks. Each dispatch
-    costs a second host sync, for the sizes inside the group.
+    All ranks of the group have the same rows in the same order: by expert, then by rank of the group, then as from
+    `inner`. Each dispatch costs a second host sync, for the sizes inside the group.
 
     Args:
-        inner: exchanges over the ranks that hold the same slice (axis "ep").
+        inner: the dispatcher over the ranks that hold the same slice (axis "ep").
         group: the t ranks whose slices make up the same experts.
+
+    Raises:
+        TypeError: `inner` is no `SteppedDispatcher`.
+
+    References:
+        Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053. FastMoE 0.3 has it for experts.
     """
 
     inner: SteppedDispatcher
@@ -53,39 +58,39 @@ class TensorParallelDispatcher(SteppedDispatcher):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, SteppedDispatcher):
             raise TypeError(
-                f"inner must be a SteppedDispatcher, whose sizes are known beforehand; got {type(self.inner).__name__}"
-                " (with one rank on the axis ep, FlatDispatcher over a group of one)"
+                "inner must be a SteppedDispatcher, whose sizes are known before its rows; got "
+                f"{type(self.inner).__name__}. With one rank on axis ep, take FlatDispatcher over a group of one rank"
             )
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
-        """Sizes of `inner`, then those inside the group; rows likewise."""
+        """Exchange sizes as `inner` does, then in the group; then rows in the same order."""
         inner = self.inner.dispatch_steps(x, plan, weight)
         try:
             ready = yield from until_ready(inner)
         except DispatchError as error:
-            yield from self._pass_on(plan.counts.numel(), x.device, plan.visit, error.met)
+            yield from self._pass_on(plan.counts.numel(), x.device, plan.call, error.met)
             raise
         assert ready.counts is not None
-        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.visit)
+        came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.call)
         yield Ready(came.sum(0), sum(recv))
 
         batch = yield from inner
         slices = torch.arange(len(recv), device=x.device).expand(ready.rows, -1)
-        visit = Leg(Plan.of(slices, len(recv)), self.group, [ready.rows] * len(recv), recv)
+        hop = Hop(Plan.of(slices, len(recv)), self.group, [ready.rows] * len(recv), recv)
         weights = batch.weight.unsqueeze(1).expand(-1, len(recv))
-        rows, weights = yield visit.out(encode(batch.rows, visit.plan), encode_weight(weights, visit.plan))
+        rows, weights = yield hop.dispatch(encode(batch.rows, hop.plan), encode_weight(weights, hop.plan))
         order, counts = reorder(came, "s l -> l s", rows=sum(recv))
-        receipt = _Receipt(batch.receipt, visit, order, invert(order))
+        receipt = _Receipt(batch.receipt, hop, order, invert(order))
         rows, weights = (permute(t, order, receipt.inverse) for t in (rows, weights))
         return Batch(rows, weights, counts.sum(1), receipt)
 
     def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
-        """Rows [R, D], each slice's part of them, summed where they came from and then taken home."""
-        rows = yield from receipt.visit.home(permute(rows, receipt.inverse, receipt.order))
+        """Sum the slices' parts of each row [R, D] on the rank that the row came from, then combine of `inner`."""
+        rows = yield from receipt.hop.combine(permute(rows, receipt.inverse, receipt.order))
         return (yield from self.inner.combine_steps(rows, receipt.inner))
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
-        """Notes of refusal to both groups."""
+        """Send refusals to the ranks of `inner`, then to the group."""
         with suppress(DispatchError):
             yield from until_ready(self.inner.refuse_steps(num_experts, device))
         yield from self._pass_on(num_experts, device)
@@ -93,25 +98,25 @@ class TensorParallelDispatcher(SteppedDispatcher):
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """Those of `inner`, and the one of the slices: one after the other they reach all ranks."""
+        """The groups of `inner`, and the group of the slices. Together they connect all ranks."""
         return *self.inner.groups, self.group
 
     def _pass_on(
-        self, num_experts: int, device: torch.device, visit: Visit | None = None, met: int = -1
+        self, num_experts: int, device: torch.device, call: LayerCall | None = None, met: int = -1
     ) -> Steps[None]:
-        """Tell the group that this rank's `inner` has failed: the other ranks of it may not know."""
+        """Tell the group that `inner` failed on this rank, because its other ranks may not know."""
         ranks = torch.tensor([dist.get_world_size(group) for group in self.inner.groups]).prod()
         nothing = torch.zeros(num_experts // int(ranks), dtype=torch.int64, device=device)
-        with suppress(DispatchError):  # what went wrong here is said by `inner`
-            yield from self._exchange_sizes(nothing, Note.refusal(device, visit, met))
+        with suppress(DispatchError):  # the error of `inner` is the one to raise
+            yield from self._exchange_sizes(nothing, Note.refusal(device, call, met))
 
     def _exchange_sizes(
-        self, counts: Tensor, note: Tensor, visit: Visit | None = None
+        self, counts: Tensor, note: Tensor, call: LayerCall | None = None
     ) -> Steps[tuple[Tensor, list[int]]]:
-        """counts int64 [L] of this rank -> those of every rank of the group [t, L], and their sums."""
+        """Exchange counts int64 [L] in the group -> counts of every rank [t, L], and their sum for each rank."""
         size = dist.get_world_size(self.group)
         came = yield Sizes(repeat(torch.cat([note, counts]), "n -> s n", s=size), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
         host = yield Read(torch.cat([came.sum(1), notes.flatten()]))
-        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], visit)
+        agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], call)
         return came, host[:size]

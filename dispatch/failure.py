@@ -1,4 +1,4 @@
-"""An exchange that fails on the wire: said in words, with where each rank is."""
+"""Errors of exchanges that fail: they name the layer, the forward, and where the other ranks are."""
 
 from __future__ import annotations
 
@@ -14,61 +14,64 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError, told
-from .place import Visit
+from .place import LayerCall
 
-GRACE = 1.0  # seconds a failed rank waits for word of the others
+GRACE = 1.0  # seconds that a failed rank waits for reports of the others
 
 
 @contextmanager
-def named(phase: str, group: ProcessGroup | None, visit: Visit | None = None) -> Iterator[None]:
-    """Turn a collective's RuntimeError into a DispatchError that tells the phase, the group and whom to suspect.
+def named(phase: str, group: ProcessGroup | None, call: LayerCall | None = None) -> Iterator[None]:
+    """Turn a RuntimeError of a collective into a DispatchError that names the phase, the group and likely culprits.
 
-    gloo names an address at best, and the neighbour that gave up first as readily as the rank that died. So a rank
-    that fails writes where it is into the default group's store, and reads what the others wrote there.
+    gloo names an address at best. It may be the address of a neighbour that gave up first, not of the rank that died.
+    So each rank that fails writes where it is to the default group's store, and reads what the other ranks wrote.
 
     Args:
         phase: what is exchanged.
-        group: among which ranks.
-        visit: in which forward of which layer; None if it belongs to no single layer.
+        group: the ranks; None is the default group.
+        call: the forward that the exchange belongs to; None, the default, if it belongs to no single layer.
+
+    Raises:
+        DispatchError: in place of any RuntimeError except `torch.OutOfMemoryError`.
     """
     try:
         yield
     except torch.OutOfMemoryError:
-        raise  # not the wire's fault
+        raise  # no failure of the exchange
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
-        # Only gloo's own words: the place in its source before them and its advice behind them say nothing here.
+        # Keep gloo's message alone, without its source line and its general advice.
         reason = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", str(error)).split(". This is typically")[0].strip()
-        where = phase if visit is None else f"{phase} in {visit}"
+        where = phase if call is None else f"{phase} in {call}"
         raise DispatchError(
             f"the exchange of {where} among ranks {ranks} failed on rank {dist.get_rank()}: {reason}; "
-            + _census(where, ranks)
+            + _other_ranks(where, ranks)
         ) from error
 
 
 def timeout_of(group: ProcessGroup | None) -> timedelta:
-    """How long a collective of this group waits on a CPU."""
+    """Timeout of this group's collectives on CPU tensors."""
     return (group or dist.group.WORLD)._get_backend(torch.device("cpu")).options._timeout  # pyright: ignore
 
 
-def _census(where: str, ranks: list[int]) -> str:
-    """Where the other `ranks` say, within a second, that an exchange failed for them."""
+def _other_ranks(where: str, ranks: list[int]) -> str:
+    """Where each of the other ranks reports a failure, and which of them do not report within a second."""
     others = [rank for rank in ranks if rank != dist.get_rank()]
     said: dict[int, str] = {}
 
     def listen() -> None:
         end = time.monotonic() + GRACE
-        with suppress(Exception):  # the store's host may be what has died
+        with suppress(Exception):  # the rank that hosts the store may have died
             store = dist.distributed_c10d._get_default_store()
-            # Ranks fail together, so this rank's n-th failure is the n-th of the others: older words are of older ones.
+            # Ranks fail together, so the n-th failures of all ranks belong together. Reports of older ones are ignored.
             number = store.add(f"turnout/failures/{dist.get_rank()}", 1)
             store.set(_key(dist.get_rank(), number), where)
             while len(said) < len(others) and time.monotonic() < end:
-                told = [r for r in others if r not in said and store.check([_key(r, number)])]
-                said.update({rank: store.get(_key(rank, number)).decode() for rank in told})
+                new = [r for r in others if r not in said and store.check([_key(r, number)])]
+                said.update({rank: store.get(_key(rank, number)).decode() for rank in new})
                 time.sleep(GRACE / 20)
 
-    thread = Thread(target=listen, daemon=True)  # a store that is cut off might never answer
+    thread = Thread(target=listen, daemon=True)  # a store that cannot be reached might never answer
     thread.start()
     thread.join(2 * GRACE)
     found = dict(said)
@@ -76,7 +79,7 @@ def _census(where: str, ranks: list[int]) -> str:
     silent = [rank for rank in others if rank not in found]
     if silent:
         elsewhere.append(f"no word from {told(silent)}: dead, cut off, or still waiting")
-    return "; ".join(elsewhere) or "all of them report a failure there"
+    return "; ".join(elsewhere) or "all of these ranks report a failure there"
 
 
 def _key(rank: int, number: int) -> str:

@@ -1,7 +1,4 @@
-"""The kernels of `cuda/` on the trip, each with the question whether it can serve.
-
-encode and decode for `ops` where `moves` or `sums` says so, a plan's layout for `plan` where `places` does.
-"""
+"""The CUDA kernels of dispatch: encode, decode and the plan, each with a check whether it supports its input."""
 
 from __future__ import annotations
 
@@ -10,25 +7,25 @@ from torch import Tensor
 
 from ..cuda.launch import available, launch
 
-THREADS = 256  # of a block
-UNROLLED = (1, 2, 4, 8)  # numbers of assignments that kernels are compiled for; any other takes a loop
+THREADS = 256  # threads of a block
+UNROLLED = (1, 2, 4, 8)  # values of k that kernels are compiled for; other values run a loop
 ELEMENT = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-BINS = 24000  # ints in shared memory that sort a plan: 96 KiB, which every device since sm_80 grants who asks
-SCALAR = {1: "unsigned char", 2: "unsigned short", 4: "unsigned", 8: "unsigned long long"}  # by bytes
+BINS = 24000  # ints in shared memory that sort a plan: 96 KiB, which every GPU since sm_80 grants on request
+SCALAR = {1: "unsigned char", 2: "unsigned short", 4: "unsigned", 8: "unsigned long long"}  # bytes -> type
 
 
-def moves(x: Tensor) -> bool:
-    """Whether the kernel encodes x: elements of any type up to 8 bytes."""
+def can_encode(x: Tensor) -> bool:
+    """Whether the kernel can encode x: any dtype of up to 8 bytes."""
     return x.element_size() in SCALAR and available(x.device)
 
 
-def sums(rows: Tensor) -> bool:
-    """Whether the kernels decode rows: float32, bfloat16 or float16."""
+def can_decode(rows: Tensor) -> bool:
+    """Whether the kernels can decode rows: float32, bfloat16 or float16."""
     return rows.dtype in ELEMENT and available(rows.device)
 
 
 def encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """x [T, D] -> rows [R, D]; `token` int64 [R] and `slot` int64 [T, k] are each other's inverse, as in a `Plan`."""
+    """x [T, D] -> rows [R, D]. `token` int64 [R] and `slot` int64 [T, k] are each other's inverse, as in a `Plan`."""
     x, token, slot = x.contiguous(), token.contiguous(), slot.contiguous()
     (tokens, k), rows = slot.shape, x.new_empty(len(token), x.shape[1])
     chunk, chunks = _chunks(x, rows)
@@ -39,7 +36,7 @@ def encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
 
 
 def decode(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
-    """rows [R, D] -> y [T, D], the sum of each token's rows, `weight` [T, k] times them if given."""
+    """rows [R, D] -> y [T, D], the sum of each token's rows, multiplied by `weight` [T, k] if given."""
     rows, slot = rows.contiguous(), slot.contiguous()
     weight = None if weight is None else weight.float().contiguous()
     (tokens, k), y = slot.shape, rows.new_empty(len(slot), rows.shape[1])
@@ -51,28 +48,28 @@ def decode(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def decode_backward(grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `decode`'s rows [R, D] and weight [T, k], given that of its result, [T, D]."""
+    """Gradients of rows [R, D] and weight [T, k] of `decode`, from the gradient of its result [T, D]."""
     grad, rows, token, slot = grad.contiguous(), rows.contiguous(), token.contiguous(), slot.contiguous()
     (tokens, k), wide = slot.shape, weight.float().contiguous()
     grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(wide)
     chunk, chunks = _chunks(grad, rows, grad_rows)
-    grid, block = _grid(tokens, chunks, 32, len(token))  # its sums run over one warp
+    grid, block = _grid(tokens, chunks, 32, len(token))  # one warp for each token, because it sums over the row
     args = [grad, rows, wide, token, slot, grad_rows, grad_weight, tokens, len(token), chunks, k]
     launch(f"decode_backward<{ELEMENT[rows.dtype]}, {chunk}, {_unrolled(k)}>", grid, block, args)
     return grad_rows, grad_weight.to(weight.dtype)
 
 
-def places(expert: Tensor, num_experts: int) -> bool:
-    """Whether the kernels lay out a plan: fewer than 2^31 assignments, two sets of bins in shared memory."""
+def can_plan(expert: Tensor, num_experts: int) -> bool:
+    """Whether the kernels can make a plan: below 2^31 assignments, and two sets of bins fit into shared memory."""
     return 2 * num_experts <= BINS and expert.numel() < 2**31 and available(expert.device)
 
 
 def plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """token, slot and counts of `Plan.of`, in two launches; nobody waits for the device."""
+    """token, slot and counts of `Plan.of`, in two launches and without a host sync."""
     expert, (tokens, k), E = expert.contiguous(), expert.shape, num_experts
     n = tokens * k
-    counters = min(THREADS // 32, BINS // E - 1)  # warps of a block that count: bins for each, and for the totals
-    # 2048 assignments a block, unless the histogram outgrows 1 MiB: every block reads all of it (from L2).
+    counters = min(THREADS // 32, BINS // E - 1)  # counting warps of a block, with E bins each; E more for totals
+    # 2048 assignments per block, but at most 1 MiB of histogram, because every block reads all of it (from L2).
     blocks = max(1, min(_ceil(n, 2048), 2**18 // E, 1024))
     histogram = expert.new_empty(blocks, E, dtype=torch.int32)
     token = expert.new_empty(n if capacity is None else E * capacity)
@@ -84,7 +81,7 @@ def plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor
 
 
 def _chunks(*matrices: Tensor) -> tuple[str, int]:
-    """What a thread moves at a time, and how many of these a row has: 16 bytes if all rows start at such, else one."""
+    """Type that a thread moves at a time (16 bytes if rows are aligned, else one element), and its number in a row."""
     size, width = matrices[0].element_size(), matrices[0].shape[1]
     if width * size % 16 == 0 and all(m.data_ptr() % 16 == 0 for m in matrices):
         return "uint4", width * size // 16
@@ -92,9 +89,9 @@ def _chunks(*matrices: Tensor) -> tuple[str, int]:
 
 
 def _grid(tokens: int, chunks: int, most: int, rows: int = 0) -> tuple[tuple[int], tuple[int, int]]:
-    """Blocks, and (threads of a group, groups of a block): as many whole warps for a token as its row has work for.
+    """Blocks, and (threads of a group, groups of a block). Each token has a group of as many warps as its row can use.
 
-    Behind the tokens' groups come those that look for empty ones among `rows` rows, a thread for each.
+    More groups follow that zero the empty rows among `rows` rows, with one thread for each row.
     """
     threads = min(_ceil(max(chunks, 1), 32) * 32, most)
     block = threads, THREADS // threads

@@ -1,8 +1,8 @@
-"""The axes of a DeviceMesh, told by name.
+"""Axes of a DeviceMesh by name, and the groups of ranks that they make.
 
-"ep": the ranks that share the experts; it may be given as "node" and "local". "edp": the ranks that repeat
-them. "etp": the ranks that hold slices of the same experts. Along all of these, ranks have tokens of their own.
-`Meshes` adds the axes of the dense part, over the same ranks: "dp" has parts of the batch, "tp" parts of each sequence.
+"ep": ranks that share the experts. It may be split into "node" and "local". "edp": ranks that hold copies of the same
+experts. "etp": ranks that hold slices of the same experts. Ranks along all these axes have different tokens. `Meshes`
+adds the axes of the dense part, over the same ranks: "dp" splits the batch, "tp" splits each sequence.
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ PP, DP, TP = "pp", "dp", "tp"
 
 @dataclass(frozen=True)
 class Meshes:
-    """The ranks of a job in two orders: a dense mesh, and one for experts whose axes are folded over dp and tp.
+    """All ranks of a job as two meshes: one for the dense part, and one for the experts, folded over dp and tp.
 
     Attributes:
-        dense: axes "pp", "dp", "tp".
-        experts: axes "pp", "edp", "ep" (or "node" and "local" in its place), "etp"; edp * ep * etp = dp * tp.
-        tokens: "dp_tp", one axis: the ranks of a pipeline stage, each of which has tokens of its own.
-        timeout: of the groups of all three; None: that of the default group.
+        dense: mesh with axes "pp", "dp" and "tp".
+        experts: mesh with axes "pp", "edp", "ep" (or "node" and "local" in its place) and "etp". edp * ep * etp = dp *
+            tp.
+        tokens: mesh with one axis, "dp_tp": the ranks of a pipeline stage, which all have different tokens.
+        timeout: timeout of the groups of all three meshes; None, the default, takes the default group's.
+
+    Examples:
+        Under ``torchrun --nproc-per-node 8``, with experts over all 8 ranks and sequences over 2::
+
+            meshes = Meshes.of("cpu", tp=2, ep=8)
+            parallelize(model, meshes)
     """
 
     dense: DeviceMesh
@@ -50,24 +57,33 @@ class Meshes:
         ranks_per_node: int | None = None,
         timeout: timedelta | float | None = None,
     ) -> Meshes:
-        """Meshes over all ranks of the default group; every rank must call it. dp and edp are what remains.
+        """Make the meshes over all ranks of the default group. Every rank must call it.
 
-        Ranks next to each other lie along tp, then dp, then pp, as in PTD-P (arXiv:2104.04473, section 3.2):
-        tensor parallelism, which talks most, stays in a node. Both meshes are views of one, so that DTensors
-        on either can be combined (FSDP2 over "edp" of a parameter split over "ep").
+        The axes dp and edp get the ranks that the given sizes leave. Neighbouring ranks lie along tp, then dp, then pp.
+        So tensor parallelism, which communicates most, stays inside a node. Both meshes are views of one mesh. So
+        DTensors on either can be combined, such as FSDP2 over "edp" of a parameter that is sharded over "ep".
 
         Args:
-            device_type: "cuda" or "cpu".
-            pp, tp: pipeline stages; ranks that split a layer and its sequences.
-            ep: ranks that share the experts of a layer; may span dp and tp.
-            etp: ranks that split each expert.
-            ranks_per_node: torchrun's LOCAL_WORLD_SIZE. Where ep spans several whole nodes of several ranks, its
-                axis is given as "node" and "local"; None: never.
-            timeout: how long an operation of any of the meshes' groups may last, sends and receives included; in
-                seconds, or a timedelta. None: as long as `init_process_group` was told.
+            device_type: ``"cuda"`` or ``"cpu"``.
+            pp: number of pipeline stages, 1 by default.
+            tp: number of ranks that split each dense layer and each sequence, 1 by default.
+            ep: number of ranks that share the experts of a layer, 1 by default. They may span dp and tp.
+            etp: number of ranks that split each expert, 1 by default.
+            ranks_per_node: torchrun's LOCAL_WORLD_SIZE. It splits the axis "ep" into "node" and "local" if the axis
+                spans several whole nodes, each with several of its ranks. None, the default, never splits it.
+            timeout: timeout of all operations in the groups of the meshes, sends and receives included. Seconds or a
+                timedelta. None, the default, takes the timeout of `init_process_group`.
+
+        Returns:
+            Meshes: the three meshes, with the timeout.
 
         Raises:
-            ValueError: sizes that do not multiply to the number of ranks, naming them; a timeout that is not positive.
+            ValueError: sizes that do not multiply to the number of ranks, with their names, or a timeout that is not
+                positive.
+            TypeError: a timeout that is no number and no timedelta.
+
+        References:
+            Order of ranks: PTD-P, Narayanan et al. 2021, arXiv:2104.04473, section 3.2.
         """
         limit = seconds(timeout)
         ranks = dist.get_world_size()
@@ -95,11 +111,11 @@ class Meshes:
         return cls(dense, experts, flat, limit)
 
     def __deepcopy__(self, memo: dict) -> Meshes:
-        return self  # immutable, and of process groups
+        return self  # immutable, and process groups cannot be copied
 
 
 def _whole_nodes(ep: int, etp: int, ranks_per_node: int) -> int:
-    """Nodes that the ranks of "ep" fill, 0 unless they fill several whole ones with several ranks of theirs on each."""
+    """Number of nodes if the ranks of "ep" fill several whole nodes, with several of its ranks on each; else 0."""
     if ranks_per_node < 1:
         raise ValueError(f"ranks_per_node must be positive; got {ranks_per_node}")
     nodes, rest = divmod(ep * etp, ranks_per_node)
@@ -113,10 +129,10 @@ def _fold(world: DeviceMesh, sizes: dict[str, int], limit: timedelta | None) -> 
 
 
 def _options(sizes: dict[str, int], limit: timedelta | None) -> dict[str, Any]:
-    """For each axis, the options with which torch makes its groups; without, they have a timeout of torch's own.
+    """Options for the groups of each axis, because without them torch takes a timeout of its own.
 
-    A send or a receive on gloo waits as long as its group was told when it was made, whatever `set_timeout` says later.
-    An axis of all ranks is left out where the default group, which torch takes for it, has the right timeout.
+    On gloo, a send or receive keeps the timeout with which its group was made, whatever `set_timeout` says later. For
+    an axis of all ranks torch takes the default group. It needs no options if the default group has the right timeout.
     """
     default = default_timeout()
     limit = default if limit is None else limit
@@ -132,11 +148,11 @@ def _options(sizes: dict[str, int], limit: timedelta | None) -> dict[str, Any]:
 
 
 def seconds(timeout: timedelta | float | None) -> timedelta | None:
-    """A timeout given in seconds, as a timedelta.
+    """A timeout as a timedelta, from seconds, a timedelta or None.
 
     Raises:
-        ValueError: one that is not positive.
-        TypeError: no number and no timedelta.
+        ValueError: it is not positive.
+        TypeError: it is no number and no timedelta.
     """
     if timeout is None:
         return None
@@ -149,7 +165,7 @@ def seconds(timeout: timedelta | float | None) -> timedelta | None:
 
 
 def default_timeout() -> timedelta | None:
-    """How long `init_process_group` was told to wait; None for a backend that does not say."""
+    """Timeout that `init_process_group` was given; None for a backend that does not report it."""
     everyone = dist.distributed_c10d._get_default_group()
     for device in everyone._device_types:
         options = getattr(everyone._get_backend(device), "options", None)
@@ -159,15 +175,19 @@ def default_timeout() -> timedelta | None:
 
 
 def set_timeout(mesh: DeviceMesh | Meshes, timeout: timedelta | float | None = None) -> None:
-    """Give every group that an MoE layer on these meshes uses a timeout, for its collectives from now on.
+    """Set the timeout of every group that an MoE layer on these meshes uses, for all later collectives.
 
-    torch gives groups of a mesh 30 minutes (10 on NCCL), whatever `init_process_group` was told. An axis of all ranks
-    has the default group, whose timeout changes as well. On gloo sends and receives keep the timeout with which their
-    group was made: `Meshes.of` takes it.
+    torch gives the groups of a mesh 30 minutes (10 on NCCL), whatever `init_process_group` was given. An axis of all
+    ranks has the default group, so this changes its timeout too. On gloo, sends and receives keep the timeout with
+    which their group was made. `Meshes.of` sets it.
 
     Args:
-        mesh: as given to `parallelize`.
-        timeout: seconds, or a timedelta. None: as long as `Meshes.of` or else `init_process_group` was told.
+        mesh: the mesh given to `parallelize`.
+        timeout: seconds or a timedelta. None, the default, takes the timeout of `Meshes.of`, else of
+            `init_process_group`.
+
+    Raises:
+        ValueError, TypeError: a timeout that is not positive, or no number and no timedelta.
     """
     limit = seconds(timeout) or (mesh.timeout if isinstance(mesh, Meshes) else None) or default_timeout()
     if limit is None:
@@ -183,12 +203,12 @@ def set_timeout(mesh: DeviceMesh | Meshes, timeout: timedelta | float | None = N
 
 
 def names(mesh: DeviceMesh) -> tuple[str, ...]:
-    """The names of a mesh's axes."""
+    """Names of a mesh's axes."""
     return mesh.mesh_dim_names or ()
 
 
 def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
-    """The sub-mesh of one axis, None if there is none; "ep" is made of "node" and "local" where it is so given."""
+    """Sub-mesh of one axis, or None. "ep" is flattened from "node" and "local" if the mesh has them in its place."""
     if name in names(mesh):
         return mesh[name]
     if name == EP and {NODE, LOCAL} <= set(names(mesh)):
@@ -197,7 +217,7 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
 
 
 def holders(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes over which one copy of the experts lies: "ep", and "etp" where there is more than one slice."""
+    """Axes over which one copy of the experts is spread: "ep", and also "etp" if experts are split."""
     etp = axis(mesh, ETP)
     if etp is None or etp.size() == 1:
         ep = axis(mesh, EP)
@@ -207,26 +227,30 @@ def holders(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def node_and_local(mesh: DeviceMesh) -> tuple[ProcessGroup, ProcessGroup]:
-    """The groups of the axes "node" and "local", which stand in place of "ep".
+    """Groups of the axes "node" and "local", which a mesh has in place of "ep".
 
-    Ranks of a group are sorted, whatever their order in a mesh (torch 2.13). So a mesh must list them in
-    ascending order, or a rank's place on the two axes would not tell its place on both together.
+    torch sorts the ranks of a group, whatever their order in the mesh (torch 2.13). So ranks must ascend along the two
+    axes. Otherwise a rank's position in the two groups would not tell its position in "ep".
+
+    Raises:
+        ValueError: the mesh has other axes, or its ranks do not ascend.
     """
     given = tuple(name for name in names(mesh) if name in (NODE, LOCAL, EP))
     if given != (NODE, LOCAL):
         raise ValueError(
-            f'a hierarchical exchange needs a mesh with axes "node" and "local" in place of "ep"; got {names(mesh)}'
+            'a hierarchical exchange needs a mesh with axes "node" and "local" in place of "ep"; got axes '
+            f"{names(mesh)}: give them to init_device_mesh as mesh_dim_names"
         )
     ranks = mesh.mesh.movedim([names(mesh).index(NODE), names(mesh).index(LOCAL)], [-2, -1]).flatten(-2)
     if bool((ranks.diff() < 0).any()):
         raise ValueError(
-            f"ranks must ascend along node and local; got {mesh.mesh.tolist()}; init_device_mesh makes it so"
+            f"ranks must ascend along node and local; got {mesh.mesh.tolist()}; make the mesh with init_device_mesh"
         )
     return mesh.get_group(NODE), mesh.get_group(LOCAL)
 
 
 def staged(mesh: DeviceMesh | Meshes) -> bool:
-    """Whether ranks along "pp" have other layers, also where `mesh` is a part of a mesh with that axis."""
+    """Whether ranks along "pp" hold other layers. `mesh` may be a part of the mesh that has this axis."""
     own = of_experts(mesh)
     stages = [axis(whole, PP) for whole in (own, own._get_root_mesh())]
     return any(pp is not None and pp.size() > 1 for pp in stages)
@@ -238,42 +262,46 @@ def of_experts(mesh: DeviceMesh | Meshes) -> DeviceMesh:
 
 
 def token_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
-    """The axes along which ranks have tokens of their own; those along "pp" have other layers."""
+    """Axes along which ranks have different tokens and the same layers.
+
+    Raises:
+        ValueError: the mesh has no such axis, or axes whose ranks would never communicate.
+    """
     if isinstance(mesh, Meshes):
         return mesh.tokens
     axes = tuple(name for name in names(mesh) if name in (EDP, EP, NODE, LOCAL, ETP))
     if not axes:
-        raise ValueError(f'the mesh needs axes named "ep" (or "node" and "local") and/or "edp"; got {names(mesh)}')
+        raise ValueError(f'the mesh needs axes "ep" (or "node" and "local"), "edp", or both; got axes {names(mesh)}')
     others = [name for name in names(mesh) if name not in (*axes, PP) and mesh[name].size() > 1]
     if others:
         raise ValueError(
-            f"the mesh has axes {names(mesh)}, and nothing would be exchanged along {', '.join(others)}: name the axis "
-            'of data parallelism "edp"; with tensor parallelism pass Meshes.of(...)'
+            f"the mesh has axes {names(mesh)}, and no gradient would be reduced along {', '.join(others)}: name the "
+            'axis of data parallelism "edp", or pass Meshes.of(...) for tensor parallelism'
         )
     if ETP in axes and not {EP, NODE} & set(axes):
         raise ValueError(
-            f'"etp" splits what "ep" spreads: give the mesh an axis "ep", too (of size 1); got {names(mesh)}'
+            f'the mesh has an axis "etp" and no axis "ep": add "ep", of size 1 if need be; got axes {names(mesh)}'
         )
     return mesh[axes]
 
 
 def token_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
-    """All ranks that have tokens of their own; None if that is this one alone."""
+    """All ranks with different tokens and the same layers; None if there is only this rank."""
     return _group(token_mesh(mesh))
 
 
 def data_mesh(mesh: DeviceMesh | Meshes) -> DeviceMesh:
-    """The axes along which ranks have parts of the batch: the loss is averaged over them."""
+    """Axes along which ranks have parts of the batch. The loss is averaged over them."""
     return mesh.dense[DP] if isinstance(mesh, Meshes) else token_mesh(mesh)
 
 
 def data_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
-    """The ranks that have parts of the batch, with this rank's part of each sequence; None if that is this one."""
+    """Ranks with parts of the batch and the same part of each sequence; None if there is only this rank."""
     return _group(data_mesh(mesh))
 
 
 def sequence_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
-    """The ranks that have parts of the same sequences; None if that is this one alone."""
+    """Ranks with parts of the same sequences; None if there is only this rank."""
     return _group(mesh.dense[TP]) if isinstance(mesh, Meshes) else None
 
 

@@ -1,7 +1,7 @@
-"""Travel while experts compute: a batch in chunks, each under way while the one before is computed.
+"""Overlap of communication and compute: rows of one chunk of the batch travel while the experts compute another.
 
-The idea is that of the smart schedule of FasterMoE (doi:10.1145/3503221.3508418) and of the adaptive
-pipelining of Tutel (arXiv:2206.03382). Here autograd owns the backward: see `interleave`.
+The idea is in FasterMoE's smart schedule (doi:10.1145/3503221.3508418) and in Tutel's adaptive pipelining
+(arXiv:2206.03382). Here autograd runs the backward, which overlaps as well: see `interleave`.
 """
 
 from __future__ import annotations
@@ -26,25 +26,35 @@ from .traced import outside
 
 @dataclass(frozen=True)
 class OverlapDispatcher(Dispatcher):
-    """Another dispatcher's trips, in `degree` chunks that overlap, forward and backward.
+    """Runs another dispatcher in `degree` chunks that overlap with the experts, in forward and backward.
 
-    The results are those of `inner` up to rounding (the experts see the same rows in smaller batches),
-    and exactly the same assignments are dropped: the plan is made before. Every rank has `degree` chunks,
-    whatever its tokens; empty ones take part. Sizes and notes of all chunks go ahead in one exchange, with
-    one host sync, before any row travels, so that nothing waits for the host afterwards.
+    Results equal the results of `inner` up to rounding, because experts see the same rows in smaller batches. The same
+    assignments are dropped, because capacity is applied before. Every rank makes `degree` chunks whatever its number of
+    tokens, and empty chunks take part. All chunks exchange their sizes and notes together, before any row is sent. So
+    nothing waits for the host afterwards.
 
-    Ragged plans are cut by tokens. Padded ones are cut by rows: a chunk has a share of every expert's
-    capacity, and as many rows travel as in one piece; cut by tokens, any chunk might need it all.
+    A ragged plan is cut by tokens. A padded plan is cut by rows: each chunk has a part of every expert's capacity, so
+    that as many rows are sent as without chunks. Cut by tokens, each chunk might need the whole capacity.
 
     Args:
-        inner: what carries each chunk. Its exchanges overlap with compute if it is in steps
-            (`SteppedDispatcher`), as all of ours are; another one works, chunk after chunk.
-        degree: number of chunks, the same on all ranks. ``"auto"`` tries 1, 2 and 4 for three training
-            steps each and keeps the one whose steps were fastest on the slowest rank. A step lasts from the first
-            trip to the first one after its backward, optimizer included. This measurement is the one
-            thing that a dispatcher keeps. Where backwards and forwards of several micro-batches
-            alternate (1F1B) under activation checkpointing, give a number: a recomputed forward must be
-            cut as the first one was.
+        inner: the dispatcher of each chunk. It overlaps if it is a `SteppedDispatcher`, as all of this package are. Any
+            other dispatcher works too, one chunk after the other.
+        degree: number of chunks, the same on all ranks. ``"auto"`` tries 1, 2 and 4 for three training steps each, and
+            keeps the one that is fastest on the slowest rank. A step lasts from the first forward to the first forward
+            after its backward, optimizer included. These times are the dispatcher's only state. Give
+            a number for pipeline schedules (1F1B) with activation checkpointing: a recomputed forward must have as many
+            chunks as the first one.
+
+    Raises:
+        ValueError: `degree` is no positive integer and not ``"auto"``.
+
+    References:
+        FasterMoE, He et al. 2022, doi:10.1145/3503221.3508418. Tutel, Hwang et al. 2022, arXiv:2206.03382.
+
+    Examples:
+        On the ranks of a mesh with axis "ep"::
+
+            layer.dispatcher = OverlapDispatcher(FlatDispatcher(mesh.get_group("ep")), degree=2)
     """
 
     inner: Dispatcher
@@ -56,42 +66,42 @@ class OverlapDispatcher(Dispatcher):
             raise ValueError(f'degree must be a positive integer or "auto"; got {self.degree!r}')
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
-        """The whole trip, interleaved: x [T, D] -> y [T, D]."""
+        """Dispatch, experts and combine, with chunks interleaved: x [T, D] -> y [T, D]."""
         if torch.compiler.is_compiling():
             return outside(self, x, plan, weight, experts)
         degree = self._degree_now(x.device)
         if degree == 1:
             y = self.inner(x, plan, weight, experts)
         else:
-            plan = plan.visiting(degree)
+            plan = plan.started(degree)
             xs, plans, weights = _cut(x, plan, weight, degree)
-            trips = [self._trip(*chunk, experts) for chunk in zip(xs, plans, weights, strict=True)]
-            prepare(trips, plan.visit)
-            ys = interleave(trips, plan.visit)
+            chunks = [self._chunk(*chunk, experts) for chunk in zip(xs, plans, weights, strict=True)]
+            prepare(chunks, plan.call)
+            ys = interleave(chunks, plan.call)
             y = torch.cat(ys) if plan.capacity is None else torch.stack(ys).sum(0)
         if self.degree == "auto":
             self._trial.watch(y)
         return y
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
-        """As `inner`, in one piece."""
+        """Dispatch of `inner`, without chunks."""
         return self.inner.dispatch(x, plan, weight)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
-        """As `inner`, in one piece."""
+        """Combine of `inner`, without chunks."""
         return self.inner.combine(rows, receipt)
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
-        """A refusal for every chunk that the other ranks are about to send."""
+        """Refuse every chunk that the other ranks are about to send."""
         refusals = [self.inner.refuse_steps(num_experts, device) for _ in range(self._degree_now(device))]
-        refuse(refusals, None if place is None else place.visit())
+        refuse(refusals, None if place is None else place.start_call())
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """Those of `inner`."""
+        """The groups of `inner`."""
         return self.inner.groups
 
-    def _trip(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Steps[Tensor]:
+    def _chunk(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Steps[Tensor]:
         batch = yield from self.inner.dispatch_steps(x, plan, weight)
         rows = experts(batch.rows, batch.weight, batch.counts)
         return (yield from self.inner.combine_steps(rows, batch.receipt))
@@ -101,17 +111,17 @@ class OverlapDispatcher(Dispatcher):
 
 
 def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tensor, ...], list[Plan], tuple]:
-    """Tokens, plans and weights of the chunks."""
+    """Tokens, plans and weights of each chunk."""
     if plan.capacity is not None:
         return (x,) * degree, _by_rows(plan, plan.capacity, degree), (weight,) * degree
     sizes = _shares(x.shape[0], degree)
     whole = [Plan.of(expert, plan.counts.numel(), place=plan.place) for expert in plan.expert.split(sizes)]
-    plans = [replace(part, visit=plan.visit) for part in whole]
+    plans = [replace(part, call=plan.call) for part in whole]
     return x.split(sizes), plans, weight.split(sizes)
 
 
 def _shares(number: int, degree: int) -> list[int]:
-    """Nearly equal parts of a number.
+    """Cut a number into nearly equal parts.
 
     >>> _shares(7, 3), _shares(1, 3)
     ([2, 2, 3], [0, 0, 1])
@@ -120,19 +130,19 @@ def _shares(number: int, degree: int) -> list[int]:
 
 
 def _by_rows(plan: Plan, capacity: int, degree: int) -> list[Plan]:
-    """Cut a padded plan: each part has all tokens and, of every expert, some of its `capacity` rows.
+    """Cut a padded plan: each part has all tokens, and some of the `capacity` rows of each expert.
 
     >>> [p.token.tolist() for p in _by_rows(Plan.of(torch.tensor([[0], [0], [1]]), 2, capacity=2), 2, degree=2)]
     [[0, 2], [1, -1]]
     """
     shares = _shares(capacity, degree)
-    place = plan.slot % max(capacity, 1)  # within the expert's rows
+    place = plan.slot % max(capacity, 1)  # position among the rows of the expert
     rows = plan.token.view(plan.counts.numel(), capacity).split(shares, 1)
     plans, first = [], 0
     for share, token in zip(shares, rows, strict=True):
-        mine = (plan.slot >= 0) & (place >= first) & (place < first + share)
-        slot = torch.where(mine, plan.expert * share + place - first, -1)
-        expert = torch.where(mine, plan.expert, -1)
+        inside = (plan.slot >= 0) & (place >= first) & (place < first + share)
+        slot = torch.where(inside, plan.expert * share + place - first, -1)
+        expert = torch.where(inside, plan.expert, -1)
         counts = torch.zeros_like(plan.counts) + share
         plans.append(replace(plan, expert=expert, token=token.flatten(), slot=slot, counts=counts, capacity=share))
         first += share
@@ -140,9 +150,9 @@ def _by_rows(plan: Plan, capacity: int, degree: int) -> list[Plan]:
 
 
 class _Trial:
-    """The degrees one after the other, each for some steps; then the best, agreed by all ranks."""
+    """Times each degree for some steps, then keeps the fastest one, on which all ranks agree."""
 
-    DEGREES, ROUNDS = (1, 2, 4), 3  # the first round of each warms up and does not count
+    DEGREES, ROUNDS = (1, 2, 4), 3  # the first round of each degree is a warm-up
 
     def __init__(self) -> None:
         self.step, self.began, self.chosen = -1, 0.0, 0
@@ -150,13 +160,13 @@ class _Trial:
         self.new_step = True
 
     def degree(self, device: torch.device, groups: tuple[ProcessGroup, ...]) -> int:
-        """The degree of the trip that begins now; called the same number of times on all ranks."""
-        if not self.chosen and self.new_step and not in_backward():  # a recomputed forward is of the same step
+        """Degree of the forward that starts now. All ranks must call it equally often."""
+        if not self.chosen and self.new_step and not in_backward():  # a recomputed forward belongs to the same step
             self._advance(device, groups)
         return self.chosen or self.DEGREES[self.step // self.ROUNDS]
 
     def watch(self, y: Tensor) -> None:
-        """The first trip after y's backward begins another step."""
+        """Start a new step with the first forward after the backward of y."""
         if not self.chosen and y.requires_grad:
             y.register_hook(self._after_backward)
 
@@ -173,7 +183,7 @@ class _Trial:
         self.step, self.began, self.new_step = self.step + 1, now, False
         if self.step == self.ROUNDS * len(self.DEGREES):
             slowest = torch.tensor(self.best, dtype=torch.float64, device=device)
-            for group in groups:  # one after the other they reach all ranks
+            for group in groups:  # reductions over all groups in turn reach all ranks
                 dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
             seconds = slowest.tolist()
             self.chosen = self.DEGREES[seconds.index(min(seconds))]

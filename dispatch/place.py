@@ -1,24 +1,24 @@
-"""Which MoE layer an exchange belongs to, and which forward of that layer: what ranks compare before rows travel."""
+"""Which MoE layer an exchange belongs to, and which forward of it. Ranks compare this before rows travel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-TAGS = 2**31  # a message's tag is below
+TAGS = 2**31  # tags of messages are smaller than this
 
 
 @dataclass(eq=False)
 class Place:
-    """The place of one MoE layer in its model. `parallelize` makes one for each layer, alike on all ranks.
+    """Which of a model's MoE layers this is. `parallelize` makes one for each layer, equal on all ranks.
 
     Attributes:
-        model: a number drawn once for all layers of a `parallelize` call, the same on all ranks. It tells models apart.
-        layer: which of the model's MoE layers this is.
-        names: the names of all of them in the model.
-        training: whether the layer is training, which `MoE.train` keeps.
-        widest: the largest number of experts among the model's layers if they differ in it, else 0.
-        forwards: how many forwards of the layer have started, recomputed ones too.
+        model: random number that identifies the model: one for each `parallelize` call, the same on all ranks.
+        layer: index of the layer among the model's MoE layers.
+        names: the names of all MoE layers in the model.
+        training: whether the layer is in training mode. `MoE.train` keeps it up to date.
+        widest: the largest number of experts in any layer, or 0 if all layers have the same number.
+        forwards: how many forwards of the layer have started. Recomputed forwards count too.
     """
 
     model: int
@@ -30,23 +30,23 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The layer's name in the model."""
+        """Name of the layer in the model."""
         return self.names[self.layer]
 
-    def visit(self) -> Visit:
-        """Start a forward. A rank that fails before its dispatch starts one as well, so that all ranks count alike."""
+    def start_call(self) -> LayerCall:
+        """Count one more forward. A rank that fails before its dispatch counts it too, so that ranks stay in step."""
         self.forwards += 1
-        return Visit(self, self.forwards, self.training)
+        return LayerCall(self, self.forwards, self.training)
 
 
-class Visit(NamedTuple):
-    """One forward of one layer.
+class LayerCall(NamedTuple):
+    """One forward of one MoE layer.
 
     Attributes:
         place: the layer.
-        forward: the number of this forward, from 1.
-        training: whether the layer is training.
-        chunks: how many exchanges of sizes it makes together (`OverlapDispatcher`).
+        forward: number of this forward, from 1.
+        training: whether the layer is in training mode.
+        chunks: number of chunks that exchange their sizes together (`OverlapDispatcher`).
     """
 
     place: Place
@@ -56,7 +56,7 @@ class Visit(NamedTuple):
 
     @property
     def tag(self) -> int:
-        """Marks the messages of this visit's backward, which then never meet those of another one."""
+        """Tag for the messages of this forward's backward, so that no other backward receives them."""
         return 1 + (self.place.model + 1_000_003 * self.place.layer + 7 * self.forward) % (TAGS - 1)
 
     def __str__(self) -> str:

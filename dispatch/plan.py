@@ -1,4 +1,4 @@
-"""A routing turned into rows: which token fills which row, sorted by expert."""
+"""Sort assignments of tokens to experts: `Plan` says which token fills which row, sorted by expert."""
 
 from __future__ import annotations
 
@@ -10,47 +10,53 @@ from torch import Tensor
 
 from ..cuda.launch import backends
 from . import kernels
-from .place import Place, Visit
+from .place import LayerCall, Place
 
 
 def load(expert: Tensor, num_experts: int) -> Tensor:
-    """Assignments each expert receives: int64 [..., k] expert ids, -1 = none -> int64 [E].
+    """Number of assignments of each expert.
 
-    A scatter, not `bincount`: no host sync, and the shape does not depend on the data.
+    Args:
+        expert: int64 [..., k], expert ids; -1 = no expert.
+        num_experts: number of experts E.
+
+    Returns:
+        int64 [E]. Its shape does not depend on the data, and no host sync is needed, unlike with `bincount`.
 
     >>> load(torch.tensor([[0, 2], [2, -1], [2, 0]]), num_experts=4).tolist()
     [2, 0, 3, 0]
     """
     ids = expert.flatten()
-    bins = torch.where(ids < 0, num_experts, ids)  # the dropped go to a bin of their own
+    bins = torch.where(ids < 0, num_experts, ids)  # dropped assignments are counted in an extra bin
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every assignment of a token to an expert lies among the rows.
+    """The permutation of one forward: which row each assignment of a token to an expert has.
 
-    Rows are sorted by expert, then by token, stably, so that a routing has one plan and gives the
-    same bytes on every transport. All shapes depend on T, k, E and `capacity` alone: building a plan
-    never waits for the device.
+    Rows are sorted by expert, then by token, with a stable sort. So a routing has exactly one plan, and experts get
+    the same bytes from every transport. Shapes depend on T, k, E and `capacity` alone, so a plan needs no host sync.
 
-    Ragged (`capacity` None): ``R = T * k`` rows, the kept ones first, experts back to back.
-    Padded: ``R = E * capacity`` rows, `capacity` for every expert, those not needed being empty.
+    A ragged plan (`capacity` None) has ``R = T * k`` rows. Kept assignments come first, with experts back to back.
+    A padded plan has ``R = E * capacity`` rows, `capacity` for each expert. Rows without an assignment are empty.
 
     Attributes:
-        expert: int64 [T, k], the expert of each assignment, -1 = dropped or unused.
-        token: int64 [R], row -> the token in it, -1 = an empty row.
-        slot: int64 [T, k], assignment -> its row, -1 = none: the inverse of `token`.
-        counts: int64 [E], rows per expert (padded: `capacity` each).
-        capacity: rows of every expert when padded, None when ragged.
-        place: the layer it is made for, if `parallelize` has given it one.
-        visit: the forward of that layer, from the moment its rows travel on.
-        follows_load: `capacity` is what this rank's loads need, so that ranks have to agree on the largest.
+        expert: int64 [T, k], expert of each assignment; -1 = dropped or unused.
+        token: int64 [R], token in each row; -1 = empty row.
+        slot: int64 [T, k], row of each assignment; -1 = none. It is the inverse of `token`.
+        counts: int64 [E], rows of each expert; in a padded plan `capacity` each.
+        capacity: rows of each expert in a padded plan; None if ragged.
+        place: the layer that the plan belongs to; None, the default, outside of `parallelize`.
+        call: the forward that the plan belongs to, set when its rows leave; None before, and if there is no `place`.
+        follows_load: whether `capacity` comes from the load of this rank, so that ranks must agree on the largest.
 
     >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
     >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
     ([0, 0, 1, -1], [[1, 0], [2, -1]], [1, 2])
+    >>> Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2, capacity=3).token.tolist()
+    [0, -1, -1, 0, 1, -1]
     """
 
     expert: Tensor
@@ -59,31 +65,39 @@ class Plan:
     counts: Tensor
     capacity: int | None = None
     place: Place | None = None
-    visit: Visit | None = None
+    call: LayerCall | None = None
     follows_load: bool = False
 
     @classmethod
     def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None, place: Place | None = None) -> Plan:
-        """Plan for int64 `expert` [T, k], padded to `capacity` rows an expert if that is given.
+        """Make the plan of a routing.
 
-        No expert may hold more than `capacity` assignments then (see `moe.capacity`).
+        Args:
+            expert: int64 [T, k], expert ids; -1 = dropped or unused.
+            num_experts: number of experts E, on all ranks together.
+            capacity: rows for each expert. No expert may have more assignments (`moe.capacity` drops them before).
+                None, the default, makes a ragged plan.
+            place: the layer that the plan belongs to; None, the default, outside of `parallelize`.
+
+        Raises:
+            ValueError: `expert` is not int64 [T, k].
         """
         if expert.ndim != 2 or expert.dtype != torch.int64:
             raise ValueError(f"expert must be int64 [T, k]; got {expert.dtype} {tuple(expert.shape)}")
-        kernel = expert.device.type in backends and kernels.places(expert, num_experts)
+        kernel = expert.device.type in backends and kernels.can_plan(expert, num_experts)
         make = _plan if kernel or torch.compiler.is_compiling() else _sorted
         token, slot, counts = make(expert, num_experts, capacity)
         return cls(expert, token, slot, counts, capacity, place)
 
-    def visiting(self, chunks: int = 1) -> Plan:
-        """The same plan as its rows leave: a forward of its layer starts, to travel in so many chunks."""
-        if self.place is None or torch.compiler.is_compiling():  # a graph has no notes, and no numbers that change
+    def started(self, chunks: int = 1) -> Plan:
+        """The same plan, as its rows leave in `chunks` chunks: this starts a forward of its layer."""
+        if self.place is None or torch.compiler.is_compiling():  # a graph cannot hold a number that changes
             return self
-        visit = self.place.visit() if self.visit is None else self.visit
-        return replace(self, visit=visit._replace(chunks=chunks))
+        call = self.place.start_call() if self.call is None else self.call
+        return replace(self, call=call._replace(chunks=chunks))
 
     def padded(self, capacity: int) -> Plan:
-        """The same assignments with `capacity` rows for every expert, at least as many as now.
+        """The same assignments with `capacity` rows for each expert, at least as many as any expert has now.
 
         >>> Plan.of(torch.tensor([[1], [1]]), num_experts=2).padded(3).token.tolist()
         [-1, -1, -1, 0, 1, -1]
@@ -95,34 +109,36 @@ class Plan:
         slot = torch.where(kept, self.expert * capacity + self.slot - start, -1)
         rows = self.counts.numel() * capacity
         source = torch.arange(slot.shape[0], device=slot.device).unsqueeze(1).expand_as(slot)
-        token = torch.full((rows + 1,), -1, device=slot.device)  # one more: the dropped land there
+        token = torch.full((rows + 1,), -1, device=slot.device)  # dropped assignments write to the extra row
         token = token.scatter_(0, torch.where(kept, slot, rows).flatten(), source.flatten())[:rows]
         counts = self.counts.clamp(min=capacity)  # all equal; torch 2.13 fails to compile cumsum of a full tensor
         return replace(self, token=token, slot=slot, counts=counts, capacity=capacity)
 
     def trimmed(self, rows: int) -> Plan:
-        """The same plan without its empty rows at the end; `rows` = counts.sum(), as the host knows it."""
+        """The same plan without the empty rows at its end. `rows` is counts.sum(), known to the host."""
         return replace(self, token=self.token[:rows])
 
     def reordered(self, order: Tensor) -> Plan:
-        """The same assignments with rows in another order, new row r being row order[r] of now.
+        """The same assignments with permuted rows: row r of the result is row order[r] of this plan.
 
-        `order`, int64, has every row that is not empty. Rows are no longer sorted by expert: this is for
-        dispatchers whose send buffer lies otherwise.
+        Afterwards rows are no longer sorted by expert. Dispatchers use this if their send buffer has another order.
+
+        Args:
+            order: int64, a permutation of rows. It may leave out empty rows.
 
         >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2).reordered(torch.tensor([1, 2, 0]))
         >>> plan.token.tolist(), plan.slot.tolist()
         ([0, 1, 0], [[0, 2], [1, -1]])
         """
-        place = torch.full((self.token.shape[0] + 1,), -1, device=order.device)  # its last is for slots of -1
+        place = torch.full((self.token.shape[0] + 1,), -1, device=order.device)  # slots of -1 read the extra row
         place = place.scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return replace(self, token=self.token[order], slot=place[self.slot])
 
 
 class Tokens(NamedTuple):
-    """Rows that nobody has laid out: experts that gather take them in place of rows, and give tokens [T, D] back.
+    """Tokens that are not permuted yet. Experts that gather take them in place of rows, and return tokens [T, D].
 
-    The router's weights go beside them as they are, [T, k].
+    The router's weights are passed beside them as [T, k].
     """
 
     x: Tensor  # [T, D]
@@ -131,15 +147,15 @@ class Tokens(NamedTuple):
 
 @torch.library.custom_op("turnout::plan", mutates_args=())
 def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    if expert.device.type in backends and kernels.places(expert, num_experts):
+    if expert.device.type in backends and kernels.can_plan(expert, num_experts):
         return kernels.plan(expert, num_experts, capacity)
     return _sorted(expert, num_experts, capacity)
 
 
 def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """token, slot and counts in plain PyTorch."""
+    """token, slot and counts of `Plan`, in plain PyTorch."""
     flat = expert.flatten()
-    order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # the dropped behind the kept
+    order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)  # dropped assignments go last
     counts = load(expert, num_experts)
     row = torch.arange(flat.numel(), device=flat.device)
     filled = row < counts.sum()

@@ -1,15 +1,14 @@
-"""encode: tokens -> rows.  decode: rows -> tokens, summed.  Each is the other's backward.
+"""Permute and unpermute as operators: `encode` copies tokens to rows, `decode` sums rows into tokens.
 
-Both are custom operators (`torch.ops.turnout.*`), so that autograd, `torch.compile` and another
-device's kernel see one node. Where `kernels` can serve the device and dtype they run its kernels, elsewhere
-plain PyTorch. Every output element is written once and sums run over a token's k rows in their order, in
-float32 or wider: the result does not depend on threads, and two runs agree to the bit.
+Each is the other's backward. Both are custom operators (`torch.ops.turnout.*`), so that autograd and `torch.compile`
+see one node. CUDA kernels run where `kernels` supports the device and dtype, plain PyTorch elsewhere. Every output
+element is written once. A token's k rows are summed in order, in float32 or wider. So two runs agree bit for bit.
 
-Kernels and plain PyTorch on a CPU round alike (weighted, a product together with the sum it is added to), with one
-exception. `decode` without weights of bfloat16 rows, k > 1, on an x86 CPU: a sum halfway between two bfloat16 numbers
-goes to the larger in magnitude, not to the even one (FBGEMM, torch 2.13). Of random rows that is one element in ten for
-k = 2, in twenty for k = 8; the mean grows by 6e-4 and 3e-4 of itself. What rounds to even there takes twice as long or
-more.
+Kernels and plain PyTorch on a CPU round alike: a product and the sum it is added to are rounded once (FMA). There is
+one exception, on x86 CPUs: `decode` without weights, of bfloat16 rows with k > 1. FBGEMM (torch 2.13) rounds a sum
+halfway between two bfloat16 numbers to the larger magnitude, not to even. For random rows this changes one element
+in ten at k = 2 and one in twenty at k = 8. It raises the mean by 0.06 % and 0.03 %. A version that rounds to even
+takes at least twice as long.
 """
 
 from __future__ import annotations
@@ -24,9 +23,17 @@ from .torch_internals import embedding_bag_weight_backward, transformed
 
 
 def encode(x: Tensor, plan: Plan) -> Tensor:
-    """Lay tokens out by expert: x [T, D] -> rows [R, D], rows[r] = x[plan.token[r]], empty rows zero.
+    """Copy tokens to rows sorted by expert: rows[r] = x[plan.token[r]], zeros in empty rows.
 
-    Same dtype as x; differentiable (the gradient of x is `decode` of the rows' gradient).
+    Args:
+        x: [T, D], tokens of any dtype.
+        plan: the permutation of these T tokens.
+
+    Returns:
+        [R, D] in the dtype of x. Differentiable: the gradient of x is `decode` of the rows' gradient.
+
+    Raises:
+        ValueError: x is not [T, D] with the plan's T.
 
     >>> plan = Plan.of(torch.tensor([[1], [0]]), num_experts=2)
     >>> encode(torch.tensor([[1.0], [2.0]]), plan).tolist()
@@ -38,11 +45,26 @@ def encode(x: Tensor, plan: Plan) -> Tensor:
 
 
 def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
-    """Bring rows home: rows [R, D] -> y [T, D], y[t] = sum over j of rows[plan.slot[t, j]].
+    """Sum each token's rows: y[t] = sum over j of rows[plan.slot[t, j]].
 
-    Slots of -1 contribute nothing (they are skipped, not multiplied by zero: 0 * nan is nan). With
-    `weight` [T, k] every row is weighted first; leave it out where the experts did that already.
-    Same dtype as rows; accumulates in float32 or wider; differentiable in rows and weight.
+    Args:
+        rows: [R, D], floating.
+        plan: the permutation of these R rows.
+        weight: [T, k], multiplied with the rows. None, the default, if the experts have multiplied already.
+
+    Returns:
+        [T, D] in the dtype of rows, summed in float32 or wider. Differentiable in rows and weight. Dropped
+        assignments are skipped rather than multiplied by zero, because 0 * nan is nan.
+
+    Raises:
+        ValueError: rows are not [R, D] with the plan's R.
+
+    >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [9.0]])  # the last row is empty
+    >>> decode(rows, plan).tolist()
+    [[3.0], [3.0]]
+    >>> decode(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist()
+    [[1.5], [3.0]]
     """
     if rows.ndim != 2 or rows.shape[0] != plan.token.shape[0]:
         raise ValueError(f"rows must be [R, D] with the plan's R={plan.token.shape[0]}; got {tuple(rows.shape)}")
@@ -54,14 +76,14 @@ def decode(rows: Tensor, plan: Plan, weight: Tensor | None = None) -> Tensor:
 
 
 def encode_weight(weight: Tensor, plan: Plan) -> Tensor:
-    """The weight of each row: weight [T, k] -> [R], 0 in empty rows. Differentiable."""
+    """Weight of each row: weight [T, k] -> [R], 0 in empty rows. Differentiable."""
     return _row_weight(weight, plan.slot, plan.token.shape[0])
 
 
 def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows [R, ...] in another order: out[r] = rows[order[r]], with inverse[order[r]] = r.
+    """Permute rows [R, ...]: out[r] = rows[order[r]], with inverse[order[r]] = r. Differentiable.
 
-    A plan with k = 1: its backward is a gather too, where plain indexing would add atomically.
+    It runs as `encode` with k = 1, so that its backward is a gather. Indexing would add atomically there.
     """
     if rows.ndim == 1:
         return permute(rows.unsqueeze(1), order, inverse).squeeze(1)
@@ -69,23 +91,23 @@ def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or float64 if it is that."""
+    """x in float32, or in float64 if it has that dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.encode(x, token, slot) if x.device.type in backends and kernels.moves(x) else _gather(x, token)
+    return kernels.encode(x, token, slot) if x.device.type in backends and kernels.can_encode(x) else _gather(x, token)
 
 
 @torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return kernels.decode(rows, slot) if rows.device.type in backends and kernels.sums(rows) else _sum(rows, slot)
+    return kernels.decode(rows, slot) if rows.device.type in backends and kernels.can_decode(rows) else _sum(rows, slot)
 
 
 @torch.library.custom_op("turnout::decode_weighted", mutates_args=())
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    if rows.device.type in backends and kernels.sums(rows):
+    if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode(rows, slot, weight)
     return _sum(rows, slot, wide(weight))
 
@@ -95,7 +117,7 @@ def _decode_weighted_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 ) -> tuple[Tensor, Tensor]:
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
-    if rows.device.type in backends and kernels.sums(rows):
+    if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
     to_rows = _gather(grad, token)
     to_weight = _dots(rows, grad, to_rows, slot)
@@ -103,36 +125,37 @@ def _decode_weighted_backward(
 
 
 def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
-    """y[t] = sum over j of rows[slot[t, j]], times weight[t, j] if there are weights."""
+    """y[t] = sum over j of rows[slot[t, j]], multiplied by weight[t, j] if weights are given."""
     if slot.shape[1] == 1 and weight is None:
         return _gather(rows, slot.squeeze(1))
     if rows.device.type != "cpu" or not len(rows):
         return _sum_of_terms(rows, slot, weight)
-    kept = slot >= 0  # on a CPU in one pass: torch adds up the rows of a bag in order, in float32 or wider
+    kept = slot >= 0  # one pass on a CPU: `embedding_bag` sums the rows of a bag in order, in float32 or wider
     if bool(kept.all()):
-        home, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
+        row, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
     else:
         number = kept.sum(1)
-        home, start = slot[kept], number.cumsum(0) - number
+        row, start = slot[kept], number.cumsum(0) - number
     if weight is None:
-        return torch.embedding_bag(rows, home, start, mode=0)[0]
+        return torch.embedding_bag(rows, row, start, mode=0)[0]
     terms = wide(rows)
     each = weight[kept].to(terms.dtype)
-    return torch.embedding_bag(terms, home, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
+    return torch.embedding_bag(terms, row, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
 
 
 def _sum_of_terms(rows: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
-    """`_sum`, choice by choice, every operator differentiable."""
+    """`_sum` as k gathers and additions, so that every operator is differentiable in every mode."""
     terms = wide(rows) if weight is None else rows * _row_weight(weight, slot, len(rows)).unsqueeze(1)
-    return sum((_gather(terms, home) for home in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
+    return sum((_gather(terms, row) for row in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
 
 
 def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:
-    """<rows[slot[t, j]], grad[t]> [T, k], 0 where dropped; `grad_rows` is grad laid out as rows."""
+    """<rows[slot[t, j]], grad[t]> [T, k], 0 for dropped assignments. `grad_rows` is `encode` of grad."""
     if rows.device.type != "cpu" or not len(rows):
         return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
-    home, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]  # without a pass of products; skips -1
-    return embedding_bag_weight_backward(wide(grad), wide(rows), home, token, token, mode=0).view_as(slot)
+    row, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]
+    # This makes no tensor of products, and skips rows of -1.
+    return embedding_bag_weight_backward(wide(grad), wide(rows), row, token, token, mode=0).view_as(slot)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -141,15 +164,15 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     if not len(x):
         return x.new_zeros(len(index), x.shape[1])
     rows = x.index_select(0, index.clamp(min=0))
-    if none.device.type != "cpu" or bool(none.any()):  # where asking costs nothing, spare the pass over the rows
+    if none.device.type != "cpu" or bool(none.any()):  # reading it is free on a CPU, and saves a pass over the rows
         rows.masked_fill_(none.unsqueeze(1), 0)
     return rows
 
 
 def _row_weight(weight: Tensor, slot: Tensor, rows: int) -> Tensor:
-    """The weight of each of `rows` rows, 0 in those that no slot names."""
-    home = torch.where(slot < 0, rows, slot).flatten()  # the dropped land in a row that is cut off
-    return weight.new_zeros(rows + 1).scatter(0, home, weight.flatten())[:rows]
+    """Weight of each of `rows` rows, 0 in empty rows."""
+    row = torch.where(slot < 0, rows, slot).flatten()  # dropped assignments write to an extra row, which is cut off
+    return weight.new_zeros(rows + 1).scatter(0, row, weight.flatten())[:rows]
 
 
 @_encode.register_fake
@@ -193,7 +216,7 @@ def _weighted_backward(ctx, grad: Tensor):
 
 
 def _weighted_twice_backward(ctx, to_rows: Tensor, to_weight: Tensor):
-    """Both gradients are bilinear, so that theirs are the same two operators again."""
+    """Both gradients are bilinear, so their backward consists of the same two operators."""
     grad, rows, weight, *indices = ctx.saved_tensors
     to_grad = _decode_weighted(to_rows, weight, *indices) + _decode_weighted(rows, to_weight, *indices)
     return to_grad, *_decode_weighted_backward(grad, to_rows, to_weight, *indices), None, None

@@ -1,7 +1,6 @@
-"""Rows that lie in blocks, and the index that puts the blocks in another order.
+"""Permutations of blocks of rows, such as from (source rank, expert) to (expert, source rank).
 
-Every change of layout between ranks is one of these: what arrives lies by (source rank, expert) and is
-wanted by (expert, source rank).
+Rows arrive in blocks by (source rank, expert), and experts need them by (expert, source rank).
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from torch import Tensor
 
 
 def reorder(counts: Tensor, pattern: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Index that lays blocks of rows out in the order of an einops pattern.
+    """Index that permutes blocks of rows by an einops pattern.
 
     Args:
-        counts: int64, one axis per name of the pattern's left side: the size of each block, the blocks
-            lying in reading order.
-        pattern: a permutation of axes, as in ``"source expert -> expert source"``.
-        rows: the sum of `counts`, which the host knows: asking the device would wait for it.
+        counts: int64, size of each block, with one axis for each name on the pattern's left side. Blocks lie in
+            row-major order.
+        pattern: permutation of the axes, such as ``"source expert -> expert source"``.
+        rows: the sum of `counts`. The caller passes it, because reading it from the device would be a host sync.
 
     Returns:
-        ``(order, counts)``: int64 [rows] with new_rows = old_rows[order], and the sizes permuted.
+        ``(order, counts)``: int64 [rows] with new_rows = old_rows[order], and the permuted sizes.
 
     >>> order, sizes = reorder(torch.tensor([[1, 2], [1, 0]]), "s e -> e s", rows=4)
     >>> order.tolist(), sizes.tolist()
@@ -35,5 +34,9 @@ def reorder(counts: Tensor, pattern: str, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def invert(order: Tensor) -> Tensor:
-    """The inverse of a permutation int64 [R]: invert(order)[order[r]] = r."""
+    """Inverse of a permutation int64 [R]: invert(order)[order[r]] = r.
+
+    >>> invert(torch.tensor([2, 0, 1])).tolist()
+    [1, 2, 0]
+    """
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

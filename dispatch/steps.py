@@ -1,8 +1,8 @@
-"""A trip in steps: what a dispatcher asks of other ranks or of the host, apart from when that is done.
+"""Dispatch and combine as generators, so that several of them can be interleaved.
 
-A trip is a generator. It yields what it needs and is sent the answer: sizes from the other ranks, numbers
-on the host, rows. `finish` answers at once, which is the plain trip. Others may hold many trips, ask for
-all of them together (`prepare`) and let one compute while another is under way (`interleave`).
+A generator yields what it needs and is sent the answer: sizes from other ranks, numbers on the host, or rows. `finish`
+runs one generator by itself. `prepare` and `interleave` run the generators of several chunks together: all chunks
+share the exchanges of sizes, and rows of one chunk travel while the experts compute another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import DispatchError
 from .collectives import Travel, all_to_all_start, exchange_sizes
-from .place import Visit
+from .place import LayerCall
 from .traced import Arrived
 from .wire import Wire
 
@@ -26,50 +26,50 @@ Result = TypeVar("Result")
 
 
 class Sizes(NamedTuple):
-    """Asks for `exchange_sizes` of int64 [W, ...]; answered by what came, of the same shape."""
+    """Request for `exchange_sizes` of int64 [W, ...]. The answer has the same shape."""
 
     sizes: Tensor
     group: ProcessGroup
 
     @staticmethod
-    def answer(asked: Sequence[Sizes], visit: Visit | None) -> list[Tensor]:
-        """Of any number of trips in one exchange."""
+    def answer(asked: Sequence[Sizes], call: LayerCall | None) -> list[Tensor]:
+        """Answer the requests of several chunks with one exchange."""
         flat = [a.sizes.flatten(1) for a in asked]
-        came = exchange_sizes(torch.cat(flat, 1), asked[0].group, visit).split([f.shape[1] for f in flat], 1)
+        came = exchange_sizes(torch.cat(flat, 1), asked[0].group, call).split([f.shape[1] for f in flat], 1)
         return [c.reshape(a.sizes.shape) for c, a in zip(came, asked, strict=True)]
 
 
 class Read(NamedTuple):
-    """Asks for int64 [n] as a list: the host waits for the device."""
+    """Request for int64 [n] as a list of Python numbers: a host sync."""
 
     numbers: Tensor
 
     @staticmethod
-    def answer(asked: Sequence[Read], visit: Visit | None) -> list[list[int]]:
-        """Of any number of trips in one wait."""
+    def answer(asked: Sequence[Read], call: LayerCall | None) -> list[list[int]]:
+        """Answer the requests of several chunks with one host sync."""
         host = iter(torch.cat([a.numbers for a in asked]).tolist())
         return [list(islice(host, len(a.numbers))) for a in asked]
 
 
 class Rows(NamedTuple):
-    """Asks for `all_to_all` of these tensors; answered by those that came."""
+    """Request for `all_to_all` of these tensors. The answer is the received tensors."""
 
     tensors: tuple[Tensor, ...]
     send: list[int] | None
     recv: list[int] | None
     group: ProcessGroup
-    wire: Wire | None = None  # how the first tensor travels
+    wire: Wire | None = None  # format in which the first tensor is sent
 
-    def start(self, visit: Visit | None) -> Travel | Arrived:
-        """Send them on their way."""
+    def start(self, call: LayerCall | None) -> Travel | Arrived:
+        """Start the exchange."""
         send, recv, group, wire = self.send, self.recv, self.group, self.wire
-        return all_to_all_start(*self.tensors, send=send, recv=recv, group=group, wire=wire, visit=visit)
+        return all_to_all_start(*self.tensors, send=send, recv=recv, group=group, wire=wire, call=call)
 
 
 class Ready(NamedTuple):
-    """Asks for nothing: the trip is ready to leave, and from here on there are `Rows` alone.
+    """No request: it says that a chunk is prepared, and that only `Rows` follow.
 
-    Of a dispatch, `counts` int64 [L] and `rows` are those of its batch to be.
+    In a dispatch, `counts` int64 [L] and `rows` tell the size of its `Batch`.
     """
 
     counts: Tensor | None = None
@@ -80,8 +80,16 @@ Ask: TypeAlias = Sizes | Read | Rows | Ready
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
-def finish(steps: Steps[Result], visit: Visit | None = None) -> Result:
-    """One trip by itself: every question is answered as it comes. `visit`: the forward it belongs to."""
+def finish(steps: Steps[Result], call: LayerCall | None = None) -> Result:
+    """Run one generator by itself: answer every request at once.
+
+    Args:
+        steps: the generator.
+        call: the forward it belongs to; None, the default, if there is no `Place`.
+
+    Returns:
+        What the generator returns.
+    """
     answer = None
     while True:
         try:
@@ -91,70 +99,74 @@ def finish(steps: Steps[Result], visit: Visit | None = None) -> Result:
         if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
-            answer = ask.start(visit).wait()
+            answer = ask.start(call).wait()
         else:
-            (answer,) = ask.answer([ask], visit)  # pyright: ignore[reportArgumentType]
+            (answer,) = ask.answer([ask], call)  # pyright: ignore[reportArgumentType]
 
 
 def returned(end: StopIteration) -> Any:
-    """What a generator returned: `end.value`, by a name that `torch.compile` knows."""
+    """Return value of a generator: `end.value`, in a form that `torch.compile` supports."""
     return end.args[0] if end.args else None
 
 
-def prepare(trips: Sequence[Steps], visit: Visit | None = None) -> None:
-    """Bring trips of one kind to where they are ready to leave, with one exchange and one wait for all."""
-    asked = [next(trip) for trip in trips]
+def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
+    """Run the generators of all chunks until they are ready. They share every exchange of sizes and every host sync."""
+    asked = [next(chunk) for chunk in chunks]
     while isinstance(asked[0], Sizes | Read):
-        answers = asked[0].answer(asked, visit)  # pyright: ignore[reportArgumentType]
-        asked = [trip.send(answer) for trip, answer in zip(trips, answers, strict=True)]
-    assert all(isinstance(ask, Ready) for ask in asked), "a trip sent rows before it was ready"
+        answers = asked[0].answer(asked, call)  # pyright: ignore[reportArgumentType]
+        asked = [chunk.send(answer) for chunk, answer in zip(chunks, answers, strict=True)]
+    assert all(isinstance(ask, Ready) for ask in asked), "a chunk sent rows before it was ready"
 
 
-def until_ready(trip: Steps) -> Steps[Ready]:
-    """The steps of a trip up to where it is ready; ``yield from trip`` goes on from there."""
+def until_ready(steps: Steps) -> Steps[Ready]:
+    """Steps of a generator until it is ready. Continue afterwards with ``yield from steps``."""
     answer = None
-    while not isinstance(ask := trip.send(answer), Ready):
+    while not isinstance(ask := steps.send(answer), Ready):
         answer = yield ask
     return ask
 
 
-def interleave(trips: Sequence[Steps[Result]], visit: Visit | None = None) -> list[Result]:
-    """Trips that are ready, one setting out after the other, each under way while the one before computes.
+def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -> list[Result]:
+    """Run the generators of several prepared chunks, so that rows of one travel while another computes.
 
-    In each round a trip sets out and all others take one step: wait for their rows, do what there is to do,
-    send on. The youngest goes first, so that its rows travel while the older ones compute. Of three trips
-    with one exchange out (o), experts (E) and one home (h), a line being a round::
+    In each round one more chunk starts. Every other chunk makes one step: it waits for its rows, computes, and sends
+    the next rows. The newest chunk goes first, so that its rows travel while older chunks compute. For three chunks
+    with one exchange to the experts (o), the experts (E) and one exchange back (h), rounds are lines::
 
         0: start o
         1: wait o, E, start h      after  1: start o
         0: wait h                  after  1: wait o, E, start h      after  2: start o
 
-    The backward runs this in mirror image, with waits for starts: it is interleaved as well.
+    Autograd runs the backward in reverse, with starts in place of waits, so the backward is interleaved as well.
+
+    Returns:
+        What the generators return, in the order of chunks.
     """
     done: dict[int, Result] = {}
-    under_way: list[tuple[int, Any]] = []  # from the oldest on
-    places = iter(range(len(trips)))
-    while len(done) < len(trips):
-        under_way += [(place, None) for place in islice(places, 1)]
+    under_way: list[tuple[int, Any]] = []  # oldest first
+    numbers = iter(range(len(chunks)))
+    while len(done) < len(chunks):
+        under_way += [(number, None) for number in islice(numbers, 1)]
         still = []
-        for place, travel in reversed(under_way):
+        for number, travel in reversed(under_way):
             answer = None if travel is None else travel.wait()
             try:
-                ask = trips[place].send(answer)
+                ask = chunks[number].send(answer)
             except StopIteration as end:
-                done[place] = returned(end)
+                done[number] = returned(end)
                 continue
             assert isinstance(ask, Rows)
-            still.append((place, ask.start(visit)))
+            still.append((number, ask.start(call)))
         under_way = still[::-1]
-    return [done[place] for place in range(len(trips))]
+    return [done[number] for number in range(len(chunks))]
 
 
-def refuse(refusals: Sequence[Steps[None]], visit: Visit | None = None) -> None:
-    """What ranks do that cannot take part: where trips ask for sizes, the others learn of it there.
+def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
+    """Send refusals where the other ranks expect sizes, one for each of their chunks.
 
-    Of dispatchers that are not in steps the first trip fails on every rank, so they are told once.
+    The first chunk also runs to its end, for dispatchers without steps of their own. Their first dispatch fails on
+    every rank, so one refusal is enough.
     """
     with suppress(DispatchError):
-        prepare(refusals, visit)
-        finish(refusals[0], visit)
+        prepare(refusals, call)
+        finish(refusals[0], call)

@@ -1,7 +1,7 @@
-"""What `torch.compile` can see of a trip, and what it has to leave out.
+"""What `torch.compile` takes into its graph of a dispatch, and what runs between graphs.
 
-Its graphs hold collectives whose shapes are known when they are made (`exchange`). They hold no handle of an exchange
-under way, and no shape that the host reads from a device in each step: such trips are taken `outside`, between graphs.
+A graph can hold a collective whose shapes are known when it is compiled (`exchange`). It cannot hold a handle of an
+exchange under way, or a shape that the host reads in each step. A dispatch with such shapes runs `outside`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .torch_internals import all_to_all_single_autograd
 from .wire import Wire, pack, unpack
 
 Result = TypeVar("Result")
-# Before, a Function with a collective inside got another backward in the graph than its own (seen with torch 2.11).
+# torch 2.11 gave an autograd.Function with a collective inside a wrong backward in its graph.
 KEEPS_BACKWARDS = torch.__version__ >= "2.13"
 
 
 class Arrived(NamedTuple):
-    """An exchange in a graph, in place of a `collectives.Travel`: the compiler says when to wait."""
+    """An exchange inside a graph, in place of a `collectives.Travel`. The compiler decides when to wait."""
 
     tensors: tuple[Tensor, ...]
 
     def wait(self) -> tuple[Tensor, ...]:
-        """What came."""
+        """The received tensors."""
         return self.tensors
 
 
@@ -39,7 +39,7 @@ def exchange(
     group: ProcessGroup | None,
     wire: Wire | None,
 ) -> Arrived:
-    """`collectives.all_to_all_start` inside a graph; an error on the wire is the backend's own there."""
+    """`collectives.all_to_all_start` inside a graph. If it fails there, the error is the backend's own."""
     first, *others = tensors
     came = _plain(first, send, recv, group) if wire is None else _Compressed.apply(first, send, recv, group, wire)
     return Arrived((came, *(_plain(t, send, recv, group) for t in others)))  # pyright: ignore[reportArgumentType]
@@ -64,7 +64,7 @@ class _Compressed(torch.autograd.Function):
 
 
 class Sealed:
-    """Hides from `torch.compile` what changes from step to step: of what it sees it checks every number and size."""
+    """Hides values that change in each step from `torch.compile`, which guards every number and size that it sees."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
@@ -72,5 +72,5 @@ class Sealed:
 
 @torch.compiler.disable(reason="sizes or state of this step, which no graph can hold")
 def outside(run: Callable[..., Result], *args) -> Result:
-    """run(*args) between two graphs."""
+    """Call run(*args) between two graphs."""
     return run(*args)

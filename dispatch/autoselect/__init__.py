@@ -1,1 +1,1 @@
-"""Transport and number of chunks, chosen by measured costs. Start at `auto.py`; the command is `probe.py`."""
+"""Choice of a transport and a number of chunks by measured costs. Start at `auto.py`; `probe.py` is the command."""

@@ -1,4 +1,4 @@
-"""The transport and the number of chunks that measured costs speak for, chosen with the first batch."""
+"""Dispatcher that chooses a transport and a number of chunks with its first batch, by measured costs."""
 
 from __future__ import annotations
 
@@ -33,28 +33,34 @@ log = logging.getLogger(__name__)
 
 
 class _Receipt(NamedTuple):
-    transport: SteppedDispatcher  # the one that carried the rows
-    inner: Any  # its own receipt
+    transport: SteppedDispatcher  # the dispatcher that sent the rows
+    inner: Any  # receipt of that dispatcher
 
 
 @dataclass(frozen=True)
 class AutoDispatcher(SteppedDispatcher):
-    """Flat, 2DH or node-deduplicated, in 1, 2 or 4 chunks: what `Profile.choose` takes for the first dispatch.
+    """Chooses flat, 2DH or node-deduplicated dispatch, in 1, 2 or 4 chunks, by `Profile.choose`.
 
-    How many tokens a rank has is known only then. Ranks tell each other their largest number, once, all choose the
-    same, and keep to it: later sizes do not change the choice. Assign the transport itself to `layer.dispatcher` to
-    overrule it, or another AutoDispatcher to layers whose messages are quite different.
+    It chooses with the first batch, because only then a rank knows its number of tokens. Ranks exchange their largest
+    number once, so that all make the same choice, and they keep it: later batches do not change it. To overrule it,
+    assign another dispatcher to `layer.dispatcher`. Give layers whose messages differ much their own AutoDispatcher.
 
-    Chunks overlap as in `OverlapDispatcher`, in whole trips; `dispatch` and `combine` by themselves are in one piece.
+    A call of the dispatcher overlaps its chunks as `OverlapDispatcher` does. `dispatch` and `combine` run without
+    chunks.
 
     Args:
         group: the W ranks that share the experts.
-        transports: what to choose from, by the names of `Profile.predict`.
-        profile: the same on all ranks.
-        row_flops: operations of an expert for a row, forward; travel hides behind them. `parallelize` counts
-            them (`Experts.row_flops`). 0: unknown, and then everything goes in one piece.
-        degrees: numbers of chunks to choose from.
-        wire: how rows travel (`CompressedDispatcher`); None: as they are.
+        transports: dispatchers to choose from, by their names in `Profile.predict`.
+        profile: measured costs, the same on all ranks.
+        row_flops: operations of one expert for one row in the forward, which can hide communication. `parallelize` sets
+            it from `Experts.row_flops`. 0, the default, means unknown, and gives one chunk.
+        degrees: numbers of chunks to choose from, (1, 2, 4) by default.
+        wire: format in which rows are sent (`CompressedDispatcher`). None, the default, sends them as they are.
+
+    Examples:
+        ``parallelize(model, mesh, "auto")`` makes one on a mesh with axes "node" and "local". By hand::
+
+            layer.dispatcher = AutoDispatcher.of(mesh, "profile.json")
     """
 
     group: ProcessGroup
@@ -67,7 +73,16 @@ class AutoDispatcher(SteppedDispatcher):
 
     @classmethod
     def of(cls, mesh: DeviceMesh, profile: str | Path | Profile | None = None) -> AutoDispatcher:
-        """Over the axes "node" and "local" of a mesh; measures now if no profile is given. A collective."""
+        """Make one for a mesh with axes "node" and "local". Every rank must call it.
+
+        Args:
+            mesh: mesh with axes "node" and "local" in place of "ep".
+            profile: a `Profile`, or the path of one that `Profile.save` wrote. Only rank 0's is used. None, the
+                default, measures the costs now, in about a second.
+
+        Raises:
+            ValueError: the mesh has other axes, or the profile cannot be read or belongs to another number of ranks.
+        """
         node, local = node_and_local(mesh)
         ep = axis(mesh, EP)
         assert ep is not None
@@ -78,37 +93,37 @@ class AutoDispatcher(SteppedDispatcher):
 
     @property
     def chosen(self) -> Choice | None:
-        """The transport and the degree in use; None before the first dispatch."""
+        """The transport and the number of chunks in use; None before the first batch."""
         return self._choice.content
 
     def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
-        """The whole trip, in as many chunks as chosen: x [T, D] -> y [T, D]."""
+        """Dispatch, experts and combine in the chosen number of chunks: x [T, D] -> y [T, D]."""
         if torch.compiler.is_compiling():
             return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
-        """Take part in the choice, if it is still to be made, and refuse every chunk then."""
+        """Take part in the choice if it is not made yet, then refuse every chunk."""
         self._in_chunks(torch.empty(0, 0, device=device), 0, num_experts).refuse(num_experts, device, place)
 
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
-        """As the chosen transport does it; the receipt says which that was."""
+        """Dispatch of the chosen transport. The receipt keeps which one it was."""
         transport = self._transport(x, plan.expert.shape[1], plan.counts.numel())
         batch = yield from transport.dispatch_steps(x, plan, weight)
         return batch._replace(receipt=_Receipt(transport, batch.receipt))
 
     def combine_steps(self, rows: Tensor, receipt: _Receipt) -> Steps[Tensor]:
-        """By the way they came."""
+        """Combine of the transport that sent the rows."""
         return receipt.transport.combine_steps(rows, receipt.inner)
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
-        """Take part in the choice, if it is still to be made, and refuse then."""
+        """Take part in the choice if it is not made yet, then refuse."""
         transport = self._transport(torch.empty(0, 0, device=device), 0, num_experts)
         yield from transport.refuse_steps(num_experts, device)
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """All ranks that share the experts."""
+        """The group of all ranks that share the experts, as a tuple."""
         return (self.group,)
 
     def _in_chunks(self, x: Tensor, top_k: int, num_experts: int) -> OverlapDispatcher:
@@ -122,11 +137,11 @@ class AutoDispatcher(SteppedDispatcher):
         return transport if self.wire is None else CompressedDispatcher(transport, self.wire)
 
     def _choose(self, x: Tensor, top_k: int, num_experts: int) -> Choice:
-        number = x.element_size() if x.shape[1] else 0  # a refusal has no rows
+        number = x.element_size() if x.shape[1] else 0  # 0 on a rank that refuses, because its rows do not count
         largest = torch.tensor([len(x), x.shape[1], number, top_k], device=x.device)
         with named("the choice of a transport", self.group):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        tokens, dim, number, top_k = largest.clamp(min=1).tolist()  # 0 if nobody has any tokens
+        tokens, dim, number, top_k = largest.clamp(min=1).tolist()  # they are 0 if no rank has tokens
         row = row_bytes(dim, number, self.wire)
         message = Message(tokens, row, top_k, num_experts, self.row_flops, narrow=number <= 2)
         choice = self.profile.choose(message, self.degrees)
@@ -137,16 +152,19 @@ class AutoDispatcher(SteppedDispatcher):
                 for n, seconds in predicted.items()
             )
             log.info(
-                "dispatcher %s, chunks: %d, for %s; predicted, forward and backward with the experts, by chunks: %s",
+                "dispatcher %s, chunks: %d, for %s; predicted time of forward and backward by number of chunks: %s",
                 *(name, degree, message, times),
             )
         return choice
 
 
 def agreed(profile: str | Path | Profile | None, shape: tuple[int, int], group: ProcessGroup) -> Profile | None:
-    """The profile that rank 0 of the group was given, on all ranks; None where it was given none.
+    """The profile that rank 0 of the group was given, on all ranks; None if rank 0 was given none.
 
-    Only rank 0 reads a file, so that no two ranks can have read different ones; all raise if it cannot.
+    Only rank 0 reads a file, so that ranks cannot read different ones. If it cannot read the file, all ranks raise.
+
+    Raises:
+        ValueError: the file is no profile or cannot be read, or the profile is not for `shape` (nodes, ranks in each).
     """
     sent: list[Any] = [None]
     if dist.get_rank(group) == 0:
@@ -160,7 +178,7 @@ def agreed(profile: str | Path | Profile | None, shape: tuple[int, int], group: 
         raise found
     if found is not None and (found.nodes, found.locals) != shape:
         raise ValueError(
-            f"the profile is of {found.nodes} nodes of {found.locals} ranks, the mesh has {shape[0]} of {shape[1]}; "
-            "make one with python -m turnout.dispatch.autoselect.probe on as many"
+            f"profile is for {found.nodes} nodes of {found.locals} ranks, the mesh has {shape[0]} nodes of {shape[1]}; "
+            "make one on this mesh: python -m turnout.dispatch.autoselect.probe"
         )
     return found

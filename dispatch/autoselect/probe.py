@@ -1,9 +1,9 @@
-"""Measures what messages and bytes cost, inside nodes and between them, and what matrix products take.
+"""Measure the costs of messages and bytes, inside nodes and between them, and of matrix products.
 
     torchrun --nnodes 4 --nproc-per-node 8 ... -m turnout.dispatch.autoselect.probe --nodes 4 --save profile.json
 
-Ranks are numbered node by node, as torchrun does it. Takes about a second, prints a table, and saves what
-`parallelize(model, mesh, profile="profile.json")` chooses a transport and its number of chunks by.
+Ranks must be numbered node by node, as torchrun does. It takes about a second, prints a table, and saves a profile.
+`parallelize(model, mesh, profile="profile.json")` then chooses a transport and a number of chunks by it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .profile import Profile
 
 
 def table(profile: Profile) -> str:
-    """A profile for people, in markdown."""
+    """A profile as a markdown table."""
     lines = ["| links | exchange ms | message ms | MB/s of a rank |", "|---|---|---|---|"]
     for name, link in (("inside a node", profile.inside), ("between nodes", profile.between)):
         speed = f"{1e-6 / link.byte:.0f}" if link.byte else "-"
@@ -30,16 +30,16 @@ def table(profile: Profile) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--device", default="cpu", help="cpu (gloo) or cuda (nccl)")
-    parser.add_argument("--save", help="write the profile to this file")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes that the ranks divide into")
+    parser.add_argument("--device", default="cpu", help="cpu (gloo), the default, or cuda (nccl)")
+    parser.add_argument("--save", help="file that the profile is written to; without it, only the table is printed")
     args = parser.parse_args()
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     ranks = dist.get_world_size()
     if args.nodes < 1 or ranks % args.nodes:
-        parser.error(f"{ranks} ranks are not {args.nodes} nodes of equal size: give another --nodes")
+        parser.error(f"{ranks} ranks do not divide into {args.nodes} equal nodes: --nodes must divide {ranks}")
     profile = measure(
         init_device_mesh(args.device, (args.nodes, ranks // args.nodes), mesh_dim_names=("node", "local"))
     )
@@ -48,8 +48,8 @@ def main() -> None:
         if args.save:
             profile.save(args.save)
     dist.destroy_process_group()
-    # The mesh lies in a cycle and holds groups, whose threads must end before the interpreter does: one that lets go
-    # of a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
+    # The mesh is in a reference cycle and holds groups, whose threads must end before the interpreter. A thread that
+    # frees a tensor later aborts the process ("terminate called without an active exception", torch 2.13).
     gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""What links and products of a cluster cost, and what a trip will take: messages * alpha + bytes * beta, in chunks."""
+"""Cost model of a cluster: predicts the time of each transport from measured costs of messages, bytes and products."""
 
 from __future__ import annotations
 
@@ -9,29 +9,40 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 DEGREES = (1, 2, 4)  # numbers of chunks to choose from
-EXCHANGES = 3  # all-to-alls of a chunk, forward, and again backward: rows and their weights out, rows home
-ROWS = 2  # of these carry rows
+EXCHANGES = 3  # all-to-alls of a chunk in the forward, and again in the backward: rows, their weights, and outputs
+ROWS = 2  # of these, exchanges of rows: tokens and outputs
 
 
 @dataclass(frozen=True)
 class Link:
-    """The cost of one kind of link, in seconds, as one rank sees it while all ranks use it."""
+    """Cost of one kind of link in seconds, as one rank sees it while all ranks use it.
 
-    step: float  # an exchange, however small
-    message: float  # each message of it: alpha
-    byte: float  # each byte this rank sends: beta
+    Attributes:
+        step: seconds of an exchange of any size.
+        message: seconds of each message in it (alpha).
+        byte: seconds of each byte that the rank sends (beta).
+    """
+
+    step: float
+    message: float
+    byte: float
 
     def time(self, steps: float, messages: float, bytes: float) -> float:
-        """Seconds for exchanges of that many messages and bytes in all."""
+        """Seconds of that many exchanges with that many messages and bytes in total."""
         return steps * self.step + messages * self.message + bytes * self.byte
 
 
 @dataclass(frozen=True)
 class Flop:
-    """The cost of a floating-point operation of matrix products, in seconds, while all ranks compute; 0: unknown."""
+    """Seconds of one floating-point operation of matrix products while all ranks compute; 0, the default, is unknown.
 
-    float32: float = 0.0  # and wider
-    bfloat16: float = 0.0  # and float16
+    Attributes:
+        float32: operations in float32 or wider.
+        bfloat16: operations in bfloat16 or float16.
+    """
+
+    float32: float = 0.0
+    bfloat16: float = 0.0
 
 
 Costs = TypeVar("Costs", Link, Flop)
@@ -39,18 +50,27 @@ Costs = TypeVar("Costs", Link, Flop)
 
 @dataclass(frozen=True)
 class Message:
-    """What a layer sends and computes, as the model needs to know it."""
+    """What one forward of a layer sends and computes.
 
-    tokens: int  # T, of the rank that has most
-    row_bytes: int  # of a row on its way: D times the bytes of a number
+    Attributes:
+        tokens: T, on the rank with the most tokens.
+        row_bytes: bytes of a row as it is sent: D times the bytes of a number.
+        top_k: experts of each token.
+        num_experts: number of experts E, on all ranks together.
+        row_flops: operations of an expert for one row in the forward. 0, the default, is unknown.
+        narrow: whether experts compute in 2-byte numbers; False by default.
+    """
+
+    tokens: int
+    row_bytes: int
     top_k: int
     num_experts: int
-    row_flops: float = 0.0  # operations of an expert for a row, forward; 0: unknown
-    narrow: bool = False  # it computes in 2-byte numbers
+    row_flops: float = 0.0
+    narrow: bool = False
 
 
 class Choice(NamedTuple):
-    """A transport and the number of chunks it carries a batch in."""
+    """A transport by name, and the number of chunks."""
 
     transport: str
     degree: int
@@ -58,7 +78,16 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured costs of a cluster (`turnout.dispatch.autoselect.probe`), and predictions from them.
+    """Measured costs of a cluster, which predict the time of each transport.
+
+    Make one with ``python -m turnout.dispatch.autoselect.probe``, and give it to `parallelize`.
+
+    Attributes:
+        nodes: number of nodes.
+        locals: number of ranks in each node.
+        inside: cost of links inside a node.
+        between: cost of links between nodes.
+        flop: cost of matrix products; unknown by default, as in files of older versions.
 
     >>> slow = Profile(nodes=4, locals=2, inside=Link(0, 1e-5, 1e-10), between=Link(0, 1e-5, 1e-7), flop=Flop(1e-10))
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64))
@@ -68,40 +97,48 @@ class Profile:
     """
 
     nodes: int
-    locals: int  # ranks in each node
+    locals: int
     inside: Link
     between: Link
-    flop: Flop = Flop()  # unknown in files that were written before it was measured
+    flop: Flop = Flop()
 
     def predict(self, message: Message, degree: int = 1) -> dict[str, float]:
-        """Seconds of a trip and its backward with each transport, for tokens that pick experts evenly.
+        """Predict the time of each transport, in seconds, for tokens that choose experts evenly.
 
-        All send (L - 1) / L of what goes inside a node to another rank there, (N - 1) / N of what goes between
-        nodes to another node. Flat sends a row for every pick to its rank; 2DH takes all rows through both steps;
-        with "node", a token crosses once for each distinct node among its picks.
+        The time is for dispatch, experts and combine, forward and backward. There are M ranks in each of N nodes. Of
+        the rows inside a node, (M - 1) / M go to another rank. Of the rows between nodes, (N - 1) / N go to another
+        node. Flat sends each row straight to its rank. 2DH sends all rows through both exchanges. Node-deduplicated
+        sends a token between nodes once for each distinct node among its experts.
 
-        In n chunks, a chunk's exchanges take t = exchanges * alpha + bytes / n * beta, and the experts c for all
-        chunks, twice as long backward. Forward and backward take, each::
+        With n chunks, the exchanges of one chunk take t = exchanges * alpha + bytes / n * beta. The experts take c for
+        all chunks together, and twice that in the backward. Forward and backward then take, each::
 
             t + max(c, (n - 1) t)
 
-        since nothing hides the first chunk's way out and the last one's way home; of the other exchanges and
-        the experts, the longer of the two is what it takes. Sizes go ahead once, for all chunks.
+        Nothing hides the first dispatch and the last combine. The other exchanges run at the same time as the experts,
+        so the longer of the two counts. Sizes are exchanged once, for all chunks.
+
+        Args:
+            message: what the layer sends and computes.
+            degree: number of chunks, 1 by default.
+
+        Returns:
+            Seconds by name of transport: ``"flat"``, ``"2dh"`` and ``"node"``.
         """
         n, m, k, experts = self.nodes, self.locals, message.top_k, message.num_experts
         away, beside = (n - 1) / n, (m - 1) / m
-        size = message.tokens * message.row_bytes  # of an exchange of a row for each token
-        visited = n * (1 - comb(experts - experts // n, k) / comb(experts, k))  # distinct nodes among k picks
+        size = message.tokens * message.row_bytes  # bytes of one row for each token
+        distinct = n * (1 - comb(experts - experts // n, k) / comb(experts, k))  # mean number of nodes of a token
         picked = self.inside.time(0, 0, size * k * beside)
         compute = message.tokens * k * message.row_flops * (self.flop.bfloat16 if message.narrow else self.flop.float32)
 
         by_node = self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
         flat = self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
-        costs = {  # an exchange, what only the way out costs, the bytes of an exchange of rows
+        costs = {  # time of an exchange without its bytes, extra time of dispatch, time of the bytes of all rows
             "flat": (flat, 0.0, self.between.time(0, 0, size * k * away) + picked / n),
             "2dh": (by_node, 0.0, self.between.time(0, 0, size * k * away) + picked),
-            # the experts' numbers travel beside the rows
-            "node": (by_node, self.between.time(1, n - 1, 0), self.between.time(0, 0, size * visited * away) + picked),
+            # expert ids have an exchange of their own
+            "node": (by_node, self.between.time(1, n - 1, 0), self.between.time(0, 0, size * distinct * away) + picked),
         }
 
         def seconds(exchange: float, out: float, rows: float) -> float:
@@ -112,9 +149,16 @@ class Profile:
         return {name: seconds(*cost) for name, cost in costs.items()}
 
     def choose(self, message: Message, degrees: tuple[int, ...] = DEGREES) -> Choice:
-        """The shortest predicted trip; of equal ones that in fewer chunks, and flat, the simplest.
+        """Transport and number of chunks with the shortest predicted time. On a tie, fewer chunks win, then flat.
 
-        Without a rate of products, in the profile or in the message, there is nothing to hide travel behind.
+        Without a rate of matrix products, in the profile or in the message, the choice is one chunk.
+
+        Args:
+            message: what the layer sends and computes.
+            degrees: numbers of chunks to choose from, in ascending order; (1, 2, 4) by default.
+
+        Returns:
+            Choice: the name of the transport, and the number of chunks.
         """
         names = ("flat",) if min(self.nodes, self.locals) == 1 else ("flat", "2dh", "node")
         times = {degree: self.predict(message, degree) for degree in degrees}
@@ -122,12 +166,17 @@ class Profile:
         return min(choices, key=lambda choice: times[choice.degree][choice.transport])
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the profile as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read what `save` has written; ValueError if it is anything else."""
+        """Read a profile that `save` wrote.
+
+        Raises:
+            ValueError: the file holds anything else.
+            OSError: the file cannot be read.
+        """
         try:
             given = json.loads(Path(path).read_text())
             inside, between = (_seconds(Link(**given.pop(name)), name) for name in ("inside", "between"))

@@ -123,7 +123,7 @@ def test_a_layer_is_off_by_the_rounding_of_its_rows(dispatcher, wire, options):
 
 def bytes_of(wire: str | None) -> tuple[int, int]:
     """Bytes of rows sent forward and backward by this rank, without those of sizes and weights."""
-    moe, sent, start = layer("flat"), [0, 0], collectives._Leg.start
+    moe, sent, start = layer("flat"), [0, 0], collectives._Exchange.start
     if wire is not None:
         moe.dispatcher = CompressedDispatcher(moe.dispatcher, wire)
 
@@ -132,7 +132,7 @@ def bytes_of(wire: str | None) -> tuple[int, int]:
             sent[leg.backward] += x.numel() * x.element_size()
         return start(leg, x)
 
-    collectives._Leg.start = counted  # in this process alone
+    collectives._Exchange.start = counted  # in this process alone
     moe(tokens(8, torch.float32)).sum().backward()
     return sent[0], sent[1]
 

@@ -143,7 +143,7 @@ FAULTS = {
     not_a_number_padded: "rank 1 of the expert group: NaN",
     other_dtype: "ranks differ in the dtype",
     no_backward: "ranks differ in whether a backward will follow: [0, 1, 1, 1]",
-    padded_and_ragged: "some ranks send padded rows and some ragged ones: capacities [",
+    padded_and_ragged: "some ranks have padded plans and some ragged ones: capacities [",
 }
 
 
@@ -172,12 +172,12 @@ def test_every_rank_hears_of_it(dispatcher):
         (other_width, "MoE layers differ between ranks: experts of layer 0 is FeedForwardExperts("),
         (other_options, "MoE layers differ between ranks: balance of layer 0 is Balance("),
         (other_router, "MoE layers differ between ranks: the values of parameter gate.weight of layer 0 on ranks 1, 2"),
-        (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and nothing would be exchanged along dp"),
+        (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and no gradient would be reduced along dp"),
         (synchronised_over_half, "the mesh averages over ranks ["),
         (not_parallelized, "layer 1 is on one rank: call parallelize(model, mesh) on all ranks"),
         (odd_experts, "num_experts=6"),
         (twice, "the experts of layer 1 are spread already"),
-        (unknown_axes, "the mesh needs axes named"),
+        (unknown_axes, 'the mesh needs axes "ep"'),
         (unknown_dispatcher, "dispatcher must be one of"),
         (no_nodes, 'a hierarchical exchange needs a mesh with axes "node" and "local"'),
         (divided_twice, "with edp=1, FSDP2 divides torch.float64 gradients twice"),

@@ -14,7 +14,7 @@ from strategies import assignments
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import Dispatcher, FlatDispatcher, NodeDispatcher, Plan
-from turnout.dispatch.node import owned, visits
+from turnout.dispatch.node import distinct_nodes, numbers_on_node
 from turnout.moe import MoE, parallelize
 
 EXPERTS, WIDTH = 12, 5
@@ -161,14 +161,14 @@ def test_each_token_visits_its_nodes_once_and_each_assignment_is_fanned_out_once
     expert, E = case
     nodes = data.draw(st.sampled_from([n for n in range(1, E + 1) if E % n == 0]))
     held = E // nodes
-    visited = visits(expert, nodes, held)
+    visited = distinct_nodes(expert, nodes, held)
     assert visited.shape == (len(expert), min(nodes, expert.shape[1]))
     for row, there in zip(expert.tolist(), visited.tolist(), strict=True):
         assert sorted(n for n in there if n >= 0) == sorted({e // held for e in row if e >= 0})
     plan, found = Plan.of(visited, nodes), []
     rows = plan.token[: int(plan.counts.sum())].split(plan.counts.tolist())
     for node, token in enumerate(rows):
-        mine = owned(expert[token], node, held)
+        mine = numbers_on_node(expert[token], node, held)
         assert (mine < held).all()
         assert (mine >= 0).any(1).all()  # no row for nothing
         found += [(int(t), node * held + int(e)) for t, row in zip(token, mine, strict=True) for e in row if e >= 0]
@@ -197,7 +197,7 @@ def fault(what: str) -> None:
         ("width", "ranks differ in the model width: [5, 5, 4, 5]"),
         ("dtype", "ranks differ in the dtype"),
         ("grad", "ranks differ in whether a backward will follow: [1, 1, 0, 1]"),
-        ("capacity", "some ranks send padded rows and some ragged ones: capacities [-1, -1, 3, -1]"),
+        ("capacity", "some ranks have padded plans and some ragged ones: capacities [-1, -1, 3, -1]"),
         ("nan", "rank 2 of the expert group: NaN"),
         ("refusal", "rank 2 of the expert group raised an error"),
     ],

@@ -28,7 +28,7 @@ def disagree() -> None:
 
 
 def test_sizes_that_disagree():
-    message = "DispatchError: rank 3 of the group sends 1 rows to rank 2, which expects 2; take `recv` from"
+    message = "DispatchError: rank 3 of the group sends 1 rows to rank 2, which expects 2 in recv; take recv from"
     for error in errors(4, disagree):
         assert error.startswith(message)
 

@@ -79,14 +79,14 @@ def test_selective_lies_between():
 def exchanges(what: str) -> int:
     """All-to-alls of rows in a step of two ranks."""
     mesh, number = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), 0
-    start = collectives._Leg.start
+    start = collectives._Exchange.start
 
     def counted(leg, x):
         nonlocal number
         number += x.ndim == 2 and x.is_floating_point()
         return start(leg, x)
 
-    collectives._Leg.start = counted  # in this process alone
+    collectives._Exchange.start = counted  # in this process alone
     model = recompute(parallelize(build(replace(CONFIG, layers=4)), mesh), what)
     model(tokens()).logsumexp(-1).mean().backward()
     return number
