@@ -1,5 +1,6 @@
 """What README and docs show is run, and what they link to exists."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -107,3 +108,10 @@ def test_the_index_has_every_page():
     linked_to = {file for file, _ in linked(docs / "index.md")} | {"index.md"}
     pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
     assert {page for page in pages - linked_to if not page.startswith("api/")} == set()
+
+
+def test_contributing_lists_the_names_that_users_import():
+    rows = re.findall(r"^\| `turnout\.([\w.]+)` \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} >= {"moe", "moe.gates", "dispatch", "models"}
+    for package, names in rows:
+        assert set(re.findall(r"`(\w+)`", names)) == set(importlib.import_module(f"turnout.{package}").__all__), package
