@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +12,29 @@ from torch import Tensor
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, transformed
 
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
+Product = Callable[[Tensor, Any, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
 
 
-def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Any, ends: Tensor) -> Tensor:
     """rows [R, D] x weight [L, D, H] -> [R, H]: rows ends[e-1]..ends[e] are multiplied by weight[e].
 
     Rows past ends[-1] belong to nobody: what stands there afterwards, here and in the gradient of
     `rows`, is undefined. An expert without rows gets a gradient of zeros.
 
     Args:
-        rows, weight: of one floating dtype.
+        rows, weight: of one floating dtype; or `weight` in 4 bits (`FourBit`), frozen.
         ends: int32 [L], where each expert's rows end.
     """
     return grouped_product(rows, weight)(rows, weight, ends)
 
 
-def grouped_product(rows: Tensor, *weights: Tensor) -> Product:
+def grouped_product(rows: Tensor, *weights: Any) -> Product:
     """What computes `grouped_mm` for rows of this dtype and each of these weights, on their device."""
+    if not isinstance(weights[0], Tensor):
+        return weights[0].product()  # all are in 4 bits
     if transformed():
-        return _each
-    if computed(rows) == rows.dtype and all(_fits_torch(rows, weight) for weight in weights):
+        return one_by_one
+    if computed(rows) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
         return _torch_grouped_mm
     return _grouped_mm
 
@@ -55,7 +58,7 @@ def _owners(ends: Tensor, rows: int) -> Tensor:
 def grouped_linear(
     rows: Tensor,
     ends: Tensor,
-    matrix: Tensor,
+    matrix: Any,
     bias: Tensor | None,
     weight: Tensor | None = None,
     product: Product = grouped_mm,
@@ -73,7 +76,7 @@ def grouped_linear(
     return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)
 
 
-def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
+def fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
@@ -129,7 +132,7 @@ def _emulated(dtype: torch.dtype) -> bool:
     return not has_half_products(dtype)
 
 
-def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def one_by_one(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm`, every operator differentiable in every mode."""
     *products, stop = *(rows[span] @ weight[e] for e, span in spans(ends)), int(ends[-1])
     return torch.cat([*products, rows.new_zeros(len(rows) - stop, weight.shape[2])])
