@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
@@ -29,8 +30,9 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     them, `sync_gradients`, `clip_grad_norm_` and FSDP treat them alike.
 
     Call it before or after `parallelize`, before FSDP and the optimizer. Everything in `model` is frozen but the
-    adapters; unfreeze what else is to be trained afterwards. A model of PEFT has frozen what it does not train: its
-    own adapters go on being trained. On a CPU experts no longer run a few at a time.
+    adapters; unfreeze what else is to be trained afterwards. A `PeftModel` has frozen what it does not train: its own
+    adapters go on being trained, and its `save_pretrained`, which knows of them alone, is refused: there is
+    `turnout.models.hf.save_adapters` for both. On a CPU experts no longer run a few at a time.
 
     Called again with another name, it adds a second adapter, which is in use from then on: see `use_lora`.
 
@@ -57,7 +59,9 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     for where, layer in layers.items():
         _check(where, layer, name)
     _check_unmerged(model, "another one is added")
-    if not hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config"):
+        model.save_pretrained = partial(_save_without_experts, model)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
         model.requires_grad_(False)
     scale = 1.0 if alpha is None else alpha / rank
     for layer in layers.values():
@@ -170,6 +174,16 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.P
         if id(module) in wanted
         for own, p in module.named_parameters()
     }
+
+
+def _save_without_experts(model: nn.Module, *args: Any, **options: Any) -> None:
+    """In the place of a PeftModel's `save_pretrained`."""
+    if lora_parameters(model):
+        raise ValueError(
+            "PEFT would save its own adapters alone, and lose those of the experts: call "
+            "turnout.models.hf.save_adapters(model, folder), which saves both"
+        )
+    type(model).save_pretrained(model, *args, **options)  # pyright: ignore
 
 
 def _merge(model: Model, sign: int, idle: bool = False) -> Model:
