@@ -6,6 +6,7 @@ pipeline have, the embedding, is in the file once, and goes to both when it is r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from inspect import unwrap
 from itertools import accumulate
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
+from ...moe.experts.low_rank import LowRank
 from ...moe.experts.sharded import local
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
@@ -31,6 +33,7 @@ class Contents:
     """The values of a model and its optimizer.
 
     Their names are ``model.N``, ``optimizer.state.N.KEY`` and ``optimizer.param_groups.N.KEY``; N is a parameter's.
+    Of a model with adapters (LoRA, PEFT's too) frozen parameters are left out: they are those of the base.
     """
 
     def __init__(self, model: Model, optimizer: Optimizer) -> None:
@@ -38,6 +41,7 @@ class Contents:
         self.optimizer = optimizer
         self.weights: _Values = get_model_state_dict(self.modules)
         self.parameters = _named(self.modules, optimizer)
+        self.base = _frozen_base(self.modules)
 
     def values(self) -> _Values:
         """What this rank has, by the names in the file; tensors are the model's and the optimizer's own.
@@ -46,18 +50,20 @@ class Contents:
             CheckpointError: a number is not finite, or a value is of a type that no checkpoint can keep.
         """
         own = self.optimizer.state_dict()
-        held = _values(self._places(own))
+        held = _values(self._places(own, self.base))
         values = held | _values(self._settings(own, {name for name, _ in self.parameters}))
         plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
         state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
-        _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
+        model = {f"model.{_whole(n)}": p for n, p in self.modules.named_parameters() if n not in self.base}
+        _check_finite(model | state)
         return values
 
     def read(self, reader: PlainReader) -> None:
         """Read all values. All ranks call it.
 
         A parameter that has no optimizer state in the checkpoint has none afterwards: it had no gradient yet, or was
-        not in the optimizer. The optimizer's settings for it stay in the second case.
+        not in the optimizer. The optimizer's settings for it stay in the second case. Frozen parameters of a model with
+        adapters stay as they are where the checkpoint has none.
 
         Raises:
             DamagedError: on every rank, if it holds code.
@@ -82,7 +88,8 @@ class Contents:
             for index, (name, _) in enumerate(self.parameters):
                 if name not in stateful:
                     own["state"].pop(index, None)
-            places.update(self._places(own))
+            left_out = {name for name in self.base if f"model.{_whole(name)}" not in saved}
+            places.update(self._places(own, left_out))
             settings.update(self._settings(own, known))
             if left := [name for each in stateful.values() for name in each if name not in places]:
                 raise _misfit("another kind of optimizer", f"the optimizer keeps no {left[0]}")
@@ -112,10 +119,10 @@ class Contents:
         set_model_state_dict(self.modules, self.weights)
         self.optimizer.load_state_dict(own)
 
-    def _places(self, own: _Values) -> _Places:
-        """Of the model's values, and of the state in an optimizer's state dict."""
+    def _places(self, own: _Values, left_out: Collection[str]) -> _Places:
+        """Of the model's values but those left out, and of the state in an optimizer's state dict."""
         places: _Places = {}
-        for name in self.weights:
+        for name in (name for name in self.weights if name not in left_out):
             places.setdefault(f"model.{_whole(name)}", []).append((self.weights, name))
         for index, (parameter, _) in enumerate(self.parameters):
             for name, *at in _leaves(own["state"].get(index, {}), f"optimizer.state.{parameter}"):
@@ -135,6 +142,14 @@ class Contents:
 def _whole(name: str) -> str:
     """Without the number of a module in the list."""
     return name.partition(".")[2]
+
+
+def _frozen_base(modules: nn.Module) -> set[str]:
+    """Parameters that adapters stand beside, or that are frozen with them; none in a model without adapters."""
+    parameters = {re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", n): p for n, p in modules.named_parameters()}
+    ours = {id(p) for module in modules.modules() if isinstance(module, LowRank) for p in module.parameters()}
+    adapters = {name for name, p in parameters.items() if id(p) in ours or ".lora_" in name}  # of PEFT: lora_A, lora_B
+    return {name for name, p in parameters.items() if not p.requires_grad} - adapters if adapters else set()
 
 
 def _named(modules: nn.ModuleList, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,8 @@ import torch
 from reference import close
 from torch import nn
 
-peft = pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+import peft
 from hf_families import tiny
 from safetensors.torch import load_file, save_file
 from turnout.models.hf import load_adapters, merge_adapters, replace_moe, restore_moe, save_adapters, save_pretrained
