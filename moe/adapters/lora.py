@@ -60,7 +60,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
         _check(where, layer, name)
     _check_unmerged(model, "another one is added")
     if hasattr(model, "peft_config"):
-        model.save_pretrained = partial(_save_without_experts, model)  # pyright: ignore[reportAttributeAccessIssue]
+        model.save_pretrained = partial(_save_without_experts, model)  # pyright: ignore[reportArgumentType]
     else:
         model.requires_grad_(False)
     scale = 1.0 if alpha is None else alpha / rank

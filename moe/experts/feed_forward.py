@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ class FeedForwardExperts(Experts):
     def _layer(self, name: str, x: Tensor) -> Layer:
         """Weight [L, in, out] and bias [L, out] of the layer `name`, as they lie here and in the dtype of x."""
         matrix = getattr(self, f"w_{name}")
-        weight = matrix.held if isinstance(matrix, FourBitMatrix) else local_as(matrix, x)
+        weight: Any = matrix.held if isinstance(matrix, FourBitMatrix) else local_as(matrix, x)
         if not self.bias:
             return weight, None
         whole = getattr(self, f"b_{name}")

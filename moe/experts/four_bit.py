@@ -91,7 +91,8 @@ class FourBit:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(L, in, out)."""
-        return (len(self), *(self.size[::-1] if self.transposed else self.size))
+        rows, columns = self.size
+        return (len(self), columns, rows) if self.transposed else (len(self), rows, columns)
 
     def __len__(self) -> int:
         return len(self.packed)

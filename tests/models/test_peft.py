@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from turnout.models.hf import load_adapters, merge_adapters, replace_moe, restore_moe, save_adapters, save_pretrained
 from turnout.moe.adapters import add_lora, disable_lora, lora_parameters, merge_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
