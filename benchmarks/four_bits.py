@@ -97,7 +97,8 @@ def losses(steps: int) -> None:
     import corpus
 
     text, held_out = corpus.read(corpus.standard_library(), 128)
-    model = GPT(GPTConfig(layers=2, dim=128, hidden=128, num_experts=16, top_k=2, seed=0))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(layers=2, dim=128, hidden=128, num_experts=16, top_k=2))
 
     def train(model: GPT, parameters: list[Tensor], first: int, steps: int, rate: float) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=rate)

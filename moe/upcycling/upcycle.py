@@ -89,6 +89,8 @@ def _plan(
             raise ValueError(f"{where} has {what}, which add to what the copies compute: build it without")
     if layer.experts.lora is not None:
         raise ValueError(f"{where} has adapters: upcycle it before add_lora")
+    if layer.experts.in_four_bits:
+        raise ValueError(f"{where} has experts in 4 bits: upcycle it before quantize_experts")
     if layer.experts.weight_on != "output":
         raise ValueError(
             f'{where} weighs what enters its experts, which is no weighted sum: set layer.experts.weight_on = "output"'

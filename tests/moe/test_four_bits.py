@@ -7,8 +7,18 @@ import torch
 from reference import close
 from torch import nn
 from turnout.moe import MoE, aux_loss
-from turnout.moe.adapters import add_lora, dequantize_experts, lora_parameters, merge_lora, quantize_experts
+from turnout.moe.adapters import (
+    add_lora,
+    dequantize_experts,
+    disable_lora,
+    lora_parameters,
+    merge_lora,
+    quantize_experts,
+)
+from turnout.moe.autotune import autotune
 from turnout.moe.experts.four_bit import FourBitMatrix
+from turnout.moe.experts.shared import FeedForward
+from turnout.moe.upcycling import upcycle
 
 pytest.importorskip("bitsandbytes", reason='needs bitsandbytes: pip install -e ".[qlora]"')
 
@@ -150,8 +160,39 @@ def test_what_does_not_go():
         moe.experts.kernel = "triton"
     with pytest.raises(ValueError, match="etp=1"):
         moe.experts.split_axes()
+    with pytest.raises(ValueError, match="before quantize_experts"):
+        upcycle(moe, FeedForward(D, 2 * H))
+    autotune(moe, 8, clock=lambda run: 1.0)
+    assert moe.experts.kernel == "torch"
     with pytest.raises(ValueError, match="not initialised"):
         moe.experts.reset_parameters()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx"])  # [E, out, in], [E, in, out], and three matrices
+def test_experts_of_a_bridge(family):
+    pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
+    from hf_families import tiny
+    from turnout.models.hf import replace_moe, restore_moe, save_pretrained
+
+    model, ids = replace_moe(tiny(family)), torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+    add_lora(quantize_experts(model), 4)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.normal_(generator=torch.Generator().manual_seed(len(p)))
+    plain = dequantize_experts(copy.deepcopy(model))
+    for each in (model, plain):
+        each(input_ids=ids).logits.square().mean().backward()
+    assert close(model(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-5)
+    for name, p in lora_parameters(plain).items():
+        assert close(lora_parameters(model)[name].grad, p.grad, 1e-4), name
+    for refused in (restore_moe, lambda model: save_pretrained(model, "nowhere")):
+        with pytest.raises(ValueError, match=r"merge_lora|dequantize_experts"):
+            refused(model)
+    with disable_lora(model), pytest.raises(ValueError, match="dequantize_experts"):
+        restore_moe(model)
+    y = model(input_ids=ids).logits
+    restored = restore_moe(merge_lora(dequantize_experts(model), keep=False))
+    assert close(restored(input_ids=ids).logits, y, 1e-4)
 
 
 def test_compiled():
