@@ -187,6 +187,35 @@ def test_adapters_are_saved_alone_and_go_on(tmp_path):
     assert_alike((resumed, again), (told[2:], adapters))
 
 
+def with_peft(out: Path) -> dict[str, torch.Tensor]:
+    """The adapters at the end, whole: those of experts, and PEFT's of attention, which learn together."""
+    import peft
+
+    args = arguments(out, save_steps=3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    attention = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    model = add_lora(peft.get_peft_model(replace_moe(tiny("mixtral", **STEADY)), attention), 4)
+    trainer = MoETrainer(
+        model=parallelize(model, mesh, dispatcher="flat"), args=args, train_dataset=texts(20, 1), mesh=mesh
+    )
+    trainer.train()
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if "lora" in name}
+
+
+def test_adapters_of_peft_learn_and_are_saved_beside_those_of_experts(tmp_path):
+    peft = pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+    [expected], [adapters, _] = ranks.run(1, with_peft, tmp_path / "one"), ranks.run(2, with_peft, tmp_path / "two")
+    assert_alike(([], adapters), ([], expected))
+    assert all(adapters[name].any() for name in adapters)
+    read = peft.PeftModel.from_pretrained(tiny("mixtral", **STEADY), tmp_path / "two" / "checkpoint-3")
+    for name, p in read.named_parameters():
+        if "q_proj.lora" in name:
+            assert torch.equal(p, adapters[name]), name
+    b = read.base_model.model.model.layers[0].mlp.experts.lora_B["default"].weight  # [out, r * E]
+    [ours] = [p for name, p in adapters.items() if "layers.0.mlp.experts.lora.default.down_proj.b" in name]
+    assert torch.equal(b.unflatten(1, (4, -1)).permute(2, 0, 1), ours)
+
+
 def refusals(out: Path) -> list[str]:
     mesh, said = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)), []
     bridged = parallelize(replace_moe(tiny("mixtral")), mesh)
