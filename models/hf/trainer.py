@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
+from ...moe.adapters.lora import lora_parameters
 from ...moe.experts.sharded import local
 from ...moe.parallel.gradients import sync_gradients
 from ..checkpoint import store as checkpoint
@@ -57,6 +58,11 @@ class MoETrainer(Trainer):
         super().__init__(*args, **options)
         self.mesh = mesh
         bridged_layers(self.model)
+        frozen = [not p.requires_grad for p in lora_parameters(self.model).values()]
+        if frozen and all(frozen) and has_peft_layers(self.model):
+            raise ValueError(
+                "PEFT has frozen the adapters of experts: call get_peft_model first, and add_lora afterwards"
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "MoETrainer goes with neither DeepSpeed nor Accelerate's FSDP: leave them out, and shard the model by "

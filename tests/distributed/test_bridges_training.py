@@ -216,6 +216,22 @@ def test_adapters_of_peft_learn_and_are_saved_beside_those_of_experts(tmp_path):
     assert torch.equal(b.unflatten(1, (4, -1)).permute(2, 0, 1), ours)
 
 
+def other_order(out: Path) -> str:
+    import peft
+
+    model = add_lora(replace_moe(tiny("mixtral")), 4)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+    with pytest.raises(ValueError, match="PEFT has frozen the adapters of experts") as told:
+        MoETrainer(model=parallelize(wrapped, mesh), args=arguments(out), train_dataset=texts(20, 1), mesh=mesh)
+    return str(told.value)
+
+
+def test_adapters_that_peft_has_frozen_are_told_of(tmp_path):
+    pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+    assert "add_lora afterwards" in ranks.run(1, other_order, tmp_path)[0]
+
+
 def refusals(out: Path) -> list[str]:
     mesh, said = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)), []
     bridged = parallelize(replace_moe(tiny("mixtral")), mesh)

@@ -207,3 +207,19 @@ def test_row_flops_count_numbers_not_bytes():
     moe = layer()
     before = moe.experts.row_flops
     assert quantize_experts(moe).experts.row_flops == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("few", [1, 1 << 25])
+def test_on_a_gpu(few, monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.four_bit._GROUP", few)
+    moe = adapted(quantize_experts(layer(torch.bfloat16)), router=False)
+    there = adapted(quantize_experts(layer(torch.bfloat16).cuda()), router=False)
+    assert torch.equal(there.experts.w_up.packed.cpu(), moe.experts.w_up.packed)
+    assert close(there.experts.w_up.dense(torch.float32).cpu(), moe.experts.w_up.dense(torch.float32), 1e-2)
+    plain = dequantize_experts(copy.deepcopy(there))
+    x = tokens(dtype=torch.bfloat16).cuda()
+    (y, grads), (expected, wanted) = (learned(each, x) for each in (there, plain))
+    assert close(y, expected, 1e-2)
+    for name, grad in wanted.items():
+        assert close(grads[name], grad, 5e-2), name
