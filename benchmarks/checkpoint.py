@@ -1,11 +1,11 @@
-"""How long does a checkpoint keep training waiting, and when is it on the disk? Saved at once, or by a thread.
+"""How long does training wait for a checkpoint, and when is it on the disk? Synchronous and asynchronous saves.
 
     for n in 1 2 4; do OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node $n benchmarks/checkpoint.py; done
 
-A GPT with experts on all ranks and AdamW. Kinds of saving alternate; a number is the median over rounds of the slowest
-rank. While a thread writes, the ranks either wait, or train on: then the steps meanwhile are compared with steps alone.
-Below are floors, measured on all ranks at once: the bytes of a rank copied in memory, hashed
-(SHA-256), and written to one file with fsync.
+The model is a GPT with experts on all ranks, and AdamW. Kinds of saving alternate. A number is the median over rounds
+of the slowest rank. While a thread writes, ranks either wait or train on. In the second case steps during the write are
+compared with steps alone. Lower bounds follow, measured on all ranks at once: a copy of the rank's bytes in memory,
+their SHA-256, and a write of them to one file with fsync.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from turnout.moe.experts.sharded import local
 
 
 def timed(call: Callable) -> float:
-    """Seconds of the slowest rank; all begin together."""
+    """Seconds that a call takes on the slowest rank. All ranks start together."""
     dist.barrier()
     start = time.perf_counter()
     call()
@@ -46,7 +46,7 @@ def slowest(seconds: float) -> float:
 
 
 class Bench:
-    """A model in training, and ways to save it."""
+    """Model in training, with the kinds of saving."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         torch.manual_seed(0)
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="on the disk to be measured (default: a new one for temporary files)")
+    parser.add_argument("--folder", help="folder on the disk to measure (default: one for temporary files)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -1,12 +1,12 @@
-"""Is a whole GPT faster under torch.compile? Steps of training on one rank, in one graph (inductor).
+"""Is a whole GPT faster under torch.compile? Training steps on one rank, in one graph (inductor).
 
     OMP_NUM_THREADS=1 python benchmarks/compiled.py
     OMP_NUM_THREADS=1 python benchmarks/compiled.py --device cuda --dtype bfloat16 --mode reduce-overhead
 
-Forward, loss with balance, backward; every second block is a mixture of experts. `dense` is the model of equal active
-FLOPs without any. Each model as it is and compiled, in turn in each round; medians. On a CPU the time is the
-processor's, of all threads, which other work on the machine disturbs least; that of the first compiled step, which
-compiles, is the clock's. In bfloat16 under autocast.
+A step has forward, loss with balance loss, and backward. Every second block has an MoE layer. `dense` is a dense model
+of equal active FLOPs. Eager and compiled steps alternate, and times are medians. On a CPU they are processor time of
+all threads, which other work on the machine disturbs least. The first compiled step, which compiles, is wall-clock
+time. bfloat16 runs under autocast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODELS = {
 
 
 def measure(name: str, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds of a step of a model as it is, of one of it compiled, and of the first of these."""
+    """Seconds of an eager step, of a compiled step, and of the first compiled step."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     size = {"dim": args.dim, "layers": args.layers, "heads": 4, "hidden": args.hidden, "seq_len": args.seq_len}

@@ -1,14 +1,14 @@
-"""Is the layer right on one GPU, how fast is each part of it, and how far is that from what the GPU can do?
+"""Is the layer correct on one GPU, how fast is each part, and how close is that to the limits of the GPU?
 
     python benchmarks/gpu.py --out gpu.json                 # everything; under 10 minutes
     python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, checks, ops, layer, tune
-    python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to see that it runs
+    python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to test that it runs
 
-Prints a table for each case as it is done, and last what was hoped for beside what came out; --out writes the same as
-JSON, after every case, and the longest kernels of a step to a text file beside it. On a GPU every part runs in a
-process of its own: a case that crashes it, or hangs, is named as such, and another process goes on with the next case.
-No part takes more than its share of the time that is left.
-The floors behind the targets: docs/records/gpu.md, "Floors and targets". Peers are measured where they are installed.
+It prints a table after each case, and at the end all targets with the results. --out writes both as JSON, after each
+case, and the longest kernels of a step to a text file beside it. On a GPU each part runs in its own process. If a case
+crashes or hangs, that is its result, and another process continues with the next case. Each part has a share of the
+time that is left. Where the targets come from: docs/records/gpu.md, "Floors and targets". Other libraries are measured
+if they are installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from gpu_clock import Clock, fresh
 from gpu_report import Row, judge, read, supervise, table, work, write
 
-PARTS = {"machine": 2, "checks": 4, "ops": 3, "layer": 6, "tune": 4}  # and each one's share of the time
+PARTS = {"machine": 2, "checks": 4, "ops": 3, "layer": 6, "tune": 4}  # part: its share of the time
 
 
 def main() -> int:
@@ -40,11 +40,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=2.0, help="to measure one set of runs for")
-    parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds to measure each set of runs")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for all parts together")
     parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
-    parser.add_argument("--out", type=Path, help="JSON; the profile goes to the same name with .profile.txt")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the process that started this
+    parser.add_argument("--out", type=Path, help="JSON file; the profile goes to the same name with .profile.txt")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the parent process
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -73,7 +73,7 @@ def main() -> int:
             print("\n## Afterwards\n\n" + table(card()))
             write(file, results)
     verdicts = list(judge(results))
-    print("\n## What was hoped for\n\n" + (table(verdicts) if verdicts else "Nothing was judged."))
+    print("\n## Targets\n\n" + (table(verdicts) if verdicts else "No case has a target."))
     return int(any("error" in case for part in results.values() for case in part.values()))
 
 
@@ -94,7 +94,7 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
 
 def machine(device: torch.device) -> list[Row]:
     facts: dict[str, object] = {"python": platform.python_version(), "platform": platform.platform()}
-    facts["torch"] = torch.__version__  # with the build, which its metadata may leave out
+    facts["torch"] = torch.__version__  # has the build, which the package's metadata may lack
     for package in ("triton", "cupy-cuda13x", "cupy-cuda12x", "turnout"):
         try:
             facts[package] = importlib.metadata.version(package)
@@ -109,7 +109,7 @@ def machine(device: torch.device) -> list[Row]:
 
 
 def card() -> list[Row]:
-    """What the driver says of the GPU now; nothing where there is none."""
+    """State of the GPU as the driver reports it now; [] without a GPU."""
     asked = (
         "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu,power.draw,power.limit"
     )

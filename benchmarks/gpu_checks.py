@@ -1,4 +1,4 @@
-"""Is what the device computes right? Operators against the CPU path, the layer against float64, and against itself."""
+"""Correctness on a device: operators against the CPU, the layer against float64, repeated runs to the bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turnout.moe.capacity import drop_over_capacity
 from turnout.moe.gates import TopKGate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference, as a share of the largest value: of one rounding of a result, and of a layer's chain of them.
+# Tolerances as shares of the largest value: for one rounding of a result, and for a layer's chain of roundings.
 ROUNDED = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 CHAINED = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -33,21 +33,21 @@ def cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]
     named["large offsets"] = partial(large, device, T if small else 70_000, 16 if small else 4096)
     for kernel in (None, *kernels(device)):
         for dtype in DTYPES.values():
-            named[f"layer {dtype}, {kernel or 'as it comes'}"] = partial(layer, device, dtype, kernel, T, D, H, E, k)
-        named[f"repeated, {kernel or 'as it comes'}"] = partial(repeated, device, kernel, T, D, H, E, k)
+            named[f"layer {dtype}, {kernel or 'default'}"] = partial(layer, device, dtype, kernel, T, D, H, E, k)
+        named[f"repeated, {kernel or 'default'}"] = partial(repeated, device, kernel, T, D, H, E, k)
         if device.type == "cuda":
-            named[f"no sync, {kernel or 'as it comes'}"] = partial(unsynchronised, device, kernel, T, D, H, E, k)
-            named[f"graph, {kernel or 'as it comes'}"] = partial(captured, device, kernel, T, D, H, E, k)
+            named[f"no sync, {kernel or 'default'}"] = partial(unsynchronised, device, kernel, T, D, H, E, k)
+            named[f"graph, {kernel or 'default'}"] = partial(captured, device, kernel, T, D, H, E, k)
     return named
 
 
 def slow_cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]]]:
-    """Those to do last, should time run out."""
+    """Slow cases, which run last because time may run out."""
     return {} if small else {"compiled, checked": partial(compiled, device, 1000, 256, 192, 16, 4)}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest value expected; infinite if anything is NaN or of another shape."""
+    """Largest difference as a share of the largest expected value; infinite for NaN or another shape."""
     if actual.shape != expected.shape:
         return float("inf")
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
@@ -65,7 +65,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def chosen(T: int, E: int, k: int) -> Tensor:
-    """Experts [T, k], uneven, an eighth of the assignments and one whole token dropped."""
+    """Experts [T, k] of uneven load. An eighth of the assignments and one whole token are dropped."""
     noise = torch.rand(T, E, generator=torch.Generator().manual_seed(3)) * torch.linspace(1, 3, E)
     expert = noise.topk(k).indices
     gone = torch.rand(T, k, generator=torch.Generator().manual_seed(4)) < 1 / 8
@@ -73,11 +73,11 @@ def chosen(T: int, E: int, k: int) -> Tensor:
     return torch.where(gone, -1, expert)
 
 
-EXACT = ("encode", "decode: backward")  # copies
+EXACT = ("encode", "decode: backward")  # these only copy values
 
 
 def operators(device: torch.device, dtype: torch.dtype, T: int, D: int, E: int, k: int) -> list[Row]:
-    """In `dtype` on the device against the CPU path in float64, from the same values; rows of nobody hold NaN."""
+    """Compare operators in `dtype` on the device with the CPU in float64. Padding rows hold NaN."""
     result = []
     expert = chosen(T, E, k)
     ragged = Plan.of(expert, E)
@@ -86,21 +86,23 @@ def operators(device: torch.device, dtype: torch.dtype, T: int, D: int, E: int, 
     for name, plan in layouts.items():
         tensors = {f.name: getattr(plan, f.name) for f in fields(plan)}
         there = replace(plan, **{f: t.to(device) for f, t in tensors.items() if isinstance(t, Tensor)})
-        for width in (D, 24):  # 24: fewer vectors of 16 bytes than a warp has threads
+        for width in (D, 24):  # rows of 24 have fewer 16-byte vectors than a warp has threads
             rows = torch.where(plan.token.unsqueeze(1) < 0, torch.nan, drawn(len(plan.token), width, seed=1))
             given = [drawn(T, width, seed=0), rows, drawn(*plan.slot.shape, seed=2).abs()]
             given += [drawn(len(rows), width, seed=5), drawn(T, width, seed=6)]
             given = [t.to(torch.float32 if t is given[2] else dtype) for t in given]
-            expected = trip(plan, *(t.double() for t in given))
-            ours = trip(there, *(t.to(device) for t in given))
+            expected = encode_decode(plan, *(t.double() for t in given))
+            ours = encode_decode(there, *(t.to(device) for t in given))
             more = {"dtype": str(dtype).removeprefix("torch."), "plan": name, "D": width}
             for what, value in ours.items():
                 result.append(row(what, value, expected[what], 0 if what in EXACT else ROUNDED[dtype], **more))
     return result
 
 
-def trip(plan: Plan, x: Tensor, rows: Tensor, weight: Tensor, to_rows: Tensor, to_y: Tensor) -> dict[str, Tensor]:
-    """What encode and decode give, and their gradients for those of rows and of y."""
+def encode_decode(
+    plan: Plan, x: Tensor, rows: Tensor, weight: Tensor, to_rows: Tensor, to_y: Tensor
+) -> dict[str, Tensor]:
+    """Results of encode and decode, and their gradients from gradients of rows and of y."""
     x, rows, weight = (t.detach().requires_grad_() for t in (x, rows, weight))
     encoded, decoded, both = encode(x, plan), decode(rows, plan), decode(rows, plan, weight)
     weighted = torch.autograd.grad(both, (rows, weight), to_y)
@@ -138,7 +140,7 @@ def plans(device: torch.device, T: int, E: int, k: int) -> list[Row]:
 
 
 def router(device: torch.device, T: int, E: int, k: int) -> list[Row]:
-    """Choice and weights from the same product: on the device, and on the CPU in float64."""
+    """Compare the router's experts and weights on the device with the CPU in float64."""
     result = []
     for order in ("softmax_first", "choose_first"):
         gate = TopKGate(32, E, k, order=order)
@@ -159,7 +161,7 @@ def router(device: torch.device, T: int, E: int, k: int) -> list[Row]:
 
 
 def large(device: torch.device, T: int, D: int) -> list[Row]:
-    """Rows of more than 2^31 elements: where a 32-bit offset wraps around."""
+    """Check rows of more than 2^31 elements, where 32-bit offsets overflow."""
     expert = (torch.arange(T, device=device).unsqueeze(1) + torch.arange(8, device=device)) % 16
     plan = Plan.of(expert, 16)
     x = torch.randint(-8, 8, (T, D), device=device).to(torch.bfloat16)
@@ -172,7 +174,7 @@ def large(device: torch.device, T: int, D: int) -> list[Row]:
 
 
 def reference(x: Tensor, router: Tensor, up: Tensor, gate: Tensor, down: Tensor, k: int) -> Tensor:
-    """The layer in plain torch: softmax over all experts, the k best, their weights to sum 1, SwiGLU experts."""
+    """The layer in plain PyTorch: softmax over all experts, top-k, weights normalised to sum 1, SwiGLU experts."""
     weight, expert = (x @ router.T).softmax(-1).topk(k)
     weight = weight / weight.sum(-1, keepdim=True)
     y = torch.zeros_like(x)
@@ -188,7 +190,7 @@ def build(
 ) -> MoE:
     made = MoE(D, H, E, k, seed=0, balance=0, **options)
     with torch.no_grad():
-        made.gate.weight.copy_(drawn(E, D, seed=7))  # scores far apart: no choice hangs on a rounding
+        made.gate.weight.copy_(drawn(E, D, seed=7))  # scores far apart, so that rounding changes no choice
     if kernel is not None:
         made.experts.kernel = kernel
     return made.to(device, dtype)
@@ -199,7 +201,7 @@ def parameters(made: MoE) -> list[Tensor]:
 
 
 def step(made: MoE, call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> list[Tensor]:
-    """y, the gradient of x, and of every parameter in the order of `reference`."""
+    """Forward and backward: y, and the gradients of x and of each parameter, in the order of `reference`."""
     x = x.detach().requires_grad_()
     made.zero_grad()
     y = call(x)
@@ -213,7 +215,10 @@ NAMES = ("y", "gradient of x", "of the router", "of w_up", "of w_gate", "of w_do
 def layer(
     device: torch.device, dtype: torch.dtype, kernel: str | None, T: int, D: int, H: int, E: int, k: int
 ) -> list[Row]:
-    """H below and above D (the gate's weight multiplies the narrower side), ragged and padded without dropping."""
+    """Compare the layer with float64, dropless and padded, for H below and above D.
+
+    The weight of the gate multiplies the narrower side of the experts, so both cases differ.
+    """
     result = []
     for hidden, options in ((H, {}), (2 * D, {}), (H, {"capacity": Capacity(E / k, pad=True)})):
         made = build(device, dtype, kernel, D, hidden, E, k, **options)
@@ -252,7 +257,7 @@ def sync_is_error() -> Iterator[None]:
 
 
 def unsynchronised(device: torch.device, kernel: str | None, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
-    """Forward and backward enqueue without waiting for the device (as far as torch sees it)."""
+    """Check that forward and backward never wait for the device, as far as torch can tell."""
     result = []
     for name, options in {"ragged": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         made = build(device, torch.bfloat16, kernel, D, H, E, k, **options)
@@ -260,18 +265,18 @@ def unsynchronised(device: torch.device, kernel: str | None, T: int, D: int, H: 
         step(made, made, x, grad)
         with sync_is_error():
             step(made, made, x, grad)
-        result.append({"check": f"no host sync, {name}", "ok": True})  # it would have raised
+        result.append({"check": f"no host sync, {name}", "ok": True})  # a host sync raises an error
     return result
 
 
 def captured(device: torch.device, kernel: str | None, T: int, D: int, H: int, E: int, k: int) -> list[Row]:
-    """Forward and backward of the padded layer in one CUDA graph, replayed on tokens it has not seen."""
+    """Check forward and backward of the padded layer in one CUDA graph, replayed on new tokens."""
     made = build(device, torch.bfloat16, kernel, D, H, E, k, capacity=Capacity(1.25, pad=True))
     first, second, grad = (drawn(T, D, seed=s).to(device, torch.bfloat16) for s in (8, 10, 9))
     x = first.clone().requires_grad_()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants a warm-up on another stream
+    with torch.cuda.stream(side):  # capture needs a warm-up on another stream
         for _ in range(3):
             made.zero_grad()
             x.grad = None

@@ -1,4 +1,4 @@
-"""What the parts of gpu.py measure with: time, memory and launches, on a GPU or on a CPU."""
+"""Measurement of time, memory and kernel launches for gpu.py, on a GPU or on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[[], object]
 
 @dataclass
 class Step:
-    """One forward, or forward and backward, that leaves fresh gradients: none is added to."""
+    """One forward, or forward and backward. Gradients are None before it, so that none are added up."""
 
     forward: Callable[[Tensor], Tensor]
     x: Tensor
@@ -39,7 +39,7 @@ class Step:
             tensor.grad = None
 
     def complete(self) -> None:
-        """Raise unless the step reaches every parameter: a contender that skips work is none."""
+        """Raise a RuntimeError unless every parameter gets a gradient: no contender may skip work."""
         self()
         missing = sum(p.grad is None for p in self.parameters)
         if self.grad is not None and missing:
@@ -48,15 +48,15 @@ class Step:
 
 @dataclass
 class Clock:
-    """Medians over rounds in which all runs take turns.
+    """Measures medians over rounds in which all runs alternate.
 
-    On a GPU a buffer of four times the L2 cache is read before each run, so that nothing is found there by chance, and
-    times are between CUDA events. `queued` holds the device until the host has enqueued the whole run: then it is the
-    device's own time, else that of whichever is slower.
+    On a GPU, times are between CUDA events. Before each run a buffer of four times the L2 cache is read, so that no
+    input is in the cache. With `queued` the device waits until the host has enqueued the whole run, which gives the
+    device's own time. Without it, the slower of host and device counts.
     """
 
     device: torch.device
-    seconds: float  # that measuring one set of runs may take
+    seconds: float  # time for one set of runs
     _buffer: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -68,12 +68,12 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def measure(self, runs: dict[str, Run], queued: bool = False) -> dict[str, float | str]:
-        """Median seconds of each run; one that fails is the text of its error, and the others go on."""
+        """Median seconds of each run, or the text of its error. If one fails, the others continue."""
         lasts: dict[str, float] = {}
         result: dict[str, float | str] = {}
         for name, run in runs.items():
             try:
-                run()  # compiles, tunes, fills the allocator's cache
+                run()  # warm-up: compiles, tunes, fills the allocator's cache
                 run()
                 self.wait()
                 start = time.perf_counter()
@@ -103,7 +103,7 @@ class Clock:
             return lambda: seconds
         if self._buffer is None:
             self._buffer = torch.zeros(torch.cuda.get_device_properties(self.device).L2_cache_size, device=self.device)
-        self._buffer.sum()  # float32: four times the cache in bytes; read, so that no dirty lines are left to write
+        self._buffer.sum()  # float32, so four times the cache's bytes; a read leaves no dirty cache lines
         if hold:
             torch.cuda._sleep(int(2e9 * min(2 * hold, 0.02)))  # cycles, at 2 GHz
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -113,7 +113,7 @@ class Clock:
         return lambda: before.elapsed_time(after) / 1e3
 
     def peak(self, step: Step) -> float | None:
-        """MiB that a step adds at its peak to what lies there before it, gradients included; None on a CPU."""
+        """Peak memory of a step in MiB, above the memory before it, with gradients; None on a CPU."""
         if not self.cuda:
             return None
         step.clear()
@@ -125,7 +125,7 @@ class Clock:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
     def kernels(self, run: Run, times: int = 1) -> list[Row]:
-        """What the device did in so many runs: kernel (on a CPU: operator), calls and ms of one run, longest first."""
+        """Kernels (on a CPU: operators) of a run, with calls and ms per run, longest first; a mean of several runs."""
         run()
         self.wait()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
@@ -145,7 +145,7 @@ class Clock:
         return sorted(rows, key=lambda row: -row["ms"])
 
     def launches(self, run: Run) -> int | str:
-        """Kernels and copies that one run puts on the device; on a CPU, operators."""
+        """Number of kernels and copies that one run launches; on a CPU, of operators."""
         try:
             return round(sum(row["calls"] for row in self.kernels(run)))
         except Exception as error:
@@ -164,7 +164,7 @@ class Clock:
 
 
 def fresh(device: torch.device) -> bool:
-    """Give memory back between cases. False if the device no longer answers, as after an illegal access."""
+    """Free memory between cases. False if the device fails, as after an illegal memory access."""
     gc.collect()
     with suppress(Exception):
         torch.ones(8, device=device).sum().item()

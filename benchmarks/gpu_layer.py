@@ -1,4 +1,4 @@
-"""The whole layer, SwiGLU, against a dense MLP of equal active FLOPs, grouped products with plain indexing, peers."""
+"""Speed of the whole SwiGLU layer, against a dense MLP of equal active FLOPs, plain PyTorch, and other libraries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from turnout.moe import MoE, aux_loss
 
 SHAPES = [(32768, 4096, 1536, 128, 8), (16384, 2048, 1024, 64, 8), (8192, 4096, 14336, 8, 2)]  # T, D, H, E, k
 SMALL = [(48, 16, 24, 4, 2)]
-DENSE_SHARE = 0.75  # of the dense MLP's TFLOP/s, that forward + backward should reach
+DENSE_SHARE = 0.75  # target for forward + backward: this share of the dense MLP's TFLOP/s
 Shape = tuple[int, int, int, int, int]
-Contender = tuple[list[Tensor], Callable[[Tensor], Tensor]]  # what gets gradients, x [T, D] -> y [T, D]
+Contender = tuple[list[Tensor], Callable[[Tensor], Tensor]]  # (parameters, forward x [T, D] -> y [T, D])
 
 
 class Case:
-    """One shape: the tokens, our layer with weights made on the device, and who competes with it."""
+    """One shape: tokens, our layer with weights made on the device, and its alternatives."""
 
     def __init__(self, clock: Clock, T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype = torch.bfloat16):
         self.clock, self.sizes, self.dtype = clock, (T, D, H, E, k), dtype
@@ -36,27 +36,27 @@ class Case:
         with torch.no_grad():
             for p in self.layer.parameters():
                 p.normal_(std=0.02)
-        self.tflop = 6 * T * k * D * H / 1e12  # of a forward: three products; the backward takes twice as much
+        self.tflop = 6 * T * k * D * H / 1e12  # of a forward, with three products; a backward has twice as many
 
     def ours(self, kernel: str | None = None, compiled: bool = False) -> Contender:
-        """The layer; `kernel`: what computes its experts, None as it comes."""
+        """Our layer; `kernel` computes its experts, None is the default."""
         call: Callable[[Tensor], Tensor] = self.layer
         if compiled:
             torch._dynamo.reset()
-            self.layer.balance = 0  # without `aux_loss` in the step
+            self.layer.balance = 0  # the step has no `aux_loss`
             call = torch.compile(self.layer, fullgraph=True)
 
         def forward(x: Tensor) -> Tensor:
             if kernel is not None:
                 self.layer.experts.kernel = kernel
             y = call(x)
-            aux_loss(self.layer, keep=False)  # its backward is not in the step
+            aux_loss(self.layer, keep=False)  # the step has no backward of it
             return y
 
         return list(self.layer.parameters()), forward
 
     def dense(self) -> Contender:
-        """An MLP of hidden width k * H: the arithmetic of the layer without routing."""
+        """Dense MLP of hidden width k * H: the same matrix products without routing."""
         _, D, H, _, k = self.sizes
         up, gate, down = (
             nn.Parameter(torch.randn(*shape, device=self.x.device, dtype=self.dtype) * 0.02)
@@ -65,7 +65,7 @@ class Case:
         return [up, gate, down], lambda x: (F.silu(x @ gate) * (x @ up)) @ down
 
     def indexed(self) -> Contender:
-        """What one writes with torch alone: sort, index, grouped products, index_add."""
+        """MoE layer in plain PyTorch: sort, index, grouped products, index_add."""
         layer, (_, _, _, E, k) = self.layer, self.sizes
 
         def forward(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Case:
         return peer(name, self.layer.gate.weight.detach(), H, k, self.dtype)
 
     def against(self, build: dict[str, Callable[[], Contender]], forward_alone: bool = True) -> list[Row]:
-        """A row for each contender: forward, then forward and backward, all in turn; who cannot be built says why."""
+        """A row for each contender: times of forward, and of forward and backward, or the error. All alternate."""
         rows: dict[str, Row] = {
             name: {"T, D, H, E, k": ", ".join(map(str, self.sizes)), "what": name} for name in build
         }
@@ -123,7 +123,7 @@ class Case:
 
 
 def judged(clock: Clock, rows: list[Row]) -> list[Row]:
-    """With each layer's share of the dense MLP, and whether that is what we want."""
+    """Add each layer's share of the dense MLP's speed, and whether it reaches the target."""
     dense = next((row.get("fwd+bwd TFLOP/s") for row in rows if row["what"] == "dense"), None)
     for row in rows:
         rate = row.get("fwd+bwd TFLOP/s")
@@ -140,15 +140,15 @@ def ours(clock: Clock, shape: Shape) -> list[Row]:
 
 
 def variant(clock: Clock, shape: Shape, **options: Any) -> list[Row]:
-    """A variant of the layer beside the dense MLP: should its kernels fail, no other row is lost with them."""
+    """Rows of a variant of the layer and of the dense MLP; a separate case, since its kernels may fail."""
     case = Case(clock, *shape)
     name = ", ".join(["layer", *(value if isinstance(value, str) else key for key, value in options.items())])
     build = {"dense": case.dense, name: partial(case.ours, **options)}
-    return judged(clock, case.against(build, forward_alone="compiled" not in options))  # that would compile twice
+    return judged(clock, case.against(build, forward_alone="compiled" not in options))  # else it compiles twice
 
 
 def rival(clock: Clock, shape: Shape, name: str) -> list[Row]:
-    """One peer beside our layer, in turn; `ahead` says whether ours, as it comes, is the faster one."""
+    """Rows of another library and of our layer with its defaults; `ahead` says whether ours is faster."""
     if not installed(name):
         return [{"what": name, "error": "not installed"}]
     case = Case(clock, *shape)
@@ -160,7 +160,7 @@ def rival(clock: Clock, shape: Shape, name: str) -> list[Row]:
 
 
 def where(clock: Clock, shape: Shape, file: Path | None, top: int = 15) -> list[Row]:
-    """The kernels that a step of the layer spends most of its time in."""
+    """Kernels that a step of the layer spends most of its time in."""
     case = Case(clock, *shape)
     parameters, forward = case.ours()
     step = Step(forward, case.x, case.grad, parameters)
@@ -180,7 +180,7 @@ def where(clock: Clock, shape: Shape, file: Path | None, top: int = 15) -> list[
 
 
 def kernels(device: torch.device) -> tuple[str, ...]:
-    """What may compute the experts, where that can be chosen."""
+    """Kernels that the experts can be computed with on a device."""
     if not hasattr(MoE(8, 8, 2).experts, "kernel"):
         return ()
     return ("torch", "triton") if device.type == "cuda" else ("torch",)

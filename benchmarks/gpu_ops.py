@@ -1,4 +1,4 @@
-"""encode and decode against a copy of as many bytes; router and plan in microseconds."""
+"""Speed of encode and decode against a copy of as many bytes, and of router and plan in microseconds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from turnout.moe.gates import TopKGate
 SHAPES = [(32768, 4096, 128, 8), (16384, 2048, 64, 8), (8192, 4096, 8, 2)]
 ROUTER = [(32768, 4096, 128, 8), (16384, 2048, 64, 8), (8192, 4096, 8, 2), (4096, 2048, 256, 8)]
 SMALL = [(64, 16, 4, 2)]
-COPY_SHARE = 0.85  # of the copy's bandwidth, that encode and decode should reach
-ROUTER_US = 60  # for router and plan together, at the first shape
+COPY_SHARE = 0.85  # target for encode and decode: this share of the copy's bandwidth
+ROUTER_US = 60  # target for router and plan together at the first shape, in microseconds
 
 
 def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
@@ -30,7 +30,7 @@ def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
 
 
 def ceilings(clock: Clock, small: bool) -> list[Row]:
-    """What this machine reaches: a copy, and one large product."""
+    """Bandwidth of a copy and speed of one large matrix product on this machine."""
     n, side = (1 << 16, 64) if small else (1 << 32, 8192)
     source = torch.ones(n // 2, device=clock.device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -48,7 +48,7 @@ def ceilings(clock: Clock, small: bool) -> list[Row]:
 
 
 def move(clock: Clock, T: int, D: int, E: int, k: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
-    """GB/s count what must move, every input read and every output written once, not what an operation does move."""
+    """Times of encode and decode. GB/s count the least traffic: each input read once, each output written once."""
     g = torch.Generator(clock.device).manual_seed(0)
     plan = Plan.of(torch.rand(T, E, device=clock.device, generator=g).topk(k).indices, E)
     x = torch.randn(T, D, device=clock.device, dtype=dtype, generator=g)
@@ -93,7 +93,7 @@ def move(clock: Clock, T: int, D: int, E: int, k: int, dtype: torch.dtype = torc
 
 
 def route(clock: Clock, T: int, D: int, E: int, k: int, target: float | None = None) -> list[Row]:
-    """From logits on, and the router's product by itself. `plain` is what one writes without the package."""
+    """Times of router and plan from logits, and of the router's product. `plain` is the same in plain PyTorch."""
     g = torch.Generator(clock.device).manual_seed(0)
     x = torch.randn(T, D, device=clock.device, dtype=torch.bfloat16, generator=g)
     logits = torch.randn(T, E, device=clock.device, generator=g)
@@ -124,14 +124,14 @@ def route(clock: Clock, T: int, D: int, E: int, k: int, target: float | None = N
 
 
 class Given(TopKGate):
-    """A top-k gate whose input is the logits already."""
+    """Top-k gate that takes logits as its input."""
 
     def logits(self, x: Tensor) -> Tensor:
         return x
 
 
 def plain(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight and token of each row, rows of each expert."""
+    """Router and plan in plain PyTorch: weight and token of each row, number of rows of each expert."""
     weight, expert = logits.softmax(-1).topk(k)
     weight = weight / weight.sum(-1, keepdim=True)
     order = expert.flatten().argsort(stable=True)

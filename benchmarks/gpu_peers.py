@@ -1,7 +1,8 @@
-"""Other MoE layers for one GPU, wrapped alike: imported only if installed, each with its own weights and our router's.
+"""Adapters for MoE layers of other libraries on one GPU. Each is imported only if it is installed.
 
-An adapter takes the gate's weight [E, D], H, k and the dtype, and returns the peer's parameters and its forward,
-x [T, D] -> y [T, D]. Everything happens inside it: a peer whose interface has changed raises there.
+An adapter takes the router's weight [E, D], H, k and the dtype. It returns the layer's parameters and its forward,
+x [T, D] -> y [T, D]. The layer has our router's weight and weights of its own for experts. An adapter raises if the
+interface of its library has changed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ def installed(name: str) -> bool:
 
 
 def peer(name: str, router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
-    """Build the peer `name` around the router's weight [E, D]; raises what the peer raises."""
+    """Build the layer of library `name` around the router's weight [E, D]. Its errors are raised as they are."""
     with torch.device(router.device):
         return PEERS[name][1](router, hidden, k, dtype)
 
 
 def scaled(module: nn.Module) -> list[Tensor]:
-    """The module's parameters, with matrices drawn anew, of one scale in every peer: time depends on the values."""
+    """Parameters of a module, drawn again with one scale for all libraries, since time depends on the values."""
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(std=0.02)
@@ -62,7 +63,7 @@ def scattermoe(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
     experts = experts.to(router.device, dtype)
     gate = nn.Parameter(router.detach().clone().to(dtype))
 
-    def forward(x: Tensor) -> Tensor:  # it brings no router
+    def forward(x: Tensor) -> Tensor:  # ScatterMoE has no router
         weight, expert = F.linear(x, gate).float().softmax(-1).topk(k)
         return experts(x, (weight / weight.sum(-1, keepdim=True)).to(dtype), expert)
 
@@ -96,14 +97,14 @@ def megablocks(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
 
     def forward(x: Tensor) -> Tensor:
         y = layer(x.unsqueeze(1))
-        clear_load_balancing_loss()  # it keeps one of every forward
+        clear_load_balancing_loss()  # it keeps a loss of each forward
         return (y[0] if isinstance(y, tuple) else y).squeeze(1)
 
     return parameters, forward
 
 
 class BatchedSwiGLU(nn.Module):
-    """An expert module as Tutel takes them: x [E, C, D] -> [E, C, D]."""
+    """Expert module for Tutel: x [E, C, D] -> [E, C, D]."""
 
     def __init__(self, model_dim: int, num_experts_per_device: int, sharded_count: int, hidden: int) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ def tutel(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
             "k": k,
             "fp32_gate": True,
             "capacity_factor": 0.0,
-        },  # 0: no dropping, padded to the most
+        },  # 0: dropless, padded to the largest load
         experts={"type": "custom", "module": BatchedSwiGLU, "num_experts_per_device": E, "hidden": hidden},
         model_dim=D,
     ).to(router.device)

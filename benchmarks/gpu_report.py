@@ -1,4 +1,7 @@
-"""Cases and their results: run one after another, kept in a file, watched from outside, shown as tables. No torch."""
+"""Runner for cases that may crash or hang: runs them in a process, stores results in a file, prints tables.
+
+It does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from typing import Any
 
 BEGUN = {"error": "did not come back: it ran too long, or its process died"}
 Row = dict[str, Any]
-Results = dict[str, dict[str, Any]]  # part -> case -> {"rows": [...], "seconds": ...} or {"error": ...}
+Results = dict[str, dict[str, Any]]  # part: {case: {"rows": [...], "seconds": ...} or {"error": ...}}
 
 
 def work(file: Path, part: str, todo: dict[str, Callable[[], list[Row]]], alive: Callable[[], bool]) -> bool:
-    """Run the cases that `file` does not have, writing each before it begins and when it is done.
+    """Run the cases that `file` does not have, and write each before it starts and when it is done.
 
-    False if after a case the device was not `alive`: another process is to go on.
+    False if the device was not `alive` after a case, so that another process has to continue.
     """
     results = read(file)
     done = results.setdefault(part, {})
@@ -41,9 +44,9 @@ def work(file: Path, part: str, todo: dict[str, Callable[[], list[Row]]], alive:
 
 
 def supervise(command: list[str], file: Path, part: str, deadline: float, case_limit: float) -> None:
-    """Start `command` until it has done all cases of a part, as long as every start gets one further.
+    """Run `command` again and again until it has done all cases of a part, if each run starts at least one case.
 
-    It is stopped at the deadline, or when it has written nothing for `case_limit` seconds.
+    It is killed at the deadline, or when it has written nothing for `case_limit` seconds.
     """
     while time.monotonic() < deadline:
         begun = set(read(file).get(part, {}))
@@ -76,20 +79,20 @@ def read(file: Path) -> Results:
 
 
 def write(file: Path, results: Results) -> None:
-    """With what was hoped for, as far as it is known; in one step: the process may be killed while it writes."""
+    """Write results and verdicts. An atomic replace, since the process may be killed while it writes."""
     new = file.with_suffix(".new")
     new.write_text(json.dumps({"results": results, "verdicts": list(judge(results))}, indent=1))
     new.replace(file)
 
 
 def failure(error: BaseException) -> str:
-    """One line that names an error."""
+    """One line of text for an error."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def shown(rows: list[Row]) -> str:
-    """Of checks only those that failed: there are hundreds."""
+    """Table of results. Of the hundreds of checks it shows failures only."""
     if not all("ok" in row for row in rows):
         return table(rows)
     wrong = [row for row in rows if not row["ok"]]
@@ -99,7 +102,7 @@ def shown(rows: list[Row]) -> str:
 
 
 def judge(results: Results) -> list[Row]:
-    """Every yes and no of the tables: checks counted, unless they failed, targets one by one."""
+    """Verdicts: the number of checks that passed, and a row for each failed check, error and target."""
     verdicts, passed = [], 0
     for part, named in results.items():
         for name, case in named.items():
@@ -107,7 +110,7 @@ def judge(results: Results) -> list[Row]:
                 verdicts.append({"case": f"{part}: {name}", "what": case["error"], "reached": False})
             for row in case.get("rows", []):
                 label = row.get("check") or row.get("operation") or row.get("what")
-                failed = row.get("error")  # of a check it is a number
+                failed = row.get("error")  # a text, or the numerical error of a check
                 if isinstance(failed, str) and failed != "not installed":
                     verdicts.append({"case": f"{part}: {name}", "what": f"{label}: {failed}", "reached": False})
                 for target, value in row.items():
@@ -121,7 +124,7 @@ def judge(results: Results) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as markdown; columns in the order in which they first appear."""
+    """Rows as a Markdown table, with columns in the order of their first appearance."""
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

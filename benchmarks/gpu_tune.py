@@ -1,4 +1,4 @@
-"""Which tiles of the experts' Triton kernels are the fastest, each that `autotune` tries; then the layer, tuned."""
+"""Speed of the experts' Triton kernels for each tile size that `autotune` tries, and of the tuned layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNELS = ("up", "down", "hidden", "weight")
 
 
 def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
-    """Tiles first, a case for each kernel: those of one that hangs are lost, and no others."""
+    """Tile sizes first, with a case for each kernel, so that a kernel that hangs loses no other results."""
     named: dict[str, Callable[[], list[Row]]] = {}
     shapes = SMALL if small else SHAPES
     if "triton" in kernels(clock.device):
@@ -26,13 +26,13 @@ def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
 
 
 def tiles(clock: Clock, shape: Shape, kernel: str) -> list[Row]:
-    """The device's own time of a product in each size of tiles; those of `turnout.cuda.tiles.sizes` come first."""
+    """Device time of a kernel for each tile size. The sizes of `turnout.cuda.tiles.sizes` come first."""
     T, D, H, E, k = shape
     experts = tune.Shape(T, D, H, E, k, activation="swiglu", bias=False, dtype="bfloat16", gathers=True, gated=True)
     rows: list[Row] = []
     for product, runs in tune.attempts(experts, clock.device, kernel).items():
         times = clock.measure({", ".join(map(str, size)): run for size, run in runs.items()}, queued=True)
-        # Two matrices go up, one comes down; of "down" also the way back through both.
+        # "up" multiplies by two matrices; "down" by one, and by two in the backward
         matrices = {"up": 2, "down": 3, "hidden": 1, "weight": 1 if product.shape == (H, D) else 2}[kernel]
         best = min((t for t in times.values() if isinstance(t, float)), default=None)
         for size, seconds in times.items():
@@ -47,7 +47,7 @@ def tiles(clock: Clock, shape: Shape, kernel: str) -> list[Row]:
 
 
 def tuned(clock: Clock, shape: Shape) -> list[Row]:
-    """What `autotune` chooses, and the layer then beside the dense MLP."""
+    """Kernel that `autotune` chooses, and times of the tuned layer and of the dense MLP."""
     case = Case(clock, *shape)
     (said,) = autotune(case.layer, shape[0]).experts
     row: Row = {"T, D, H, E, k": ", ".join(map(str, shape)), "what": "autotune", "kernel": said.kernel, "why": said.why}

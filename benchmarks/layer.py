@@ -1,4 +1,4 @@
-"""What does the layer cost beside its matrix products? Forward and backward on one rank, one thread or more.
+"""How fast is the layer on a CPU, beside its matrix products? Forward and backward on one rank.
 
     OMP_NUM_THREADS=1 python benchmarks/layer.py
     MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0 OMP_NUM_THREADS=1 python benchmarks/layer.py
@@ -6,18 +6,17 @@
     OMP_NUM_THREADS=1 python benchmarks/layer.py --processor --only bare layer "all at once"
     OMP_NUM_THREADS=1 python benchmarks/layer.py --peak
 
-The second keeps glibc from handing memory back between steps, whose pages the kernel must fill with zeros again
-(other allocators do so by themselves): what is left is the layer's own time.
+The second command stops glibc from returning memory to the system between steps, as other allocators do by default.
+Then no time is spent on zeroing new pages.
 
-Floors: `dense`, a perceptron of equal active FLOPs, and `bare`, the grouped matrix products and the
-activation alone, on rows already sorted; `all at once` is the layer as on other devices, where rows are encoded and
-every product is one of all experts. Alternatives that route as well: `index`, grouped_mm with plain
-index operations; `loop`, one product an expert; `bmm`, rows padded to the largest load. All run in turn
-in each round; medians over rounds, as ratios to the first; gradients are None before each run. Where a CPU has no
-products in bfloat16, torch's take 4 to 90 times as long as those of float32: `dense` is then in float32, and so are the
-floors and the layer inside, while `index`, `loop` and `bmm` are left out, at minutes a step.
-`--processor`: the processor's time in place of the clock's, for one thread on a machine that others load as well.
-`--peak`: MiB that a step adds at its peak to layer and input, each in a fresh process.
+Lower bounds: `dense` is an MLP of equal active FLOPs. `bare` has only the grouped matrix products and the activation,
+on sorted rows. Alternatives with routing: `all at once` is the layer as on other devices, where rows are encoded and
+each product covers all experts. `index` uses grouped_mm and plain index operations, `loop` one product per expert, and
+`bmm` rows padded to the largest load.
+
+All run in turn in each round. Results are medians over rounds, as ratios to the first. Gradients are None before each
+run. On a CPU without bfloat16 products, torch's take 4 to 90 times as long as float32. There `dense`, `bare` and the
+layer compute in float32, and `index`, `loop` and `bmm`, which would need minutes per step, are left out.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 
 
 
 def ours(layer: MoE, x: Tensor) -> Tensor:
-    """The layer with its balance loss, whose backward is not in the step."""
+    """The layer with its balance loss, but without the backward of that loss."""
     y = layer(x)
     aux_loss(layer, keep=False)
     return y
 
 
 def route(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted as the plain way has it: token of each row, weight of each row, rows per expert."""
+    """Router and sort in plain PyTorch: token of each row, weight of each row, number of rows per expert."""
     weight, expert = F.linear(x.float(), layer.gate.weight.float()).softmax(-1).topk(layer.top_k)
     weight = (weight / weight.sum(-1, keepdim=True)).flatten()
     order = expert.flatten().argsort(stable=True)
@@ -72,7 +71,7 @@ def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
-    """The layer without the path that CPUs have of their own."""
+    """The layer without its special path for CPUs."""
     by_group, FeedForwardExperts._in_blocks = FeedForwardExperts._in_blocks, lambda *args: False
     try:
         return ours(layer, x)
@@ -128,14 +127,14 @@ def contenders(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> di
 
 
 def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """The layer, dropless and padded, as it is and under torch.compile."""
+    """The layer, dropless and padded, in eager mode and under torch.compile."""
     torch._dynamo.reset()
     x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
     runs = {}
     for name, options in {"layer": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         torch.manual_seed(0)
         layer = MoE(D, H, E, k, experts="gelu", **options).to(dtype)
-        layer.balance = 0  # without `aux_loss` in the step
+        layer.balance = 0  # the step has no `aux_loss`
         tensors = [x, *layer.parameters()]
         runs[name] = timed(partial(layer, x), grad, tensors)
         runs[f"{name}, compiled"] = timed(partial(torch.compile(layer, fullgraph=True), x), grad, tensors)
@@ -145,7 +144,7 @@ def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict
 def measure(
     runs: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each, all in turn in every round."""
+    """Seconds of each run in each round; in a round all run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-2, rounds):
         for name, run in runs.items():
@@ -157,7 +156,7 @@ def measure(
 
 
 def peak(run: Callable[[], None]) -> float:
-    """MiB that a process of its own gains while it runs this twice."""
+    """MiB by which the peak memory of a new process grows while it calls `run` twice."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -178,12 +177,12 @@ def peak(run: Callable[[], None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="+", help="these of the contenders; ratios are to the first of them")
+    parser.add_argument("--only", nargs="+", help="names of the contenders to run; ratios are to the first")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--minimum", action="store_true", help="the fastest round in place of the median: other work")
-    parser.add_argument("--processor", action="store_true", help="time of the processor, not of the clock: other work")
-    parser.add_argument("--peak", action="store_true", help="memory instead")
-    parser.add_argument("--compile", action="store_true", help="the layer under torch.compile instead, to `layer`")
+    parser.add_argument("--minimum", action="store_true", help="print the fastest round, not the median")
+    parser.add_argument("--processor", action="store_true", help="measure processor time, for a busy machine")
+    parser.add_argument("--peak", action="store_true", help="measure peak MiB above layer and input, in new processes")
+    parser.add_argument("--compile", action="store_true", help="compare the layer with itself under torch.compile")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
     typical = min if args.minimum else statistics.median

@@ -1,13 +1,12 @@
-"""What do thousands of experts on one rank cost, with equal tokens and equal k? Forward and backward.
+"""How much time and memory do thousands of experts need on one rank? Forward and backward, with equal tokens and k.
 
     OMP_NUM_THREADS=1 python benchmarks/many_experts.py
 
-Each row is a fresh process. `build` is the time to make the layer; `step` the median of forward and
-backward with the balance loss, gradients being None before each; both are processor time. `weights` are
-the layer's parameters, as large again as gradients; `peak` is what the process gained over the built
-layer, gradients included. Inherent: weights and gradients in proportion to E, and a gate's matrices of T*E
-scores; `kept` is how many of these autograd holds from forward to backward. The hash gate has none: its
-rows are what all the rest costs.
+Each row is measured in a new process. `build` is the time to make the layer, `step` the median of forward and backward
+with the balance loss. Both are processor time. Gradients are None before each step. `weights` is the memory of the
+parameters, and gradients need as much again. `peak` is the peak memory above the built layer, with gradients. Weights
+and gradients must grow with E, and so must a gate's matrices of T*E scores. `kept` is the number of such matrices that
+autograd keeps for the backward. The hash gate has none, so its rows show the cost of everything else.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MIB = 2**20
 
 
 def row(gate: str, E: int, rounds: int) -> str:
-    """One line of the table, measured here."""
+    """Measure one row of the table in this process."""
     torch.manual_seed(0)
     start = time.process_time()
     layer = MoE(D, H, E, K, gate=gate, experts="gelu")
@@ -57,13 +56,13 @@ def resident() -> float:
 
 
 def kept(layer: MoE, x: Tensor, ids: Tensor) -> int:
-    """Float matrices of T*E saved for backward, each counted once; x itself is none, should E be D."""
+    """Number of float matrices of T*E elements that are saved for the backward, without x, which has T*E if E = D."""
     E, saved = layer.num_experts, {}
 
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
         if tensor.is_floating_point() and tensor.numel() == T * E and len(tensor) == T and address != x.data_ptr():
-            saved[address] = tensor  # held, so that no address comes twice
+            saved[address] = tensor  # kept alive, so that no address is used again
         return tensor
 
     parameters = {p.data_ptr() for p in layer.parameters()}
@@ -76,7 +75,7 @@ def kept(layer: MoE, x: Tensor, ids: Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--row", nargs=2, metavar=("GATE", "E"), help="this row alone, without the table's head")
+    parser.add_argument("--row", nargs=2, metavar=("GATE", "E"), help="measure only this row, and print no head")
     args = parser.parse_args()
     if args.row:
         print(f"| {row(args.row[0], int(args.row[1]), args.rounds)} |", flush=True)

@@ -1,13 +1,12 @@
-"""How much of the travel is hidden behind the experts, in 1, 2 and 4 chunks? Forward and backward.
+"""How much of the all-to-all is hidden behind the experts, with 1, 2 and 4 chunks? Forward and backward.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/overlap.py --png overlap.png
 
-Nothing is assumed: an exchange lasts from the call that starts it to the callback of its completion,
-experts from their first to their last operation. Travel is the time in which an exchange is under way on
-this rank, with its waiting for slower ranks; hidden is the part of it in which experts are computing.
-`step` is forward and backward of the layer's trip. Rounds of all degrees alternate; the table and the picture
-are of rank 0's median round. Ranks of one machine share its cores, and gloo needs them as well: where
-there are fewer cores than ranks, hiding travel takes time from somebody else's experts.
+An exchange lasts from the call that starts it to the callback of its completion. Experts last from their first to their
+last operation. `travel` is the time in which an exchange runs on this rank, including waits for slower ranks. `hidden`
+is the part of it in which experts compute. `step` is dispatch, experts and combine, forward and backward. Rounds of all
+numbers of chunks alternate. Table and picture show rank 0's median round. Ranks of one machine share its cores with
+gloo. With fewer cores than ranks, an overlapped exchange takes time from the experts of other ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """Spans of one round: exchanges of rows (wrapped), and experts, forward and backward."""
+    """Context that records the spans of one round: all-to-alls of rows, and experts in forward and backward."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -51,7 +50,7 @@ class Recorder:
     def __exit__(self, *_) -> None:
         self.end = time.perf_counter()
         dist.all_to_all_single = self.exchange
-        while self.under_way:  # callbacks run in threads of gloo's
+        while self.under_way:  # callbacks run in threads of gloo
             time.sleep(1e-4)
 
     def _exchange(self, *args, **kwargs):
@@ -81,7 +80,7 @@ class Recorder:
 
 
 class Mark(torch.autograd.Function):
-    """The same tensor; `note` is called when its gradient passes."""
+    """Return x unchanged, and call `note` when its gradient is computed."""
 
     @staticmethod
     def forward(ctx, x, note):
@@ -95,7 +94,7 @@ class Mark(torch.autograd.Function):
 
 
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same stretches of time, none overlapping."""
+    """Merge spans that overlap."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -129,7 +128,7 @@ def measure(args) -> dict[int, list[Recorder]]:
 
 
 def shares(recorder: Recorder) -> tuple[float, float, float, float]:
-    """Step, travel, experts and hidden travel of a round, in seconds."""
+    """Seconds of step, travel, experts and hidden travel in a round."""
     travel, busy = (union([s[1:] for s in recorder.spans if s.what == what]) for what in ("travel", "experts"))
     length = [sum(end - start for start, end in spans) for spans in (travel, busy)]
     return recorder.end - recorder.start, *length, common(travel, busy)
@@ -154,11 +153,11 @@ def draw(rounds: dict[int, Recorder], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="on each rank")
+    parser.add_argument("--tokens", type=int, default=4096, help="number of tokens on each rank")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--png", help="draw the timeline into this file")
+    parser.add_argument("--png", help="file for a picture of the timeline")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -1,14 +1,15 @@
-"""How long do ranks of a pipeline wait, and what do they keep meanwhile? Each schedule against its theory.
+"""How large is the bubble of each pipeline schedule, and how many activations do ranks hold? Against theory.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/pipeline.py --png pipeline.png
 
-With ``--work sleep`` a block of the model sleeps as long for its forward as for the gradient of its input and for
-that of its weights: ranks that share cores then wait for one another as ranks with devices of their own do, and what
-is measured is the order of things, with what sending costs. ``--work real`` computes. Spans are from the call to the
-return of a stage's forward and backward, all on the machine's monotonic clock; the bubble is the time of a step, from
-the first to the last of all ranks, over a rank's mean busy time, less one (arXiv:2104.04473, section 2.2). The step
-of least bubble out of some is shown. Memory is what autograd saved and still holds, without parameters, in a step of
-real blocks; its unit is what one micro-batch leaves on the rank, and the rank that holds most counts.
+With ``--work sleep`` a block sleeps equally long for its forward, the gradient of its input, and the gradient of its
+weights. Ranks that share cores then wait for each other as ranks with their own devices do. So the order of work is
+measured, and the cost of sending. ``--work real`` computes.
+
+Spans are from call to return of a stage's forward and backward, on the machine's monotonic clock. The bubble is the
+time of a step over all ranks, divided by a rank's mean busy time, minus one (arXiv:2104.04473, section 2.2). The step
+of the smallest bubble is shown. Memory is what autograd holds in a step of real blocks, without parameters. Its unit is
+the activations of one micro-batch, and the rank with the most memory counts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METHODS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight
 
 @dataclass(frozen=True)
 class Span:
-    kind: str  # forward, backward, or the gradients of inputs and of weights
+    kind: str  # F forward, B backward, or its halves: I gradients of inputs, W gradients of weights
     stage: int
     micro_batch: int
     start: float
@@ -42,7 +43,7 @@ class Span:
 
 
 class Pause(torch.autograd.Function):
-    """x, unchanged; its gradient takes a while."""
+    """Return x unchanged. The backward sleeps for `seconds`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, seconds: float):
@@ -56,7 +57,7 @@ class Pause(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """A block whose forward, gradient of the input and gradient of the weight take equally long."""
+    """Block whose forward, gradient of the input and gradient of the weight take equally long."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Sleeper(nn.Module):
 
 
 class Clock:
-    """Spans of the stages on this rank."""
+    """Records the spans of the stages on this rank."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -87,7 +88,7 @@ class Clock:
 
 
 class Saved:
-    """Bytes that autograd holds for backward: now, at most, and all that it ever took."""
+    """Counts bytes that autograd saves for the backward: held now, held at most, and saved in all."""
 
     def __init__(self) -> None:
         self.now = self.most = self.taken = 0
@@ -96,7 +97,7 @@ class Saved:
         return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda box: box[0])
 
     def _keep(self, x: Tensor):
-        # Not x itself: an operation's output would lead back to it, and half a backward does not break the circle.
+        # detached: an operation's output refers to its graph, and half a backward does not break that cycle
         box = _Box([x.detach()])
         if not isinstance(x, nn.Parameter):
             self.now, self.taken = self.now + x.nbytes, self.taken + x.nbytes
@@ -109,7 +110,7 @@ class Saved:
 
 
 class _Box(list):
-    """A list that can be referred to weakly."""
+    """List that allows weak references."""
 
     __hash__ = object.__hash__
 
@@ -127,11 +128,11 @@ def build(schedule: str, micro_batches: int, seconds: float | None) -> Pipeline:
 
 
 def timed(schedule: str, micro_batches: int, seconds: float | None, clock: Clock, steps: int) -> tuple[float, list]:
-    """(bubble, spans of each rank) of the step of least bubble."""
+    """Run some steps, and return (bubble, spans of each rank) of the step with the smallest bubble."""
     pipeline = build(schedule, micro_batches, seconds)
     tokens = torch.zeros(4 * micro_batches, CONFIG.seq_len, dtype=torch.int64)
     found = []
-    for step in range(steps + 1):  # the first sets up connections
+    for step in range(steps + 1):  # the first one sets up connections, and does not count
         dist.barrier()
         clock.spans.clear()
         pipeline.step(tokens, tokens)
@@ -146,7 +147,7 @@ def timed(schedule: str, micro_batches: int, seconds: float | None, clock: Clock
 
 
 def held(schedule: str, micro_batches: int) -> float:
-    """Most that a rank holds for backward, in what one micro-batch leaves there."""
+    """Most activations that a rank holds for the backward, in units of one micro-batch."""
     pipeline, saved = build(schedule, micro_batches, None), Saved()
     tokens = torch.zeros(4 * micro_batches, CONFIG.seq_len, dtype=torch.int64)
     with saved.watch():
@@ -157,7 +158,7 @@ def held(schedule: str, micro_batches: int) -> float:
 
 
 def theory(schedule: str, p: int, v: int, m: int) -> tuple[float, float]:
-    """(bubble, micro-batches held), where forward and both halves of backward take equally long."""
+    """Theoretical (bubble, micro-batches held) if forward and both halves of backward take equally long."""
     return {
         "gpipe": ((p - 1) / m, m),
         "1f1b": ((p - 1) / m, min(m, p)),
@@ -199,10 +200,10 @@ def draw(path: str, shown: dict[str, list[list[Span]]], p: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", choices=("sleep", "real"), default="sleep")
-    parser.add_argument("--milliseconds", type=float, default=20, help="that a block sleeps, three times")
+    parser.add_argument("--milliseconds", type=float, default=20, help="time that a block sleeps, three times a step")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=(4, 8, 16))
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--png", help="draw the time line of the second number of micro-batches, or the only one")
+    parser.add_argument("--png", help="file for a picture of the timeline with the second --micro-batches, or the only")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     p, clock, shown = dist.get_world_size(), Clock(), {}

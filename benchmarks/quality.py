@@ -1,9 +1,9 @@
-"""Does a mixture of experts learn better than a dense model of equal active FLOPs? The main job, run many times.
+"""Does an MoE model learn better than a dense model of equal active FLOPs? The main job, with many settings.
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py --workers 2
 
-Runs what is missing under --out, one process a run, one rank and one thread each; started again it goes on.
-Prints the tables of docs/records/quality.md, which has the protocol. A run is the flags it is named by.
+It makes all runs that are missing under --out, each in one process with one rank and one thread. Start it again to
+continue. It prints the tables of docs/records/quality.md, which has the protocol. A run's folder is named by its flags.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = (
     "--balance global --steps 1000 --batch 16 --seq 128 --warmup 50 --eval-every 250 --eval-size 512 --save-every 1000"
 )
-RATES = (1e-3, 2e-3, 4e-3)  # tried for both, with seed 0; the best one is used
+RATES = (1e-3, 2e-3, 4e-3)  # tried for both models with seed 0; the best one is used
 SEEDS = (0, 1, 2)
 MODELS = {"dense": "--dense", "MoE": ""}
 LONGER = "--steps 4000 --eval-every 500"
-LONG_MODELS = MODELS | {"MoE, aux 0.1": "--aux-weight 0.1"}  # the balance loss that did better in 1,000 steps
+LONG_MODELS = MODELS | {"MoE, aux 0.1": "--aux-weight 0.1"}  # the weight that was best in 1,000 steps
 VARIANTS = {
     "topk, top-2 of 8, dropless, aux 0.01": "",
     "capacity 1.25": "--capacity-factor 1.25",
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 class Runs:
-    """Results by flags, made when they are missing."""
+    """Results of runs by their flags. Missing runs are made."""
 
     def __init__(self, out: Path, workers: int) -> None:
         self.out, self.pool = out, ThreadPoolExecutor(workers)
@@ -95,10 +95,10 @@ HEAD = """| {} | bits per byte | standard deviation | seeds | dropped | imbalanc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--variant-seeds", type=int, default=1, help="seeds of each routing variant")
+    parser.add_argument("--workers", type=int, default=1, help="number of runs at a time")
+    parser.add_argument("--variant-seeds", type=int, default=1, help="number of seeds of each routing variant")
     parser.add_argument("--long-seeds", type=int, nargs="*", default=[0], help="seeds of the runs of 4,000 steps")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="routing variants, by name")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of the routing variants to run")
     args = parser.parse_args()
     runs = Runs(args.out.resolve(), args.workers)
 

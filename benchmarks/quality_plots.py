@@ -1,4 +1,4 @@
-"""Draws the picture of docs/guides/choosing.md from the runs that benchmarks/quality.py made.
+"""Draws the picture of docs/guides/choosing.md from the runs of benchmarks/quality.py.
 
 python benchmarks/quality_plots.py            # runs/quality -> docs/images
 """
@@ -21,7 +21,7 @@ CAPACITY = ("capacity 1.0", "capacity 1.25", "gshard, capacity 1.25", "switch, c
 
 
 def log(runs: Path, flags: str) -> dict[str, list] | None:
-    """Curves of a run over `step`: `dropped` and `imbalance`."""
+    """Curves of a run, `dropped` and `imbalance`, with their `step`; None if the run is missing."""
     path = folder_of(runs, flags) / "log.jsonl"
     if not path.exists():
         return None

@@ -1,14 +1,14 @@
-"""Which transport is fastest, and what does each put on the wire? Trips of a layer, forward and backward.
+"""Which transport is fastest, and how many bytes does each send? Dispatch and combine, forward and backward.
 
-    python benchmarks/transports_report.py           # all clusters of docs/records/transports.md: runs this file
+    python benchmarks/transports_report.py           # runs this file on all clusters of docs/records/transports.md
     python benchmarks/cluster/emulate.py --nodes 4 --ranks 2 --rate 100mbit --delay 0.2ms -- benchmarks/transports.py
     torchrun --nnodes 4 --nproc-per-node 8 ... benchmarks/transports.py --interface eth0        # a real cluster
 
-A trip is `dispatch`, experts that only multiply by the weight, `combine`, and the backward of all that. A message
-size of B bytes means tokens of B bytes on each rank; k times as many leave it. All transports run in turn in each
-round; times are medians over rounds, of the slowest rank, after a barrier. Bytes are what the interface's counter
-says all nodes have sent in the timed trips, headers and acknowledgements included, over the number of trips. What
-`dispatcher="auto"` would choose after probing the same links is recorded beside them.
+A step is `dispatch`, experts that only multiply by the weight, `combine`, and the backward of all that. A size of B
+bytes means tokens of B bytes on each rank, which sends k times as many. All transports run in turn in each round. Times
+are medians over rounds, of the slowest rank, after a barrier. Bytes per step come from the network interfaces' counters
+and are sums over nodes, with headers and acknowledgements. The results include the transport that `dispatcher="auto"`
+chooses after it has measured the same links.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ SIZES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]
 
 
 def routing(tokens: int, k: int, skewed: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """expert [T, k] without repetition, weight [T, k]. Skewed: expert i is picked like 1 / (its place in a shuffle)."""
+    """Random routing: expert [T, k] without repetition, and weight [T, k].
+
+    If skewed, the probability of an expert is proportional to 1 / (its position in a random order of all experts).
+    """
     g = torch.Generator().manual_seed(seed)
     share = torch.ones(EXPERTS)
     if skewed:
@@ -46,16 +49,16 @@ def routing(tokens: int, k: int, skewed: bool, seed: int) -> tuple[Tensor, Tenso
 
 
 def row_bytes(size: int) -> int:
-    """Of a float32 row: short ones where messages are small, so that there are some."""
+    """Bytes of a float32 row. Rows are short for small messages, so that there are several."""
     return 256 if size <= 2**14 else 4096
 
 
-def trip(dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, grad: Tensor) -> None:
+def run_step(dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, grad: Tensor) -> None:
     dispatcher(x, plan, weight, lambda rows, weight, counts: rows * weight.unsqueeze(1)).backward(grad)
 
 
 def messages(fn: Callable[[], None], local: int) -> int:
-    """Pieces that are not empty and go to ranks of other nodes while fn() runs, over all ranks."""
+    """Number of messages to other nodes that are not empty, while fn() runs, over all ranks."""
     sent, exchange = 0, dist.all_to_all_single
 
     def counting(out, tensor, recv=None, send=None, group=None, **options):
@@ -78,7 +81,7 @@ def total(value: float, op=dist.ReduceOp.SUM) -> float:
 
 
 def sent(interface: str) -> int:
-    """Bytes this node has sent; 0 on all its ranks but the first."""
+    """Bytes that this node has sent, on its first rank; 0 on its other ranks."""
     if int(os.environ["LOCAL_RANK"]):
         return 0
     with open("/proc/self/net/dev") as counters:
@@ -86,7 +89,7 @@ def sent(interface: str) -> int:
 
 
 def crossing(expert: Tensor, nodes: int, node: int) -> tuple[int, int]:
-    """Assignments of tokens [T, k] to experts of other nodes, and distinct (token, other node) pairs."""
+    """Number of assignments [T, k] to experts of other nodes, and of distinct pairs (token, other node)."""
     home = expert // (EXPERTS // nodes)
     pairs = torch.zeros(len(expert), nodes, dtype=torch.bool).scatter_(1, home, True)
     pairs[:, node] = False
@@ -105,22 +108,22 @@ def measure(
     rows = [total(n) for n in crossing(expert, nodes, rank // local)]
     found: dict[str, dict] = {}
     for name, dispatcher in dispatchers.items():
-        run = (lambda d: lambda: trip(d, x, plan, weight, grad))(dispatcher)
+        run = (lambda d: lambda: run_step(d, x, plan, weight, grad))(dispatcher)
         count = messages(run, local)
         start = time.perf_counter()
         run()
         once = total(time.perf_counter() - start, dist.ReduceOp.MAX)
-        needs = 4 * 4 * width * rows[name == "node"]  # rows of float32, there and back, twice
-        found[name] = {"run": run, "trips": max(1, min(20, int(0.2 / once))), "seconds": [], "sent": 0.0}
+        needs = 4 * 4 * width * rows[name == "node"]  # float32 rows: dispatch and combine, forward and backward
+        found[name] = {"run": run, "steps": max(1, min(20, int(0.2 / once))), "seconds": [], "sent": 0.0}
         found[name] |= {"messages": count, "needs": needs}
     for _ in range(rounds):
         for case in found.values():
             dist.barrier()
             before, start = sent(interface), time.perf_counter()
-            for _ in range(case["trips"]):
+            for _ in range(case["steps"]):
                 case["run"]()
-            case["seconds"].append(total((time.perf_counter() - start) / case["trips"], dist.ReduceOp.MAX))
-            case["sent"] += total((sent(interface) - before) / case["trips"] / rounds)
+            case["seconds"].append(total((time.perf_counter() - start) / case["steps"], dist.ReduceOp.MAX))
+            case["sent"] += total((sent(interface) - before) / case["steps"] / rounds)
     for case in found.values():
         case["seconds"] = statistics.median(case["seconds"])
         del case["run"]
@@ -133,10 +136,10 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--skewed", action="store_true", help="skewed routing; uniform otherwise")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cap", type=float, default=4.0, help="leave out trips predicted to take more seconds")
-    parser.add_argument("--interface", default="eth0")
-    parser.add_argument("--link", default="", help="a name for what is measured, for the record")
-    parser.add_argument("--out", help="append the results to this file, a line of JSON for each case")
+    parser.add_argument("--cap", type=float, default=4.0, help="leave out steps predicted to take more seconds")
+    parser.add_argument("--interface", default="eth0", help="network interface between the nodes")
+    parser.add_argument("--link", default="", help="name of the link, for the results")
+    parser.add_argument("--out", help="file to append the results to, one line of JSON per case")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -155,7 +158,7 @@ def main() -> None:
         predicted = profile.predict(message)
         if max(predicted.values()) > args.cap:
             if not dist.get_rank():
-                print(f"{what}: left out, about {max(predicted.values()):.0f} s a trip", flush=True)
+                print(f"{what}: left out, about {max(predicted.values()):.0f} s per step", flush=True)
             continue
         found = measure(dispatchers, size, k, args.skewed, args.rounds, args.interface, nodes)
         if not dist.get_rank():

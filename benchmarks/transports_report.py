@@ -1,9 +1,9 @@
-"""The table of docs/records/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
+"""Makes the table of docs/records/transports.md: runs benchmarks/transports.py on emulated clusters, as root.
 
     python benchmarks/transports_report.py                  # half an hour; appends to runs/transports.jsonl, prints all
     python benchmarks/transports_report.py --only-print
 
-A case that is in the file already is not measured again.
+Cases that are in the file are not measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LINKS = {
     "100 Mbit/s, 1 ms a frame": "--rate 100mbit --delay 0.2ms --frame 1ms",
 }
 FRAMES, SMALL = "100 Mbit/s, 1 ms a frame", "--sizes 1024 16384 131072 --k 2 8 --cap 8"
-RUNS = [  # nodes, ranks in each, link, options of benchmarks/transports.py
+RUNS = [  # number of nodes, ranks per node, link, options of benchmarks/transports.py
     (4, 2, "25 Mbit/s", "--sizes 1024 16384 131072 524288 --cap 10"),
     (4, 2, "25 Mbit/s", "--skewed --sizes 16384 131072 --k 4 8 --cap 8"),
     (4, 2, FRAMES, SMALL),
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, default=ROOT / "runs" / "transports.jsonl")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only-print", action="store_true", help="from what the file has")
+    parser.add_argument("--only-print", action="store_true", help="print the results in the file, and measure nothing")
     args = parser.parse_args()
     if not args.only_print:
         measure(args.file, args.rounds)

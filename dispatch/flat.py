@@ -61,7 +61,8 @@ class FlatDispatcher(SteppedDispatcher):
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         to = rearrange(plan.counts, "(w l) -> w l", w=self.size)
-        came, send, recv, capacity = yield from self._exchange_sizes(to, Note.tensor(x, weight, plan), plan.visit)
+        note, equal = Note.tensor(x, weight, plan), self.equal_tokens == "check" and not plan.follows_load
+        came, send, recv, capacity = yield from self._exchange_sizes(to, note, plan.visit, equal)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
@@ -92,6 +93,11 @@ class FlatDispatcher(SteppedDispatcher):
 
     def is_static(self, plan: Plan) -> bool:
         """Where equal tokens are promised, a padded plan."""
+        if self.equal_tokens is True and plan.follows_load:
+            raise ValueError(
+                'Capacity("as needed") differs between ranks, which equal_tokens=True leaves them no exchange to agree '
+                "on: set equal_tokens=False"
+            )
         return self.equal_tokens is True and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
@@ -102,7 +108,7 @@ class FlatDispatcher(SteppedDispatcher):
         yield Ready()
 
     def _exchange_sizes(
-        self, to: Tensor, note: Tensor, visit: Visit | None = None
+        self, to: Tensor, note: Tensor, visit: Visit | None = None, equal: bool = False
     ) -> Steps[tuple[Tensor, list[int], list[int], int | None]]:
         """to int64 [W, L], note -> sizes that came [W, L], send and recv splits, agreed capacity."""
         notes = repeat(note, "n -> w n", w=self.size)
@@ -111,5 +117,5 @@ class FlatDispatcher(SteppedDispatcher):
         host = yield Read(torch.cat([to.sum(1), came.sum(1), notes.flatten()]))  # the one host sync
         send, recv, notes = host[: self.size], host[self.size : 2 * self.size], host[2 * self.size :]
         every = [notes[i : i + NOTE] for i in range(0, len(notes), NOTE)]
-        capacity = agree(every, visit, self.equal_tokens == "check")
+        capacity = agree(every, visit, equal)
         return came, send, recv, capacity

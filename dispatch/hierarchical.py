@@ -113,7 +113,8 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def _dispatch_sized(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         note = Note.tensor(x, weight, plan)
-        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note, plan.visit)
+        equal = self.equal_tokens == "check" and not plan.follows_load
+        sizes, capacity = yield from self._exchange_sizes(self._by_rank(plan.counts), note, plan.visit, equal)
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         return (yield from self._carry(x, plan, weight, sizes))
@@ -130,6 +131,11 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def is_static(self, plan: Plan) -> bool:
         """Where equal tokens are promised, a padded plan."""
+        if self.equal_tokens is True and plan.follows_load:
+            raise ValueError(
+                'Capacity("as needed") differs between ranks, which equal_tokens=True leaves them no exchange to agree '
+                "on: set equal_tokens=False"
+            )
         return self.equal_tokens is True and plan.capacity is not None
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
@@ -144,7 +150,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         return rearrange(counts, "(n l e) -> n l e", n=nodes, l=places)
 
     def _exchange_sizes(
-        self, leaving: Tensor, note: Tensor, visit: Visit | None = None
+        self, leaving: Tensor, note: Tensor, visit: Visit | None = None, equal: bool = False
     ) -> Steps[tuple[_Sizes, int | None]]:
         """leaving [n, l, e] and this rank's note -> the sizes of the whole trip, and the capacity all agree on."""
         nodes, places = self.shape
@@ -160,7 +166,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
         host = iter((yield Read(torch.cat([*sums, notes.flatten()]))))  # the one host sync
         to_local, from_local, to_node, from_node = (list(islice(host, len(s))) for s in sums)
         notes = [list(islice(host, NOTE)) for _ in range(nodes * places)]
-        capacity = agree(notes, visit, self.equal_tokens == "check")
+        capacity = agree(notes, visit, equal)
         rows = sum(to_local), sum(from_local), sum(from_node)
         return _Sizes(leaving, passing, arriving, rows, (to_local, from_local), (to_node, from_node)), capacity
 

@@ -46,6 +46,7 @@ class Plan:
         capacity: rows of every expert when padded, None when ragged.
         place: the layer it is made for, if `parallelize` has given it one.
         visit: the forward of that layer, from the moment its rows travel on.
+        follows_load: `capacity` is what this rank's loads need, so that ranks have to agree on the largest.
 
     >>> plan = Plan.of(torch.tensor([[1, 0], [1, -1]]), num_experts=2)
     >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
@@ -59,6 +60,7 @@ class Plan:
     capacity: int | None = None
     place: Place | None = None
     visit: Visit | None = None
+    follows_load: bool = False
 
     @classmethod
     def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None, place: Place | None = None) -> Plan:

@@ -1,4 +1,4 @@
-"""The curves of a run, for TensorBoard."""
+"""Scalars and histograms of a run, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from turnout.moe import MoE
 
 
 def tensorboard(out: Path, first: int) -> Board:
-    """A writer for TensorBoard; what an earlier run wrote after step `first` is hidden."""
+    """Writer for TensorBoard. It hides events after step `first`, which an earlier job wrote and this one repeats."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     return Board(SummaryWriter(str(out / "tensorboard"), purge_step=first + 1))
 
 
 class Board:
-    """Writes events of the log."""
+    """Writes events of the log to TensorBoard."""
 
     def __init__(self, writer) -> None:
         self.writer = writer
@@ -35,7 +35,7 @@ class Board:
         for name, value in scalars.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
-        for index, counts in enumerate(event["tokens"]):  # one bucket an expert
+        for index, counts in enumerate(event["tokens"]):  # one bucket per expert
             self.writer.add_histogram_raw(
                 f"tokens per expert/MoE layer {index + 1}", min=0, max=len(counts) - 1, num=sum(counts),
                 sum=sum(e * n for e, n in enumerate(counts)), sum_squares=sum(e * e * n for e, n in enumerate(counts)),
@@ -53,7 +53,7 @@ class Board:
 
 
 def routers(model: ParallelModel) -> dict[str, Tensor]:
-    """Parameters of the gates of this rank's MoE layers, by name. A dense SwiGLU block has a `gate`, too: no router."""
+    """Router parameters of this rank's MoE layers, by name. (The `gate` of a dense SwiGLU block is no router.)"""
     found: dict[str, Tensor] = {}
     for part in model.parts:
         for name, layer in part.named_modules():

@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 4 examples/finetune_hf.py
     torchrun --standalone --nproc-per-node 4 examples/finetune_hf.py --family qwen3_moe --steps 50
-    python examples/finetune_hf.py --model runs/finetune_hf --steps 20     # go on with what it wrote, on one rank
+    python examples/finetune_hf.py --model runs/finetune_hf --steps 20     # continue from the saved model, on one rank
 
-The model is a small new one of the family, whose tokens are bytes: nothing is downloaded. The text is the source of the
-running Python's standard library, or --data. Losses do not depend on the number of ranks.
+The model is a small new one of the family, with bytes as tokens: nothing is downloaded. The text is the source of
+Python's standard library, or the files of --data. Losses do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from turnout.models.hf import replace_moe, save_pretrained
 from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
-# Of a small model. A family has its own names for some of these, and takes those that it knows.
+# Sizes of a small model. Families have different names for some of them, so each takes the names that it knows.
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -60,27 +60,30 @@ SIZES = {
 
 
 def build(job: Namespace) -> nn.Module:
-    """The model, as transformers has it."""
+    """Build or load the model with transformers."""
     if job.model:
         return AutoModelForCausalLM.from_pretrained(job.model)
     known = {name: size for name, size in SIZES.items() if hasattr(AutoConfig.for_model(job.family), name)}
-    torch.manual_seed(job.seed)  # alike on every rank
+    torch.manual_seed(job.seed)  # the same weights on every rank
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(job.family, **known))
 
 
 def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
-    """Train, save to `job.out`, and read it back: the losses."""
+    """Train, save to `job.out`, load it with transformers, and return the losses."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if job.batch % (ranks * job.accumulate):
-        raise ValueError(f"--batch {job.batch} does not split over {ranks} ranks x --accumulate {job.accumulate}")
+        raise ValueError(
+            f"--batch ({job.batch}) must be a multiple of {ranks * job.accumulate} = {ranks} ranks x --accumulate "
+            f"({job.accumulate})"
+        )
     mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("ep",))
     model = build(job).to(device)
     parallelize(replace_moe(model), mesh)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        layer.balance = Balance(job.aux_weight, over="sequence")  # in place of the family's loss, if it has one
+        layer.balance = Balance(job.aux_weight, over="sequence")  # replaces the balance loss of the family
     optimizer = AdamW(param_groups(model), lr=job.lr, betas=(0.9, 0.95))
 
-    losses, tokens = [], job.batch * job.seq  # of all ranks in a step: what a sum of losses is divided by
+    losses, tokens = [], job.batch * job.seq  # tokens of all ranks in a step, to divide sums of losses by
     for step in range(job.steps):
         model.train()
         mine = corpus.batch(text[0], job.seed, step, job.batch, job.seq, rank, ranks, job.accumulate).to(device)
@@ -96,13 +99,13 @@ def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> 
         dist.all_reduce(total)
         losses.append(float(total))
         if (step + 1) % job.log_every == 0 or step + 1 == job.steps:
-            launch.say(f"step {step + 1}: loss {losses[-1]:.4f} nats a byte")
+            launch.say(f"step {step + 1}: loss {losses[-1]:.4f} nats per byte")
 
     before = evaluate(job, model, corpus.held_out(text[1], job.batch, job.seq, rank, ranks).to(device))
     dist.all_reduce(before)
-    save_pretrained(model, job.out)  # and the training could go on
+    save_pretrained(model, job.out)  # the model is unchanged, and training could continue
     figures: dict[str, Any] = {"losses": losses, "held_out": float(before) / tokens}
-    if rank == 0:  # the files are transformers' own
+    if rank == 0:  # transformers alone loads the files
         plain = AutoModelForCausalLM.from_pretrained(job.out).to(device)
         after = evaluate(job, plain, corpus.held_out(text[1], job.batch, job.seq, 0, 1).to(device))
         figures["held_out_by_transformers"] = float(after) / tokens
@@ -111,7 +114,7 @@ def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> 
 
 @torch.no_grad()
 def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
-    """The sum of the losses of this rank's sequences [n, S + 1], of a few at a time."""
+    """Sum of the losses of this rank's sequences, int64 [n, S + 1], a few sequences at a time."""
     model.eval()
     parts = held_out.split(max(1, job.batch // job.accumulate))
     return torch.stack([model(input_ids=part, labels=part, num_items_in_batch=1).loss for part in parts]).sum()
@@ -119,18 +122,18 @@ def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="mixtral", help="model_type of a model in docs/guides/hugging_face.md")
-    parser.add_argument("--model", help="a checkpoint of transformers, in place of a new model; its tokens are bytes")
-    parser.add_argument("--out", default="runs/finetune_hf", help="folder of the trained model")
-    parser.add_argument("--data", nargs="+", help="text files and folders; none: the standard library's source")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=32, help="sequences in a step, on all ranks together")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches in a step")
-    parser.add_argument("--seq", type=int, default=128, help="bytes in a sequence")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--aux-weight", type=float, default=1e-2, help="of the balance loss")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=10)
+    parser.add_argument("--family", default="mixtral", help="model_type of a family in docs/guides/hugging_face.md")
+    parser.add_argument("--model", help="folder of a saved model to start from, with bytes as tokens")
+    parser.add_argument("--out", default="runs/finetune_hf", help="folder to save the trained model to")
+    parser.add_argument("--data", nargs="+", help="text files and folders to train on (default: Python's own source)")
+    parser.add_argument("--steps", type=int, default=100, help="number of optimizer steps")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step, on all ranks together")
+    parser.add_argument("--accumulate", type=int, default=2, help="number of micro-batches in a step")
+    parser.add_argument("--seq", type=int, default=128, help="number of bytes in a sequence")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--aux-weight", type=float, default=1e-2, help="weight of the load-balancing loss")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the data")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between two log lines")
     return parser.parse_args(argv)
 
 

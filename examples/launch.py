@@ -1,4 +1,4 @@
-"""How a rank starts under torchrun, or alone, and how it is told to stop."""
+"""Start and end of a rank, under torchrun or alone: process group, SIGTERM, and where a failed job was."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-# torchrun's variables, read here alone
+# torchrun's variables; no other file reads them
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LAUNCHED = "WORLD_SIZE" in os.environ
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 RANKS_PER_NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-START = timedelta(minutes=10)  # that a rank waits for the others to start: machines differ in how fast they import
-GRACE = 4.0  # seconds that a rank which fails waits for word of the others
+START = timedelta(minutes=10)  # wait for all ranks to start; imports take longer on some machines
+GRACE = 4.0  # seconds that a failing rank waits for reports of the others
 
 
 @contextmanager
 def process_group(timeout: timedelta) -> Iterator[torch.device]:
-    """The group of all ranks, and this rank's device. What waits longer than `timeout` for another rank raises."""
+    """Context with a process group of all ranks; yields this rank's device. Collectives raise after `timeout`."""
     if device := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     store = _store(START) if LAUNCHED else dist.HashStore()
@@ -44,21 +44,21 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
         yield torch.device("cuda", torch.cuda.current_device()) if device else torch.device("cpu")
     finally:
         dist.destroy_process_group()
-        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process ("terminate called
-        # without an active exception", torch 2.13); it ends with its group. Meshes lie in cycles and hold groups.
-        # (Those that DTensor's caches keep stay; they have this time to let go.)
+        # If a gloo thread frees a tensor while the interpreter exits, the process aborts ("terminate called without an
+        # active exception", torch 2.13). The thread ends with its group, and meshes in reference cycles hold groups:
+        # collect them now. Groups in DTensor's caches stay, but have this time to free their tensors.
         gc.collect()
 
 
 def _store(timeout: timedelta) -> dist.Store:
     store, _, _ = next(rendezvous("env://", timeout=timeout))
-    if NODES == 1:  # a restarted rank must not find the addresses of the one before; for more nodes see docs
+    if NODES == 1:  # a restarted rank must not find old addresses; for several nodes see docs/guides/cluster.md
         store = dist.PrefixStore(f"start {RESTARTS}", store)
     return store
 
 
 def _all_started(store: dist.Store) -> None:
-    """Wait for all ranks, so that a group may have a short timeout from its first operation on."""
+    """Wait until all ranks have started, so that the process group may have a short timeout."""
     started = [f"started/{rank}" for rank in range(RANKS)]
     store.set(started[RANK], "")
     try:
@@ -69,7 +69,7 @@ def _all_started(store: dist.Store) -> None:
 
 
 class Stop:
-    """Has any rank been told to stop (SIGTERM)? Asked when a step begins, answered when it ends, so that none waits."""
+    """Tells all ranks if any got SIGTERM. An all-reduce starts with a step and is read at its end, so none waits."""
 
     def __init__(self) -> None:
         self._told = False
@@ -88,22 +88,22 @@ class Stop:
 
 
 def launcher() -> str | None:
-    """Names the torchrun process that started this rank, which outlives restarts; None without torchrun."""
+    """Identity of the torchrun process of this rank, the same after a restart of the rank; None without torchrun."""
     if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
         return None
     return f"{socket.gethostname()} {os.getppid()} {_stat(os.getppid())[_STARTED:][:1]} {run}"
 
 
 def parent(process: int) -> int | None:
-    """The process that started another on this machine, or took it over; None if there is no such process."""
+    """Parent of a process on this machine; None if there is no such process."""
     return int(stat[_PARENT]) if (stat := _stat(process)) else None
 
 
-_PARENT, _STARTED = 1, 19  # places in what `_stat` returns
+_PARENT, _STARTED = 1, 19  # indices of parent and start time in the result of `_stat`
 
 
 def _stat(process: int) -> list[str]:
-    """What Linux tells of a process, from its state on; nothing elsewhere, or if there is no such process."""
+    """Fields of a process's /proc/PID/stat, from its state on; [] on other systems, or if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -111,7 +111,7 @@ def _stat(process: int) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """Have Linux send this rank SIGTERM when torchrun is gone, so that not even a killed one leaves orphans."""
+    """Make Linux send this rank SIGTERM when torchrun ends, so that even a killed torchrun leaves no orphans."""
     if not LAUNCHED or sys.platform != "linux":
         return
     before = os.getppid()
@@ -121,15 +121,15 @@ def end_with_launcher() -> None:
 
 
 def say(text: str, every_rank: bool = False) -> None:
-    """A line on standard error."""
+    """Print a line to standard error, on rank 0 or on every rank."""
     if every_rank or RANK == 0:
         print(f"rank {RANK}: {text}" if every_rank else text, file=sys.stderr, flush=True)
 
 
 def once(text: str) -> None:
-    """A line on standard error that all ranks may have to say before they end: the first one says it."""
+    """Print a line to standard error once, though all ranks call this: the first one prints it."""
     said = False
-    with suppress(Exception):  # without a store to ask, better twice than not at all
+    with suppress(Exception):  # without a store each rank prints it
         if LAUNCHED:
             known = dist.is_initialized()
             store = dist.distributed_c10d._get_default_store() if known else _store(timedelta(seconds=10))
@@ -138,24 +138,25 @@ def once(text: str) -> None:
             if not said:
                 say(text, every_rank=True)
             said = True
-            if RANK == 0:  # the store may be in this process
+            if RANK == 0:  # the store may live in this process: keep it for the others
                 _wait_for(store, key, RANKS)
     if not said:
         say(text, every_rank=True)
 
 
 def _wait_for(store: dist.Store, key: str, ranks: int) -> None:
-    """Until so many ranks have added 1 to a key, or GRACE is over."""
+    """Wait until this many ranks have added 1 to a key, or until GRACE is over."""
     end = time.monotonic() + GRACE
     while store.add(key, 0) < ranks and time.monotonic() < end:
         time.sleep(0.05)
 
 
 def flight_record(out: Path) -> Path | None:
-    """Write what torch's flight recorder knows of this rank's last collectives; None if this torch has none.
+    """Write the record of this rank's last collectives, from torch's flight recorder; None if this torch has none.
 
-    Each entry has the collective, its group, its number in the group, sizes and state: ranks that wait for each other
-    differ there. On a GPU torch's watchdog writes its own at a timeout, for `torchfrtrace`, to TORCH_FR_DUMP_TEMP_FILE.
+    Each entry has the collective, its group, its number in the group, sizes and state. Compare ranks that wait for each
+    other. On a GPU, torch's watchdog writes a record of its own at a timeout, for `torchfrtrace`, to the file of
+    TORCH_FR_DUMP_TEMP_FILE.
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     if dump is None:
@@ -163,17 +164,17 @@ def flight_record(out: Path) -> Path | None:
     file = out / "flight" / f"rank-{RANK}.json"
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(dump(True, False))  # all collectives, not only those under way
+        file.write_bytes(dump(True, False))  # finished collectives as well
         return file
     return None
 
 
 class Place:
-    """Where in the job this rank is; if it fails, the ranks tell each other.
+    """Current step and phase of this rank. If the job fails, ranks exchange them.
 
     Attributes:
-        step: counted from 1; 0 before the first one.
-        phase: what the rank does there.
+        step: number of the step, from 1; 0 before the first one.
+        phase: part of the step, such as "training" or "the checkpoint".
     """
 
     def __init__(self) -> None:
@@ -186,35 +187,35 @@ class Place:
         return f"step {self.step}, in {self.phase}"
 
     def failed(self) -> str:
-        """A sentence: where this rank failed, where the others did, and which of them gave no word.
+        """Sentence that says where this rank failed, where the others did, and which of them do not answer.
 
-        Called within `process_group`, on each rank that fails. It takes `GRACE` seconds if a rank is silent.
+        Each rank that fails calls it, inside `process_group`. It takes `GRACE` seconds if a rank does not answer.
         """
         heard = {RANK: str(self)}
-        told: list[int] = []
+        answered: list[int] = []
 
         def listen() -> None:
-            with suppress(Exception):  # the process with the store may be the one that has ended
+            with suppress(Exception):  # the process of the store may have ended
                 store = dist.distributed_c10d._get_default_store()
                 store.set(f"failed/{RANK}", str(self))
                 store.add("failed", 1)
                 _wait_for(store, "failed", RANKS)
-                told.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
-                heard.update({rank: store.get(f"failed/{rank}").decode() for rank in told})
+                answered.extend(rank for rank in range(RANKS) if store.check([f"failed/{rank}"]))
+                heard.update({rank: store.get(f"failed/{rank}").decode() for rank in answered})
                 store.add("heard", 1)
-                if RANK == 0:  # the store may be in this process
-                    _wait_for(store, "heard", len(told))
+                if RANK == 0:  # the store may live in this process: keep it for the others
+                    _wait_for(store, "heard", len(answered))
 
-        thread = Thread(target=listen, daemon=True)  # a store whose process is stopped never answers
+        thread = Thread(target=listen, daemon=True)  # a thread, since a store whose process is stopped never answers
         thread.start()
         thread.join(2 * GRACE)
         words = [f"failed at {self}"]
         for place in sorted(set(heard.values()) - {str(self)}):
             words.append(f"{_ranks([r for r in heard if heard[r] == place])} failed at {place}")
-        if not told:
+        if not answered:
             words.append("the store of the ranks (torchrun's, or rank 0's) does not answer")
         elif silent := [rank for rank in range(RANKS) if rank not in heard]:
-            words.append(f"no word from {_ranks(silent)}: dead, stopped or cut off")
+            words.append(f"no answer from {_ranks(silent)}: dead, stopped or cut off")
         return "; ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""log.jsonl, the one log of a run: a JSON object a line, written as things happen. Keys: docs/guides/training.md."""
+"""Writer of a run's log, log.jsonl: one JSON object per line. Its keys are in docs/guides/training.md."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 import launch
-from meter import told
+from meter import usage_line
 
 
 class Log:
-    """Appends events to a file, on rank 0; other ranks write nothing.
+    """Appends events to a file, on rank 0. Other ranks write nothing.
 
-    In `with`, an error that ends the job becomes the last line.
+    Used in `with`, it writes an error that ends the job as the last line.
 
     Attributes:
-        last: the newest event of each kind, those of the job that this one goes on from included.
+        last: newest event of each kind, including events of the job that this one resumes.
     """
 
     def __init__(self, path: Path, place: launch.Place) -> None:
@@ -29,9 +29,9 @@ class Log:
         self._file: TextIO | None = None  # opened by the first event
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append an event at once, and return it; NaN and infinity become null.
+        """Append an event at once, and return it. NaN and infinity become null.
 
-        A line that cannot be written is no reason to end a job: it says so, and the next event tries again.
+        If the line cannot be written, the job reports that and goes on.
         """
         line = {"event": event, "step": step, "time": time.time(), **finite(values)}
         if launch.RANK == 0:
@@ -49,10 +49,10 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._file is None:
-            return  # it failed before it began, and the file may be another run's
+            return  # nothing was logged yet, and the file may belong to another run
         if error is not None:
             self.write("end", self.place.step, reason=f"{self.place}: {type(error).__name__}: {error}")
-        with suppress(OSError):  # that has been said
+        with suppress(OSError):  # `write` has reported it
             self._file.close()
 
     def _open(self, step: int) -> TextIO:
@@ -60,20 +60,20 @@ class Log:
         before = self.path.read_text() if self.path.exists() else ""
         self.last = {each["event"]: each for each in parsed(before) if each["step"] <= step} | self.last
         self._file = open(self.path, "a")  # noqa: SIM115  as long as the job
-        if before and not before.endswith("\n"):  # torn by a crash
+        if before and not before.endswith("\n"):  # a crash left half a line
             self._file.write("\n")
         return self._file
 
 
 @dataclass
 class Recent:
-    """What there is to say in the next step event. A checkpoint holds it, so that a resumed run writes the same line.
+    """Values for the next step event. Checkpoints save them, so that a resumed run writes the same line.
 
     Attributes:
-        losses: of the steps since the last event, those that were skipped excepted.
-        tokens: of each MoE layer, tokens per expert in these steps, over all ranks; [] before the first.
-        dropped: of each MoE layer, the assignments among them that capacity dropped.
-        skipped: steps skipped in the whole run.
+        losses: losses since the last event, without skipped steps.
+        tokens: tokens per expert of each MoE layer since the last event, over all ranks; [] before the first count.
+        dropped: assignments of each MoE layer that capacity dropped since the last event.
+        skipped: number of steps skipped in the whole run.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -82,20 +82,20 @@ class Recent:
     skipped: int = 0
 
     def take(self, loss: float, skipped: int) -> None:
-        """Note the loss of a step, and how many steps were skipped so far: this one, if there are more than before."""
+        """Add the loss of a step, unless `skipped`, the number of skipped steps so far, has grown."""
         if skipped == self.skipped:
             self.losses.append(loss)
         self.skipped = skipped
 
     def count(self, tokens: list[list[int]], dropped: list[int]) -> None:
-        """Add loads, as `steps.gather` returns them."""
+        """Add tokens per expert and dropped assignments, as `steps.gather` returns them."""
         if self.tokens:
             tokens = [[a + b for a, b in zip(*both, strict=True)] for both in zip(self.tokens, tokens, strict=True)]
             dropped = [a + b for a, b in zip(self.dropped, dropped, strict=True)]
         self.tokens, self.dropped = tokens, dropped
 
     def spend(self) -> dict[str, Any]:
-        """All of it, for a step event; then begin anew."""
+        """Return the values for a step event, and start again from zero."""
         sums = [max(1, sum(layer)) for layer in self.tokens]
         values = {
             "loss": sum(self.losses) / len(self.losses) if self.losses else None,
@@ -109,18 +109,18 @@ class Recent:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a log that count: work that was lost, and done again later, is left out."""
+    """Events of a log, without steps that were lost and repeated later."""
     return parsed(path.read_text()) if path.exists() else []
 
 
 def parsed(text: str) -> list[dict[str, Any]]:
-    """`read`, of a log's text."""
+    """Events in a log's text, as `read` returns them."""
     events: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
             event = json.loads(line)
         except ValueError:
-            continue  # torn by a crash
+            continue  # half a line, left by a crash
         if event["event"] == "start":
             events = [earlier for earlier in events if earlier["step"] <= event["step"]]
         events.append(event)
@@ -128,20 +128,20 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 
 def summary(step: dict[str, Any]) -> str:
-    """A step event in words."""
-    words = ["no loss" if step["loss"] is None else f"loss {step['loss']:.3f}", told(step)]
+    """One line of text for a step event."""
+    words = ["no loss" if step["loss"] is None else f"loss {step['loss']:.3f}", usage_line(step)]
     if step["tokens"]:
         words.append(f"dropped {mean(step['dropped']):.1%}, imbalance {max(step['imbalance']):.2f}")
     return ", ".join([*words, *([f"skipped {step['skipped']}"] if step["skipped"] else [])])
 
 
 def mean(numbers: list[float]) -> float:
-    """0 without any: a dense model has no layer of experts."""
+    """Mean of numbers; 0 of none, since a dense model has no MoE layers."""
     return sum(numbers) / max(1, len(numbers))
 
 
 def finite(value: Any) -> Any:
-    """A value of JSON, with null for NaN and infinity."""
+    """Value for JSON, with None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""How fast a job is, how much memory it takes and what its ranks send each other."""
+"""Meter of a job: tokens and FLOPs per second, MFU, peak memory, and bytes sent between ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from turnout.models import GPT, GPTConfig
 
 
 class Meter:
-    """Times training steps, in `with meter.step():`, and tells what they took.
+    """Measures training steps that run in `with meter.step():`.
 
     Args:
-        config: of the model; the FLOPs of a token are its `GPT.flops_per_token`, whatever is computed twice or not.
-        meshes: axes by which traffic is told apart.
-        tokens: in a step, on all ranks together.
-        peak_tflops: of one device; 0: unknown.
+        config: sizes of the model. FLOPs are those of `GPT.flops_per_token`, without recomputation.
+        meshes: meshes of the job, to count bytes by axis.
+        tokens: number of tokens in a step, on all ranks together.
+        peak_tflops: peak TFLOP/s of one device; 0: unknown.
+        device: device of this rank.
     """
 
     def __init__(self, config: GPTConfig, meshes: Meshes, tokens: int, peak_tflops: float, device: torch.device):
@@ -33,13 +34,13 @@ class Meter:
         self.active_parameters = model.active_parameters()
         self.flops, self.tokens, self.peak, self.device = model.flops_per_token(), tokens, peak_tflops, device
         self.names = axes_of(meshes)
-        self.sent: dict[str, int] = {}  # by this rank, in the step counted last
-        self.seconds, self.steps = 0.0, 0  # of steps that were not counted
+        self.sent: dict[str, int] = {}  # bytes that this rank sent in the last counted step
+        self.seconds, self.steps = 0.0, 0  # of the timed steps, those that were not counted
         self._before = 0.0, 0
 
     @contextmanager
     def step(self, count: bool) -> Iterator[None]:
-        """Around a training step. What it sends is counted or its time taken: counting costs time."""
+        """Context of a training step. It counts bytes or takes the time, never both: counting slows the step."""
         start = time.perf_counter()
         with Traffic(self.names) if count else nullcontext() as traffic:
             yield
@@ -49,11 +50,11 @@ class Meter:
             self.sent = {f"{axis} {kind}": n for (axis, kind), n in traffic.sent.items()}
 
     def read(self) -> dict[str, Any]:
-        """Of the steps since it was last read, in JSON's types; the same on all ranks, which all call it.
+        """Values of the steps since the last call, the same on all ranks. All ranks call it.
 
-        ``tokens_per_s`` and ``tflops_per_s`` are of all ranks together; ``mfu`` (with a peak) is their share of it;
-        ``memory_bytes`` the most of any rank, since the job began: allocated on a GPU, resident on a CPU;
-        ``sent_bytes`` by axis and collective, in a step, the mean over ranks.
+        ``tokens_per_s`` and ``tflops_per_s`` are sums over ranks. ``mfu``, if the peak is known, is the share of the
+        peak. ``memory_bytes`` is the maximum over ranks since the job started, allocated on a GPU or resident on a CPU.
+        ``sent_bytes`` has the bytes of one step by axis and collective, as means over ranks.
         """
         self._wait()
         seconds, steps = self.seconds - self._before[0], self.steps - self._before[1]
@@ -67,7 +68,7 @@ class Meter:
         return {**self.rates(seconds, steps), "memory_bytes": int(most), "sent_bytes": mean}
 
     def rates(self, seconds: float | None = None, steps: int | None = None) -> dict[str, Any]:
-        """Tokens and FLOPs per second, of all steps so far if no others are given; None before there are any."""
+        """Tokens and FLOPs per second of all steps so far, or of the given ones; None if there are no steps."""
         seconds, steps = self.seconds if seconds is None else seconds, self.steps if steps is None else steps
         rate = steps * self.tokens / seconds if steps else None
         tflops = rate and rate * self.flops / 1e12
@@ -77,7 +78,7 @@ class Meter:
         return rates
 
     def _wait(self) -> None:
-        """A GPU may still be at work on steps whose time was taken."""
+        """Wait for the GPU, which may still run steps, and add the time."""
         start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -85,14 +86,14 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or the process on a CPU."""
+    """Peak memory in bytes: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def told(usage: dict[str, Any]) -> str:
-    """A line of what `Meter.read` returned."""
+def usage_line(usage: dict[str, Any]) -> str:
+    """One line of text for the values of `Meter.read`."""
     words = []
     if usage["tokens_per_s"]:
         words.append(f"{usage['tokens_per_s']} tokens/s")

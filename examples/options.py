@@ -1,4 +1,4 @@
-"""The job's flags. A TOML file may give them as well, `--config`; those on the command line win."""
+"""Flags of the main job, from the command line and from a TOML file (`--config`). The command line has priority."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CHOICES = {
     "wire": ("", *WIRES),
     "on_nonfinite": ("stop", "skip"),
 }
-# 0 or more; other numbers must be positive
+# these numbers may be 0, all others must be positive
 MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
-# What the model computes, and from which data: a run that goes on with other values is another run.
+# These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor"),
     *("balance", "aux_weight", "dense", "batch"),
 )
-# Where and how it is computed, and for how long.
+# These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "data_parallel", "recompute", "bf16", "fp16"),
     *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
@@ -43,27 +43,27 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what and how. On the command line `micro_batches` is --micro-batches."""
+    """All flags of a job, with their help texts. On the command line, `micro_batches` is --micro-batches."""
 
     steps: Annotated[int, "number of optimizer steps in all"] = 200
     out: Annotated[str, "folder for checkpoints, the log and the report"] = "runs/pretrain"
     data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
-    resume: Annotated[bool, "go on from the newest checkpoint in --out, on any mesh"] = False
-    allow_changes: Annotated[bool, "let --resume go on where flags change the model or its data"] = False
+    resume: Annotated[bool, "resume from the newest checkpoint in --out, on any mesh"] = False
+    allow_changes: Annotated[bool, "let --resume accept flags that change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
     seq: Annotated[int, "number of bytes in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
-    layers: Annotated[int, "number of blocks; every second one is a mixture of experts"] = 4
+    layers: Annotated[int, "number of blocks; every second one has an MoE layer"] = 4
     heads: Annotated[int, "number of attention heads"] = 4
-    hidden: Annotated[int, "width of one expert"] = 256
-    experts: Annotated[int, "number of experts in each mixture"] = 8
-    top_k: Annotated[int, "number of experts that process each byte"] = 2
+    hidden: Annotated[int, "hidden width of one expert"] = 256
+    experts: Annotated[int, "number of experts in each MoE layer"] = 8
+    top_k: Annotated[int, "number of experts that each byte is routed to"] = 2
     gate: Annotated[str, "router that chooses the experts"] = "topk"
-    capacity_factor: Annotated[float, "room of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
-    balance: Annotated[str, "tokens over which the balance loss evens out the load"] = "sequence"
-    aux_weight: Annotated[float, "weight of the balance loss"] = 1e-2
-    dense: Annotated[bool, "train the dense model of equal FLOPs, without experts"] = False
+    capacity_factor: Annotated[float, "capacity of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
+    balance: Annotated[str, "tokens over which the load-balancing loss is taken"] = "sequence"
+    aux_weight: Annotated[float, "weight of the load-balancing loss"] = 1e-2
+    dense: Annotated[bool, "train a dense model of equal FLOPs per token, without experts"] = False
     # the ranks
     pp: Annotated[int, "number of pipeline stages"] = 1
     tp: Annotated[int, "number of ranks that split each layer and its sequences"] = 1
@@ -73,37 +73,35 @@ class Job:
         int, "number of micro-batches that each rank cuts its part of the batch into; 0 takes one for each stage"
     ] = 0
     schedule: Annotated[str, "order in which the pipeline runs its micro-batches"] = "1f1b"
-    data_parallel: Annotated[str, "what data-parallel ranks share out between them"] = "replicate"
+    data_parallel: Annotated[str, "kind of data parallelism; all but replicate split states over ranks"] = "replicate"
     recompute: Annotated[str, "activations that the backward computes again, to save memory"] = "none"
     bf16: Annotated[bool, "compute in bfloat16"] = False
     fp16: Annotated[bool, "compute in float16 and scale the loss"] = False
-    overlap: Annotated[int, "number of chunks of tokens; one travels while experts compute the one before"] = 1
-    wire: Annotated[str, "format in which tokens travel between ranks; without it they travel as they are"] = ""
+    overlap: Annotated[int, "number of chunks of tokens; one travels while the experts compute another"] = 1
+    wire: Annotated[str, "number format of tokens that travel between ranks; none keeps the model's"] = ""
     timeout: Annotated[int, "seconds that a rank waits for another before it gives up"] = 45
     # the optimizer
     batch: Annotated[int, "number of sequences in a step, on all ranks together"] = 32
     lr: Annotated[float, "highest learning rate"] = 4e-3
-    warmup: Annotated[int, "number of steps in which the learning rate rises to --lr"] = 20
-    on_nonfinite: Annotated[str, "what to do when a loss or a gradient is NaN or infinite: end the job, or skip"] = (
-        "stop"
-    )
-    max_skipped: Annotated[int, "number of steps skipped in a row that ends the job after all"] = 10
-    check_every: Annotated[int, "steps between two comparisons of what several ranks hold alike"] = 200
-    # what is written
+    warmup: Annotated[int, "number of steps until the learning rate reaches --lr"] = 20
+    on_nonfinite: Annotated[str, "what to do if a loss or a gradient is NaN or infinite: end the job, or skip"] = "stop"
+    max_skipped: Annotated[int, "number of steps skipped in a row that ends the job"] = 10
+    check_every: Annotated[int, "steps between two checks that replicated weights are equal on their ranks"] = 200
+    # evaluation, checkpoints and logs
     eval_every: Annotated[int, "steps between two evaluations"] = 50
     eval_size: Annotated[int, "number of held-out sequences in each evaluation"] = 128
     save_every: Annotated[int, "steps between two checkpoints; the last step is saved as well"] = 100
     keep: Annotated[int, "number of checkpoints to keep"] = 3
     log_every: Annotated[int, "steps between two log lines"] = 10
-    peak_tflops: Annotated[float, "peak TFLOP/s of one device, for the share in use, MFU; 0 leaves it out"] = 0.0
+    peak_tflops: Annotated[float, "peak TFLOP/s of one device, to log model FLOPs utilisation (MFU); 0 does not"] = 0.0
     profile: Annotated[int, f"number of steps to trace with torch's profiler, after {BEFORE} others; 0 traces none"] = 0
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
 
     def fit(self, ranks: int) -> Job:
-        """This job on so many ranks, with `ep` and `micro_batches` filled in.
+        """Check the flags for this number of ranks, and return the job with `ep` and `micro_batches` filled in.
 
         Raises:
-            ValueError: flags that are out of range or do not go together, before any rank waits for another.
+            ValueError: flags that are out of range or do not go together. No rank waits for another before.
         """
         self._in_range()
         _divides("the number of ranks", ranks, "pp x tp", self.pp * self.tp)
@@ -126,24 +124,24 @@ class Job:
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(self.config(), layers=2))  # gates have demands of their own
+            GPT(replace(self.config(), layers=2))  # lets the gate check its own arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{value!r} will not do: {flag(name)} one of {', '.join(filter(None, allowed))}")
+                raise ValueError(f"{flag(name)} must be one of {', '.join(filter(None, allowed))}; got {value!r}")
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
                 if not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
-            raise ValueError("--bf16 or --fp16, not both")
+            raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.profile and self.profile > self.steps - BEFORE:
             raise ValueError(
-                f"--profile ({self.profile}) must be at most --steps less {BEFORE}, which come before the profile: "
-                f"{self.steps - BEFORE}"
+                f"--profile ({self.profile}) must be at most {self.steps - BEFORE}: --steps less the {BEFORE} steps "
+                "before the profile"
             )
         _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
         if self.top_k > self.experts and not self.dense:
@@ -166,14 +164,14 @@ class Job:
             _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
 
     def changed(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """What differs from an earlier job's `asdict`, in words: what makes another run of it, and what may change."""
+        """Flags that differ from an earlier job's `asdict`, as text: those of `DEFINES_RUN`, and of `MAY_CHANGE`."""
         now = asdict(self)
         differs = [name for name in now if name in before and json.dumps(before[name]) != json.dumps(now[name])]
         words = {name: f"{flag(name)} {_shown(now[name])} (was {_shown(before[name])})" for name in differs}
         return [words[n] for n in differs if n in DEFINES_RUN], [words[n] for n in differs if n in MAY_CHANGE]
 
     def config(self) -> GPTConfig:
-        """Of the whole model."""
+        """Sizes of the whole model."""
         moe = {
             "gate": self.gate,
             "capacity": self.capacity_factor or None,
@@ -192,7 +190,7 @@ class Job:
         )
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
+        """Learning rate at a step, from 0: linear warm-up, then a cosine down to a tenth."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -208,18 +206,18 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError, where argparse would print its usage on each rank."""
+    """Parser that raises a ValueError, where argparse would print its usage on each rank."""
 
     def error(self, message: str) -> NoReturn:
-        """What is wrong with the command line."""
+        """Raise the error of a wrong command line."""
         raise ValueError(f"{message}; --help lists all flags")
 
 
 def parse(argv: list[str] | None = None, about: str | None = None) -> Job:
-    """The job that the command line (None: this process's) and the file named there ask for.
+    """Job from a command line (None: this process's), and from the file of its --config.
 
     Raises:
-        ValueError: a flag that is unknown or of the wrong type, on the command line or in the file.
+        ValueError: an unknown flag or a value of the wrong type, on the command line or in the file.
     """
     parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="TOML file of these flags, as in micro-batches = 8 (default: none)")
@@ -244,7 +242,7 @@ def parse(argv: list[str] | None = None, about: str | None = None) -> Job:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The flags of a TOML file, by the names of `Job`."""
+    """Flags of a TOML file, by the names of `Job`'s fields."""
     try:
         values = {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
     except (OSError, tomllib.TOMLDecodeError) as error:

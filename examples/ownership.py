@@ -1,7 +1,7 @@
-"""Which run a folder belongs to, and that one job at a time writes to it.
+"""Ownership of the folder --out: it belongs to one run, and one job at a time writes to it.
 
-`run.json` in the folder holds the id of the run and the launchers (torchrun processes) that last started its ranks.
-`lock` is locked by rank 0 for as long as it lives.
+Its file `run.json` has the id of the run, and the launchers (torchrun processes) that last started its ranks. Rank 0
+keeps its file `lock` locked as long as it lives.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from options import Job
 from turnout.models import checkpoint
 from turnout.models.checkpoint import CheckpointError
 
-RELEASE = 5.0  # seconds that a restarted job waits for the processes it replaces to let go of the lock
+RELEASE = 5.0  # seconds that a restarted job waits for the lock of the processes that it replaces
 
 
 @dataclass(frozen=True)
 class Run:
-    """What this job does to the folder --out: `Run.claim`.
+    """This job's claim to the folder --out; made by `Run.claim`.
 
     Attributes:
-        id: of the run; its checkpoints carry it.
-        goes_on: whether the job goes on with what the folder holds: as --resume asks, or since torchrun started its
-            ranks again.
-        known: whether the folder named the run; else the id is new.
-        restarted: whether torchrun started the ranks again.
-        job, text: what this job computes, and a digest of what it reads.
-        lock: on rank 0, the open file; other jobs are kept out until it is closed or the process ends.
+        id: id of the run, which its checkpoints carry.
+        resumes: whether the job resumes from a checkpoint in the folder, by --resume or because torchrun restarted it.
+        known: whether the id comes from the folder. If not, it is new.
+        restarted: whether torchrun restarted the ranks.
+        job: flags of the job.
+        text: digest of the text.
+        lock: open lock file on rank 0. It keeps other jobs out until it is closed or the process ends.
     """
 
     id: str
-    goes_on: bool
+    resumes: bool
     known: bool
     restarted: bool
     job: Job
@@ -50,14 +50,14 @@ class Run:
 
     @classmethod
     def claim(cls, job: Job, text: str) -> Run:
-        """Take the folder --out for this job. All ranks call it.
+        """Claim the folder --out for this job. All ranks call it.
 
-        A job that torchrun started again, after a failure or since nodes came or went, is known by its launchers, and
-        goes on with its run. Every other job needs --resume for that, or a folder without checkpoints.
+        torchrun restarts a job after a failure, or when nodes come or go. Such a job is recognised by its launchers,
+        and resumes its run. Any other job needs --resume, or a folder without checkpoints.
 
         Raises:
-            ValueError: on every rank, if another job writes to the folder, or it holds the checkpoints of another run,
-                or none where there should be one.
+            ValueError: on every rank, if another job writes to the folder, if it holds checkpoints of another run, or
+                if --resume finds none.
         """
         launchers: list[Any] = [None] * launch.RANKS
         dist.all_gather_object(launchers, launch.launcher())
@@ -74,14 +74,14 @@ class Run:
         return run or answer[0]
 
     def signature(self) -> dict[str, Any]:
-        """For a checkpoint: whose it is."""
+        """Values that a checkpoint carries to name its run."""
         return {"run": self.id, "job": asdict(self.job), "text": self.text}
 
     def accept(self, step: int, extra: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another run, or of another model or other data; say what else has changed.
+        """Refuse a checkpoint of another run, model or data, and report other flags that have changed.
 
         Raises:
-            CheckpointError: with the flags that differ.
+            CheckpointError: the message names the flags that differ.
         """
         if self.known and extra.get("run") != self.id:
             raise CheckpointError(
@@ -92,11 +92,11 @@ class Run:
             others.append("the text of --data (its bytes differ)")
         if others and not self.job.allow_changes:
             raise CheckpointError(
-                f"step {step} was trained with another model or other data: {', '.join(others)}. Use what it was "
-                "trained with, start a new run in another --out, or go on all the same by --allow-changes"
+                f"step {step} was trained with another model or other data: {', '.join(others)}. Use the flags that "
+                "it was trained with, start a new run in another --out, or accept the changes by --allow-changes"
             )
         if others or changed:
-            say(f"going on with {', '.join(others + changed)}")
+            say(f"resuming with {', '.join(others + changed)}")
 
 
 def _take(job: Job, text: str, launchers: set[str]) -> Run:
@@ -110,7 +110,7 @@ def _take(job: Job, text: str, launchers: set[str]) -> Run:
     if newest and not (job.resume or restarted):
         of = f"run {held['run']}" if held else "another run"
         raise ValueError(
-            f"{out} holds {newest.name} of {of}: go on with it by --resume, name another folder by --out, or delete it"
+            f"{out} holds {newest.name} of {of}: continue it by --resume, name another folder by --out, or delete it"
         )
     known = bool(held and (newest or restarted))
     run = held["run"] if known else uuid.uuid4().hex[:12]
@@ -128,12 +128,12 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         held = None
     if not (isinstance(held, dict) and isinstance(held.get("run"), str) and isinstance(held.get("launchers"), list)):
-        raise ValueError(f"{file} is damaged: delete it, and --resume goes on from the newest checkpoint")
+        raise ValueError(f"{file} is damaged: delete it, and --resume continues from the newest checkpoint")
     return held
 
 
 def _locked(file: Path, patience: float) -> IO[str] | None:
-    """Lock a file and write there who has it; None, with a warning, on a file system without locks."""
+    """Lock a file, and write the holder's process into it. Without locks on the file system: None, and a warning."""
     lock = file.open("a+")
     end = time.monotonic() + patience
     while True:
@@ -155,7 +155,7 @@ def _locked(file: Path, patience: float) -> IO[str] | None:
 
 
 def _holder(text: str) -> str:
-    """Who has the lock, in words; an orphan is a rank whose launcher was killed."""
+    """Text about the process that has the lock, and whether its launcher was killed."""
     try:
         holder = json.loads(text)
         words = f"process {holder['process']} on {holder['host']}, since {holder['since']}"

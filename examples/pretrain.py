@@ -1,12 +1,12 @@
-"""Train a byte-level GPT with mixture-of-experts blocks, on one rank or on meshes of any shape.
+"""Train a byte-level GPT with MoE layers, on one rank or on any mesh of data, tensor, pipeline and expert parallelism.
 
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --config examples/configs/one_node.toml
-    python examples/pretrain.py --dense          # one rank, and the dense twin of equal FLOPs per token
+    python examples/pretrain.py --dense          # one rank, and a dense model of equal FLOPs per token
 
-The text is the source of the running Python's standard library, or --data. The batches, and so the losses,
-do not depend on the mesh.
+The text is the source of Python's standard library, or the files of --data. Batches do not depend on the mesh, so the
+losses do not either.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from turnout.models import ParallelModel, checkpoint, report
 from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
 from turnout.moe import GradScaler, ReplicaError, check_replicas
 
-# exit statuses: an error while training, flags or files that do not fit, and what a shell calls ended by SIGTERM
+# exit statuses: an error in training, wrong flags or files, and the shell's status for SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
 
 
 def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
-    """The exit status: 0, or STOPPED after SIGTERM; `place` tells where it is."""
+    """Train the job, and return the exit status: 0, or STOPPED after SIGTERM. `place` follows the current step."""
     out, stop, run = Path(job.out), launch.Stop(), Run.claim(job, corpus.digest(*text))
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     meshes = Meshes.of(
@@ -126,7 +126,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     if board:
         board.close()
     if stopping:
-        say(f"stopped by SIGTERM after step {done}; it is saved, and --resume goes on from there")
+        say(f"stopped by SIGTERM after step {done}; it is saved, and --resume continues from there")
         return STOPPED
     if launch.RANK == 0:
         say(f"report: {reported(out)}; log: {log.path}")
@@ -135,20 +135,20 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
 
 
 def log_saved(log: Log, call: Callable[[], Saved | None], final: bool = False) -> None:
-    """Log the checkpoint that `poll` or `wait` returns. A disk that is full, or fails, ends the job only at its end."""
+    """Log the checkpoint that `poll` or `wait` returns. If the disk is full or failing, only the `final` one raises."""
     try:
         saved = call()
     except WriteError as error:
         if final:
             raise
-        say(f"a checkpoint is not written, and training goes on to the next one (--save-every): {error}")
+        say(f"a checkpoint is not written, and training continues until the next one (--save-every): {error}")
     else:
         if saved:
             log.write("checkpoint", saved.step, stall_s=saved.stalled, seconds=saved.seconds)
 
 
 def reported(out: Path) -> Path | str:
-    """Where the report is. A report that cannot be made is no reason for a job to fail after all."""
+    """Write the report, and return its path, or the reason why there is none: the job itself must not fail for that."""
     try:
         return report.write(out)
     except (report.LogError, ModuleNotFoundError, OSError) as error:
@@ -156,10 +156,10 @@ def reported(out: Path) -> Path | str:
 
 
 def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:
-    """Steps done, and what the log does not say of them yet: of the newest checkpoint if the job goes on with one."""
-    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.goes_on else None
+    """Load the newest checkpoint if the job resumes, and return the steps done and values that are not logged yet."""
+    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.resumes else None
     if loaded is None:
-        # the weights were drawn alike; noise in gates is each rank's
+        # all ranks have drawn the same weights; from here on each has its own seed, for noise in gates
         torch.manual_seed(hash((job.seed, 0, launch.RANK)))
         return 0, Recent()
     if loaded.rank_state:
@@ -168,10 +168,10 @@ def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler
             torch.cuda.set_rng_state(loaded.rank_state["cuda"])
     else:
         torch.manual_seed(hash((job.seed, loaded.step, launch.RANK)))
-        say("another number of ranks: the random numbers of gates start anew")
+        say("the number of ranks has changed: noise in gates starts with new seeds")
     if job.fp16 and loaded.extra.get("scaler"):
         scaler.load_state_dict(loaded.extra["scaler"])
-    say(f"going on after step {loaded.step} of run {run.id}")
+    say(f"resuming after step {loaded.step} of run {run.id}")
     return loaded.step, Recent(**loaded.extra.get("recent", {}))
 
 
@@ -181,7 +181,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def described(job: Job, run: Run, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
-    """What the job is about to do, for the log."""
+    """Values of the start event in the log."""
     return {
         "run": run.id,
         "restart": run.restarted,
@@ -197,7 +197,7 @@ def described(job: Job, run: Run, meter: Meter, text: tuple[Tensor, Tensor], dev
 
 
 def header(start: dict[str, Any]) -> str:
-    """The start event, in a line."""
+    """One line of text for the start event."""
     job = start["job"]
     kind = "dense" if job["dense"] else f"{job['experts']} experts, top {job['top_k']}"
     sizes = f"{start['parameters']:,} parameters, {start['active_parameters']:,} active"
@@ -213,8 +213,8 @@ def header(start: dict[str, Any]) -> str:
 
 
 def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
-    """What the job came to, for its last line of output."""
-    step, held_out = (log.last.get(kind, {}) for kind in ("step", "held out"))  # missing: nothing to do, and no log
+    """Results of the job, for its last line of output."""
+    step, held_out = (log.last.get(kind, {}) for kind in ("step", "held out"))  # missing if there was no step to do
     return {
         "steps": job.steps,
         "loss": step.get("loss"),
@@ -235,7 +235,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
-        with redirect_stdout(None) if launch.RANK else nullcontext():  # --help once
+        with redirect_stdout(None) if launch.RANK else nullcontext():  # only rank 0 prints --help
             job = options.parse(about=__doc__).fit(launch.RANKS)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
     except ValueError as error:
@@ -261,8 +261,8 @@ def main() -> int:
                 written = f" Its last collectives are in {record}." if record else ""
                 say(
                     f"{place.failed()}. If a connection was lost or timed out, look at the rank that ended first or "
-                    f"gave no word.{written} --resume goes on from the newest checkpoint; torchrun --max-restarts does "
-                    "so by itself.",
+                    f"did not answer.{written} --resume continues from the newest checkpoint; torchrun --max-restarts "
+                    "does so by itself.",
                     every_rank=True,
                 )
             raise

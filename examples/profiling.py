@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for chrome://tracing or https://ui.perfetto.dev."""
+"""Profile of a few training steps by torch.profiler, for chrome://tracing or https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import launch
 import torch
 
-BEFORE, WARM_UP = 3, 2  # steps before the trace; in the last of them the profiler runs already, as it has to warm up
+BEFORE, WARM_UP = 3, 2  # steps before the trace, and how many of them the profiler needs to warm up
 
 
 @contextmanager
 def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
-    """Trace `steps` training steps of this rank, after BEFORE others; 0 traces none.
+    """Context that traces `steps` training steps of this rank, after BEFORE others; 0 traces none.
 
-    Yields what is to be called after each step. The trace is written to `folder` as soon as it is complete; if the job
-    ends before, with the steps that there were.
+    It yields a function to call after each step. The trace is written to `folder` once it is complete, or when the job
+    ends, with the steps so far.
     """
     if not steps:
         yield lambda: None
@@ -34,4 +34,4 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
     with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
         yield profile.step
     if not written:
-        launch.say(f"--profile: the job ended within the {BEFORE} steps before the profile, so there is none")
+        launch.say(f"--profile: no trace was written, since the job ended within the first {BEFORE} steps")

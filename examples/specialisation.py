@@ -1,4 +1,4 @@
-"""What experts specialise in: which bytes each of them takes."""
+"""Specialisation of experts: the bytes that each expert gets most of."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from turnout.models import ParallelModel
 from turnout.moe import MoE, Routing
 
-SHOWN = 8  # bytes of each expert
+SHOWN = 8  # most bytes listed for an expert
 
 
 class BytesOfExperts:
-    """In `with`, counts the bytes that each expert of each MoE layer gets, in forwards of any mode.
+    """Context that counts the bytes that each expert of each MoE layer gets, in training or eval mode.
 
-    Works on any mesh: each rank counts its tokens in its layers. After `with` the model is as it was before.
+    It works on any mesh: each rank counts its tokens in its layers. Afterwards the model is as before.
     """
 
     def __init__(self, model: ParallelModel) -> None:
@@ -45,11 +45,11 @@ class BytesOfExperts:
             hook.remove()
 
     def most(self) -> list[list[list[list[int]]]]:
-        """Of each layer and expert: [byte, tokens of it], the bytes it gets most above an even part; over all ranks.
+        """Lists of [byte, tokens] for each layer and expert: bytes that it gets more of than an even share.
 
-        Every rank calls it.
+        Counts are sums over all ranks. All ranks call it.
         """
-        dist.all_reduce(self.counts)  # a layer's counts come from the ranks of its stage
+        dist.all_reduce(self.counts)  # ranks of other stages add zeros for a layer
         above = self.counts - self.counts.sum(1, keepdim=True).double() / self.counts.shape[1]
         best = above.topk(SHOWN, dim=-1)
         tokens = self.counts.gather(-1, best.indices)
@@ -58,7 +58,7 @@ class BytesOfExperts:
 
 
 class Seen:
-    """The bytes that came to one layer, and then the experts that its gate chose for them; counts int64 [E, bytes]."""
+    """Hooks of one layer: they take its token ids and then its routing, and add to `counts`, int64 [E, bytes]."""
 
     def __init__(self, counts: Tensor) -> None:
         self.counts = counts

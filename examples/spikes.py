@@ -1,4 +1,4 @@
-"""Loss spikes: when one happened, and where to look for its cause."""
+"""Detection of loss spikes, with the rank and the parameter where to look for the cause."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
 
-WINDOW, FEWEST = 50, 20  # losses to compare with, and how many of them there must be
-DEVIATIONS, SHARE = 8.0, 0.05  # a spike is further above the median than so many deviations and this share of it
+WINDOW, FEWEST = 50, 20  # most and fewest losses to compare with
+DEVIATIONS, SHARE = 8.0, 0.05  # a spike exceeds the median by more than 8 deviations and by more than 5 %
 
 
 class Spike(NamedTuple):
-    """A step whose loss is far above those before; the same on all ranks.
+    """A step whose loss is far above the losses before; the same on all ranks.
 
     Attributes:
-        loss, usual: of the step, and the median before it, in nats.
-        worst, where: the largest loss of a rank's part of the batch, and the rank.
-        gradient, parameter, rank: the norm of the largest gradient before clipping, its parameter's name, and a rank
-            that has it.
+        loss: loss of the step, in nats.
+        usual: median of the losses before, in nats.
+        worst: largest loss of a rank's part of the batch, in nats.
+        where: rank of that loss.
+        gradient: norm of the largest gradient before clipping.
+        parameter: name of its parameter.
+        rank: rank that has it.
     """
 
     loss: float
@@ -43,23 +46,25 @@ class Spike(NamedTuple):
 
 
 class Spikes:
-    """Watches the losses of a run."""
+    """Detector of spikes among a run's losses."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
     def look(self, loss: float, own: Tensor | float, model: ParallelModel, scale: float) -> Spike | None:
-        """Take note of a step's loss, while its gradients are there. All ranks call it.
+        """Add a step's loss, and return a spike if it is one. All ranks call it, before gradients are dropped.
 
         Args:
-            loss: of the step, the same on all ranks.
-            own: of this rank's part of the batch; read if there is a spike.
-            scale: by which gradients were multiplied when they were clipped.
+            loss: loss of the step, the same on all ranks.
+            own: loss of this rank's part of the batch, which is read only for a spike.
+            model: model with the gradients of the step.
+            scale: factor by which clipping multiplied the gradients.
         """
         before, enough = list(self.losses), len(self.losses) >= FEWEST
         self.losses.append(loss)
         usual = median(before) if enough else loss
-        spread = 1.4826 * median(abs(each - usual) for each in before) if enough else 0.0  # as a normal's deviation
+        # 1.4826 times the median deviation is the standard deviation of a normal distribution
+        spread = 1.4826 * median(abs(each - usual) for each in before) if enough else 0.0
         if loss <= usual + max(DEVIATIONS * spread, SHARE * usual):
             return None
         gradients: list[tuple[float, str]] = [(0.0, "no parameter")]

@@ -1,4 +1,4 @@
-"""A model on the job's meshes, its training steps and its evaluation."""
+"""Model, optimizer, training step and evaluation of the main job, on any mesh."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:
-    """The model that this rank has a part of; the same for any mesh."""
+    """Build this rank's part of the model. Initial values are the same on any mesh."""
     torch.manual_seed(job.seed)
     model = parallel_model(
         job.config(),
@@ -41,7 +41,7 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
 
 
 def adamw(model: ParallelModel, lr: float) -> AdamW:
-    """Weight decay for matrices alone."""
+    """AdamW with weight decay for matrices alone."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0)
@@ -49,20 +49,20 @@ def adamw(model: ParallelModel, lr: float) -> AdamW:
 
 
 def batch(job: Job, text: Tensor, step: int, meshes: Meshes) -> Tensor:
-    """This data rank's part of a step's batch, int64 [batch / dp, seq + 1], its micro-batches one after the other."""
+    """This data rank's part of a step's batch, int64 [batch / dp, seq + 1], with its micro-batches in sequence."""
     dp, device = meshes.dense["dp"], meshes.dense.device_type
     mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
     return corpus.batch(text, job.seed, step, job.batch, job.seq, **mine).to(device)
 
 
 class Step(NamedTuple):
-    """What a training step came to, the same on all ranks."""
+    """Result of a training step, the same on all ranks."""
 
     loss: float  # mean over the batch, without the balance losses
-    norm: float  # of the whole gradient, before it was clipped
-    nonfinite: str  # what was NaN or infinite; "": nothing. Else the optimizer did not step
-    overflow: bool = False  # of float16: the next step has a smaller scale, and nothing is wrong yet
-    spike: Spike | None = None  # if the loss is far above the losses before
+    norm: float  # norm of the whole gradient before clipping
+    nonfinite: str  # names of values that were NaN or infinite, so that the step was skipped; "" if there were none
+    overflow: bool = False  # float16 overflow: harmless, the next step has a smaller scale
+    spike: Spike | None = None  # set if the loss is far above the losses before
 
 
 def train(
@@ -74,9 +74,10 @@ def train(
     max_norm: float = 1.0,
     spikes: Spikes | None = None,
 ) -> Step:
-    """One step on tokens [B, S + 1], this data rank's part of the batch; `spikes` looks at its loss.
+    """Run one training step on tokens, int64 [B, S + 1], this data rank's part of the batch.
 
-    If the loss or the gradient of any rank is not finite, no rank's optimizer steps, and weights stay as they were.
+    If a loss or gradient is not finite on any rank, no rank's optimizer steps, and the weights stay as they are.
+    `spikes` compares the loss with the losses before.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -86,7 +87,7 @@ def train(
     scaler.unscale_(optimizer)
     norm = model.clip_grad_norm_(max_norm)
     means = torch.stack([x.double().to(tokens.device) for x in (losses.task, losses.aux, norm)])
-    dist.all_reduce(means)  # one rank's NaN or infinity is in the sum of all
+    dist.all_reduce(means)  # NaN or infinity of one rank reaches all of them
     task, aux, whole = (means / dist.get_world_size()).tolist()
     wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": whole}
     nonfinite = " and ".join(what for what, value in wrong.items() if not math.isfinite(value))
@@ -98,23 +99,23 @@ def train(
     scaler.update()
     update_expert_biases(model)
     optimizer.zero_grad()
-    # A scale below 1 means that gradients overflow as they are: no smaller scale is a remedy.
+    # with a scale below 1 the unscaled gradients overflow: a smaller scale would not help
     overflow = math.isfinite(task + aux) and 1 <= scaler.get_scale() < scale
     return Step(task, whole, nonfinite, overflow, spike)
 
 
 class NonFiniteError(ArithmeticError):
-    """The job cannot go on: it met NaN or infinity."""
+    """The job cannot continue because of NaN or infinity."""
 
 
 @dataclass
 class Skips:
-    """Steps that were left out since something was not finite: counted, and an error if there are too many.
+    """Counts steps that were skipped because of NaN or infinity, and raises an error for too many.
 
     Attributes:
-        policy: "skip", or "stop": the first one is an error.
-        most: so many in a row are an error.
-        total: steps left out so far, overflows of float16 among them.
+        policy: "stop" raises at the first one, "skip" does not.
+        most: number of skipped steps in a row that raises.
+        total: number of steps skipped so far, including overflows of float16.
     """
 
     policy: str
@@ -123,10 +124,10 @@ class Skips:
     in_a_row: int = 0
 
     def add(self, number: int, step: Step) -> None:
-        """Take note of a step.
+        """Count a step.
 
         Raises:
-            NonFiniteError: on every rank alike.
+            NonFiniteError: on every rank.
         """
         if not step.nonfinite:
             self.in_a_row = 0
@@ -137,40 +138,40 @@ class Skips:
         self.in_a_row += 1
         found = f"step {number}: {step.nonfinite} is NaN or infinite on some rank"
         remedy = (
-            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume goes on from the "
+            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume continues from the "
             "newest checkpoint"
         )
         if self.policy == "stop":
-            raise NonFiniteError(f"{found}. {remedy}, and --on-nonfinite skip leaves such steps out.")
+            raise NonFiniteError(f"{found}. {remedy}, and --on-nonfinite skip skips such steps.")
         if self.in_a_row >= self.most:
             raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}.")
-        say(f"{found}; the optimizer leaves it out, the {self.in_a_row}. in a row and {self.total} in all")
+        say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
 def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
-    """Bits per held-out byte, the same on all ranks.
+    """Loss of held-out text in bits per byte, the same on all ranks.
 
     Raises:
-        NonFiniteError: on every rank alike.
+        NonFiniteError: on every rank.
     """
     model.eval()
     dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
     tokens = corpus.held_out(text, job.eval_size, job.seq, dp.get_local_rank(), dp.size()).to(device)
-    parts = tokens.split(job.batch // dp.size())  # as many at a time as in training
+    parts = tokens.split(job.batch // dp.size())  # of the size of a training batch, for the same memory
     nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
     if not math.isfinite(bits := float(nats) / job.eval_size / math.log(2)):
         raise NonFiniteError(
             "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
-            "--resume goes on from the newest checkpoint."
+            "--resume continues from the newest checkpoint."
         )
     return bits
 
 
 def gather(model: ParallelModel) -> tuple[list[list[int]], list[int]]:
-    """Of each MoE layer: tokens per expert, and assignments that capacity dropped, in all steps since the last call.
+    """Tokens per expert, and dropped assignments, of each MoE layer since the last call.
 
-    Over all ranks and micro-batches; every rank calls it.
+    They are sums over all ranks, steps and micro-batches. All ranks call it.
     """
     config, meshes = model.parts[0].config, model.meshes
     layers = config.layers // config.moe_every if config.moe_every else 0

@@ -1,4 +1,4 @@
-"""What a rank sends over each axis of its meshes, counted."""
+"""Counter of the bytes that a rank sends, by axis of the mesh and kind of collective."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from turnout.dispatch import Meshes
 from turnout.dispatch import mesh as axes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
-OUT = -1  # what the operation returns
-# operation: kind, and the places among its arguments of the whole tensor (of all ranks), the group, the rows to each
+OUT = -1  # index that stands for the operation's result
+# operation: (kind, and indices of its arguments: the whole tensor of all ranks, the group, the rows for each rank)
 OPERATIONS = {
     "c10d::allreduce_": ("all_reduce", 0, 1, None),
     "c10d::allreduce_coalesced_": ("all_reduce", 0, 1, None),
@@ -42,22 +42,22 @@ OPERATIONS = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, while it is entered, the bytes that this rank sends: `sent` by (axis, kind of collective).
+    """Context that counts the bytes that this rank sends, in `sent` by (axis, kind of collective).
 
-    It sees every collective, in forward and backward, of torch.distributed, DTensor, FSDP2 and pipelines. Sizes are
-    counted; how they are sent is the backend's choice, and taken to be a ring: of a whole of n bytes, (W - 1) / W n
-    for an all-gather, a reduce-scatter or an even all-to-all over W ranks, twice that for an all-reduce. Of an
-    uneven all-to-all what goes to other ranks. Every operation passes through Python: enter it for a step, not a job.
+    It sees each collective of torch.distributed, DTensor, FSDP2 and pipelines, in forward and backward. It assumes
+    ring algorithms, whatever the backend uses. With n bytes on W ranks, all-gather, reduce-scatter and an even
+    all-to-all send (W - 1) / W n, and an all-reduce twice that. An uneven all-to-all counts the rows for other ranks.
+    Each operation passes through Python, so enter it for single steps.
     """
 
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()
-        self.names = names  # of groups: `axes_of`
+        self.names = names  # name of a group: its axes, from `axes_of`
         self.sent: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back as operations on plain tensors
+            return NotImplemented  # DTensor runs it as operations on plain tensors, which come here again
         out = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0] if hasattr(func, "_schema") else ""
         if name in OPERATIONS:
@@ -76,13 +76,13 @@ class Traffic(TorchDispatchMode):
         elif kind != "send":
             size *= (group.size() - 1) / group.size() * (2 if kind == "all_reduce" else 1)
         axis = self.names.get(group.group_name, "other")
-        if kind == "send" and axes.PP not in axis.split("="):  # an all-to-all in messages: gradients of rows on a CPU
+        if kind == "send" and axes.PP not in axis.split("="):  # gloo's all-to-all of gradients is single messages
             kind = "all_to_all"
         self.sent[axis, kind] += round(size)
 
 
 def axes_of(meshes: Meshes) -> dict[str, str]:
-    """Names of groups -> of the axes they are of. Axes over all ranks are of one group and so of one name, "dp=ep"."""
+    """Name of each group: its axis. Axes with the same ranks share a group, and so a name such as "dp=ep"."""
     names: dict[str, str] = {}
     for mesh in (meshes.dense, meshes.experts):
         for axis in mesh.mesh_dim_names or ():
@@ -91,7 +91,7 @@ def axes_of(meshes: Meshes) -> dict[str, str]:
                 known = names[group.group_name].split("=") if group.group_name in names else []
                 names[group.group_name] = "=".join(dict.fromkeys([*known, axis]))
     if (ep := axes.axis(meshes.experts, axes.EP)) is not None and ep.size() > 1:
-        names.setdefault(ep.get_group().group_name, axes.EP)  # of "node" and "local" together
+        names.setdefault(ep.get_group().group_name, axes.EP)  # the group of "node" and "local" together
     split = [axis for axis in (axes.DP, axes.TP) if meshes.dense[axis].size() > 1]
     names.setdefault(meshes.tokens.get_group().group_name, "_".join(split))
     names.setdefault(dist.group.WORLD.group_name, "all")  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,6 +1,7 @@
-"""Models built from the layer. Start at `gpt.py`; `blocks.py` is what it shares with `bert.py` and `t5.py`.
+"""Transformers with MoE layers, and what trains them on many ranks: GPT, BERT, T5, parallelism, checkpoints.
 
-On many ranks start at `parallel.py`.
+Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` and `t5.py`. For many ranks, start at
+`parallel_model.py`.
 """
 
 from .bert import BERT, BERTConfig

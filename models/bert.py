@@ -1,4 +1,4 @@
-"""An encoder that sees both sides of a token, trained to fill in the masked ones (BERT, arXiv:1810.04805)."""
+"""BERT (arXiv:1810.04805): a bidirectional encoder for masked-token prediction, with MoE layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from .recompute import Blocks
 
 @dataclass(frozen=True, kw_only=True)
 class BERTConfig(RotaryConfig):
-    """Sizes of a `BERT`. The defaults read bytes, and have a few ids to spare for tokens of one's own."""
+    """Sizes of a `BERT`. The defaults fit text that is read as bytes, with a few spare ids for special tokens.
+
+    The arguments are `rope_base`, the fields of `turnout.models.blocks.Config`, and these:
+
+    Args:
+        mask_token: id that replaces a masked token. Ids below it are text.
+        segments: number of segment embeddings, 2 for BERT's sentences A and B. 0, the default, has none.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
 
     vocab: int = 264
-    mask_token: int = 256  # the ids below are text; those from here on never stand in for a token
-    segments: int = 0  # kinds of segments that have an embedding, as BERT's sentences A and B; 0: none
+    mask_token: int = 256
+    segments: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,12 +37,23 @@ class BERTConfig(RotaryConfig):
 
 
 class BERT(nn.Module):
-    """The blocks of `GPT` without the causal mask, and BERT's head: a linear layer, GELU, norm, the embedding again.
+    """Bidirectional encoder with BERT's head: a linear layer, GELU, a norm, and the embedding again.
 
-    It differs from arXiv:1810.04805 where later work found better: the norm comes first in a block (arXiv:1909.08053,
-    section 5.3), positions are rotary (arXiv:2104.09864 trains BERT so; ModernBERT, arXiv:2412.13663), which need no
-    parameters and are the same code as in `GPT`, and segments are optional, since without next-sentence prediction
-    (arXiv:1907.11692) they say nothing. Built under one `torch.manual_seed`, it is the same model at every world size.
+    It has the blocks of `GPT` without the causal mask. Three things differ from the original BERT. The norm comes
+    first in a block (arXiv:1909.08053, section 5.3). Positions are rotary, as in ModernBERT (arXiv:2412.13663).
+    Segments are optional: they carry nothing without next-sentence prediction (arXiv:1907.11692). The same
+    `torch.manual_seed` gives the same model at every world size.
+
+    Args:
+        config: sizes of the model.
+
+    References:
+        Devlin et al., BERT, arXiv:1810.04805.
+
+    >>> import torch
+    >>> model = BERT(BERTConfig(dim=32, layers=2, heads=2, hidden=16, num_experts=4, seq_len=8))
+    >>> model(torch.full((3, 8), model.config.mask_token)).shape
+    torch.Size([3, 8, 264])
     """
 
     def __init__(self, config: BERTConfig) -> None:
@@ -50,19 +71,27 @@ class BERT(nn.Module):
                 nn.init.normal_(part.weight, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Token ids int64 [B, S] -> logits [B, S, vocab] of the token at each place; S is at most `seq_len`.
+        """Compute the logits of the token at each position.
 
         Args:
-            mask: bool [B, S], False = padding: no token attends to it, and it goes to no expert. What comes out at
-                its places means nothing, but is finite.
-            segments: int64 [B, S], which segment each token is of, if the config has segments; None: the first.
+            tokens: token ids, int64 [B, S], with S at most ``config.seq_len``.
+            mask: bool [B, S], False = padding: no token attends to it, and it goes to no expert. None, the default,
+                has no padding.
+            segments: segment of each token, int64 [B, S], if the config has segments. None, the default, puts all
+                tokens into segment 0.
+
+        Returns:
+            Logits [B, S, vocab]. At padding they are finite, and mean nothing.
+
+        Raises:
+            ValueError: shapes or a dtype that do not fit, or segments that the config does not have.
         """
         check_tokens(tokens, self.config, mask)
         x = self.embed(tokens)
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         elif segments is not None:
-            raise ValueError("segments were given, but the config has none: set segments=2")
+            raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
         attn_mask = None if mask is None else mask[:, None, None, :]
         config = self.config
         cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
@@ -71,5 +100,5 @@ class BERT(nn.Module):
         return F.linear(x, self.embed.weight)
 
     def active_parameters(self) -> int:
-        """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
+        """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
         return active_parameters(self)

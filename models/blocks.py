@@ -1,6 +1,6 @@
-"""What the models are made of: blocks of attention and a feed-forward network, which may be a mixture of experts.
+"""Transformer blocks that GPT, BERT and T5 share: attention, then a dense or an MoE feed-forward network.
 
-Activations are [B, S, D], sequences whole in memory (docs/explanations/models.md: why not [S, B, D]).
+Activations are [B, S, D]. Why not [S, B, D]: docs/explanations/models.md.
 """
 
 from __future__ import annotations
@@ -18,26 +18,47 @@ from ..moe.layer import MoE
 from .dropout import Dropout
 from .recompute import Core
 
-NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}  # arXiv:1910.07467, arXiv:1607.06450
+NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes that all models have. The defaults read bytes."""
+    """Sizes that all models have. The defaults fit text that is read as bytes.
+
+    Args:
+        vocab: number of token ids.
+        dim: model width D, a multiple of `heads`.
+        layers: number of blocks.
+        heads: number of attention heads, a multiple of `kv_heads`.
+        kv_heads: number of heads for keys and values, for grouped-query attention (arXiv:2305.13245). None, the
+            default, is as many as `heads`.
+        hidden: hidden width H of one expert. A dense block is top_k * hidden wide: equal FLOPs per token.
+        seq_len: number of tokens in the longest sequence.
+        moe_every: every n-th block has an MoE layer. 0 makes all blocks dense.
+        num_experts: number of experts E in each MoE layer, on all ranks together.
+        top_k: number of experts k that a token picks.
+        norm: ``"rms"`` (RMSNorm, arXiv:1910.07467) or ``"layer"`` (LayerNorm, arXiv:1607.06450).
+        dropout: probability, in [0, 1), for embeddings, attention weights, and the output of each attention and
+            feed-forward network.
+        moe: further arguments of `MoE`, by name.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
 
     vocab: int = 256
-    dim: int = 128  # model width D
+    dim: int = 128
     layers: int = 4
     heads: int = 4
-    kv_heads: int | None = None  # grouped-query attention (arXiv:2305.13245); None: as many as heads
-    hidden: int = 256  # width H of one expert; a dense block is top_k * hidden wide: equal FLOPs per token
-    seq_len: int = 128  # longest sequence
-    moe_every: int = 2  # every n-th block is a mixture of experts; 0: none, the dense twin
+    kv_heads: int | None = None
+    hidden: int = 256
+    seq_len: int = 128
+    moe_every: int = 2
     num_experts: int = 8
     top_k: int = 2
-    norm: str = "rms"  # or "layer"
-    dropout: float = 0.0  # of embeddings, of attention's weights, and of what a block adds to the residual stream
-    moe: dict = field(default_factory=dict)  # further arguments of `MoE`, by name
+    norm: str = "rms"
+    dropout: float = 0.0
+    moe: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads or self.heads
@@ -53,35 +74,40 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(Config):
-    """Sizes of a model with rotary positions."""
+    """Sizes of a model with rotary position embeddings (RoPE, arXiv:2104.09864).
+
+    Args:
+        rope_base: base of the angles, 10,000 by default. A larger one suits longer sequences.
+    """
 
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
         if self.dim % (2 * self.heads):
-            raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: RoPE turns pairs")
+            raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: RoPE rotates pairs")
         super().__post_init__()
 
 
 class Context(NamedTuple):
-    """What every block of a stack is told beside x [B, S, D]."""
+    """Inputs of every block beside x [B, S, D]."""
 
-    tokens: Tensor | None = None  # int64 [B, S], for gates that route by them
+    tokens: Tensor | None = None  # int64 [B, S]: token ids, for gates that route by them
     mask: Tensor | None = None  # bool [B, S], False = padding, which goes to no expert
-    cos: Tensor | None = None  # as `rotary` gives them; None: no rotary positions
+    cos: Tensor | None = None  # cos and sin of `rotary`; None: no rotary positions
     sin: Tensor | None = None
     attn_mask: Tensor | None = None  # bool, or float to add to scores; broadcast to [B, heads, S, S]
-    memory: Tensor | None = None  # [B, M, D], what cross attention reads
+    memory: Tensor | None = None  # [B, M, D]: the encoder's output, for cross attention
     memory_mask: Tensor | None = None  # as attn_mask, for [B, heads, S, M]
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network, each on the normed residual stream; x [B, S, D] -> [B, S, D].
+    """Pre-norm transformer block: attention, then a dense or an MoE feed-forward network.
 
     Args:
-        index: counted from 1; a mixture of experts where it is a multiple of ``config.moe_every``.
-        causal: attention sees no later position.
-        cross: between the two, attention to `Context.memory`.
+        config: sizes.
+        index: number of the block, from 1. Multiples of ``config.moe_every`` have an MoE layer.
+        causal: whether attention sees no later position; False by default.
+        cross: whether the block also attends to `Context.memory`, between the two; False by default.
     """
 
     def __init__(self, config: Config, index: int, causal: bool = False, cross: bool = False) -> None:
@@ -99,7 +125,7 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+        """Hidden states x [B, S, D] -> [B, S, D]."""
         tokens, mask, cos, sin, attn_mask, memory, memory_mask = context
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask=attn_mask))
         if self.cross is not None and self.cross_norm is not None:
@@ -109,10 +135,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention (arXiv:1706.03762), with fewer heads for keys and values if the config says so.
+    """Multi-head attention (arXiv:1706.03762), grouped-query where ``config.kv_heads`` is less than ``config.heads``.
 
-    Of x to itself, all of it or, if `causal`, what is not later; or to a memory. A mask says who attends to whom
-    beside that: causal attention takes none.
+    Queries come from x, keys and values from x too, or from a memory. If `causal`, no token attends to a later one,
+    and no mask may be given.
     """
 
     def __init__(self, config: Config, causal: bool = False) -> None:
@@ -126,7 +152,8 @@ class Attention(nn.Module):
         self.core = Core(config.dropout)
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
-        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))  # GPT-2: the residual adds up
+        # as GPT-2: each block adds to the residual stream twice, and its variance must not grow with depth
+        nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))
 
     def forward(
         self,
@@ -136,9 +163,9 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; the rest as in `Context`, where mask is attn_mask or memory_mask."""
+        """Hidden states x [B, S, D] -> [B, S, D]; the others as in `Context`, with one of its two masks as `mask`."""
         read = x if memory is None else memory
-        # by size: the heads that are here may be a part of all (`tensor_parallel`)
+        # split by the size of a head: with `tensor_parallel` this rank has only some of the heads
         q = rearrange(self.query(x), "b s (h d) -> b h s d", d=self.size)
         k = rearrange(self.key(read), "b s (h d) -> b h s d", d=self.size)
         v = rearrange(self.value(read), "b s (h d) -> b h s d", d=self.size)
@@ -149,12 +176,12 @@ class Attention(nn.Module):
 
 
 def norm(config: Config) -> nn.Module:
-    """The norm that a config names, over D."""
+    """A new norm over D, of the kind that a config names."""
     return NORMS[config.norm](config.dim)
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:
-    """ValueError if token ids are not [B, S] with S <= seq_len, or the mask of padding does not fit them."""
+    """Raise a ValueError if token ids are not [B, S] with S <= seq_len, or if the padding mask does not fit them."""
     if tokens.ndim != 2 or tokens.shape[1] > config.seq_len:
         raise ValueError(f"tokens must be [B, S] with S <= seq_len={config.seq_len}; got {tuple(tokens.shape)}")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
@@ -162,10 +189,10 @@ def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> 
 
 
 def rotary(length: int, size: int, base: float = 10_000.0, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, size / 2] of the angles by which position and pair turn (RoPE, arXiv:2104.09864).
+    """Cosines and sines of RoPE's angles (arXiv:2104.09864), each float32 [length, size / 2].
 
-    float32. Models compute them in each forward: as buffers they would be undefined after `to_empty`, and rounded by
-    ``.to(bfloat16)``.
+    Models compute them in each forward. Buffers would be undefined after `to_empty`, and ``.to(bfloat16)`` would round
+    them.
     """
     speed = base ** (-torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), speed)
@@ -173,14 +200,14 @@ def rotary(length: int, size: int, base: float = 10_000.0, device: torch.device 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + size/2]) of x [..., S, size] by its position's angle, in float32 or wider."""
+    """Rotate each pair (x[i], x[i + size/2]) of x [..., S, size] by its position's angle, in float32 or wider."""
     cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 def active_parameters(module: nn.Module) -> int:
-    """Parameters of a module that a token meets in matrix products: of `MoE` layers top_k experts, and the router."""
+    """Number of matrix parameters that one token uses: an `MoE` layer counts with its router and top_k experts."""
     count = sum(p.numel() for p in module.parameters() if p.ndim > 1)
     for layer in module.modules():
         if isinstance(layer, MoE):

@@ -1,7 +1,7 @@
-"""Data parallelism: what each of the ranks that have parts of a batch keeps, and when they exchange gradients.
+"""Data parallelism for MoE models: replicated, ZeRO-1, ZeRO-2 and FSDP (ZeRO-3), and bfloat16 compute.
 
-The stages are those of ZeRO (arXiv:1910.02054, section 5). FSDP2 runs all but the first; dense parameters are split
-over the dense mesh's "dp", experts over "edp", on top of what "tp", "ep" and "etp" have split.
+The stages are those of ZeRO (arXiv:1910.02054, section 5). FSDP2 runs all but "replicate". Dense parameters are split
+over the dense mesh's "dp", experts over "edp". Splits over "tp", "ep" and "etp" come first.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ Data = Literal["replicate", "zero1", "zero2", "fsdp"]
 
 
 def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = False, cpu_offload: bool = False) -> GPT:
-    """Share a model between the ranks along "dp" (experts: "edp"), in place; call it on every rank.
+    """Apply data parallelism to a model, in place. Call it on every rank.
 
-    It comes last, after `tensor_parallel` and `parallelize`; then make the optimizer. On d ranks:
+    Call it after `tensor_parallel` and `parallelize`, and make the optimizer afterwards. On d ranks:
 
-    - ``"replicate"``: each rank has all; `sync_gradients` all-reduces gradients once a step.
+    - ``"replicate"``: each rank has all parameters. `sync_gradients` all-reduces gradients once a step.
     - ``"zero1"``: the optimizer's state is split d ways. Parameters are whole during a step, gradients until the last
-      micro-batch; a step has one all-gather and one reduce-scatter, together the bytes of the all-reduce.
-    - ``"zero2"``: gradients are split as well, and so reduce-scattered after every micro-batch.
-    - ``"fsdp"``: ZeRO-3, parameters as well: a block is gathered before its forward and again before its backward.
+      micro-batch. A step has one all-gather and one reduce-scatter, together the bytes of the all-reduce.
+    - ``"zero2"``: gradients are split as well, and are reduce-scattered after every micro-batch.
+    - ``"fsdp"``: ZeRO-3. Parameters are split as well, and gathered before a block's forward and before its backward.
 
     Args:
-        model: a `GPT` or a stage of one.
-        meshes: those it was spread over.
-        how: as above. In a pipeline "zero2" and "fsdp" do as "zero1": a stage stays gathered during a step, whose
-            backwards come in halves.
-        bf16: compute in bfloat16 from float32 parameters ("master weights"), with gradients summed in float32. With
-            "replicate" by `torch.autocast`; else parameters, but those of routers, travel and are used in bfloat16.
-        cpu_offload: parameters, gradients and the optimizer's state lie in the host's memory, and the optimizer steps
-            there. Not with "replicate". On GPUs clipping wants a group that has both,
+        model: `GPT`, or a pipeline stage of one.
+        meshes: meshes that the model was spread over.
+        how: kind of data parallelism, as above; ``"fsdp"`` by default. In a pipeline "zero2" and "fsdp" act as
+            "zero1": a stage stays gathered during a step, since its backward may come in two halves.
+        bf16: whether to compute in bfloat16 from float32 parameters, with gradients summed in float32; False by
+            default. "replicate" uses `torch.autocast`. The others gather and use parameters in bfloat16, routers apart.
+        cpu_offload: whether parameters, gradients and optimizer state stay in host memory, where the optimizer then
+            steps; False by default. Not with "replicate". On GPUs, clipping needs a group for both devices,
             ``init_process_group("cpu:gloo,cuda:nccl")``.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: options that do not go together.
@@ -76,16 +79,16 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
 
     for block in model.blocks:
         if not isinstance(block, Block):
-            continue  # of another stage
+            continue  # this block belongs to another stage
         if bf16 and isinstance(block.feed_forward, MoE) and len(list(block.feed_forward.gate.parameters())):
             shard(block.feed_forward.gate, exact, free=False)  # FSDP2 cannot tell when the backward of a routing begins
         shard(block)
-    shard(model, free=False)  # the head: its backward follows at once
+    shard(model, free=False)  # embedding and head: the head's backward follows at once, so nothing is freed between
     return model
 
 
 def begin_micro_batch(model: nn.Module, how: Data, last: bool) -> None:
-    """Before the forward of a micro-batch: whether its backward reduces gradients, and frees gathered parameters."""
+    """Tell FSDP2, before a micro-batch, whether its backward reduces gradients and frees gathered parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or how != "zero1", recurse=False)
@@ -93,18 +96,18 @@ def begin_micro_batch(model: nn.Module, how: Data, last: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward without a backward has gathered: the next one shall see what was stepped or loaded."""
+    """Free parameters that a forward without a backward has gathered, so that the next forward sees new values."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def computed_in(dtype: torch.dtype, model: GPT, device_type: str) -> GPT:
-    """Run the forward of a model, or a stage of one, under autocast to `dtype`, in place; it returns float32.
+    """Run a model's forward under autocast to `dtype`, in place. Its output is float32.
 
-    Not the whole step: a backward under autocast would round what it should not.
+    The backward stays outside: autocast would round values in it that must not be rounded.
     """
-    model.forward = partial(_cast, model.forward, dtype, device_type)  # which a copy of the model copies as well
+    model.forward = partial(_cast, model.forward, dtype, device_type)  # a partial: deepcopy of the model copies it
     return model
 
 

@@ -1,9 +1,9 @@
-"""Dropout (arXiv:1207.0580) of activations that may be split over ranks.
+"""Dropout (arXiv:1207.0580) that is right under tensor parallelism.
 
-Where ranks along "tp" hold the same activation, they must drop the same elements, or they would go on with different
-models; where each holds a part of it, its mask must not be that of the others. So these ranks begin with the same
-seed: what is whole is dropped by torch's default generator, which stays in step on all of them, and what is split by
-numbers of `own_numbers` (Megatron-LM keeps a second generator for the latter; arXiv:1909.08053, appendix B).
+Ranks along "tp" must drop the same elements of an activation that all of them hold. Of an activation that is split,
+each rank must drop other elements than the others. So these ranks start with the same seed. Whole activations use
+torch's default generator, which then draws the same on all of them. Split ones use `own_numbers`. Megatron-LM keeps a
+second generator for the split ones (arXiv:1909.08053, appendix B).
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from torch import Tensor, nn
 
 
 class Part(NamedTuple):
-    """Which part of an activation this rank holds, of how many."""
+    """This rank's part of an activation that is split over ranks."""
 
-    place: int = 0
-    number: int = 1  # 1: all of it
+    place: int = 0  # index of the part, from 0
+    number: int = 1  # number of parts; 1: this rank has all of it
 
 
 @contextmanager
 def own_numbers(part: Part, device: torch.device) -> Iterator[None]:
-    """Random numbers on a device, CPU or CUDA, that are this part's alone; nothing changes with a single part.
+    """Context in which the device's default generator draws other random numbers for each part.
 
-    A seed for each part is drawn from the default generator of the CPU, and this part's is in force until the context
-    ends. What is drawn inside follows from the state before it, and the state after it is that of all parts. Hence
-    `torch.utils.checkpoint`, which restores torch's generators, repeats the same numbers, and a checkpoint needs no
-    state but theirs.
+    The CPU's default generator draws one seed for each part. This part's seed is in force until the context ends.
+    Then the generator goes on from its state before, the same for all parts. All numbers follow from torch's default
+    generators. So `torch.utils.checkpoint` repeats them, and a checkpoint saves no other state.
+
+    Args:
+        part: this rank's part. With a single part nothing changes.
+        device: CPU, or a CUDA device.
     """
     if part.number == 1:
         yield
@@ -49,10 +52,11 @@ def own_numbers(part: Part, device: torch.device) -> Iterator[None]:
 
 
 class Dropout(nn.Module):
-    """Zeros with probability p in training, the rest divided by 1 - p; any shape.
+    """Dropout: in training each element becomes 0 with probability p, and the others are divided by 1 - p.
 
     Attributes:
-        part: of its input that this rank holds; `tensor_parallel` says so.
+        p: probability, in [0, 1).
+        part: this rank's part of the input; `tensor_parallel` sets it.
     """
 
     part: Part = Part()
@@ -62,7 +66,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> the same shape and dtype."""
+        """Tensor of any shape and floating dtype -> the same shape and dtype."""
         if not self.training or not self.p:
             return x
         with own_numbers(self.part, x.device):

@@ -1,4 +1,4 @@
-"""Weights for the world outside: safetensors files that hold a model whole, whatever mesh it was trained on."""
+"""Export of weights to safetensors files that hold the whole model, whatever mesh it was trained on."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ INDEX = "model.safetensors.index.json"  # which file has which tensor
 
 
 def export(model: nn.Module | Sequence[nn.Module], folder: Path, file_bytes: int = 5 << 30) -> Path:
-    """Write a model's weights as safetensors, under the names of one rank's model; returns the folder.
+    """Write a model's weights as safetensors, under the names of the model on one rank. All ranks call it.
 
-    All ranks call it, and none ever holds the whole: each writes what it has, and rank 0 puts tensors together on the
-    disk, one after the other. The folder gets its name when all is there. Files and index are those that
-    transformers and others read; `load_exported` here. Needs the package safetensors (``turnout[train]``).
+    No rank ever holds the whole model. Each writes its part, and rank 0 joins tensors on the disk, one after the
+    other. The folder gets its name when all of it is written. transformers and others can read the files and their
+    index, and so can `load_exported`. Needs the package safetensors (``turnout[train]``).
 
     Args:
-        model: a module, or the stages of a pipeline that this rank runs (`ParallelModel.parts`).
-        folder: new; every rank must see the same one. While it is written twice its size is needed.
-        file_bytes: start another file rather than exceed this many bytes; one tensor may.
+        model: module, or list of the pipeline stages that this rank runs (`ParallelModel.parts`).
+        folder: path of a new folder, the same on every rank. Writing needs twice its final size on the disk.
+        file_bytes: largest size of a file in bytes, 5 GiB by default. A larger tensor gets a file of its own.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: on every rank, if one cannot write, or the folder exists.
+        CheckpointError: on every rank, if one of them cannot write, or if the folder exists.
     """
     parts = [model] if isinstance(model, nn.Module) else model
     state = {name: tensor for part in parts for name, tensor in get_model_state_dict(part).items()}
@@ -68,10 +71,14 @@ def export(model: nn.Module | Sequence[nn.Module], folder: Path, file_bytes: int
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:
-    """Read what `export` wrote into a model of one rank, before it is spread.
+    """Load weights that `export` wrote into a whole model, before it is spread over ranks.
+
+    Args:
+        folder: path of the exported folder.
+        model: model with the same names and shapes.
 
     Raises:
-        CheckpointError: names or shapes that differ from the model's; the model is as it was.
+        CheckpointError: names or shapes that differ from the model's. The model is then unchanged.
     """
     _check_installed()
     from safetensors import safe_open
@@ -79,7 +86,10 @@ def load_exported(folder: Path, model: nn.Module) -> None:
     own = model.state_dict()
     place = json.loads((folder / INDEX).read_text())["weight_map"]
     if place.keys() != own.keys():
-        raise CheckpointError(f"{folder} is of another model: only one of both has {sorted(place.keys() ^ own.keys())}")
+        raise CheckpointError(
+            f"{folder} holds another model: only one of the two has {sorted(place.keys() ^ own.keys())}; build the "
+            "model with the sizes that it was exported with"
+        )
     read: dict[str, Tensor] = {}
     for file in sorted(set(place.values())):
         with safe_open(folder / file, framework="pt") as tensors:
@@ -97,12 +107,12 @@ def _check_installed() -> None:
 
 
 def _sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """Bytes of each whole tensor."""
+    """Bytes of each tensor, all ranks' parts together."""
     return {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
 
 
 def _files(sizes: dict[str, int], limit: int) -> dict[str, int]:
-    """The number, from 1, of the file that each tensor goes to."""
+    """Number, from 1, of the file that each tensor goes to."""
     files, number, filled = {}, 1, 0
     for name in sorted(sizes):
         if filled and filled + sizes[name] > limit:

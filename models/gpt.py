@@ -1,4 +1,4 @@
-"""A decoder-only transformer whose feed-forward blocks may be mixtures of experts."""
+"""GPT: a decoder-only transformer in which every n-th block has an MoE layer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ from .recompute import Blocks
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(RotaryConfig):
-    """Sizes of a `GPT`. The defaults read bytes."""
+    """Sizes of a `GPT`. The defaults fit text that is read as bytes.
+
+    All arguments are keywords: `rope_base`, and the fields of `turnout.models.blocks.Config`.
+    """
 
 
 class GPT(nn.Module):
-    """Pre-norm blocks, rotary positions, fused causal attention, tied embeddings.
+    """Decoder-only language model: pre-norm blocks, rotary positions, fused causal attention, tied embeddings.
 
-    Block i (from 1) is a mixture of experts where i is a multiple of `moe_every`. Built under one
-    `torch.manual_seed`, it is the same model at every world size.
+    Block i, counted from 1, has an MoE layer where i is a multiple of ``config.moe_every``. The same
+    `torch.manual_seed` gives the same model at every world size.
 
     Args:
-        config: the sizes of the whole model.
-        kept: the blocks, counted from 0, that this one holds as a stage of a pipeline; None: all of them. The first
-            block comes with the embedding, the last with the norm and the head, which is the embedding again. The
-            rest is None, so that names and initial values are those of the whole model.
+        config: sizes of the whole model.
+        kept: range of blocks, counted from 0, that this pipeline stage holds. None, the default, is all of them. The
+            first block comes with the embedding. The last comes with the norm and the head, which is the embedding
+            again. Parts that are not kept are None, so names and initial values stay as in the whole model.
+
+    >>> import torch
+    >>> config = GPTConfig(dim=32, layers=2, heads=2, hidden=16, num_experts=4, seq_len=8)
+    >>> model = GPT(config)
+    >>> model(torch.zeros(3, 8, dtype=torch.int64)).shape
+    torch.Size([3, 8, 256])
     """
 
     def __init__(self, config: GPTConfig, kept: range | None = None) -> None:
@@ -39,17 +48,26 @@ class GPT(nn.Module):
         self.embed = embed if first or last else None
         self.blocks = Blocks()
         for index in range(config.layers):
-            block = Block(config, index + 1, causal=True)  # dropped if not kept, having drawn its random numbers
+            # every block is built, kept or not: it draws the random numbers that it would in the whole model
+            block = Block(config, index + 1, causal=True)
             self.blocks.add_module(str(index), block if index in kept else None)
         self.norm = norm(config) if last else None
         self.dropout = Dropout(config.dropout)
         nn.init.normal_(embed.weight, std=0.02)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Token ids int64 [B, S] -> logits [B, S, vocab] of each next token; S is at most `seq_len`.
+        """Compute the logits of each next token.
 
-        A stage that does not begin with the first block is given the hidden states [B, S, D] of the stage before it,
-        and the ids as `tokens`; one that does not end with the last block returns hidden states.
+        Args:
+            x: token ids, int64 [B, S], with S at most ``config.seq_len``. A later pipeline stage takes the hidden
+                states [B, S, D] of the stage before it.
+            tokens: token ids, int64 [B, S], for a later stage whose gates route by them; None by default.
+
+        Returns:
+            Logits [B, S, vocab]. A stage without the last block returns hidden states [B, S, D].
+
+        Raises:
+            ValueError: ids of a wrong shape, or ids given to a stage that has no embedding.
         """
         begins = not x.is_floating_point()
         tokens = x if begins else tokens
@@ -57,7 +75,9 @@ class GPT(nn.Module):
             check_tokens(tokens, self.config)
         if begins:
             if self.embed is None:
-                raise ValueError("this stage has no embedding: give it the hidden states of the stage before it")
+                raise ValueError(
+                    "x holds token ids, but this stage has no embedding: give it the hidden states of the stage before"
+                )
             x = self.dropout(self.embed(x))
         config = self.config
         cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
@@ -67,10 +87,15 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)
 
     def active_parameters(self) -> int:
-        """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
+        """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
         return active_parameters(self)
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
-        """Forward and backward: 6 per active parameter, and attention over `seq_len` positions unmasked."""
+        """FLOPs of one token's forward and backward: 6 per active parameter, plus attention.
+
+        Args:
+            seq_len: number of positions that a token attends to, without a causal mask. None, the default, is
+                ``config.seq_len``.
+        """
         seq_len = self.config.seq_len if seq_len is None else seq_len
         return 6 * self.active_parameters() + 12 * self.config.layers * self.config.dim * seq_len

@@ -1,4 +1,4 @@
-"""The training objective of a language model."""
+"""Cross entropy of next tokens, for whole logits and for logits split over the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from ..dispatch.reorder import wide
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats, a scalar: logits [B, S, vocab], targets int64 [B, S], the token after each.
+    """Mean cross entropy of next tokens, in nats, computed in float32 or wider.
 
-    Taken in float32 or wider.
-    Logits split over the vocabulary, as `tensor_parallel` leaves them, are never gathered: the ranks exchange
-    a largest logit, a sum and the target's logit per token (Megatron-LM, arXiv:1909.08053, section 3).
+    Logits that `tensor_parallel` has split over the vocabulary are never gathered. The ranks exchange three numbers
+    per token: the largest logit, the sum of exponentials, and the target's logit.
+
+    Args:
+        logits: [B, S, vocab] in any floating dtype, or a DTensor of that shape.
+        targets: token after each one, int64 [B, S]. -100 leaves a position out.
+
+    Returns:
+        The mean as a scalar.
+
+    References:
+        Megatron-LM, arXiv:1909.08053, section 3.
+
+    >>> next_token_loss(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [3, 4, -100]])).exp().round().item()
+    8.0
     """
     flat = wide(logits.flatten(0, 1))
     targets = targets.flatten()
@@ -26,7 +38,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """torch's loss_parallel, whose backward must run inside its context: here it runs along with the forward."""
+    """Cross entropy by torch's `loss_parallel`, whose backward must run inside its context: so forward runs both."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -39,7 +51,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # what was saved is a number to autograd: second derivatives would lack it
+        if torch.is_grad_enabled():  # the saved gradient has no graph, so second derivatives would be wrong
             raise RuntimeError("the loss of split logits has no second derivative: leave out create_graph=True, or tp")
         (to_logits,) = ctx.saved_tensors
         local = to_logits.to_local() * grad

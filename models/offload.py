@@ -1,4 +1,4 @@
-"""Activations that wait for their backward in the host's memory."""
+"""Activation offload: activations wait for their backward in host memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from ..moe.experts.sharded import local
 
 @contextmanager
 def activations_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Run forwards and backwards of a model inside: what operations save waits in the host's memory, weights apart.
+    """Context that keeps activations in host memory until the backward needs them; run a model's steps inside.
 
-    Each is copied there when it is saved, and back when its backward wants it (pinned memory, if it comes from a GPU).
-    Weights stay where they are, their views, their local parts, and what FSDP2 has gathered of them, too;
-    `torch.autograd.graph.save_on_cpu` would send them along. Casts that autocast has made of them do travel.
+    Tensors from a GPU go to pinned memory. Weights stay where they are, with their views and what FSDP2 has gathered
+    of them. `torch.autograd.graph.save_on_cpu` would move them as well. Casts of weights that autocast makes do move.
+
+    Args:
+        model: model whose weights stay.
     """
     weights: set[int] = set()
 
@@ -33,7 +35,7 @@ def activations_on_cpu(model: nn.Module) -> Iterator[None]:
 
     note(model)
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    hooks = [module.register_forward_pre_hook(note) for module in sharded]  # FSDP2's own come first, and gather
+    hooks = [module.register_forward_pre_hook(note) for module in sharded]  # after FSDP2's own hooks, which gather
     try:
         with saved_tensors_hooks(keep, lambda kept: kept.back() if isinstance(kept, _Away) else kept):
             yield
@@ -43,11 +45,11 @@ def activations_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 class _Away(NamedTuple):
-    """A tensor whose elements are in the host's memory."""
+    """Saved tensor whose elements are in host memory."""
 
     host: Tensor
     device: torch.device
-    spread: dict[str, Any] | None  # of a DTensor: how its local part lies in the whole
+    spread: dict[str, Any] | None  # arguments that make a DTensor of it again; None for a plain tensor
 
     @classmethod
     def of(cls, x: Tensor) -> _Away:
@@ -64,7 +66,7 @@ class _Away(NamedTuple):
 
 @torch.no_grad()
 def to_host(x: Tensor) -> Tensor:
-    """A copy in the host's memory."""
+    """Copy of a tensor in host memory, pinned if it comes from a GPU."""
     return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 
 

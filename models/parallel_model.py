@@ -1,4 +1,4 @@
-"""A `GPT` on meshes of any shape: the parts of this package put together, and one step of its training."""
+"""One GPT under data, tensor, pipeline and expert parallelism together, and its training step."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def parallel_model(
     dtype: torch.dtype = torch.float32,
     **experts: Any,
 ) -> ParallelModel:
-    """Build a GPT and spread it over the ranks of a job; call it on every rank, under one `torch.manual_seed`.
+    """Build a GPT and spread it over the ranks of a job.
 
-    Each rank draws the same random numbers, so that the model is that of one rank, whatever the meshes.
+    Call it on every rank, after the same `torch.manual_seed`. The model then has the same initial values on any mesh::
 
         meshes = Meshes.of("cuda", pp=2, tp=2, ep=4)
         model = parallel_model(GPTConfig(), meshes, micro_batches=8, data="zero1", bf16=True)
@@ -52,15 +52,21 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: the whole model's.
-        meshes: `Meshes.of`.
-        micro_batches: in which a rank's part of the batch is cut, m.
-        schedule, stages_per_rank: of the pipeline, as for `Stages.of`; without effect where pp = 1.
-        data, bf16, cpu_offload: as for `data_parallel`.
-        recompute: as for `recompute`.
-        activations_on_cpu: what the backward needs, weights apart, waits in the host's memory.
-        dtype: of the parameters.
+        config: sizes of the whole model.
+        meshes: ranks of each kind of parallelism, from `Meshes.of`.
+        micro_batches: number of micro-batches that each rank cuts its part of the batch into; 1 by default.
+        schedule: pipeline schedule, ``"1f1b"`` by default (`Stages.of`). It has no effect with pp = 1.
+        stages_per_rank: number of pipeline stages on each rank. None, the default, is the fewest for the schedule.
+        data: kind of data parallelism, ``"replicate"`` by default (`data_parallel`).
+        bf16: whether to compute in bfloat16 from parameters of `dtype`; False by default.
+        cpu_offload: whether parameters, gradients and optimizer state stay in host memory; False by default.
+        recompute: activations to compute again in the backward, ``"none"`` by default (`recompute`).
+        activations_on_cpu: whether activations wait for their backward in host memory; False by default.
+        dtype: dtype of the parameters, float32 by default.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout.
+
+    Raises:
+        ValueError: sizes that the meshes do not divide, or options that do not go together.
     """
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
@@ -71,7 +77,7 @@ def parallel_model(
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
     pipeline = None
-    if stages:  # before parameters are offloaded: it takes their device for its own
+    if stages:  # before parameters are offloaded: the pipeline takes its device from them
         boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)
         hidden = torch.bfloat16 if bf16 and data != "replicate" else None
         pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, boundary=boundary, dtype=hidden)
@@ -81,10 +87,13 @@ def parallel_model(
 
 
 class ParallelModel(nn.Module):
-    """What a rank has of a model, and the steps it takes together with the others; made by `parallel_model`.
+    """This rank's part of a GPT, and the training step that all ranks take together; made by `parallel_model`.
 
     Attributes:
-        parts: the whole `GPT`, or the stages that this rank runs; what `checkpoint.save` takes.
+        parts: list of one whole `GPT`, or of the pipeline stages that this rank runs. Pass it to `checkpoint.save`.
+        meshes: meshes of the job.
+        micro_batches: number of micro-batches per step.
+        pipeline: `Pipeline` that runs the parts, or None with pp = 1.
     """
 
     def __init__(
@@ -105,17 +114,22 @@ class ParallelModel(nn.Module):
         self.activations_on_cpu = activations_on_cpu
 
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
-        """Forward and backward of a batch: leaves the gradients of the mean over micro-batches and data ranks.
+        """Run forward and backward of a batch, and synchronise gradients. All ranks call it.
 
-        Gradients must be None or zero before. `clip_grad_norm_` and the optimizer come next.
+        Gradients must be None or zero before. The step computes the gradients of the mean loss over micro-batches and
+        data ranks. `clip_grad_norm_` and the optimizer come next.
 
         Args:
-            tokens, targets: int64 [B, S], this data rank's part of the batch, B a multiple of the micro-batches; the
-                same for all ranks along "pp" and "tp". Targets are the tokens that come next.
-            scale: of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`.
+            tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches`. Ranks along
+                "pp" and "tp" give the same.
+            targets: token after each one, int64 [B, S].
+            scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
         Returns:
-            Means over this data rank's micro-batches, unscaled, equal on all ranks along "pp" and "tp".
+            Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp" and "tp".
+
+        Raises:
+            ValueError: a batch that does not split into `micro_batches`.
         """
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
@@ -124,9 +138,14 @@ class ParallelModel(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of this data rank's part of a batch [B, S], B any number; call ``eval()`` before.
+        """Mean loss of a batch, without gradients. Call ``eval()`` before.
 
-        It is equal on all ranks along "pp" and "tp".
+        Args:
+            tokens: this data rank's part of the batch, int64 [B, S], with any positive B.
+            targets: token after each one, int64 [B, S].
+
+        Returns:
+            Mean loss in nats, a scalar in float64, equal on all ranks along "pp" and "tp".
         """
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(tokens, targets)
@@ -138,13 +157,13 @@ class ParallelModel(nn.Module):
         return mean
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that the norm of the whole model's is at most `max_norm`; returns the norm before."""
+        """Scale all gradients so that the norm over the whole model is at most `max_norm`; returns the norm before."""
         if self.pipeline is not None:
             return self.pipeline.clip_grad_norm_(max_norm)
         return clip_grad_norm_(self, max_norm)
 
     def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
-        """The micro-batches in turn, on the whole model."""
+        """Run the micro-batches one after the other, on the whole model."""
         check_batch(tokens, self.micro_batches)
         m, (model,) = self.micro_batches, self.parts
         seen = []

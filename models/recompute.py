@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward, instead of being kept from the forward."""
+"""Activation recomputation (checkpointing): compute activations again in the backward instead of keeping them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Blocks(nn.ModuleList):
-    """Blocks one after the other: x -> x, each called as ``block(x, *context)``. Some may be None: not held here."""
+    """Blocks in sequence, each called as ``block(x, *context)``. Blocks of other pipeline stages are None."""
 
-    segment: int = 0  # so many blocks are recomputed together; 0: none are
+    segment: int = 0  # number of blocks that are recomputed together; 0: no recomputation
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """x through all blocks that are held."""
+        """Hidden states x [B, S, D] -> [B, S, D], through all blocks that are not None."""
         held = iter([block for block in self if block is not None])
         if not self.segment or not torch.is_grad_enabled():
             return _through(held, x, *context)
@@ -40,10 +40,11 @@ class Blocks(nn.ModuleList):
 
 
 class Core(nn.Module):
-    """What is between the projections of attention: softmax(q k / sqrt(size)) v, and the dropout of its weights.
+    """Core of attention, between its projections: softmax(q k / sqrt(size)) v, with dropout of the weights.
 
     Attributes:
-        part: of all heads that this rank holds, for `Dropout`; `tensor_parallel` says so.
+        recompute: whether the backward computes it again; the function `recompute` sets it.
+        part: this rank's part of all heads, so that ranks drop different elements; `tensor_parallel` sets it.
     """
 
     recompute: bool = False
@@ -62,10 +63,10 @@ class Core(nn.Module):
         grouped: bool = False,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """q [B, heads, S, size], k and v [B, heads, M, size] -> [B, heads, S, size].
+        """Attend from S queries to M keys: q [B, heads, S, size], k and v [B, heads, M, size] -> [B, heads, S, size].
 
-        `grouped`: k and v have fewer heads (GQA). `mask`: bool, or float to add to the scores, broadcast to
-        [B, heads, S, M]; not together with `causal`.
+        With `grouped`, k and v have fewer heads (grouped-query attention). `mask` is bool, or float to add to the
+        scores, and broadcasts to [B, heads, S, M]. It cannot be given together with `causal`.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._attend, q, k, v, causal, grouped, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
@@ -80,26 +81,39 @@ class Core(nn.Module):
 
 
 def recompute(model: Model, what: Literal["none", "full", "selective"] = "full", every: int | str = 1) -> Model:
-    """Choose what a model computes twice to keep less, in place; may be changed between steps.
+    """Choose the activations that a model recomputes in its backward, in place. It may change between steps.
 
-    With c blocks in a segment, l blocks keep l / c inputs and, while one segment is in its backward, all that its
-    blocks compute: l / c A_in + c A_mid. That is smallest at c = sqrt(l A_in / A_mid) (PTD-P, arXiv:2104.04473,
-    section 3.5).
+    With c blocks in a segment, l blocks need memory for l / c segment inputs, and for the activations of one segment:
+    l / c A_in + c A_mid. The minimum is at c = sqrt(l A_in / A_mid).
 
     Args:
-        what: ``"none"``; ``"full"``: of each segment of blocks the input alone is kept, and a mixture of experts in it
-            exchanges its rows again; ``"selective"`` (arXiv:2205.05198): all is kept but the core of attention and
-            what experts have between their rows and their output, which are large for what they cost; rows do not
-            travel again.
-        every: blocks in a segment, of "full" alone. ``"sqrt"``: the rule above for blocks that keep no more inside
-            than their input, c = sqrt(l); with more inside, a smaller c is better.
+        model: module with `Blocks`, such as `GPT`, or any with `MoE` layers.
+        what: ``"none"`` keeps all activations. ``"full"``, the default, keeps the input of each segment of blocks, and
+            MoE layers repeat their all-to-alls. ``"selective"`` keeps all but the core of attention and the inner
+            activations of experts, which are large and cheap to compute; rows do not travel again.
+        every: number of blocks in a segment, 1 by default, for "full" alone. ``"sqrt"`` takes the minimum above for
+            A_mid = A_in, c = sqrt(l). If a block keeps more inside than its input, a smaller c is better.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an unknown choice, or segments without ``"full"``.
+
+    References:
+        Chen et al., arXiv:1604.06174. PTD-P, arXiv:2104.04473, section 3.5. Selective: arXiv:2205.05198.
+
+    >>> from turnout.models import GPT, GPTConfig
+    >>> model = recompute(GPT(GPTConfig(layers=4)), "full", every=2)
+    >>> model.blocks.segment
+    2
     """
     if what not in ("none", "full", "selective"):
         raise ValueError(f'recompute must be "none", "full" or "selective"; got {what!r}')
     if every != "sqrt" and (not isinstance(every, int) or every < 1):
         raise ValueError(f'every must be a positive number of blocks or "sqrt"; got {every!r}')
     if every != 1 and what != "full":
-        raise ValueError(f'every={every!r} needs recompute "full": there are no segments in "{what}"')
+        raise ValueError(f'every={every!r} needs recompute "full": "{what}" has no segments; leave out every')
     for part in model.modules():
         if isinstance(part, Blocks):
             held = sum(block is not None for block in part)

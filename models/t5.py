@@ -1,4 +1,4 @@
-"""An encoder and a decoder: text to text (T5, arXiv:1910.10683), its experts as in Switch (arXiv:2101.03961)."""
+"""T5 (arXiv:1910.10683): an encoder-decoder from text to text, with MoE layers as in Switch (arXiv:2101.03961)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,27 @@ from .recompute import Blocks
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config(Config):
-    """Sizes of a `T5`. The defaults read bytes: 256 of them, `start`, and 63 sentinels that stand for cut-out spans."""
+    """Sizes of a `T5`. The defaults fit 256 bytes, a start token, and 63 sentinels that stand for removed spans.
+
+    The arguments are the fields of `turnout.models.blocks.Config`, and these:
+
+    Args:
+        layers: number of blocks of the encoder.
+        decoder_layers: number of blocks of the decoder. None, the default, is as many.
+        start: id that the decoder reads first. Ids below it are text, ids above it are sentinels.
+        buckets: number of buckets of relative positions, an even number of 4 or more. Each has a bias per head.
+        max_distance: distance from which on all positions share one bucket; more than half of `buckets`.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
 
     vocab: int = 320
-    layers: int = 2  # of the encoder
-    decoder_layers: int | None = None  # None: as many
-    start: int = 256  # what the decoder reads first; ids below are text, those above sentinels, from the last one down
-    buckets: int = 32  # of relative positions, that have a bias each
-    max_distance: int = 128  # from which on all distances share one
+    layers: int = 2
+    decoder_layers: int | None = None
+    start: int = 256
+    buckets: int = 32
+    max_distance: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,13 +51,23 @@ class T5Config(Config):
 
 
 class T5(nn.Module):
-    """Pre-norm blocks with relative positions; the decoder's attend to the encoder's output; tied embeddings.
+    """Encoder-decoder: pre-norm blocks, relative positions, cross attention in the decoder, tied embeddings.
 
-    Positions are T5's: a bias on the scores of attention to itself, learned for each head and bucket of distances, one
-    table for the encoder and one for the decoder. Attention to the encoder has none. Every `moe_every`-th block of
-    both is a mixture of experts, as in Switch Transformer. Unlike T5's, scores are divided by sqrt(D / heads), which
-    the original leaves to its initial values. Built under one `torch.manual_seed`, it is the same model at every
-    world size.
+    Self-attention adds a learned bias per head and bucket of distances. The encoder has one table of biases, the
+    decoder another. Cross attention has none. Every ``config.moe_every``-th block of both has an MoE layer. Unlike the
+    original, attention scores are divided by sqrt(D / heads). The same `torch.manual_seed` gives the same model at
+    every world size.
+
+    Args:
+        config: sizes of the model.
+
+    References:
+        Raffel et al., T5, arXiv:1910.10683. Fedus et al., Switch Transformers, arXiv:2101.03961.
+
+    >>> model = T5(T5Config(dim=32, layers=2, heads=2, hidden=16, num_experts=4, seq_len=16))
+    >>> source, target = torch.zeros(3, 12, dtype=torch.int64), torch.full((3, 5), model.config.start)
+    >>> model(source, target).shape
+    torch.Size([3, 5, 320])
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -64,16 +87,26 @@ class T5(nn.Module):
     def forward(
         self, source: Tensor, target: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
-        """Token ids int64, source [B, M] and target [B, S] -> logits [B, S, vocab] of what follows each of target.
+        """Compute the logits of the token after each target token.
 
-        M and S are at most `seq_len`. `mask` and `target_mask` of the same shapes, bool, False = padding: it goes to
-        no expert, and no token attends to that of the source. Padding of the target comes last, where the causal mask
-        hides it.
+        Args:
+            source: token ids that the encoder reads, int64 [B, M], with M at most ``config.seq_len``.
+            target: token ids that the decoder reads, int64 [B, S], with S at most ``config.seq_len``.
+            mask: bool [B, M], False = padding of the source: no token attends to it, and it goes to no expert. None,
+                the default, has no padding.
+            target_mask: bool [B, S], False = padding of the target, which goes to no expert. It must come last, where
+                the causal mask hides it.
+
+        Returns:
+            Logits [B, S, vocab].
+
+        Raises:
+            ValueError: ids or masks of a wrong shape or dtype.
         """
         return self.decode(target, self.encode(source, mask), mask, target_mask)
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Source ids [B, M] -> the memory [B, M, D] that the decoder reads; once for a text, if it is generated."""
+        """Encode source ids, int64 [B, M], to hidden states [B, M, D]. Generation needs it once per text."""
         check_tokens(source, self.config, mask)
         bias = self.encoder_bias(source.shape[1])
         if mask is not None:
@@ -84,7 +117,7 @@ class T5(nn.Module):
     def decode(
         self, target: Tensor, memory: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> Tensor:
-        """Target ids [B, S] and memory [B, M, D] -> logits [B, S, vocab]; masks as in `forward`."""
+        """Decode target ids, int64 [B, S], to logits [B, S, vocab]; `memory` [B, M, D] is the result of `encode`."""
         check_tokens(target, self.config, target_mask)
         memory_mask = None if mask is None else mask[:, None, None, :]
         context = Context(
@@ -98,12 +131,12 @@ class T5(nn.Module):
         return F.linear(self.dropout(self.decoder_norm(x)), self.embed.weight)
 
     def active_parameters(self) -> int:
-        """Parameters a token meets in matrix products: of an MoE block top_k experts, and the router."""
+        """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
         return active_parameters(self)
 
 
 class RelativeBias(nn.Module):
-    """A bias for each head and distance, to be added to attention's scores (arXiv:1910.10683, section 2.1)."""
+    """Relative position bias: a learned number per head and bucket of distances (arXiv:1910.10683, section 2.1)."""
 
     def __init__(self, config: T5Config, causal: bool) -> None:
         super().__init__()
@@ -112,7 +145,7 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, length: int) -> Tensor:
-        """[1, heads, S, S] for S positions, -inf where a causal query may not look."""
+        """Biases [1, heads, S, S] of attention scores, for S = `length` positions; -inf for later ones if causal."""
         position = torch.arange(length, device=self.weight.device)
         distance = position - position[:, None]  # of a key (column) from a query (row)
         bias = self.weight[bucket(distance, len(self.weight), self.max_distance, self.causal)]
@@ -122,10 +155,19 @@ class RelativeBias(nn.Module):
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, causal: bool) -> Tensor:
-    """The bucket, int64 in [0, buckets), of each distance of a key from its query, int64 of any shape.
+    """Bucket of each distance between a key and its query.
 
-    Half of the buckets are for one distance each, the others grow with the logarithm of the distance up to
-    `max_distance`. If not causal, keys before and after the query have half of all each.
+    Half of the buckets hold one distance each. The others grow with the logarithm of the distance. If not causal, keys
+    before the query use half of all buckets, keys after it the other half.
+
+    Args:
+        distance: position of the key minus position of the query, int64 of any shape.
+        buckets: number of buckets.
+        max_distance: distance from which on all are in the last bucket.
+        causal: whether no query attends to a later key. Later keys are then in bucket 0.
+
+    Returns:
+        Buckets in [0, buckets), int64, of the same shape.
 
     >>> bucket(torch.tensor([0, -1, -7, -8, -127, -500, 3]), buckets=16, max_distance=128, causal=True).tolist()
     [0, 1, 7, 8, 15, 15, 0]

@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism of a `GPT`, by DTensor (Megatron-LM, arXiv:1909.08053; arXiv:2205.05198).
+"""Tensor and sequence parallelism of a GPT, by DTensor (Megatron-LM, arXiv:1909.08053; arXiv:2205.05198).
 
-Between blocks a rank of the axis "tp" has its part of every sequence, [B, S / tp, D]. Attention and dense
-perceptrons gather the sequence, split their matrices by columns and then by rows, and scatter the sum. A mixture of
-experts gathers nothing: each rank routes its own tokens, so that none travels twice.
+Between blocks, a rank of the axis "tp" has its part of every sequence, [B, S / tp, D]. Attention and dense
+feed-forward networks gather the sequence, split their matrices by columns and then by rows, and reduce-scatter the
+sum. An MoE layer gathers nothing: each rank routes its own tokens, so no token travels twice.
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ from .recompute import Core
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
-    """Split a model's matrices, vocabulary and sequences over the ranks of a mesh, in place; call it on every rank.
+    """Split a GPT's matrices, vocabulary and sequences over the ranks of a mesh, in place. Call it on every rank.
 
-    The ranks are given the same tokens [B, S], S a multiple of their number; logits come back split over the
-    vocabulary, as a DTensor [B, S, vocab], which `next_token_loss` takes as it is. Norms, routers and shared
-    experts stay whole on each rank, and their gradients are parts of a sum until `sync_gradients`. Call
-    `parallelize` after it, and FSDP after both.
+    All these ranks give the model the same tokens [B, S], with S a multiple of their number. Logits are a DTensor
+    [B, S, vocab], split over the vocabulary, which `next_token_loss` takes. Norms, routers and shared experts stay
+    whole on each rank, and `sync_gradients` sums their gradients. Call `parallelize` afterwards, then FSDP.
 
-    With dropout, seed torch alike on these ranks and otherwise along dp: each then drops elements of its own part
-    (`turnout.models.dropout`).
+    With dropout, give these ranks the same torch seed, and ranks along "dp" different ones. Then each drops other
+    elements of its own part (`turnout.models.dropout`).
 
     Args:
-        model: built alike on every rank, under one `torch.manual_seed`; on the meta device, too. A stage of a
-            pipeline passes hidden states [B, S / tp, D] on.
-        mesh: one axis, named "tp": `Meshes.dense["tp"]`. With one rank the model stays as it is.
+        model: `GPT`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`. The meta
+            device is allowed. A stage passes hidden states [B, S / tp, D] on.
+        mesh: mesh of one axis named "tp", `Meshes.dense["tp"]`. With one rank the model stays unchanged.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: sizes that do not split; in forward, sequences that do not, or no sequences at all.
+        ValueError: sizes that do not split, or a model that is spread already. Its forward raises one for sequences
+            that do not split, and for an empty batch.
     """
     if mesh.mesh_dim_names != ("tp",):
         raise ValueError(f'tensor_parallel needs a mesh with the one axis "tp"; got {mesh.mesh_dim_names}')
@@ -58,10 +61,10 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
         raise ValueError("parameters are spread already: call tensor_parallel once, before parallelize and any FSDP")
     _check(model, mesh.size())
     for module in model.modules():
-        if isinstance(module, Dropout | Core):  # all that is dropped is split: sequences, or heads
+        if isinstance(module, Dropout | Core):  # both drop elements of split activations: sequences, or heads
             module.part = Part(mesh.get_local_rank(), mesh.size())
     for block in model.blocks:
-        if isinstance(block, Block):  # a stage of a pipeline has None for those of other stages
+        if isinstance(block, Block):  # blocks of other pipeline stages are None
             _split_block(block, mesh)
     if model.embed is not None:
         vocabulary = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
@@ -77,15 +80,15 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
 
 
 class OwnTokens(ParallelStyle):
-    """A module of any kind whose parameters are whole on every rank, and which runs on the rank's own tokens.
+    """Parallel style for any module that is whole on every rank and runs on the rank's own tokens.
 
-    Parameters become replicated DTensors, so that optimizers, FSDP and checkpoints see one kind; while the module
-    runs they are plain. A gradient is this rank's part of a sum (`Partial`): it is added up once a step, not once
-    a micro-batch.
+    Parameters become replicated DTensors, so that optimizers, FSDP and checkpoints see one kind. They are plain
+    tensors while the module runs. A gradient is this rank's part of a sum (`Partial`), which is reduced once a step,
+    not once a micro-batch.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        whole = {}  # by parameter: one that is tied stays so
+        whole = {}  # by parameter, so that tied parameters stay tied
         for p in module.parameters():
             replica = DTensor.from_local(p.detach(), device_mesh, [Replicate()], run_check=False)
             whole[p] = nn.Parameter(replica, requires_grad=p.requires_grad)
@@ -105,7 +108,7 @@ def _lay_out(module: nn.Module, args: Any) -> None:
 
 
 def _shard_gradient(embed: nn.Module, args: Any) -> None:
-    """The lookup alone would give each rank the gradient of all rows (torch 2.13): its backward goes through this."""
+    """Keep the embedding's gradient split: without this redistribution each rank gets all rows of it (torch 2.13)."""
     embed.__dict__["_whole"] = dict(embed._parameters)
     weight = embed.weight
     assert isinstance(weight, DTensor)
@@ -140,7 +143,7 @@ def _split_block(block: Block, mesh: DeviceMesh) -> None:
 
 
 def _own_ids(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of token ids and masks [B, S], the columns of this rank's tokens."""
+    """Cut token ids and masks [B, S] to the columns of this rank's tokens."""
     for name in {"ids", "mask"} & kwargs.keys():
         if kwargs[name] is not None:
             kwargs[name] = kwargs[name].chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
@@ -148,11 +151,11 @@ def _own_ids(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def _apply(module: nn.Module, mesh: DeviceMesh, plan: ParallelStyle | dict[str, ParallelStyle]) -> None:
-    parallelize_module(module, mesh, plan, src_data_rank=None)  # weights are alike already: nothing is sent
+    parallelize_module(module, mesh, plan, src_data_rank=None)  # weights are equal on all ranks: nothing is sent
 
 
 def _check(model: GPT, ranks: int) -> None:
-    """What does not split, before anything is."""
+    """Raise a ValueError for a size that does not split over the ranks, before anything is changed."""
     config = model.config
     sizes = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads or config.heads}
     if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.blocks):
@@ -167,10 +170,10 @@ def _check(model: GPT, ranks: int) -> None:
 
 def _check_length(ranks: int, embed: nn.Module, args: tuple[Tensor, ...]) -> None:
     length = args[0].shape[-1]
-    if not args[0].numel():  # torch 2.13 never comes back from reshaping a DTensor without elements
+    if not args[0].numel():  # torch 2.13 hangs when it reshapes a DTensor without elements
         raise ValueError(
-            f"tokens {tuple(args[0].shape)} have no elements, which tp={ranks} cannot split: give every rank of dp at "
-            "least one sequence, of padding with targets that are ignored if it must be"
+            f"tokens {tuple(args[0].shape)} have no elements, which tp={ranks} cannot split: give every dp rank at "
+            "least one sequence, which may be padding with targets of -100"
         )
     if length % ranks:
         raise ValueError(

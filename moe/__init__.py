@@ -1,6 +1,6 @@
-"""The MoE layer and what trains it on one rank or many. Start at `layer.py`.
+"""The MoE layer, and training it with expert parallelism. Start reading at `layer.py`.
 
-Gates of special kinds are in `gates`, LoRA in `adapters`, dense to MoE in `upcycling`, tuned kernels in `autotune`.
+`gates` has all routers, `adapters` LoRA, `upcycling` turns dense blocks into experts, `autotune` tunes kernels.
 """
 
 from ..dispatch.failure import DispatchError

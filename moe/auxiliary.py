@@ -1,4 +1,4 @@
-"""The losses of all layers of a model as one number."""
+"""`aux_loss`: the auxiliary losses of all MoE layers of a model, as one scalar."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from .layer import MoE
 
 
 def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
-    """The weighted balance losses of all `MoE` layers of a model, a scalar to add to the task's loss.
+    """Weighted sum of the auxiliary losses of all `MoE` layers of a model: add it to the task's loss in each step.
 
-    Of a layer in training it covers every forward since the last backward (or the last `aux_loss`): try a model out
-    in eval mode or under `torch.no_grad`. An evaluation in between changes nothing. Of a layer in eval mode it covers
-    the last forward. A model without MoE layers gives 0.
+    For a layer in training mode it covers every forward since the last backward or the last `aux_loss`. So run trial
+    forwards in eval mode or under `torch.no_grad`; evaluations in between change nothing. For a layer in eval mode it
+    covers the last forward.
 
     Args:
         model: a module with `MoE` layers anywhere in it.
-        keep: False: layers let go of the losses and their graphs now, not with their next forward.
+        keep: whether layers keep the losses and their graphs until their next forward; True by default.
+
+    Returns:
+        A scalar, 0 for a model without MoE layers.
 
     Raises:
-        RuntimeError: a layer in training whose loss has no graph: one of its forwards ran without gradients, as under
-            re-entrant activation checkpointing, or the last one was an evaluation. The gate would get no gradient.
+        RuntimeError: the loss of a layer in training mode has no graph, so that its gate would get no gradient. One of
+            its forwards ran without gradients, as under re-entrant activation checkpointing, or the last forward ran
+            in eval mode.
+
+    >>> model = nn.Sequential(MoE(dim=4, hidden=8, num_experts=2, top_k=1), nn.Linear(4, 1))
+    >>> loss = model(torch.randn(10, 4)).square().mean()
+    >>> (loss + aux_loss(model)).backward()
     """
     losses = []
     for name, layer in model.named_modules():
@@ -33,7 +41,7 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
         if learns and (evaluated or not all(loss.requires_grad for loss in own)):
             raise RuntimeError(
                 f"the balance loss of {called(name)} has no graph: its last forward ran in eval mode or "
-                "without gradients. Call aux_loss before you evaluate; torch.utils.checkpoint wants use_reentrant=False"
+                "without gradients. Call aux_loss before an evaluation, and pass use_reentrant=False to checkpoint"
             )
         losses += own
     if losses:

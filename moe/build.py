@@ -1,4 +1,4 @@
-"""Names: what a layer's arguments name, and what errors call a layer."""
+"""The parts of an MoE layer from its arguments: gate, experts, shared experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .gates import GATES, Gate
 
 
 def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) -> Gate:
-    """A gate among `num_experts`, or the one that was given."""
+    """The gate that `MoE(gate=)` stands for: one made by name, or the given `Gate` itself."""
     if not isinstance(top_k, int | None):
         raise TypeError(f"top_k must be an integer or None; got {top_k!r}")
     if isinstance(gate, type):
@@ -22,7 +22,7 @@ def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) 
     if not isinstance(gate, str):
         own = getattr(gate, "top_k", top_k)
         if top_k not in (None, own):
-            raise ValueError(f"top_k={top_k}, but the gate's is {own}: leave top_k out")
+            raise ValueError(f"top_k={top_k}, but the gate's is {own}: set it in the gate alone, and leave top_k out")
         return gate
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)} or a Gate; got {gate!r}")
@@ -32,15 +32,18 @@ def named_gate(gate: str | Gate, dim: int, num_experts: int, top_k: int | None) 
 def named_experts(
     experts: str | Callable[[], nn.Module] | Experts, dim: int, hidden: int, num_experts: int, bias: bool, seed: int
 ) -> Experts:
-    """The experts, routed, or those that were given."""
+    """The routed experts that `MoE(experts=)` stands for, or the given `Experts` themselves."""
     if isinstance(experts, Experts):
         if experts.num_experts != num_experts:
-            raise ValueError(f"num_experts={num_experts}, but the given experts are {experts.num_experts}")
+            raise ValueError(
+                f"num_experts={num_experts}, but experts has {experts.num_experts}: give both the same number"
+            )
         return experts
     if isinstance(experts, str):
         return FeedForwardExperts(dim, hidden, num_experts, experts, bias, seed)
     if isinstance(experts, nn.Module):
-        raise TypeError(f"experts must be a name or what makes one: pass lambda: {type(experts).__name__}(...)")
+        name = type(experts).__name__
+        raise TypeError(f"experts must be a name or a factory, not a module: pass lambda: {name}(...)")
     return ModuleExperts(experts, num_experts, seed)
 
 
@@ -51,13 +54,11 @@ def named_shared(
     shared: int | nn.Module | Residual,
     bias: bool,
 ) -> nn.Module | None:
-    """As many experts of that kind for all tokens, None for none; or the module that was given."""
+    """The shared experts that `MoE(shared=)` stands for, of the same kind as `experts`; None if there are none."""
     if isinstance(shared, Residual):
         branch = named_shared(experts, dim, hidden, shared.shared, bias)
         if branch is None:
-            raise ValueError(
-                f"shared={shared} weighs shared experts against the others: give it 1 or more, or a module"
-            )
+            raise ValueError(f"shared={shared} has no shared expert to weigh: give Residual a number or a module")
         return ResidualExperts(branch, dim)
     if isinstance(shared, nn.Module):
         return shared
@@ -66,12 +67,14 @@ def named_shared(
     if not shared:
         return None
     if isinstance(experts, Experts):
-        raise ValueError(f"shared={shared} of what kind? Beside experts of your own, pass a module")
+        raise ValueError(f"shared={shared} needs experts by name or factory; with experts=Experts(...) pass a module")
     return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
 
 
 def called(name: str) -> str:
-    """What errors call the layer of this name in ``model.named_modules()``; a model that is the layer has none.
+    """The words for a layer in error messages, from its name in ``model.named_modules()``.
+
+    The name is empty if the model itself is the layer.
 
     >>> called("blocks.1.moe"), called("")
     ('layer blocks.1.moe', 'the MoE layer itself')

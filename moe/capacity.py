@@ -1,4 +1,4 @@
-"""Capacity: how many rows an expert takes from one rank, and which assignments over that are dropped."""
+"""Expert capacity: the capacity factor, and which assignments over the limit are dropped."""
 
 from __future__ import annotations
 
@@ -14,80 +14,114 @@ from ..dispatch.plan import load
 from .routing import Routing
 
 POLICIES = ("score", "position", "priority")
+AS_NEEDED = "as needed"
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Limits how many rows each expert takes; assignments over the limit are dropped.
+    """Limits how many rows each expert takes, and drops assignments over the limit.
 
     An expert takes at most ceil(factor * k * T / E) rows of a rank's T tokens. Padding tokens count in T.
 
     Args:
         factor: capacity factor in training, a positive number. 1.0 is an expert's even share. None drops nothing in
-            training, and needs an `eval_factor`.
-        eval_factor: capacity factor in eval mode, a positive number. None, the default, takes `factor`.
-        minimum: the fewest rows that the limit may be, a positive integer; 1 by default.
-        drop: the order in which an expert accepts its assignments: ``"score"``, the default, takes the highest weight
-            first, ``"position"`` the earliest token, ``"priority"`` the token of the highest score
-            (`drop_over_capacity`).
-        pad: whether every expert gets exactly its limit of rows, padding rows included. All shapes are static then.
+            training, and needs an `eval_factor`. ``"as needed"`` drops nothing either. It pads every expert to the
+            largest load of any expert on any rank, which the host reads in each step (Tutel's dynamic capacity,
+            arXiv:2206.03382), and sets `pad`.
+        eval_factor: capacity factor in eval mode, a positive number or ``"as needed"``. None, the default, takes
+            `factor`.
+        minimum: smallest limit, a positive integer; 1 by default.
+        drop: order in which an expert accepts its assignments: ``"score"`` (the default) takes the highest weight
+            first, ``"position"`` the earliest token, ``"priority"`` the token with the highest score. See
+            `drop_over_capacity`.
+        pad: whether padding rows fill every expert up to the limit, so that all shapes are static; False by default.
+        at_most: largest capacity factor that ``"as needed"`` may take, a positive number. Assignments over it are
+            dropped. None, the default, sets no limit.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by its name.
+        TypeError, ValueError: an argument that does not fit. The message names it.
 
+    >>> Capacity("as needed", at_most=2.0).needed(load=30, top_k=2, tokens=100, num_experts=8, training=True)
+    30
     >>> Capacity(1.25, drop="position").limit(top_k=2, tokens=100, num_experts=8, training=True)
     32
+    >>> Capacity(None, eval_factor=2.0).limit(top_k=1, tokens=100, num_experts=4, training=False)
+    50
     """
 
-    factor: float | None
-    eval_factor: float | None = None
+    factor: float | str | None
+    eval_factor: float | str | None = None
     minimum: int = 1
     drop: str = "score"
     pad: bool = False
+    at_most: float | None = None
     _written: tuple[str | None, str | None] = field(init=False, repr=False, compare=False)  # in eval mode, in training
+    follows_load: tuple[bool, bool] = field(init=False, repr=False, compare=False)  # "as needed" in eval, in training
 
     def __post_init__(self) -> None:
         for name in ("factor", "eval_factor"):
             factor = getattr(self, name)
-            if factor is None:
+            if factor is None or factor == AS_NEEDED:
                 continue
             _check_factor(name, factor)
-            object.__setattr__(self, name, float(factor))  # 1 and 1.0 are the same to ranks that compare
+            object.__setattr__(self, name, float(factor))  # ranks compare settings, and 1 must equal 1.0
         if self.factor is None and self.eval_factor is None:
-            raise ValueError("factor=None needs an eval_factor; to drop no token at all, set capacity=None")
+            raise ValueError("factor=None needs an eval_factor; to drop no tokens at all, set capacity=None")
         if self.factor is None and self.pad:
-            raise ValueError("pad=True gives every expert its full capacity: set factor as well")
+            raise ValueError("pad=True fills every expert up to its capacity, and factor=None sets none: set factor")
+        if AS_NEEDED in (self.factor, self.eval_factor):
+            object.__setattr__(self, "pad", True)
+        if self.at_most is not None:
+            _check_factor("at_most", self.at_most)
+            if AS_NEEDED not in (self.factor, self.eval_factor):
+                raise ValueError(
+                    f"at_most={self.at_most} is the limit of 'as needed': set factor='as needed', or leave it out"
+                )
         _check_minimum(self.minimum)
         _check_drop(self.drop)
         if not isinstance(self.pad, bool):
             raise TypeError(f"pad must be True or False; got {self.pad!r}")
-        # to torch.compile a text is a constant; a float that changes would be a variable, of which nothing follows
+        # torch.compile treats a string as a constant. It would make a float that changes a symbol, and shapes unknown.
         factors = (self.eval_factor or self.factor, self.factor)
-        object.__setattr__(self, "_written", tuple(factor and str(factor) for factor in factors))
+        limits = [self.at_most if factor == AS_NEEDED else factor for factor in factors]
+        object.__setattr__(self, "_written", tuple(limit and str(limit) for limit in limits))
+        object.__setattr__(self, "follows_load", tuple(factor == AS_NEEDED for factor in factors))
 
     @classmethod
-    def of(cls, given: float | Capacity | None, now: Capacity | None = None) -> Capacity | None:
-        """What `MoE(capacity=)` means: `given` itself, or a factor. The other fields of `now` stay.
+    def of(cls, given: float | str | Capacity | None, now: Capacity | None = None) -> Capacity | None:
+        """The `Capacity` that an argument ``capacity=given`` stands for.
+
+        A number or ``"as needed"`` is a capacity factor, and the other fields are taken from `now` if there is one.
 
         >>> Capacity.of(1.5, now=Capacity(1.25, pad=True))
-        Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True)
+        Capacity(factor=1.5, eval_factor=None, minimum=1, drop='score', pad=True, at_most=None)
         """
         if given is None or isinstance(given, Capacity):
             return given
-        _check_factor("capacity", given)
-        return cls(given) if now is None else replace(now, factor=given)
+        if given != AS_NEEDED:
+            _check_factor("capacity", given)
+        if now is None:
+            return cls(given)
+        at_most = now.at_most if AS_NEEDED in (given, now.eval_factor) else None
+        return replace(now, factor=given, at_most=at_most)
 
     def limit(self, top_k: int, tokens: int, num_experts: int, training: bool) -> int | None:
-        """Rows that an expert takes from a rank with that many tokens; None: any number."""
+        """Most rows that an expert takes from a rank with `tokens` tokens; None means no limit."""
         written = self._written[training]
         return None if written is None else _limit(written, top_k, tokens, num_experts, self.minimum)
 
+    def needed(self, load: int, top_k: int, tokens: int, num_experts: int, training: bool) -> int:
+        """Rows of every expert where capacity follows the load; `load`: the largest load of an expert on this rank."""
+        most = self.limit(top_k, tokens, num_experts, training)
+        least = max(load, self.minimum) if tokens else 0
+        return least if most is None else min(least, most)
+
 
 def capacity_limit(factor: float, top_k: int, tokens: int, num_experts: int, minimum: int = 1) -> int:
-    """Rows an expert takes from one rank: ceil(factor * k * T / E), at least `minimum` unless T is 0.
+    """Most rows that an expert takes from one rank: ceil(factor * k * T / E), at least `minimum` unless T is 0.
 
-    T is this rank's: capacity is a rule per (source rank, expert). Exact arithmetic on the factor as it
-    is written, where floats would be one off (1.1 * 100 / 10 = 11.000000000000002).
+    T is the tokens of this rank: each pair of source rank and expert has its own limit. The decimal factor is computed
+    with exactly, because a float can be one off (1.1 * 100 / 10 = 11.000000000000002).
 
     >>> capacity_limit(1.1, top_k=1, tokens=100, num_experts=10)
     11
@@ -109,10 +143,12 @@ def _ratio(factor: str) -> tuple[int, int]:
     return Fraction(factor).as_integer_ratio()
 
 
-def _check_factor(name: str, factor: float) -> None:
+def _check_factor(name: str, factor: object) -> None:
     if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise TypeError(f"{name} must be a positive number; got {factor!r}")
-    if not (math.isfinite(factor) and factor > 0):
+        raise TypeError(
+            f"{name} must be a positive number{'' if name == 'at_most' else f' or {AS_NEEDED!r}'}; got {factor!r}"
+        )
+    if not (math.isfinite(float(factor)) and float(factor) > 0):
         raise ValueError(f"{name} must be a positive number (capacity=None drops no token); got {factor!r}")
 
 
@@ -127,18 +163,29 @@ def _check_drop(drop: str) -> None:
 
 
 def drop_over_capacity(routing: Routing, limit: int, drop: str = "score") -> Routing:
-    """Keep at most `limit` assignments per expert; the rest become -1 with weight 0.
+    """Keep at most `limit` assignments of each expert, without a host sync.
 
-    `drop` is the order in which an expert accepts:
-        ``"position"``: token order, all first choices before any second one (GShard, arXiv:2006.16668).
-        ``"score"``: highest weight first; equal weights in the order of "position".
-        ``"priority"``: as "position", with tokens in the order of their highest score (batch-prioritised routing,
-        Riquelme et al. 2021, arXiv:2106.05974); for k = 1, weights being scores, the same as "score".
+    Args:
+        routing: router output.
+        limit: most assignments that an expert keeps.
+        drop: order in which an expert accepts assignments. ``"position"``: in the order of tokens, all first choices
+            before any second choice (GShard). ``"score"``, the default: highest weight first, and equal weights in the
+            order of "position". ``"priority"``: like "position", but the tokens with the highest score come first
+            (batch prioritized routing). It equals "score" if k = 1 and the weights are the scores.
 
-    The weights of what is kept do not change. No host sync.
+    Returns:
+        A routing in which dropped assignments have expert -1 and weight 0. Other weights do not change.
+
+    References:
+        GShard: Lepikhin et al. 2020, arXiv:2006.16668. Batch prioritized routing: Riquelme et al. 2021,
+        arXiv:2106.05974.
+
+    >>> expert, weight = torch.tensor([[0], [0], [0]]), torch.tensor([[0.5], [0.9], [0.7]])
+    >>> drop_over_capacity(Routing(expert, weight, torch.ones(3, 2)), limit=2).expert.tolist()
+    [[-1], [0], [0]]
     """
     _check_drop(drop)
-    choice_major = routing.expert.T.flatten()  # every token's first choice before any second
+    choice_major = routing.expert.T.flatten()  # first choices of all tokens, then second ones
     order = torch.arange(choice_major.numel(), device=choice_major.device)
     if drop == "score":
         order = routing.weight.detach().T.flatten().argsort(stable=True, descending=True)
@@ -150,11 +197,17 @@ def drop_over_capacity(routing: Routing, limit: int, drop: str = "score") -> Rou
     return routing.keep(kept)
 
 
+@torch.compiler.disable(reason="the host reads the load")
+def largest_load(expert: Tensor, num_experts: int) -> int:
+    """The most assignments that any expert has, of int64 [T, k]. The host waits for it."""
+    return int(load(expert, num_experts).max())
+
+
 def _place(expert: Tensor, num_experts: int) -> Tensor:
-    """How many before me chose my expert: int64 [N] ids in order of acceptance, -1 = none -> int64 [N]."""
+    """Place of each assignment in its expert's queue, from 0: ids int64 [N] in order of acceptance -> int64 [N]."""
     ids = torch.where(expert < 0, num_experts, expert)
     order = ids.argsort(stable=True)
-    counts = load(expert, num_experts + 1)  # the last one, of those who chose none, stays 0: it ends the list
+    counts = load(expert, num_experts + 1)  # one more entry, always 0, so that unused choices have a start as well
     start = (counts.cumsum(0) - counts)[ids[order]]
     index = torch.arange(ids.numel(), device=ids.device)
     return torch.empty_like(ids).scatter_(0, order, index - start)

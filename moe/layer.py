@@ -1,9 +1,10 @@
-"""The layer. `MoE.forward` is a token's trip, from top to bottom."""
+"""The MoE layer. `MoE.forward` is the way of a token, from top to bottom: route, drop, dispatch, experts, combine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -16,23 +17,24 @@ from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
 from ..dispatch.torch_internals import in_backward
+from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
-from .capacity import Capacity, drop_over_capacity
+from .capacity import Capacity, drop_over_capacity, largest_load
 from .experts.base import Experts
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
-from .routing import Routing, can_be_read, wrong_shapes, wrong_values
+from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
 
 
 class MoE(nn.Module):
-    """Mixture of experts: each token goes to k of E networks and comes back as their weighted sum.
+    """Mixture of experts: each token visits k of E expert networks, and its output is their weighted sum.
 
-    Drop it in where a feed-forward block was: x (..., D) -> y (..., D) in the same dtype, nothing else.
-    The balance loss is collected by `aux_loss(model)`; a layer warns once if a training step leaves it out. One
-    process holds all experts until `parallelize(model, mesh)` spreads them; nothing else changes then.
+    It replaces a feed-forward block: x (..., D) -> y (..., D) in the same dtype. Add ``aux_loss(model)`` to the loss in
+    each training step, and a layer warns once if a step leaves it out. One process holds all experts until
+    ``parallelize(model, mesh)`` spreads them over ranks.
 
     Args:
         dim: model width D.
@@ -45,14 +47,14 @@ class MoE(nn.Module):
             ``"expert_choice"`` (not causal), ``"cosine"``, ``"sinkhorn"``, ``"base"``, ``"random"`` and ``"hash"``
             (pass `ids`).
         experts: activation of the experts by name: ``"swiglu"`` (the default), ``"geglu"``, ``"gelu"``, ``"relu"``,
-            ``"relu2"`` or another of `moe.experts.activation.ACTIVATIONS`. A factory ``() -> nn.Module``,
-            [n, D] -> [n, D], makes experts of any kind (`ModuleExperts`); `Experts` are taken as they are. The last
-            two ignore `hidden` and `bias`.
-        capacity: capacity factor, or a `Capacity` with the factor in eval mode, the dropping order and padding. None,
-            the default, is dropless.
-        balance: weight of the load-balancing loss, 0.01 by default, or a `Balance` with the tokens it is taken over
-            and the router z-loss. 0 adds no loss.
-        shared: number of shared experts, which every token visits; 0 by default. A module [T, D] -> [T, D] stands for
+            ``"relu2"`` or another of `moe.experts.activation.ACTIVATIONS`. A factory ``() -> nn.Module`` of modules
+            [n, D] -> [n, D] makes experts of any kind (`ModuleExperts`). An `Experts` module is used as it is. Both
+            ignore `hidden` and `bias`.
+        capacity: capacity factor, or a `Capacity` with the factor in eval mode, the dropping order and padding.
+            ``"as needed"`` pads every expert to the largest load. None, the default, is dropless without padding.
+        balance: weight of the load-balancing loss, 0.01 by default, or a `Balance` that also says which tokens are
+            balanced and has the router z-loss. 0 adds no loss.
+        shared: number of shared experts, which every token visits; 0 by default. A module [T, D] -> [T, D] replaces
             them. `Residual` weighs them against the routed experts.
         free: kinds of zero-computation experts, which the gate may choose as well: ``"null"``, ``"identity"`` and
             ``"constant"`` (`FreeExperts`); none by default.
@@ -61,8 +63,8 @@ class MoE(nn.Module):
             default generator.
 
     Raises:
-        ValueError, TypeError: an argument or input that does not fit, by its name.
-        DispatchError: ranks that disagree, or NaN among the router's weights; raised on every rank.
+        ValueError, TypeError: an argument or input does not fit. The message names it.
+        DispatchError: ranks disagree, or a weight of the router is NaN. Every rank raises.
 
     >>> layer = MoE(dim=16, hidden=32, num_experts=8, top_k=2)
     >>> layer(torch.randn(4, 10, 16)).shape
@@ -71,7 +73,7 @@ class MoE(nn.Module):
     >>> layer = MoE(16, 32, 8, capacity=capacity, balance=Balance(0.01, over="global"), shared=1)
     >>> layer.capacity, layer.balance, layer.top_k = 1.0, 0.1, 1  # may change in every step; other fields stay
     >>> layer.capacity, layer.balance.over
-    (Capacity(factor=1.0, eval_factor=None, minimum=1, drop='position', pad=False), 'global')
+    (Capacity(factor=1.0, eval_factor=None, minimum=1, drop='position', pad=False, at_most=None), 'global')
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class MoE(nn.Module):
         top_k: int | None = None,
         gate: str | Gate = "topk",
         experts: str | Callable[[], nn.Module] | Experts = "swiglu",
-        capacity: float | Capacity | None = None,
+        capacity: float | str | Capacity | None = None,
         balance: float | Balance = 0.01,
         shared: int | nn.Module | Residual = 0,
         free: Sequence[str] = (),
@@ -102,12 +104,14 @@ class MoE(nn.Module):
         self.shared = named_shared(experts, dim, hidden, shared, bias)
         self.free = FreeExperts(free, dim) if free else None
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.place: Place | None = None  # among the layers of its model
-        self.balance_group: ProcessGroup | None = None  # the ranks that share the batch; `parallelize` sets all three
-        self.sequence_group: ProcessGroup | None = None  # those that have parts of the same sequences
+        # `parallelize` sets these: the layer's place in the model, ranks that share the batch, or the same sequences
+        self.place: Place | None = None
+        self.balance_group: ProcessGroup | None = None
+        self.sequence_group: ProcessGroup | None = None
+        self.tap: Tap | None = None  # records or replays routings
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
-        self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was looked at, in training and eval
+        self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was checked, in training and in eval
 
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
@@ -120,31 +124,33 @@ class MoE(nn.Module):
             self._check(x, mask, ids)
             real = None if mask is None else mask.flatten()
             tokens = rearrange(x, "... d -> (...) d")
-            if real is not None:  # padding may hold anything: zeros keep NaN out of all that follows, and its gradients
+            if real is not None:  # padding may hold NaN: zeros keep it out of outputs and gradients
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
-            routing = self._route(tokens, real, ids)  # who goes where
+            routing = self._route(tokens, real, ids)  # choose experts and weights
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             kept, padded = self._drop(routed)  # drop assignments over capacity
             plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
+            if self.capacity is not None and self.capacity.follows_load[self.training]:
+                plan = replace(plan, follows_load=True)
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
-        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # there, through the experts, and back
+        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # dispatch, experts, combine
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
             y = self.shared(tokens, y)
         elif self.shared is not None:
             y = y + self.shared(tokens)
-        if self.shared is not None and real is not None:  # the others leave zeros there
+        if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
         self._record(y, routing, None if kept is routed else (routed.expert >= 0) & (kept.expert < 0))
         return y
 
     def train(self, mode: bool = True) -> Self:
-        """See `torch.nn.Module.train`; its place knows of it, too, for ranks to compare."""
+        """See `torch.nn.Module.train`. `place` keeps the mode as well, so that ranks can compare it."""
         if self.place is not None:
             self.place.training = mode
         return super().train(mode)
@@ -155,7 +161,7 @@ class MoE(nn.Module):
 
     @property
     def top_k(self) -> int:
-        """Experts a token picks, k; may be set between steps."""
+        """Number of experts k that a token picks. It may be set between steps."""
         return self.gate.top_k
 
     @top_k.setter
@@ -164,16 +170,16 @@ class MoE(nn.Module):
 
     @property
     def capacity(self) -> Capacity | None:
-        """The capacity rule, None if dropless; may be set between steps, by a number to change the factor alone."""
+        """The capacity rule, None if dropless. It may be set between steps; a number changes only its factor."""
         return self._capacity
 
     @capacity.setter
-    def capacity(self, capacity: float | Capacity | None) -> None:
+    def capacity(self, capacity: float | str | Capacity | None) -> None:
         self._capacity = Capacity.of(capacity, self._capacity)
 
     @property
     def balance(self) -> Balance:
-        """The balance rule; may be set between steps, by a number to change the balance loss's weight alone."""
+        """The weights of auxiliary losses. They may be set between steps; a number changes only `Balance.weight`."""
         return self._loss.balance
 
     @balance.setter
@@ -184,12 +190,12 @@ class MoE(nn.Module):
     def stats(self) -> Stats:
         """Load statistics of the last forward on this rank, as tensors on its device."""
         if self._last is None:
-            raise RuntimeError("no statistics yet: they are of the last forward, and there was none")
+            raise RuntimeError(f"no statistics yet in {described(self)}: run a forward first")
         return Stats.of(*self._last, self._choices)
 
     @property
     def _choices(self) -> int:
-        """What the gate chooses among: the experts, and then those that are free."""
+        """Number of experts that the gate chooses among: the routed ones, and then the free ones."""
         return self.num_experts + (0 if self.free is None else len(self.free))
 
     def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
@@ -210,7 +216,7 @@ class MoE(nn.Module):
             )
 
     def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
-        """Ask the gate; its answer is checked, its values once."""
+        """Ask the gate, and check its routing. Values are only checked in the first forward."""
         more = {"mask": real} if self.gate.takes_mask else {}
         if self.gate.takes_ids:
             more["ids"] = None if ids is None else ids.flatten()
@@ -224,19 +230,25 @@ class MoE(nn.Module):
                 self._checked.add((type(self.gate), self.training))
         if wrong is not None:
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
-        return routing if real is None else routing.masked(real)
+        routing = routing if real is None else routing.masked(real)
+        return routing if self.tap is None else outside(self.tap, self.gate, tokens, routing)
 
     def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
-        """What capacity keeps of a routing; and to how many rows each expert is padded, None if it is not."""
+        """The routing after capacity, and the number of rows that each expert is padded to (None without padding)."""
         if self.capacity is None:
             return routing, None
-        limit = self.capacity.limit(self.top_k, len(routing.expert), self.num_experts, self.training)
+        sizes = self.top_k, len(routing.expert), self.num_experts, self.training
+        if self.capacity.follows_load[self.training]:
+            load = largest_load(routing.expert, self.num_experts)
+            limit = self.capacity.needed(load, *sizes)
+            return routing if load <= limit else drop_over_capacity(routing, limit, self.capacity.drop), limit
+        limit = self.capacity.limit(*sizes)
         if limit is None:
             return routing, None
         return drop_over_capacity(routing, limit, self.capacity.drop), limit if self.capacity.pad else None
 
     def _begin(self) -> None:
-        """Let go of a step that is over; not while compiling, nor in a backward that computes activations again."""
+        """Free the losses of a step that has ended, except while compiling or in activation recomputation."""
         if torch.compiler.is_compiling() or in_backward():
             return
         if self.training and self._losses.forgotten:
@@ -245,7 +257,7 @@ class MoE(nn.Module):
         self._losses.let_go()
 
     def _record(self, y: Tensor, routing: Routing, dropped: Tensor | None) -> None:
-        """Keep what `stats`, `load` and `aux_loss` will be asked for."""
+        """Keep routing, load and losses of this forward for `stats`, `load` and `aux_loss`."""
         group = self.balance_group if self.training else None
         loss = self._loss(routing, y.shape[:-2].numel(), group, self.sequence_group, self.gate.balances_itself)
         kept = routing.expert if dropped is None else torch.where(dropped, -1, routing.expert)
@@ -257,7 +269,7 @@ class MoE(nn.Module):
             self.gate.observe(routing)
             self._count.add(routing.expert, dropped, routing.num_experts)
         step = self._losses.add(loss, self.training, y.requires_grad)
-        if self.training and y.requires_grad and not compiling:  # compiled, `aux_loss` alone tells steps apart
+        if self.training and y.requires_grad and not compiling:  # without a hook, only `aux_loss` ends the step
             y.register_hook(lambda _: self._losses.after_backward(step))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,18 +288,18 @@ class MoE(nn.Module):
         return copied
 
     def _state(self) -> dict[str, Any]:
-        # What can be copied: not a loss with its graph, nor what `compile` made of this very layer.
-        return {**super().__getstate__(), "_last": None, "_losses": StepLosses()}
+        # Without losses, whose graph cannot be copied, and without what `compile` made of this layer.
+        return {**super().__getstate__(), "_last": None, "_losses": StepLosses(), "tap": None}
 
 
 def described(layer: MoE) -> str:
-    """The layer as messages name it."""
+    """The words for a layer in error messages: its name, if it has one, and its sizes."""
     sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
     return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
 
 
 def _autocast(tokens: Tensor) -> Tensor:
-    """In autocast's dtype where it is on, so that fewer bytes travel and experts compute in it."""
+    """Cast tokens to autocast's dtype if it is on, so that fewer bytes travel and experts compute in it."""
     if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype != torch.float64:
         return tokens.to(torch.get_autocast_dtype(tokens.device.type))
     return tokens

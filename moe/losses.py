@@ -1,8 +1,8 @@
-"""Losses that keep the experts evenly used, as functions of a routing.
+"""Auxiliary losses of the router: the load-balancing loss and the router z-loss.
 
-All of them are made from the routing before capacity drops anything, leave padding out, and use the
-number of experts on all ranks. A loss over several ranks is written for an objective that is the mean
-over ranks (what DDP, FSDP and `sync_gradients` compute): add it on every rank.
+They are computed from the routing before capacity drops any assignment, without padding tokens, and with the number of
+experts on all ranks. Training takes the mean over ranks (DDP, FSDP and `sync_gradients` do), and a loss over several
+ranks is scaled for that mean: add it on every rank.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ BALANCE = ("local", "global", "sequence")
 
 @dataclass(frozen=True)
 class Balance:
-    """How a layer is trained to use its experts evenly.
+    """Weights of a layer's load-balancing loss and router z-loss, and the tokens that are balanced.
 
     Args:
-        weight: weight of the load-balancing loss, and of losses that a gate computes itself; 0 adds none.
-        over: the tokens over which the loss balances: ``"local"`` (this rank's forward, the default), ``"global"`` (all
-            ranks that share the batch) or ``"sequence"`` (each sequence; x is then [..., S, D]). Several at once, each
-            with its share of `weight`: ``{"global": 1.0, "sequence": 0.1}``.
-        choices: how many of a token's k choices the loss counts. None, the default, counts all; 1 is GShard's
-            definition.
+        weight: weight of the load-balancing loss, and of losses that a gate computes itself; 0.01 by default, 0 adds
+            none.
+        over: tokens that the loss balances: ``"local"`` (this rank's forward, the default), ``"global"`` (all ranks
+            that share the batch) or ``"sequence"`` (each sequence by itself; x is then [..., S, D]). A dict takes
+            several at once, each with its share of `weight`: ``{"global": 1.0, "sequence": 0.1}``.
+        choices: number of a token's k choices that the loss counts, first ones first. None, the default, counts all,
+            and 1 is GShard's definition.
         z_loss: weight of the router z-loss (ST-MoE, arXiv:2202.08906); 0, the default, adds none.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by its name.
+        TypeError, ValueError: an argument that does not fit. The message names it.
+
+    >>> Balance(0.01, over={"global": 1.0, "sequence": 0.1}, z_loss=1e-3).shares
+    {'global': 1.0, 'sequence': 0.1}
     """
 
     weight: float = 0.01
@@ -50,9 +54,9 @@ class Balance:
     def __post_init__(self) -> None:
         for name in ("weight", "z_loss"):
             _check_weight(name, weight := getattr(self, name))
-            object.__setattr__(self, name, float(weight))  # 1 and 1.0 are the same to ranks that compare
+            object.__setattr__(self, name, float(weight))  # ranks compare settings, and 1 must equal 1.0
         if isinstance(self.over, Mapping):
-            object.__setattr__(self, "over", dict(self.over))  # the caller's may change
+            object.__setattr__(self, "over", dict(self.over))  # the caller may change its own dict later
         shares = self.shares
         numbers = all(isinstance(share, int | float) and share >= 0 for share in shares.values())
         if not shares or not set(shares) <= set(BALANCE) or not numbers:
@@ -65,7 +69,7 @@ class Balance:
 
     @classmethod
     def of(cls, given: float | Balance, now: Balance | None = None) -> Balance:
-        """What `MoE(balance=)` means: `given` itself, or a weight. The other fields of `now` stay.
+        """The `Balance` for ``balance=given``: a number is a weight, and the other fields come from `now`.
 
         >>> Balance.of(0.1, now=Balance(over="global"))
         Balance(weight=0.1, over='global', choices=None, z_loss=0.0)
@@ -77,20 +81,20 @@ class Balance:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Over which tokens the loss balances, with the share of the weight: "global" -> {"global": 1.0}."""
+        """Share of `weight` for each kind of tokens in `over`: "global" gives {"global": 1.0}."""
         return dict(self.over) if isinstance(self.over, Mapping) else {self.over: 1.0}
 
 
 class LayerLoss:
-    """The weighted losses of one forward, as a `Balance` says.
+    """Computes the weighted sum of one layer's auxiliary losses, by the rule of a `Balance`.
 
-    Weights are tensors: to `torch.compile` a float is a constant, and every new value would be compiled again.
+    Weights are tensors because `torch.compile` treats a float as a constant and compiles again for each new value.
     """
 
     def __init__(self, balance: Balance) -> None:
         self.balance = balance
-        self.weight, self.z_loss = _held(balance.weight), _held(balance.z_loss)
-        self.parts = {over: _held(balance.weight * share) for over, share in balance.shares.items()}
+        self.weight, self.z_loss = _weight_tensor(balance.weight), _weight_tensor(balance.z_loss)
+        self.parts = {over: _weight_tensor(balance.weight * share) for over, share in balance.shares.items()}
         self.balances, self.penalizes = balance.weight > 0, balance.z_loss > 0
 
     def __call__(
@@ -101,9 +105,9 @@ class LayerLoss:
         split: ProcessGroup | None,
         balanced: bool = False,
     ) -> Tensor | None:
-        """The sum, a scalar; None if there is nothing to add. `group` and `split` as in `balance_loss`.
+        """The weighted sum, a scalar, or None if no loss applies; arguments as in `balance_loss`.
 
-        `balanced`: the gate balances itself, so only the losses of its own are added, and the z-loss.
+        `balanced`: the gate balances itself, so that the load-balancing loss is left out.
         """
         group, losses = None if set(self.parts) == {"local"} else group, []
         if self.balances:
@@ -120,20 +124,20 @@ class LayerLoss:
 class StepLosses:
     """The losses of one layer's forwards, kept until `aux_loss` asks for them.
 
-    A step is the training forwards up to their first backward or to `aux_loss`; the next training forward begins
-    another. Training forwards without gradients add to a step that has begun but begin none: the next forward takes
-    their place. An evaluation, which is a forward in eval mode, is kept beside the step and does not disturb it.
+    A step is all training forwards up to their first backward, or up to `aux_loss`. The next training forward starts
+    a new step. A training forward without gradients adds to a step that has begun. If none has begun, its loss is kept
+    only until the next forward. The loss of a forward in eval mode is kept beside the step and does not change it.
     """
 
     def __init__(self) -> None:
         self.step: list[Tensor] = []
-        self.evaluation: list[Tensor] | None = None  # of the last forward, if that was an evaluation
-        self.under_way = False  # the step has forwards with a graph, and is not over
-        self.forgotten = False  # a backward ran before anything had asked for the losses
+        self.evaluation: list[Tensor] | None = None  # losses of the last forward if it ran in eval mode
+        self.under_way = False  # the step has a forward with a graph, and has not ended
+        self.forgotten = False  # a backward ran, and `aux_loss` had not been called
         self.warned = False
 
     def add(self, loss: Tensor | None, training: bool, differentiable: bool) -> list[Tensor]:
-        """Keep the loss of a forward, whose output is `differentiable` or not; returns the step as it is now."""
+        """Keep the loss of a forward and return the step's losses. `differentiable`: its output has a graph."""
         losses = [] if loss is None else [loss]
         self.evaluation = None if training else losses
         if training and self.under_way:
@@ -143,9 +147,9 @@ class StepLosses:
         return self.step
 
     def ask(self, training: bool, keep: bool) -> tuple[list[Tensor], bool]:
-        """The losses of the step under way in training mode, else of the last forward; is that an evaluation's?
+        """Losses for `aux_loss`, and whether they come from a forward in eval mode. This ends the step.
 
-        `keep=False`: let go of them.
+        They are the step's losses in training mode, and the last forward's otherwise. ``keep=False`` frees them.
         """
         if self.evaluation is not None and not (training and self.under_way):
             losses = self.evaluation
@@ -158,19 +162,19 @@ class StepLosses:
         return losses, False
 
     def after_backward(self, step: list[Tensor]) -> None:
-        """A backward went through an output of `step`, which is over now."""
+        """End `step`, because a backward has gone through one of its outputs."""
         if step is self.step and self.under_way:
             self.under_way = False
             self.forgotten = any(loss.requires_grad for loss in step)
 
     def let_go(self) -> None:
-        """Free the graph of a step that is over: it would tie the next step to its CUDA stream."""
+        """Free the loss graph of a step that has ended: it would tie the next step to its CUDA stream."""
         self.evaluation = None
         if not self.under_way:
-            self.step.clear()  # in place: the hooks of its outputs hold it, too
+            self.step.clear()  # in place, because the backward hooks of its outputs hold the same list
 
     def warn_of_forgotten(self, layer: str | None) -> None:
-        """Warn, once, that the last step left out the losses of `layer`; None: there is nothing to warn of."""
+        """Warn, once, that the last step left out the losses of the layer called `layer`. None gives no warning."""
         if layer is not None and not self.warned:
             self.warned = True
             warnings.warn(
@@ -189,26 +193,32 @@ def balance_loss(
     group: ProcessGroup | None = None,
     split: ProcessGroup | None = None,
 ) -> Tensor:
-    """E * sum_e f_e P_e: 1 when tokens are spread evenly, E when all go to one expert.
+    """Load-balancing loss E * sum_e f_e P_e: 1 when tokens are spread evenly, E when all go to one expert.
 
-    f_e is the share of assignments expert e received, P_e the mean of its scores, each token's scores
-    summing to 1 (Switch Transformer, arXiv:2101.03961, eq. 4-6; with `routing.first(1)`, so that f counts first choices
-    alone, GShard, arXiv:2006.16668). The gradient flows through P. f * P is not linear, so it matters over which tokens
-    both are taken:
+    f_e is the share of assignments that expert e received. P_e is the mean of its scores, with each token's scores
+    scaled to sum to 1. The gradient flows through P only. `over` chooses the tokens over which f and P are taken,
+    and their product depends on that.
 
     Args:
-        routing: of this rank's tokens.
-        over: ``"local"``: the tokens of `split`; changes with the number of ranks. ``"global"``: all tokens
-            of all ranks of `group`, too (arXiv:2501.11873). ``"sequence"``: one term per sequence, averaged
-            over the sequences of all ranks (DeepSeek-V3, arXiv:2412.19437, eq. 17-20). The last two do not
-            depend on how tokens are spread over ranks.
-        sequences: sequences on this rank; T is a multiple, tokens of one lying together.
-        group: the ranks that share the batch; None is this rank alone.
-        split: the ranks that have parts of the same sequences, of equal length, and whose gradients are summed;
-            None is this rank alone.
+        routing: router output for this rank's tokens. With `routing.first(1)`, f counts only first choices, as in
+            GShard.
+        over: ``"local"``, the default: the tokens of `split`. The value depends on the number of ranks.
+            ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: one term for each sequence,
+            averaged over the sequences of all ranks. The last two do not depend on how tokens are spread over ranks.
+        sequences: number of sequences on this rank. It divides T, and the tokens of a sequence are adjacent.
+        group: ranks that share the batch. None, the default, is this rank alone.
+        split: ranks that hold equally long parts of the same sequences, and whose gradients are summed. None, the
+            default, is this rank alone.
 
     Returns:
-        A scalar, equal on all ranks of `split`, and for "global" on all; on a rank without tokens 0 for "local".
+        A scalar, equal on all ranks of `split`, and for "global" on all ranks. "local" gives 0 without tokens.
+
+    References:
+        Switch Transformer, arXiv:2101.03961, eq. 4-6. GShard, arXiv:2006.16668. Global: arXiv:2501.11873.
+        Sequence: DeepSeek-V3, arXiv:2412.19437, eq. 17-20.
+
+    >>> balance_loss(Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), torch.eye(2)))
+    tensor(1.)
     """
     if over not in BALANCE:
         raise ValueError(f"over must be one of {', '.join(BALANCE)}; got {over!r}")
@@ -216,10 +226,10 @@ def balance_loss(
         sequences = 1
     E = routing.num_experts
     total = routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
-    scores = routing.scores * total.reciprocal()  # the backward of a division takes three more matrices [T, E]
+    scores = routing.scores * total.reciprocal()  # the backward of a division needs three more [T, E] matrices
     if routing.mask is not None:
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
-    # without tokens: zeros that keep their graph, for this rank takes part as well
+    # a rank without tokens takes part with zeros that have a graph
     mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
     chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
     tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
@@ -236,12 +246,13 @@ def balance_loss(
 
 
 def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGroup | None = None) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2: keeps router logits small (ST-MoE, arXiv:2202.08906, eq. 5).
+    """Router z-loss, which keeps logits small: the mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906, eq. 5).
 
-    With a `group`, or `split`, over the tokens of all their ranks; both as in `balance_loss`.
+    The mean is over the tokens of all ranks of `group` and `split` (see `balance_loss`). A routing without logits
+    raises ValueError.
     """
     if routing.logits is None:
-        raise ValueError("z_loss needs the router's logits, and this routing has none")
+        raise ValueError("z_loss needs router logits, and routing.logits is None: return logits from the gate")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
     sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])
@@ -250,22 +261,22 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGr
 
 
 def cv_squared(amount: Tensor) -> Tensor:
-    """Squared coefficient of variation of amounts [E], variance / mean^2: 0 when even, E - 1 when one has all.
+    """Squared coefficient of variation of amounts [E], variance / mean^2: 0 if even, E - 1 if one expert has all.
 
-    Of importance or load (Shazeer et al. 2017, arXiv:1701.06538, eq. 7 and 11); over this rank's tokens,
-    so it changes with the number of ranks. Nothing at all is even.
+    All zeros give 0. Amounts are one rank's importance or load (Shazeer et al. 2017, arXiv:1701.06538, eq. 7 and 11),
+    so the value depends on the number of ranks.
     """
     mean = amount.mean()
     return ((amount - mean) / mean.clamp(min=torch.finfo(amount.dtype).tiny)).square().mean()
 
 
 def mean_over_split(loss: Tensor, split: ProcessGroup | None) -> Tensor:
-    """The mean of a scalar over ranks whose gradients are summed."""
+    """Mean of a scalar over the ranks of `split`, whose gradients are summed."""
     return loss if split is None else _sum(loss, split, averaged=False) / dist.get_world_size(split)
 
 
 def _mean_over_ranks(total: Tensor, number: Tensor, group: ProcessGroup | None) -> Tensor:
-    """This rank's part of a mean, of its sum of `number` terms: the mean over ranks of the parts is that mean."""
+    """`total`, the sum of this rank's `number` terms, scaled so that its mean over ranks is the mean of all terms."""
     size = 1
     if group is not None:
         number, size = _sum(number, group), dist.get_world_size(group)
@@ -277,11 +288,11 @@ def _sum(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> Tensor
 
 
 def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
-    """Assignments per sequence and expert, int64 [sequences, E]."""
+    """Number of assignments for each sequence and expert, int64 [sequences, E]."""
     E = routing.num_experts
     if sequences == 1:
         return load(routing.expert, E).unsqueeze(0)
-    # not repeat_interleave: for torch 2.11's compiler its number of repeats is a constant
+    # not repeat_interleave: torch 2.11's compiler treats its number of repeats as a constant
     sequence = torch.arange(sequences, device=routing.expert.device).unsqueeze(1)
     sequence = sequence.expand(-1, len(routing.expert) // max(sequences, 1)).flatten()
     ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
@@ -289,14 +300,14 @@ def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
 
 
 def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
-    """Tokens of each sequence that are not padding, [sequences]."""
+    """Number of real tokens, so without padding, in each sequence: [sequences]."""
     if routing.mask is not None:
         return routing.mask.reshape(sequences, -1).sum(1) if len(routing.mask) else routing.mask.new_zeros(sequences)
     return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
 
 
-def _held(weight: float) -> Tensor:
-    # [1], not a scalar: torch.compile traces a graph twice that has a float64 scalar as an input (torch 2.13)
+def _weight_tensor(weight: float) -> Tensor:
+    # [1], not a scalar: torch.compile traces a graph with a float64 scalar input twice (torch 2.13)
     return torch.tensor([weight], dtype=torch.float64, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""How evenly the experts are used, and what was dropped."""
+"""Load statistics: tokens per expert, dropped tokens, imbalance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from ..dispatch.torch_internals import transformed
 
 @dataclass(frozen=True)
 class Load:
-    """How many tokens each expert got, measured before capacity drops any; padding is left out.
+    """How many tokens each expert got, counted before capacity drops any and without padding.
 
     Attributes:
-        tokens_per_expert: int64 [E], assignments each expert was chosen for.
-        dropped: share of assignments that capacity dropped, 0 to 1.
-        entropy: of the load, over log E: 1 = even, log k / log E = all tokens on the same k experts.
-        imbalance: largest load over the mean load: 1 = even, E / k = all tokens on the same k experts.
+        tokens_per_expert: assignments to each expert, int64 [E]. Free experts follow the routed ones.
+        dropped: share of all assignments that capacity dropped, 0 to 1; a scalar.
+        entropy: entropy of the load divided by log E, a scalar. 1 is even. If all tokens visit the same k experts, it
+            is log k / log E.
+        imbalance: largest load over the mean load, a scalar. 1 is even. If all tokens visit the same k experts, it is
+            E / k.
     """
 
     tokens_per_expert: Tensor
@@ -32,13 +34,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Stats(Load):
-    """Load of one forward, on this rank. Tensors on the layer's device: reading one waits for it.
+    """Load of one forward on this rank, as tensors on the layer's device. Reading one waits for the device.
 
-    `turnout.moe.load` has the load of all ranks, over many forwards.
+    `turnout.moe.load` gives the load of all ranks over many forwards.
 
     Attributes:
-        tokens_per_expert, dropped, entropy, imbalance: as in `Load`.
-        nonfinite: bool, NaN or infinity among the gate's weights.
+        tokens_per_expert, dropped, entropy, imbalance: see `Load`.
+        nonfinite: whether a weight of the gate is NaN or infinite; a bool scalar.
+
+    >>> chosen = torch.tensor([[0], [0], [1], [0]])
+    >>> stats = Stats.of(chosen, chosen, torch.ones(4, 1), num_experts=2)
+    >>> stats.tokens_per_expert.tolist(), stats.imbalance.item()
+    ([3, 1], 1.5)
     """
 
     nonfinite: Tensor
@@ -46,7 +53,14 @@ class Stats(Load):
     @classmethod
     @torch.no_grad()
     def of(cls, chosen: Tensor, kept: Tensor, weight: Tensor, num_experts: int) -> Stats:
-        """Measure a routing: experts chosen and, after capacity, kept, int64 [T, k]; weight [T, k]. No host sync."""
+        """Statistics of one routing, without a host sync.
+
+        Args:
+            chosen: expert ids before capacity, int64 [T, k].
+            kept: expert ids after capacity, int64 [T, k], -1 where dropped.
+            weight: weights [T, k].
+            num_experts: number of experts E.
+        """
         tokens = load(chosen, num_experts)
         return cls(*measured(tokens, tokens.sum() - (kept >= 0).sum()), nonfinite=~weight.isfinite().all())
 
@@ -54,28 +68,28 @@ class Stats(Load):
 def measured(
     tokens: Tensor, dropped: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of a `Load`, from int64 [E] tokens of each expert and the number of dropped assignments."""
+    """Fields of a `Load`, from the tokens of each expert, int64 [E], and the number of dropped assignments."""
     total, E = tokens.sum().clamp(min=1).to(dtype), len(tokens)
     share = tokens / total
     return tokens, dropped / total, torch.special.entr(share).sum() / math.log(max(E, 2)), share.max() * E
 
 
 class LoadCount:
-    """A layer's load, added up over its forwards on the device, until `turnout.moe.load` takes it.
+    """A layer's load, summed on the device over its forwards until `turnout.moe.load` takes it.
 
-    It is no buffer: DDP would overwrite it with rank 0's, and after `to_empty` it could be anything.
+    It is not a buffer: DDP would overwrite it with rank 0's count, and `to_empty` would leave it uninitialised.
     """
 
     def __init__(self, num_experts: int) -> None:
-        # choices of no expert (-1), of each expert, and then the assignments that capacity dropped
+        # unused choices (-1), then assignments to each expert, then assignments that capacity dropped
         self.sums = torch.zeros(1 + num_experts + 1, dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, chosen: Tensor, dropped: Tensor | None, num_experts: int) -> None:
-        """Count a forward: experts chosen, int64 [T, k]; which of them were dropped, bool [T, k], None for none."""
+        """Count one forward: expert ids `chosen`, int64 [T, k]; `dropped`, bool [T, k], or None if none was dropped."""
         if transformed():
-            return  # `torch.func` lets no function change what it was not given
-        if len(self.sums) != num_experts + 2:  # another gate or other free experts: begin anew
+            return  # a function under `torch.func` may not change tensors that are not its arguments
+        if len(self.sums) != num_experts + 2:  # the number of choices has changed: start again
             self.sums = LoadCount(num_experts).sums
         if self.sums.device != chosen.device:
             self.move_to(chosen.device)
@@ -85,19 +99,19 @@ class LoadCount:
             self.sums[-1].add_(dropped.sum())
 
     def __reduce__(self) -> tuple[type[LoadCount], tuple[int]]:
-        return LoadCount, (len(self.sums) - 2,)  # a copy has counted nothing yet
+        return LoadCount, (len(self.sums) - 2,)  # a copy starts at zero
 
     def take(self) -> Tensor:
-        """int64 [E + 1], tokens of each expert and then those dropped, since the last call."""
+        """Tokens of each expert, then the number of dropped ones, since the last call: int64 [E + 1]."""
         taken = self.sums[1:].clone()
         self.sums.zero_()
         return taken
 
     def move_to(self, device: torch.device) -> None:
-        """Go to another device; from meta, where nothing can be counted, with zeros."""
+        """Move to another device. From the meta device, which holds no values, it starts at zero."""
         if self.sums.device != device:
             self.sums = torch.zeros_like(self.sums, device=device) if self.sums.is_meta else self.sums.to(device)
 
     def moved_by(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Go where `fn` of `nn.Module._apply` puts tensors; it may fill them anew, or cast them."""
+        """Move to the device where `fn` of `nn.Module._apply` puts tensors, and ignore its values and dtype."""
         self.move_to(fn(self.sums).device)

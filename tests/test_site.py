@@ -67,7 +67,9 @@ def test_every_public_name_is_there_with_its_docstring(site, package):
 
 
 def test_the_packages_that_users_import_from_are_there():
-    parts = "moe moe.gates moe.adapters moe.upcycling moe.autotune dispatch models models.checkpoint models.hf"
+    parts = (
+        "moe moe.gates moe.adapters moe.upcycling moe.replay moe.autotune dispatch models models.checkpoint models.hf"
+    )
     assert {f"turnout.{part}" for part in [*parts.split(), "models.report"]} <= set(PACKAGES)
 
 

@@ -1,14 +1,14 @@
-"""A cluster on one machine: network namespaces as nodes, a switch with the links one asks for, ranks in the nodes.
+"""Emulated cluster on one machine: network namespaces are its nodes, and a switch sets rate and delay of their links.
 
     python benchmarks/cluster/emulate.py --nodes 4 --ranks 2 --rate 100mbit --delay 0.2ms -- benchmarks/transports.py
     python benchmarks/cluster/emulate.py --nodes 2 --ranks 2 -- -m turnout.dispatch.autoselect.probe --nodes 2
 
-What follows `--` runs on every rank as under torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the like are set,
-gloo uses the emulated links between nodes and the loopback inside one. Ranks are forked from one process that has
-imported torch: 16 of them are up in a second. If one fails, all are stopped, and so is everything on Ctrl-C; when this
-process is killed, its ranks and its switch die with it, and the next start removes what is left of its nodes.
+The command after `--` runs on every rank as under torchrun, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and so on.
+gloo uses the emulated links between nodes, and the loopback inside one. Ranks are forked from one process that has
+imported torch, so 16 of them start in a second. If a rank fails, or on Ctrl-C, all are stopped. If this process is
+killed, its ranks and its switch die with it, and the next start removes its nodes.
 
-Needs Linux, root, `ip` of iproute2, /dev/net/tun, and a C compiler for switch.c.
+It needs Linux, root, `ip` of iproute2, /dev/net/tun, and a C compiler for switch.c.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
-PREFIX = "turnout"  # a namespace is called turnout-PID-NODE, by the process that made it
-NETWORK = "10.77.0"  # of addresses that nobody outside sees
+PREFIX = "turnout"  # a namespace is named turnout-PID-NODE, after the process that made it
+NETWORK = "10.77.0"  # prefix of addresses, which exist inside the namespaces only
 UNITS = {"": 1, "bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "s": 1, "ms": 1e-3, "us": 1e-6}
 CLONE_NEWNET, PR_SET_PDEATHSIG = 0x40000000, 1
 
 
 def missing() -> str:
-    """Why there can be no cluster here, "" if there can."""
+    """Reason why no cluster can be emulated here; "" if one can."""
     if not sys.platform.startswith("linux"):
         return "an emulated cluster needs Linux: its nodes are network namespaces"
     if os.geteuid() != 0:
@@ -44,43 +44,46 @@ def missing() -> str:
     if not shutil.which("ip"):
         return "an emulated cluster needs `ip`: install iproute2"
     if not os.path.exists("/dev/net/tun"):
-        return "an emulated cluster needs /dev/net/tun"
+        return "an emulated cluster needs /dev/net/tun: load the kernel module tun"
     if not compiler():
         return "an emulated cluster needs a C compiler for its switch: install gcc, or set CC"
     return ""
 
 
 def compiler() -> str | None:
-    """The C compiler: $CC, cc, gcc or clang."""
+    """Path of the C compiler: $CC, cc, gcc or clang; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
 
 
 def number(text: str) -> float:
-    """ "100mbit" -> 1e8, "0.2ms" -> 2e-4, "none" -> 0."""
+    """Parse a number with a unit: "100mbit" is 1e8, "0.2ms" is 2e-4, "none" is 0."""
     found = re.fullmatch(r"([0-9.]+)\s*([a-z]*)", text)
     if text == "none":
         return 0.0
     if not found or found[2] not in UNITS:
         units = ", ".join(filter(None, UNITS))
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number with a unit, one of {units}")
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or a number with one of the units {units}")
     return float(found[1]) * UNITS[found[2]]
 
 
 def leftovers() -> list[str]:
-    """Nodes of processes that are no more."""
+    """Names of nodes whose process has ended."""
     folder = Path("/run/netns")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return [n for n in names if (m := re.fullmatch(PREFIX + r"-(\d+)-\d+", n)) and not Path("/proc", m[1]).exists()]
 
 
 class Cluster:
-    """N nodes, and the links between them; a context manager, one at a time in a process.
+    """Context manager of an emulated cluster; one at a time in a process.
 
     Args:
-        nodes: their number; `ranks` of each are the concern of `enter` and `start`.
-        rate: bit/s of every link, each way; 0: unlimited.
-        delay: seconds one way.
-        frame: seconds that every frame costs its sender's link.
+        nodes: number of nodes.
+        rate: bit/s of each link in each direction; 0, the default, is unlimited.
+        delay: seconds in one direction; 0 by default.
+        frame: seconds that each frame occupies its sender's link, besides its bits; 0 by default.
+
+    Raises:
+        RuntimeError: the machine cannot emulate a cluster; the message says why.
     """
 
     def __init__(self, nodes: int, rate: float = 0.0, delay: float = 0.0, frame: float = 0.0) -> None:
@@ -110,7 +113,7 @@ class Cluster:
                 own = f"{NETWORK}.{i + 1}"
                 _ip("-n", name, "addr", "add", f"{own}/24", "dev", "eth0")
                 _ip("-n", name, "link", "set", "eth0", "up", "txqueuelen", "10000")
-                # A lost packet is sent again after 10 ms, not 200: the way is short.
+                # TCP sends a lost packet again after 10 ms, not 200, as the delay is small
                 route = f"route change {NETWORK}.0/24 dev eth0 proto kernel scope link src {own} rto_min 10ms"
                 _ip("-n", name, *route.split())
             for what, value in self._links.items():
@@ -129,17 +132,17 @@ class Cluster:
         self._folder.cleanup()
 
     def set(self, *command: str | float) -> None:
-        """Change the links while they are in use, as in ``set("rate", 1e8)`` or ``set("link", 1, 0)``; see switch.c."""
+        """Change the links at any time, as in ``set("rate", 1e8)`` or ``set("link", 1, 0)``. Commands: switch.c."""
         self._ask(" ".join(map(str, command)))
 
     def stats(self) -> dict[str, int]:
-        """Frames carried, dropped at full queues, lost on purpose."""
+        """Numbers of frames: carried, dropped at full queues, and lost by the command `loss`."""
         return json.loads(self._ask("stats"))
 
     def enter(self, rank: int, ranks: int) -> None:
-        """Move this process, which shall be that rank, into its node; `ranks` live in each."""
+        """Move this process into its node as rank `rank`, where each node has `ranks` of them."""
         if self._switch is not None and self._switch.stdin is not None:
-            os.close(self._switch.stdin.fileno())  # a copy from the fork would keep the switch alive
+            os.close(self._switch.stdin.fileno())  # a forked copy would keep the switch alive
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with open(f"/run/netns/{self.names[rank // ranks]}") as node:
@@ -151,7 +154,7 @@ class Cluster:
         os.environ.update({key: str(value) for key, value in {**world, **local, **master}.items()})
 
     def run(self, ranks: int, fn: Callable[[], None]) -> int:
-        """fn() on `ranks` ranks of every node -> 0, or the exit code of the first that failed; then all are stopped."""
+        """Run fn() on `ranks` ranks of each node. Return 0, or the exit code of the first that fails; then all stop."""
         context = mp.get_context("fork")
         started = [
             context.Process(target=self._rank, args=(rank, ranks, fn), daemon=True)
@@ -164,7 +167,7 @@ class Cluster:
             while alive:
                 for sentinel in wait(list(alive)):
                     process = alive.pop(sentinel)
-                    process.join()  # its end of the pipe closes before it has an exit code
+                    process.join()  # the pipe may close before the process has an exit code
                     if process.exitcode:
                         return process.exitcode
             return 0
@@ -175,7 +178,7 @@ class Cluster:
                     process.join()
 
     def _rank(self, rank: int, ranks: int, fn: Callable[[], None]) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it, for all
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C for all ranks
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.enter(rank, ranks)
         fn()
@@ -197,12 +200,12 @@ def _ip(*arguments: str) -> None:
 
 
 def _remove(name: str) -> None:
-    """A node, unless it is gone: another cluster may be sweeping up as well."""
+    """Remove a node. It may be gone already: another cluster removes leftovers as well."""
     subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def script(command: list[str]) -> Callable[[], None]:
-    """What runs ["file.py", arguments] or ["-m", "module", arguments] as a program."""
+    """Function that runs ["file.py", arguments] or ["-m", "module", arguments] as a program."""
 
     def run() -> None:
         module = command[0] == "-m"
@@ -218,19 +221,19 @@ def script(command: list[str]) -> Callable[[], None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--ranks", type=int, default=2, help="in each node")
-    parser.add_argument("--rate", type=number, default=0.0, help="of a link, each way: 100mbit, 1gbit, none")
-    parser.add_argument("--delay", type=number, default=0.0, help="one way: 0.2ms")
-    parser.add_argument("--frame", type=number, default=0.0, help="that each frame costs its sender's link: 1ms")
+    parser.add_argument("--nodes", type=int, default=4, help="number of nodes")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks in each node")
+    parser.add_argument("--rate", type=number, default=0.0, help="rate of a link in each direction, such as 100mbit")
+    parser.add_argument("--delay", type=number, default=0.0, help="delay in one direction, such as 0.2ms")
+    parser.add_argument("--frame", type=number, default=0.0, help="extra time of each frame on its link, such as 1ms")
     parser.add_argument("command", nargs="+", help="after --: a script and its arguments, or -m and a module")
     args = parser.parse_args()
     if reason := missing():
         print(f"skipped: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the nodes are removed
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or every rank warns that its address has no name
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every rank warns that its address has no host name
     import torch.distributed  # noqa: F401 -- the ranks are forked with it
 
     try:

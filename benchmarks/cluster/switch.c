@@ -1,18 +1,18 @@
-/* A switch between network namespaces: rate, delay, loss, links that go down, and a cost for every frame.
+/* A network switch between namespaces, with rate, delay, loss, links that go down, and a time per frame.
  *
- *     switch NAMESPACE...         makes eth0 in each of them, says "ready", then obeys lines on its standard input:
+ *     switch NAMESPACE...         makes eth0 in each, prints "ready", then reads commands from its standard input:
  *
  *     rate BITS_PER_SECOND        of every link, each way; 0: unlimited
  *     delay SECONDS               one way
- *     queue BYTES                 a link's queue; what finds it full is dropped
- *     frame SECONDS               that the sending link is busy with each frame but bare acknowledgements
- *     loss NODE PROBABILITY       of a frame to that node
- *     link NODE 0|1               pulls its cable, or puts it back
- *     stats                       answers with {"frames", "dropped", "lost"}; the others answer "ok"
+ *     queue BYTES                 size of a link's queue; frames that do not fit are dropped
+ *     frame SECONDS               time of each frame on its sender's link, besides its bits; bare ACKs take none
+ *     loss NODE PROBABILITY       probability that a frame to that node is lost
+ *     link NODE 0|1               takes the node's link down, or up
+ *     stats                       prints {"frames", "dropped", "lost"}; the other commands print "ok"
  *
- * Each eth0 is a TUN device whose other end is held here. Frames may be 64 KB: the kernel leaves segmentation to the
- * "card". A frame waits for its sender's link, travels, waits for its receiver's link. It ends when its input ends,
- * and the devices go with it. Linux; nodes have the addresses x.x.x.1, x.x.x.2, ...
+ * Each eth0 is a TUN device whose other end this process holds. Frames may have 64 KB, since the kernel leaves
+ * segmentation to the network card. A frame waits for its sender's link, is delayed, and waits for its receiver's
+ * link. The switch ends when its input ends, and its devices with it. Nodes have the addresses x.x.x.1, x.x.x.2, ...
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -31,11 +31,11 @@
 
 #define NODES 64
 #define VNET 10 /* bytes of virtio header before each frame */
-#define BARE 60 /* a frame no longer than this carries nothing: an acknowledgement has 52 bytes */
+#define BARE 60 /* frames up to this size have no data: an acknowledgement has 52 bytes */
 
 typedef struct {
   double time;
-  unsigned long number; /* of frames due at the same time, the first comes first */
+  unsigned long number; /* order of frames that are due at the same time */
   int arrives, to, length;
   unsigned char *data;
 } Event;

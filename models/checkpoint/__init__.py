@@ -1,13 +1,14 @@
-"""Checkpoints that any number of ranks can read, and that are read whole or not at all.
+"""Checkpoints that load on any mesh, are complete or not there, and are checked before they are loaded.
 
-torch.distributed.checkpoint keeps the contents. What is spread over ranks are DTensors, experts in global order, and
-what stages of a pipeline hold goes by the names of the whole model: a checkpoint of one mesh loads on any other.
-The rest is the same on every rank and saved once. A checkpoint is written under another name, with the checksum of
-each file, and renamed when all of it has reached the disk. What fails on one rank is raised on all of them; so all
-ranks call each function here, `newest` excepted. One process needs no process group.
+Contents are in the format of torch.distributed.checkpoint. Spread parameters are saved as DTensors, with experts in
+global order, and pipeline stages use the names of the whole model. So a checkpoint of one mesh loads on any other.
 
-`model` is a module, or the stages of a pipeline that this rank runs, in a list (`ParallelModel.parts`). One optimizer
-has the parameters of all of them.
+A checkpoint is written under a temporary name, with a checksum of each file, and renamed once all of it is on the disk.
+An error on one rank is raised on all of them. So all ranks must call each function here, except `newest`. A single
+process needs no process group.
+
+`model` is a module, or a list of the pipeline stages that this rank runs (`ParallelModel.parts`). One optimizer has the
+parameters of all stages on the rank.
 """
 
 from .background import AsyncCheckpointer, Saved

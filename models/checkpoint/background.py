@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Asynchronous checkpoints: a thread writes them while training goes on."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _log = logging.getLogger(__package__)  # turnout.models.checkpoint
 
 
 class Saved(NamedTuple):
-    """A checkpoint that an AsyncCheckpointer has written."""
+    """Report of a checkpoint that an `AsyncCheckpointer` has written."""
 
     path: Path
     step: int
-    stalled: float  # seconds that the caller of `save` waited
-    seconds: float  # from the call of `save` until all of it was on the disk under its name
+    stalled: float  # seconds that training waited in `save`
+    seconds: float  # seconds from the call of `save` until the checkpoint was complete on the disk
 
 
 class AsyncCheckpointer:
-    """Saves as `save` does, while training goes on: training waits for a copy in host memory, a thread writes it.
+    """Saves checkpoints while training goes on: training waits for a copy to host memory, and a thread writes it.
 
-    All ranks make it, and call each method at the same place of their loops. The thread has a process group of its own.
-    What fails in it is raised by the next call of `poll`, `wait` or `save`, on every rank alike::
+    All ranks make one, and call each method at the same place of their loops. The thread has its own process group.
+    An error in it is raised by the next call of `poll`, `wait` or `save`, on every rank::
 
         with AsyncCheckpointer("runs/mine", keep=3) as checkpointer:
             for step in range(1, 1001):
@@ -46,14 +46,13 @@ class AsyncCheckpointer:
                 if step % 100 == 0:
                     checkpointer.save(model, optimizer, step)
 
-    Leaving the `with` block waits for the last checkpoint. A process that ends earlier, or is killed, leaves it
-    step-N.incomplete.
+    Leaving the `with` block waits for the last checkpoint. A process that ends earlier leaves step-N.incomplete.
 
     Args:
-        folder: as for `save`.
-        keep: how many checkpoints stay; `prune` deletes the others after each save. None: all stay.
-        timeout: seconds, or a timedelta, that the thread of one rank waits for the others, such as for the slowest to
-            write its part. None: as long as `init_process_group` was told.
+        folder: path of the folder, the same on all ranks.
+        keep: number of checkpoints that stay; `prune` deletes the others after each save. None, the default, keeps all.
+        timeout: time in seconds, or a timedelta, that a rank's thread waits for the others. None, the default, is the
+            timeout of `init_process_group`.
 
     Raises:
         ValueError: `keep` or `timeout` is not positive.
@@ -63,7 +62,7 @@ class AsyncCheckpointer:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be positive; got {keep}")
         self._folder, self._keep, limit = Path(folder), keep, seconds(timeout)
-        self._calls, self._writing = _own_group(limit), _own_group(limit)  # of the methods, and of the thread
+        self._calls, self._writing = _own_group(limit), _own_group(limit)  # one for the methods, one for the thread
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[Saved] | None = None
@@ -71,13 +70,16 @@ class AsyncCheckpointer:
     def save(
         self, model: Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
     ) -> Saved | None:
-        """Copy what `save` of this module would write, and begin to write it; returns what `wait` does.
+        """Copy a checkpoint to host memory, and start to write it. It first waits for the checkpoint before.
 
-        It first waits until the save before is done.
+        The arguments are as for `turnout.models.checkpoint.save`.
+
+        Returns:
+            Report of the checkpoint before, or None if there is none or it was returned already.
 
         Raises:
-            CheckpointError: on every rank. The save before failed, and this one was not begun; or this one has what
-                cannot be saved, such as NaN, and nothing of it is written.
+            CheckpointError: on every rank. Either the checkpoint before failed, and this one was not started. Or this
+                one has values that cannot be saved, such as NaN, and nothing of it is written.
         """
         began = time.monotonic()
         before = self.wait()
@@ -89,12 +91,12 @@ class AsyncCheckpointer:
         return before
 
     def poll(self) -> Saved | None:
-        """The checkpoint that was begun, once it is on the disk on all ranks; None until then, and after it was told.
+        """Report of the running checkpoint if all ranks have finished it, without waiting for them; otherwise None.
 
-        While one is being written this is an all-reduce of a number, else it costs nothing.
+        Each checkpoint is returned once. While one is being written, the call costs an all-reduce of one number.
 
         Raises:
-            CheckpointError: on every rank, if it could not be written; a WriteError, if the disk is the cause.
+            CheckpointError: on every rank, if it could not be written. A `WriteError` if the disk is the cause.
         """
         if self._running is None:
             return None
@@ -104,7 +106,7 @@ class AsyncCheckpointer:
         return self.wait() if done else None
 
     def wait(self) -> Saved | None:
-        """Wait for the checkpoint that was begun, and return it; None if there is none, or it was told already.
+        """Wait for the running checkpoint, and return its report. None if there is none, or it was returned already.
 
         Raises:
             CheckpointError: as `poll`.
@@ -118,7 +120,7 @@ class AsyncCheckpointer:
                 self._running = None
 
     def close(self) -> None:
-        """Wait, and give back the thread, its process groups and the memory; then it cannot save any more.
+        """Wait for the running checkpoint, and free the thread, its process groups and the host memory.
 
         Raises:
             CheckpointError: as `poll`.
@@ -146,7 +148,7 @@ class AsyncCheckpointer:
                 _log.warning("the checkpoint that was being written is lost: %s", late)
 
     def _write(self, snapshot: Snapshot, step: int, began: float, stalled: float) -> Saved:
-        """In the thread."""
+        """Write a copied snapshot, and prune. Runs in the thread."""
         snapshot.write(self._writing)
         saved = Saved(snapshot.path, step, stalled, time.monotonic() - began)
         if self._keep is not None:
@@ -155,7 +157,7 @@ class AsyncCheckpointer:
 
 
 def _own_group(timeout: timedelta | None) -> ProcessGroup | None:
-    """A new group of all ranks, for the CPU; None in a process without process groups."""
+    """New gloo group of all ranks; None in a process without process groups."""
     if not dist.is_initialized():
         return None
     group = dist.new_group(timeout=timeout or default_timeout(), backend="gloo")

@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a model and its optimizer, by the names of the whole model.
+"""Contents of a checkpoint: values of a model and its optimizer, by the names of the whole model.
 
-A name leads to a dict of model or optimizer and a key of it, where torch keeps the value. What two stages of a
-pipeline have, the embedding, is in the file once, and goes to both when it is read.
+Each name has the places where torch keeps its value: a dict of the model or the optimizer, and a key. The embedding
+of a pipeline has two places, in the first and the last stage. It is saved once and loaded into both.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read
 from .together import CheckpointError, place, together
 
 Model = nn.Module | Sequence[nn.Module]
-_Values = dict[str, Any]  # by their names in the file
-_Place = tuple[dict[Any, Any], Any]  # a dict and a key of it
-_Places = dict[str, list[_Place]]  # all that have the value of a name
+_Values = dict[str, Any]  # name in the file: value
+_Place = tuple[dict[Any, Any], Any]  # a dict, and the key that has the value
+_Places = dict[str, list[_Place]]  # name in the file: all places of its value
 
 
 class Contents:
-    """The values of a model and its optimizer.
+    """Values of a model and its optimizer, to save and to load.
 
-    Their names are ``model.N``, ``optimizer.state.N.KEY`` and ``optimizer.param_groups.N.KEY``; N is a parameter's.
-    Of a model with adapters (LoRA, PEFT's too) frozen parameters are left out: they are those of the base.
+    Their names are ``model.N``, ``optimizer.state.N.KEY`` and ``optimizer.param_groups.N.KEY``, where N is the name of
+    a parameter. Of a model with adapters (LoRA, PEFT's too) the frozen parameters are left out: the base has them.
     """
 
     def __init__(self, model: Model, optimizer: Optimizer) -> None:
@@ -44,10 +44,10 @@ class Contents:
         self.base = _frozen_base(self.modules)
 
     def values(self) -> _Values:
-        """What this rank has, by the names in the file; tensors are the model's and the optimizer's own.
+        """Values on this rank, by the names in the file. Tensors are not copied.
 
         Raises:
-            CheckpointError: a number is not finite, or a value is of a type that no checkpoint can keep.
+            CheckpointError: a number is not finite, or a value has a type that a checkpoint cannot keep.
         """
         own = self.optimizer.state_dict()
         held = _values(self._places(own, self.base))
@@ -59,15 +59,16 @@ class Contents:
         return values
 
     def read(self, reader: PlainReader) -> None:
-        """Read all values. All ranks call it.
+        """Read all values into model and optimizer. All ranks call it.
 
-        A parameter that has no optimizer state in the checkpoint has none afterwards: it had no gradient yet, or was
-        not in the optimizer. The optimizer's settings for it stay in the second case. Frozen parameters of a model with
-        adapters stay as they are where the checkpoint has none.
+        A parameter without optimizer state in the checkpoint has none afterwards. If the checkpoint's optimizer did
+        not have the parameter at all, the settings for it stay as they are now. In a model with
+        adapters, frozen parameters that the checkpoint lacks stay as they are.
 
         Raises:
-            DamagedError: on every rank, if it holds code.
-            CheckpointError: on every rank, if it does not fit. In both cases model and optimizer are as they were.
+            DamagedError: on every rank, if the checkpoint holds code.
+            CheckpointError: on every rank, if it does not fit. Model and optimizer are unchanged in both cases, unless
+                the message says that a part was read.
         """
         folder, saved = reader.path, reader.metadata.state_dict_metadata
         everyones = {n for each in together(lambda: [f"model.{_whole(n)}" for n in self.weights]) for n in each}
@@ -109,10 +110,13 @@ class Contents:
         try:
             read = plain | read_values(reader, tensors)
         except CheckpointError as error:
-            raise CheckpointError(f"{folder}: read in part into model and optimizer, then failed: {error}") from None
+            raise CheckpointError(
+                f"{folder}: a part was read into model and optimizer, then reading failed: {error}; load a checkpoint "
+                "again before training"
+            ) from None
 
         for name, held in places.items():
-            for copy, (values, key) in enumerate(held):  # two parameters must not share a tensor of state
+            for copy, (values, key) in enumerate(held):  # clone: two parameters must not share a tensor of state
                 values[key] = read[name].clone() if copy and isinstance(read[name], Tensor) else read[name]
         for (group, key), value in agreed:
             group[key] = value
@@ -120,7 +124,7 @@ class Contents:
         self.optimizer.load_state_dict(own)
 
     def _places(self, own: _Values, left_out: Collection[str]) -> _Places:
-        """Of the model's values but those left out, and of the state in an optimizer's state dict."""
+        """Places of the model's values but those left out, and of the state in an optimizer's state dict."""
         places: _Places = {}
         for name in (name for name in self.weights if name not in left_out):
             places.setdefault(f"model.{_whole(name)}", []).append((self.weights, name))
@@ -130,7 +134,7 @@ class Contents:
         return places
 
     def _settings(self, own: _Values, parameters: Collection[str]) -> _Places:
-        """Of what the groups in an optimizer's state dict say of these parameters: rate, betas, and so on."""
+        """Places of these parameters' settings in an optimizer's state dict, such as learning rate and betas."""
         places: _Places = {}
         for group in own["param_groups"]:
             for name in (self.parameters[index][0] for index in group["params"]):
@@ -140,7 +144,7 @@ class Contents:
 
 
 def _whole(name: str) -> str:
-    """Without the number of a module in the list."""
+    """Name of a parameter in the whole model, without the index of its module in the list of stages."""
     return name.partition(".")[2]
 
 
@@ -155,7 +159,7 @@ def _frozen_base(modules: nn.Module) -> set[str]:
 def _named(modules: nn.ModuleList, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
     """The parameters of an optimizer in its order, with their names in the whole model."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.state.setdefault(parameters[0], {})  # an optimizer without any state torch would make a step
+    optimizer.state.setdefault(parameters[0], {})  # torch makes a step of an optimizer that has no state at all
     try:
         groups: Any = get_optimizer_state_dict(modules, optimizer)["param_groups"]
     finally:
@@ -173,8 +177,8 @@ def _leaves(values: dict[Any, Any], prefix: str) -> Iterator[tuple[str, dict[Any
             yield name, values, key
         else:
             raise CheckpointError(
-                f"{name} is of type {type(value).__name__}; a checkpoint can keep optimizers whose state is tensors, "
-                "numbers, str, None and dicts of them"
+                f"{name} is of type {type(value).__name__}; an optimizer's state may have tensors, numbers, str, None "
+                "and dicts of them: use another optimizer, or give it such a state_dict"
             )
 
 
@@ -183,7 +187,7 @@ def _values(places: _Places) -> _Values:
 
 
 def _owned(saved: Collection[str], prefix: str, parameters: Collection[str]) -> dict[str, list[str]]:
-    """The names in a checkpoint that begin so, by the parameter they are of; only of these parameters."""
+    """Names in a checkpoint that begin with `prefix`, grouped by parameter, for these parameters alone."""
     found: dict[str, list[str]] = {}
     for name in saved:
         if name.startswith(prefix):
@@ -195,7 +199,7 @@ def _owned(saved: Collection[str], prefix: str, parameters: Collection[str]) -> 
 
 @torch.no_grad()
 def _start(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Give parameters the state that an optimizer's first step makes: with zero gradients, at a rate of zero."""
+    """Give parameters the optimizer state of a first step, made with zero gradients and a learning rate of zero."""
     if not parameters:
         return
     rates = [group.get("lr") for group in optimizer.param_groups]
@@ -231,14 +235,14 @@ def _misfit(of: str, why: str) -> CheckpointError:
 
 
 def _target(entry: Any, value: Any) -> Any:
-    """What a setting is read into: a float may have been saved and be a tensor now, or the other way round."""
+    """Value to read a setting into. It may be saved as a float and be a tensor now, or the other way round."""
     if isinstance(entry, TensorStorageMetadata):
         return torch.empty(entry.size, dtype=entry.properties.dtype)
     return None if isinstance(value, Tensor) else value
 
 
 def _agreed(settings: _Places, read: _Values) -> Iterator[tuple[_Place, Any]]:
-    """One value for each setting of a group, as the group keeps it."""
+    """One value for each setting of a parameter group, in the type that the group keeps."""
     first: dict[tuple[int, str], tuple[str, Any]] = {}
     for name, group, key in ((name, *at) for name, held in settings.items() for at in held):
         value, kept = read[name], group[key]
@@ -249,14 +253,14 @@ def _agreed(settings: _Places, read: _Values) -> Iterator[tuple[_Place, Any]]:
             yield (group, key), torch.as_tensor(value).to(kept) if isinstance(kept, Tensor) else value
         elif value != same:
             raise CheckpointError(
-                f"the optimizer has one group for what was saved with two: {other} is {same}, and {name} is {value}; "
-                "make the groups as they were when it was saved"
+                f"the optimizer has one parameter group where two were saved: {other} is {same}, and {name} is "
+                f"{value}; make the groups as they were when it was saved"
             )
 
 
 def _check_finite(tensors: dict[str, Any]) -> None:
     finite = {
-        name: is_finite(tensor)  # all are under way before the first is waited for
+        name: is_finite(tensor)  # on a GPU all run before the first result is waited for
         for name, value in tensors.items()
         if isinstance(value, Tensor) and type(tensor := local(value).detach()) is Tensor
         if may_overflow(tensor.dtype) and not tensor.is_meta

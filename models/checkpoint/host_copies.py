@@ -1,4 +1,4 @@
-"""Copies of tensors that training may go on without."""
+"""Host copies of tensors, so that training may change the originals while the copies are written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ...dispatch.torch_internals import is_traceable_wrapper_subclass
 
 
 class HostCopies:
-    """Copies of tensors in host memory, made in the same place each time; pinned where the tensors are on a GPU.
+    """Makes copies of tensors in host memory, pinned for tensors on a GPU.
 
-    The first copy allocates the memory, later ones reuse it: so a copy is good until the next one is made.
+    The first call allocates the memory, and later calls reuse it. So a copy is valid until the next call.
     """
 
     def __init__(self) -> None:
@@ -21,18 +21,18 @@ class HostCopies:
 
     @torch.no_grad()
     def of(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values by the same names, each tensor copied. A DTensor's copy is a DTensor of the same placement."""
+        """Copy each tensor, and return all values by the same names. A DTensor's copy is a DTensor like it."""
         before, self._memory = self._memory, {}
         copies = {name: self._copy(name, value, before) for name, value in values.items()}
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies into pinned memory are under way
+            torch.cuda.synchronize()  # copies into pinned memory are asynchronous
         return copies
 
     def _copy(self, name: str, value: Any, before: dict[str, Tensor]) -> Any:
         if not isinstance(value, Tensor):
             return value
         tensor = value.detach()
-        if is_traceable_wrapper_subclass(tensor):  # a DTensor: what it wraps is copied
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor: copy its local tensor
             inner, context = tensor.__tensor_flatten__()
             parts = {each: self._copy(f"{name} {each}", getattr(tensor, each), before) for each in inner}
             return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())

@@ -1,7 +1,7 @@
-"""Files of torch.distributed.checkpoint from anyone: reading them runs no code that they hold.
+"""Safe reading of torch.distributed.checkpoint files from strangers: no code in them runs.
 
-torch unpickles a checkpoint's ``.metadata`` and its plain values as they come, and a pickle may call any function.
-Here a pickle gets no more than the classes of the format, and no file is opened that the checkpoint does not list.
+torch unpickles a checkpoint's ``.metadata`` and its plain values without restrictions, and a pickle may call any
+function. Here a pickle may use the classes of the format alone, and only files that the checkpoint lists are opened.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch.futures import Future
 
 from .together import CheckpointError, DamagedError, WriteError, disk_errors
 
-_Values = dict[str, Any]  # by their names in the file
+_Values = dict[str, Any]  # name in the file: value
 METADATA = ".metadata"
-_FORMAT = {
+_FORMAT = {  # module: classes and functions that a checkpoint's pickle may use
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -43,19 +43,23 @@ _FORMAT = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """The classes of the format, and no other."""
+        """Find a class of the format; refuse all others."""
         if name in _FORMAT.get(module, ()) or (module == "torch" and _is_dtype(name)):
             return super().find_class(module, name)
-        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):  # where it was written
+        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):  # the folder that it was written to
             return PurePosixPath
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 
 
 class PlainReader(FileSystemReader):
-    """Reads the folder of a checkpoint that has these files.
+    """Reader of a checkpoint's folder, for `torch.distributed.checkpoint.load`.
+
+    Args:
+        folder: path of the checkpoint.
+        files: names of its files; no other is read.
 
     Raises:
-        DamagedError: what describes the contents is no such description, asks for foreign code, or names other files.
+        DamagedError: its ``.metadata`` is missing or malformed, asks for code, or names other files.
     """
 
     def __init__(self, folder: Path, files: Collection[str]) -> None:
@@ -71,16 +75,16 @@ class PlainReader(FileSystemReader):
             raise DamagedError(f"{file} does not describe a checkpoint, nothing is loaded: {error}") from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What was read and checked already."""
+        """Metadata that the constructor has read and checked."""
         return self.metadata
 
     def check_finite(self, first: int, stride: int) -> None:
-        """Look at every `stride`-th part of the parameters and the optimizer's state, from the `first` on.
+        """Check every `stride`-th piece of parameters and optimizer state for NaN and infinity, from the `first` on.
 
-        A parameter is what the optimizer has settings for; buffers may hold infinity.
+        Only tensors that the optimizer has settings for are parameters. Buffers may hold infinity.
 
         Raises:
-            DamagedError: one has NaN or infinity, or may be code.
+            DamagedError: a piece has NaN or infinity, or may be code.
         """
         entries, settings = self.metadata.state_dict_metadata, "optimizer.param_groups."
         names = [name.removeprefix(settings).rpartition(".")[0] for name in entries if name.startswith(settings)]
@@ -105,10 +109,10 @@ class PlainReader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads values other than tensors as what `torch.load(weights_only=True)` allows."""
+    """Reads values other than tensors by `torch.load(weights_only=True)`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value where its tensor would be."""
+        """Read one value, and put it into the state dict."""
         *outer, key = self.mappings[read_item.dest_index.fqn]
         holder: Any = self.original_state_dict
         for name in outer:
@@ -117,21 +121,21 @@ class _Planner(DefaultLoadPlanner):
 
 
 class _Writer(FileSystemWriter):
-    """Writes to a folder; its errors tell of a full disk."""
+    """Writer to a folder that raises a WriteError if the disk is at fault."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Of this rank."""
+        """Write this rank's data."""
         with disk_errors(Path(self.path)):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank."""
+        """Write the metadata, on rank 0."""
         with disk_errors(Path(self.path)):
             super().finish(metadata, results)
 
 
 def plain_bytes(value: Any) -> bytes:
-    """A value as `torch.save` writes it; raises what `torch.load(weights_only=True)` would when it is read."""
+    """Value as `torch.save` writes it. It raises now if `torch.load(weights_only=True)` would refuse it later."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
@@ -139,7 +143,7 @@ def plain_bytes(value: Any) -> bytes:
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether no number in a tensor is NaN or infinite, bool []."""
+    """Whether all numbers of a tensor are finite, bool []."""
     if not tensor.numel():
         return torch.tensor(True)
     # 9 times as fast as `tensor.isfinite().all()` (float32, one core of a Xeon, torch 2.13, 2026-11-28)
@@ -147,20 +151,20 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def may_overflow(dtype: torch.dtype) -> bool:
-    """Whether numbers of a type can be NaN or infinite, and checked: no operation knows float8."""
+    """Whether a dtype has NaN or infinity that torch can find; it has no such operation for float8."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def write_values(folder: Path, values: _Values, group: ProcessGroup | None = None) -> None:
-    """Write values by their names, the part of each DTensor that this rank has. All ranks of the group call it.
+    """Write values by their names, and of each DTensor this rank's part. All ranks of the group call it.
 
     Raises:
-        WriteError: on every rank, if the disk of one is full or at fault.
+        WriteError: on every rank, if the disk of one is full or failing.
         CheckpointError: on every rank, if one cannot write for another reason.
     """
     _ignore_missing_group()
     on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in values.values())
-    # copies ahead use the current device, which in a new thread is the first
+    # no copies ahead on the CPU: they use the current GPU, which in a new thread is the first one
     writer = _Writer(folder, per_thread_copy_ahead=10_000_000 if on_gpu else 0)
     try:
         _save(_nested(values), storage_writer=writer, process_group=group)
@@ -171,7 +175,7 @@ def write_values(folder: Path, values: _Values, group: ProcessGroup | None = Non
 
 
 def read_values(reader: PlainReader, values: _Values) -> _Values:
-    """Read what is in a checkpoint by these names: into a tensor, or in place of another value. All ranks call it.
+    """Read the values of these names: into the given tensors, or in place of other values. All ranks call it.
 
     Raises:
         DamagedError: on every rank, if a value may be code.
@@ -195,7 +199,7 @@ def read_values(reader: PlainReader, values: _Values) -> _Values:
 
 
 def _nested(values: _Values) -> _Values:
-    """In a dict of the model's and one of the optimizer's."""
+    """Values in two inner dicts, ``model`` and ``optimizer``, as the format has them."""
     nested: _Values = {}
     for name, value in values.items():
         kind, dot, rest = name.partition(".")
@@ -207,7 +211,7 @@ def _nested(values: _Values) -> _Values:
 
 
 def _ignore_missing_group() -> None:
-    """One process needs no process group; torch warns of it. (`catch_warnings` is not for more than one thread.)"""
+    """Silence torch's warning about a missing process group; `catch_warnings` is not safe with several threads."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 

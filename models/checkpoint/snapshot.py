@@ -1,4 +1,4 @@
-"""All that a checkpoint will hold, and how it comes to the disk: complete under its name, or not at all."""
+"""Snapshot: the values that a checkpoint will hold, and an atomic write of them to the disk."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .verify import CHECKSUMS, Files, as_list, describe, is_sound
 class Snapshot(NamedTuple):
     """This rank's part of a checkpoint."""
 
-    path: Path  # where it will be
-    values: dict[str, Any]  # by their names in the file; tensors are the model's and the optimizer's own
-    rank_state: bytes
+    path: Path  # of the checkpoint, once it is complete
+    values: dict[str, Any]  # name in the file: value; tensors are the model's and the optimizer's own
+    rank_state: bytes  # as `torch.save` writes it
 
     @classmethod
     def of(
@@ -35,11 +35,14 @@ class Snapshot(NamedTuple):
         rank_state: Any,
         group: ProcessGroup | None = None,
     ) -> Snapshot:
-        """Nothing is written yet, and no tensor copied. All ranks of the group call it.
+        """Collect this rank's values, without writing them or copying tensors. All ranks of the group call it.
+
+        The arguments are as for `turnout.models.checkpoint.save`. `group` is a group of all ranks; None, the default,
+        is the default group.
 
         Raises:
-            CheckpointError: on every rank, if a sound checkpoint is there already, or one rank has what cannot be
-                saved.
+            CheckpointError: on every rank, if an intact checkpoint of this step exists, or one rank has a value that
+                cannot be saved.
         """
         path = folder / f"step-{step}"
         if on_first(path.exists, group) and is_sound(path, group):
@@ -56,10 +59,10 @@ class Snapshot(NamedTuple):
         return cls(path, *parts)
 
     def write(self, group: ProcessGroup | None = None) -> None:
-        """All ranks of the group call it; after an error nothing of it is left.
+        """Write the checkpoint. All ranks of the group call it. After an error nothing of it is left.
 
         Raises:
-            WriteError: on every rank, if a disk is full or at fault.
+            WriteError: on every rank, if a disk is full or failing.
             CheckpointError: on every rank, if the folder is not the same for all ranks.
         """
         aside, rank = self.path.with_name(f"{self.path.name}.incomplete"), place()[0]
@@ -74,7 +77,7 @@ class Snapshot(NamedTuple):
             with disk_errors(aside):
                 files = [_put(aside / f"rank-{rank}.pt", self.rank_state), *aside.glob(f"__{rank}_*")]
                 if rank == 0:
-                    _sync(aside / METADATA)  # torch does so before it has written its buffer (2.13)
+                    _sync(aside / METADATA)  # torch 2.13 syncs it before its buffer is written
                     files.append(aside / METADATA)
                 return {file.name: describe(file) for file in files}
 
@@ -82,7 +85,9 @@ class Snapshot(NamedTuple):
             files = {name: entry for share in shares for name, entry in share.items()}
             with disk_errors(aside):
                 if strange := {file.name for file in aside.iterdir()} - files.keys():
-                    raise CheckpointError(f"{aside} holds {sorted(strange)}: does another run write there?")
+                    raise CheckpointError(
+                        f"{aside} holds other files, {sorted(strange)}: another run may write there. Use another folder"
+                    )
                 for writer, share in enumerate(shares):
                     _check_arrived(aside, writer, share)
                 _put(aside / CHECKSUMS, as_list(files))
@@ -98,14 +103,14 @@ class Snapshot(NamedTuple):
             write_values(aside, self.values, group)
             shares = together(write_own, group)
             on_first(finish, group)
-        except CheckpointError:  # of all ranks alike: none is writing now
+        except CheckpointError:  # raised on all ranks, so none is still writing
             if rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
 
 def _check_arrived(folder: Path, rank: int, share: Files) -> None:
-    """Raises if rank 0 does not see what another rank wrote."""
+    """Raise a CheckpointError if rank 0 does not see the files that another rank wrote."""
     for name, entry in share.items():
         try:
             size = (folder / name).stat().st_size
@@ -126,7 +131,7 @@ def _put(file: Path, data: bytes) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Checkpoints saved and loaded at once: folders step-N, complete or not at all."""
+"""Save, load and prune checkpoints: folders step-N, each complete or not there."""
 
 from __future__ import annotations
 
@@ -28,27 +28,36 @@ _log = logging.getLogger(__package__)  # turnout.models.checkpoint
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint holds besides the state of model and optimizer."""
+    """Contents of a checkpoint besides the state of model and optimizer."""
 
-    step: int
-    extra: dict[str, Any]
-    rank_state: Any  # this rank's; None if the number of ranks is another
+    step: int  # number of steps that were trained
+    extra: dict[str, Any]  # as rank 0 saved it
+    rank_state: Any  # as this rank saved it; None if the number of ranks has changed
 
 
 def save(
     folder: PathLike, model: Model, optimizer: Optimizer, step: int, extra: dict | None = None, rank_state: Any = None
 ) -> Path:
-    """Write model, optimizer, `extra` (what JSON can say) and `rank_state` to folder/step-N; returns that path.
+    """Write a checkpoint to folder/step-N. All ranks call it.
 
-    All ranks write to one folder, on a file system that they share. `extra` is rank 0's, and that of others is ignored.
-    `rank_state` is this rank's own, such as its random states: tensors and plain Python values. Until all is on the
-    disk the name is step-N.incomplete; what a crash left under such names is removed. A damaged step-N that is in the
-    way becomes step-N.damaged.
+    Until all of it is on the disk its name is step-N.incomplete. Earlier leftovers under such names are removed. If
+    step-N exists but is damaged, it becomes step-N.damaged.
+
+    Args:
+        folder: path of the folder, the same on all ranks, on a file system that they share.
+        model: module, or list of the pipeline stages that this rank runs.
+        optimizer: optimizer of all their parameters.
+        step: number of the step, N.
+        extra: more values for JSON. Those of rank 0 are saved. None, the default, saves none.
+        rank_state: this rank's own values, such as random states: tensors and plain Python values. None by default.
+
+    Returns:
+        Path of the checkpoint.
 
     Raises:
-        WriteError: on every rank, if the disk of one is full or at fault.
-        CheckpointError: on every rank, if one has a parameter or optimizer state with NaN or infinity, or another
-            folder than rank 0; or if step-N exists already. Other checkpoints are left alone.
+        WriteError: on every rank, if the disk of one is full or failing.
+        CheckpointError: on every rank, if step-N exists already, if a parameter or optimizer state has NaN or
+            infinity, or if a rank sees another folder than rank 0. Other checkpoints are untouched.
     """
     snapshot = Snapshot.of(Path(folder), step, model, optimizer, extra, rank_state)
     snapshot.write()
@@ -56,27 +65,31 @@ def save(
 
 
 def newest(folder: PathLike) -> Path | None:
-    """The complete checkpoint of most steps in a folder, damaged or not, as this rank sees it; None without any."""
+    """Path of the complete checkpoint of most steps in a folder, or None. Damaged ones count; one rank may call it."""
     return next(iter(_complete(Path(folder))), None)
 
 
 def load(path: PathLike, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded:
-    """Read a checkpoint into a model and an optimizer, on any mesh; the model's gradients are dropped.
+    """Load a checkpoint into a model and an optimizer, on any mesh. All ranks call it.
 
-    It may come from anyone: no code in it is run, and no file outside of it is read. A parameter for which it has no
-    optimizer state, as it had no gradient yet or was frozen, is as fresh to the optimizer as it was then.
+    A checkpoint from a stranger is safe: no code in it runs, and no file outside it is read. Gradients are dropped. A
+    parameter without optimizer state in the checkpoint has none afterwards.
 
     Args:
-        path: of the checkpoint.
-        model, optimizer: as for `save`.
-        accept: called on every rank with the checkpoint's step and `extra` before anything of it is loaded. It refuses
-            the checkpoint by raising a CheckpointError.
+        path: path of the checkpoint.
+        model: module, or list of the pipeline stages that this rank runs.
+        optimizer: optimizer of all their parameters.
+        accept: function (step, extra), called on every rank before anything is loaded. It refuses the checkpoint by
+            raising a CheckpointError. None, the default, accepts all.
+
+    Returns:
+        Step, `extra` and this rank's state.
 
     Raises:
-        DamagedError: on every rank, if a file is not what was written, or holds more than tensors and plain values; or
-            if a parameter or optimizer state has NaN or infinity.
-        CheckpointError: on every rank, if it is of another model or optimizer, or cannot be read to its end. Unless
-            the message says that a part was read, model and optimizer are as they were, after each of the errors.
+        DamagedError: on every rank, if a file differs from what was written, if it holds more than tensors and plain
+            values, or if a parameter or optimizer state has NaN or infinity.
+        CheckpointError: on every rank, if it belongs to another model or optimizer, or if reading fails. Model and
+            optimizer are unchanged after an error, unless its message says that a part was read.
     """
     path = Path(path)
     (files, reader), own = verify(path), []
@@ -96,13 +109,21 @@ def load(path: PathLike, model: Model, optimizer: Optimizer, accept: Accept | No
 
 
 def load_newest(folder: PathLike, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded | None:
-    """Load the checkpoint of most steps that is not damaged; None if the folder has no checkpoint at all.
+    """Load the checkpoint of most steps that is not damaged. All ranks call it.
 
-    Rank 0 logs a warning for each damaged one passed over, NaN or infinity being such damage; they stay where they are.
-    `accept` is as for `load`.
+    Rank 0 logs a warning for each damaged one that is skipped. NaN or infinity counts as damage. Damaged ones stay.
+
+    Args:
+        folder: path of the folder.
+        model: module, or list of the pipeline stages that this rank runs.
+        optimizer: optimizer of all their parameters.
+        accept: function (step, extra) that may refuse a checkpoint, as for `load`.
+
+    Returns:
+        Step, `extra` and this rank's state. None if the folder has no checkpoint.
 
     Raises:
-        CheckpointError: on every rank, if all are damaged, or the first intact one is of another model.
+        CheckpointError: on every rank, if all are damaged, or if the first intact one belongs to another model.
     """
     folder, damaged = Path(folder), []
     for path in on_first(lambda: _complete(folder)):
@@ -118,16 +139,19 @@ def load_newest(folder: PathLike, model: Model, optimizer: Optimizer, accept: Ac
 
 
 def prune(folder: PathLike, keep: int, *, sound: Path | None = None, group: ProcessGroup | None = None) -> None:
-    """Delete all but the `keep` checkpoints of most steps and the newest sound one.
+    """Delete all checkpoints but the newest `keep`, and the newest intact one. All ranks call it.
 
-    Rank 0 deletes, and the others do not wait for it. What it cannot delete it logs.
+    Rank 0 deletes, and the others do not wait for it. It logs a checkpoint that it cannot delete.
 
     Args:
-        folder: of the checkpoints.
-        keep: how many stay; positive.
-        sound: one that stays, known to be sound since `save` has just returned it. None: all ranks share the reading of
-            the newest ones to find one.
-        group: a group of all ranks; None: the default group.
+        folder: path of the folder.
+        keep: number of checkpoints that stay, positive.
+        sound: path that `save` has just returned, which is then known to be intact and stays. None, the default, lets
+            the ranks read the newest ones together until one is intact.
+        group: group of all ranks. None, the default, is the default group.
+
+    Raises:
+        ValueError: `keep` is not positive.
     """
     if keep < 1:
         raise ValueError(f"keep must be positive; got {keep}")
@@ -144,7 +168,7 @@ def prune(folder: PathLike, keep: int, *, sound: Path | None = None, group: Proc
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Most steps first."""
+    """Complete checkpoints in a folder, most steps first."""
     steps = {int(m[1]): path for path in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))}
     return [steps[step] for step in sorted(steps, reverse=True)]
 

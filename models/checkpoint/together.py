@@ -1,4 +1,4 @@
-"""Work on files that all ranks do, or none: what fails on one is raised on all, so that none waits for another."""
+"""File work on all ranks: an error on one rank is raised on all of them, so that none waits for another."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ from torch.distributed import ProcessGroup
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says which and why."""
+    """A checkpoint cannot be written or read. The message says which one, and why."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint cannot be trained from: a file is torn, altered or cannot be read, or a number is not finite."""
+    """A checkpoint is damaged: a file is truncated, altered or unreadable, or a number is NaN or infinite."""
 
 
 class WriteError(CheckpointError):
-    """The disk is full, over its quota or at fault. What was to be written is sound: a later try may succeed."""
+    """A checkpoint cannot be written because the disk is full, over its quota or failing. A later try may succeed."""
 
 
 def place() -> tuple[int, int]:
-    """This rank and the number of ranks; a process without a process group is rank 0 of 1."""
+    """This rank, and the number of ranks: (0, 1) in a process without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def on_first(work: Callable[[], Any], group: ProcessGroup | None = None) -> Any:
-    """What `work` returns on rank 0: others may still see the folder as it was. It goes to all ranks: keep it small."""
+    """Run `work` on rank 0, whose view of the folder counts, and return its result on all ranks: keep it small."""
     return together(lambda: work() if place()[0] == 0 else None, group)[0]
 
 
 def together(work: Callable[[], Any], group: ProcessGroup | None = None) -> list[Any]:
-    """What `work` returns on each rank. If it raises on any, all raise the same CheckpointError.
+    """Run `work` on each rank, and return the results of all ranks on all of them.
 
     Args:
-        work: what this rank does; the other ranks wait for it.
-        group: a group of all ranks; None: the default group.
+        work: function of this rank; the other ranks wait for it.
+        group: group of all ranks. None, the default, is the default group.
+
+    Raises:
+        CheckpointError: the same one on every rank, if `work` raises on any.
     """
     value = raised = None
     rank, ranks = place()
     try:
         value = work()
-    except Exception as error:  # of any kind: the others wait
+    except Exception as error:  # any kind: the others are waiting
         text = f"rank {rank}: {type(error).__name__}: {error}"
         raised = error if isinstance(error, CheckpointError) else CheckpointError(text)
     outcomes: list[Any] = [(value, raised)] * ranks
@@ -60,7 +63,7 @@ def together(work: Callable[[], Any], group: ProcessGroup | None = None) -> list
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise a WriteError where the disk of `folder` is the cause: torch tells of a wrong position in a file."""
+    """Context that raises a WriteError if the disk of `folder` is at fault; torch's own error names another cause."""
     try:
         yield
     except Exception as error:

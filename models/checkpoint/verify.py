@@ -1,6 +1,6 @@
-"""Is a checkpoint what was written, and can it be trained from? Ranks share the reading.
+"""Verification of a checkpoint: file sizes, SHA-256 checksums, and finite numbers. Ranks share the reading.
 
-`checksums.json` lists the files of a checkpoint, each with its size and SHA-256, and has a checksum of its own.
+`checksums.json` lists the files of a checkpoint, each with its size and SHA-256. It has a checksum of itself.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Files = dict[str, dict[str, Any]]  # name: {"size": bytes, "sha256": hexadecimal
 
 
 def verify(path: Path, group: ProcessGroup | None = None) -> tuple[Files, PlainReader]:
-    """A checkpoint's files, and what reads them. All ranks of the group call it; None: of the default group.
+    """Verify a checkpoint, and return its list of files and a reader. All ranks of the group call it.
 
     Raises:
-        DamagedError: on every rank, if a file is not what was written, asks for code, or has a parameter or optimizer
-            state with NaN or infinity.
+        DamagedError: on every rank, if a file differs from what was written, asks for code, or has a parameter or
+            optimizer state with NaN or infinity.
     """
     files = on_first(lambda: read_list(path / CHECKSUMS), group)
     rank, ranks = place()
@@ -55,23 +55,23 @@ def is_sound(path: Path, group: ProcessGroup | None = None) -> bool:
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """A file's entry in the list."""
+    """Entry of a file in the list: its size in bytes, and its SHA-256."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"size": stream.tell(), "sha256": digest}
 
 
 def as_list(files: Files) -> bytes:
-    """The contents of `checksums.json`."""
+    """Contents of `checksums.json` for these entries."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True).encode()
 
 
 def read_list(file: Path) -> Files:
-    """The entries in a `checksums.json`.
+    """Entries of a `checksums.json`.
 
     Raises:
-        DamagedError: it is not what was written, or lists what is no file of a checkpoint.
+        DamagedError: it differs from what was written, or lists something else than files of a checkpoint.
     """
     try:
         files = json.loads(text := file.read_bytes())["files"]
@@ -88,7 +88,7 @@ def read_list(file: Path) -> Files:
 
 
 def _is_ours(name: Any, entry: Any) -> bool:
-    """Whether an entry has the form that we write, and its name leads to no other folder."""
+    """Whether an entry has the form that `describe` gives, and a name that stays inside the folder."""
     plain = isinstance(name, str) and re.fullmatch(r"\.?\w[\w.-]*", name)
     return bool(plain) and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
 

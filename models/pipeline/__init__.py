@@ -1,4 +1,4 @@
-"""Pipeline parallelism: stages, schedules, and what travels between stages. Start at `engine.py`."""
+"""Pipeline parallelism: cut a model into stages, and run schedules of micro-batches. Start at `engine.py`."""
 
 from .boundary import Boundary
 from .engine import Losses, Pipeline

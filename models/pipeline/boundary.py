@@ -1,4 +1,4 @@
-"""What travels between the stages of a pipeline, where several ranks of tensor parallelism hold each stage."""
+"""Hidden states between pipeline stages, where tensor parallelism spreads each stage over several ranks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class Boundary:
-    """Each of the t ranks of a stage sends 1/t of the hidden states to its peer in the next stage.
+    """Sends hidden states between stages: each of a stage's t tensor-parallel ranks sends 1/t of them to its peer.
 
-    The links between stages are the slow ones. Where hidden states lie split over the sequence, a rank sends what it
-    has; where all t ranks have the same, it sends its columns, and those that arrive are gathered over the fast
-    links inside the stage (Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1). Gradients go back alike.
+    Links between stages are slow, links inside a stage fast. With sequence parallelism a rank sends the part that it
+    has. Without it all t ranks have the same hidden states: each sends its columns, and the receivers gather them.
+    Gradients return the same way.
 
-    Attributes:
+    Args:
         dim: model width D.
-        group: the ranks that split the layers of a stage (tensor parallelism); None is this rank alone.
-        sequence_parallel: between blocks each of them has its part of every sequence [B, S / t, D], not all of it.
+        group: group of the t tensor-parallel ranks of a stage. None, the default, is this rank alone.
+        sequence_parallel: whether each rank has its part of every sequence, [B, S / t, D], between blocks; True by
+            default.
+
+    References:
+        Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1.
+
+    >>> Boundary(dim=64).shape(batch=2, length=16)
+    (2, 16, 64)
     """
 
     dim: int
@@ -30,7 +37,11 @@ class Boundary:
     sequence_parallel: bool = True
 
     def shape(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of what a rank sends for `batch` sequences of `length` tokens."""
+        """Shape of the tensor that a rank sends for `batch` sequences of `length` tokens.
+
+        Raises:
+            ValueError: a length, or a width D, that does not split over the ranks.
+        """
         size = 1 if self.group is None else dist.get_world_size(self.group)
         split = length if self.sequence_parallel else self.dim
         if split % size:
@@ -41,11 +52,11 @@ class Boundary:
         return batch, length, self.dim // size
 
     def leave(self, x: Tensor) -> Tensor:
-        """Hidden states of a stage -> what this rank sends, contiguous."""
+        """Hidden states at the end of a stage -> the contiguous tensor that this rank sends."""
         return cast(Tensor, _Columns.apply(x, self.group, False)) if self._whole() else x.contiguous()
 
     def arrive(self, x: Tensor) -> Tensor:
-        """What this rank received -> hidden states of the stage."""
+        """Tensor that this rank received -> hidden states at the start of its stage."""
         return cast(Tensor, _Columns.apply(x, self.group, True)) if self._whole() else x
 
     def _whole(self) -> bool:
@@ -53,9 +64,9 @@ class Boundary:
 
 
 class _Columns(torch.autograd.Function):
-    """x [..., D], the same on all ranks, to this rank's columns [..., D / t]; `gathered`, the other way round.
+    """Take this rank's columns [..., D / t] of x [..., D], or with `gathered` all-gather them.
 
-    Each is the other's backward: gradients of what all ranks have alike are alike, too.
+    Each is the other's backward, without a sum: x is equal on all ranks, and so is its gradient.
     """
 
     @staticmethod

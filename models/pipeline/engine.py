@@ -1,7 +1,7 @@
-"""Pipeline parallelism: a batch goes through the stages of a model in micro-batches.
+"""Pipeline engine: runs a batch through the stages of a GPT in micro-batches, by a schedule of torch's.
 
-torch.distributed.pipelining runs the schedules. Here are the things it leaves to the model: balance losses of
-stages that never see the task's loss, an embedding that two stages share, and what all ranks want to know.
+torch.distributed.pipelining runs the schedules. This file adds the balance losses of stages that never see the task's
+loss, the embedding that two stages share, and losses that all ranks get.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
-    """Of one step, equal on all ranks of the pipeline: means over the micro-batches, scalars in float64."""
+    """Losses of one step: means over its micro-batches, scalars in float64, equal on all ranks of the pipeline."""
 
-    task: Tensor
-    aux: Tensor  # the weighted balance losses of all stages
+    task: Tensor  # loss of the task
+    aux: Tensor  # sum of the weighted balance losses of all stages
 
 
 class Pipeline:
-    """Runs the stages of a model that this rank has, together with the other ranks of a pipeline.
+    """Trains a GPT whose stages are spread over the ranks of a pipeline; each rank makes one with its own stages.
 
-    One step leaves the gradients of the mean over micro-batches of ``loss_fn + aux_loss``, as one rank gets them that
-    takes the micro-batches one by one. That is the whole batch at once as well, but for balance "local" and
-    "global": their losses are of one micro-batch (of all data ranks), and are not linear in it.
+    A step computes the gradients of the mean of ``loss_fn + aux_loss`` over micro-batches, as one rank would get them.
+    The whole batch at once would give the same gradients, except for balance losses over "local" and "global". These
+    are taken over one micro-batch, and are not linear in it::
 
         cut = Stages.of(config, "1f1b", ranks=dist.get_world_size(group))
         parts = cut.build(dist.get_rank(group))      # now `parallelize`, FSDP and the optimizer, as for any model
@@ -61,18 +61,19 @@ class Pipeline:
         losses = pipeline.step(tokens, targets)
 
     Args:
-        parts: this rank's stages, `Stages.build`; whatever splits or wraps them must do so in place.
-        stages: how the model was cut.
-        group: the ranks of the pipeline, in the order of the stages.
-        micro_batches: in which a batch is cut, m. All schedules but gpipe want at least as many as ranks, P; the
-            interleaved ones a multiple of m // P. The share of time a rank waits shrinks with it
+        parts: this rank's stages, from `Stages.build`. FSDP and others must wrap them in place.
+        stages: partition of the model.
+        group: ranks of the pipeline, in the order of the stages.
+        micro_batches: number m of micro-batches that a batch is cut into. All schedules but gpipe need at least as
+            many as ranks P, and interleaved ones a multiple of m // P. More of them leave less idle time
             (docs/explanations/pipeline.md).
-        loss_fn: (logits of the last stage, targets) -> mean over the micro-batch, a scalar; None: `next_token_loss`.
-        boundary: how hidden states travel, if several ranks split a stage; None: this rank has all of them.
-        dtype: of hidden states between stages; None: that of the parameters.
+        loss_fn: function (logits of the last stage, targets) -> mean over the micro-batch, a scalar. None, the default,
+            is `next_token_loss`.
+        boundary: how hidden states travel if several ranks split a stage. None, the default, is for one rank a stage.
+        dtype: dtype of hidden states between stages. None, the default, is the dtype of the parameters.
 
     Raises:
-        ValueError: arguments, or batches, that do not fit, saying what does.
+        ValueError: stages, a group or a number of micro-batches that do not fit each other.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class Pipeline:
         parameter = next(self.parts.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
         self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
-        self._losses: list[Tensor] = []  # of the step under way, without graphs
-        self._weight = 1.0  # of a micro-batch in their mean
+        self._losses: list[Tensor] = []  # task loss of each micro-batch of the current step, detached
+        self._weight = 1.0  # weight of a micro-batch in their mean
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         memo |= {id(group): group for group in (self.group, self.boundary.group)}
@@ -108,13 +109,20 @@ class Pipeline:
         return copied
 
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
-        """Forward and backward of a batch, int64 [B, S] and its targets, given alike to all ranks of the pipeline.
+        """Run forward and backward of a batch, and add the gradients to those that are there. All ranks call it.
 
-        Gradients are added to those that are there. `stats` of layers are of the last micro-batch.
+        `stats` of MoE layers then belong to the last micro-batch.
 
         Args:
-            tokens, targets: B is a multiple of the micro-batches.
-            scale: of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. Losses come back unscaled.
+            tokens: token ids, int64 [B, S], the same on all ranks, with B a multiple of `micro_batches`.
+            targets: token after each one, int64 [B, S].
+            scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
+
+        Returns:
+            Mean losses over the micro-batches, not scaled.
+
+        Raises:
+            ValueError: a batch that does not split into `micro_batches`.
         """
         check_batch(tokens, self.micro_batches)
         schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
@@ -123,7 +131,7 @@ class Pipeline:
             stage.aux, stage.weight = [], self._weight
         earlier = [(p, p.grad) for p in self._embeddings()]
         for p, _ in earlier:
-            p.grad = None  # only what this step adds is exchanged
+            p.grad = None  # the two copies of the embedding exchange the gradient of this step alone
         schedule.step(tokens, tokens=tokens, target=targets, return_outputs=False)
         self._sum_embeddings()
         for p, grad in earlier:
@@ -134,13 +142,18 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch [B, S] of any size, forward only; equal on all ranks of the pipeline.
+        """Mean loss of a batch, without gradients. All ranks call it. Set the parts to eval mode before.
 
-        Set the parts to eval mode before, as any module.
+        Args:
+            tokens: token ids, int64 [B, S], the same on all ranks, with any positive B.
+            targets: token after each one, int64 [B, S].
+
+        Returns:
+            Mean loss, a scalar in float64, equal on all ranks of the pipeline.
         """
         pieces = [(len(part), part) for part in tokens.tensor_split(self.micro_batches) if len(part)]
         sends: list[dist.Work] = []
-        handed: list[Tensor] = []  # from a stage to the next one on this rank
+        handed: list[Tensor] = []  # outputs of the stage before, if it is on this rank
         for index, part in zip(self.indices, self.parts, strict=True):
             outputs = []
             for number, (size, piece) in enumerate(pieces):
@@ -172,13 +185,16 @@ class Pipeline:
         return self._everywhere(losses)[0]
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """`turnout.moe.clip_grad_norm_` of the whole model, the embedding counted once; returns the norm before."""
+        """Clip the gradients of the whole model to a norm of `max_norm`, and return the norm before.
+
+        As `turnout.moe.clip_grad_norm_`, but the embedding counts once though two stages have it.
+        """
         tied = self._embeddings()
         own_copy = tied[-1:] if self.stages.rank_of(len(self.stages.blocks) - 1) == dist.get_rank(self.group) else []
         return clip_grad_norm_(self.parts, max_norm, self.group, own_copy)
 
     def _prepare(self, batch: int, length: int) -> tuple[Any, list[Stage]]:
-        """The schedule for micro-batches [batch, length]: its buffers have fixed shapes."""
+        """Schedule and stages for micro-batches [batch, length]; new sizes need new ones, with other buffers."""
         if self._schedule is None or self._schedule[0] != (batch, length):
             keep_gathered(self.parts)
             config, number = self.stages.config, len(self.stages.blocks)
@@ -194,7 +210,7 @@ class Pipeline:
                     index,
                     number,
                     self.device,
-                    # with the shapes given, torch does not run the model once more to find them
+                    # without shapes torch would run the model once to find them
                     input_args=(hidden if index else meta(batch, length, dtype=torch.int64),),
                     output_args=(hidden if index + 1 < number else logits,),
                     group=self.group,
@@ -214,32 +230,32 @@ class Pipeline:
         return self._schedule[1:]
 
     def _weighted(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a micro-batch as a part of the mean over all of them."""
+        """Loss of a micro-batch, times its weight in the mean over all of them."""
         loss = self.loss_fn(logits, targets)
         self._losses.append(loss.detach())
         return loss * self._weight
 
     def _everywhere(self, *losses: list[Tensor]) -> list[Tensor]:
-        """The sums of lists, over all ranks."""
+        """Sum of each list of scalars, over all ranks of the pipeline."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = torch.stack([sum((x.detach().double() for x in part), zero) for part in losses])
         dist.all_reduce(sums, group=self.group)
         return list(sums.unbind())
 
     def _embeddings(self) -> list[nn.Parameter]:
-        """This rank's copies of the embedding: the first stage looks up in it, the last one has it for its head."""
+        """This rank's copies of the embedding: the first stage has it for tokens, the last for its head."""
         last = len(self.stages.blocks) - 1
         ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]
         return [cast(GPT, part).embed.weight for part in ends] if last else []  # pyright: ignore
 
     def _sum_embeddings(self) -> None:
-        """Both ends go on with the sum of their gradients, and so stay equal."""
+        """Give both copies of the embedding the sum of their gradients, so that they stay equal."""
         tied = [p for p in self._embeddings() if p.requires_grad]
         if not tied:
             return
         for p in tied:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if isinstance(p, DTensor):  # tensor parallel, a look-up leaves another placement than the head
+            if isinstance(p, DTensor):  # with tensor parallelism, embedding and head give gradients of two placements
                 p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
         grads = [local(cast(Tensor, p.grad)) for p in tied]
         if len(grads) == 2:
@@ -258,7 +274,7 @@ class Pipeline:
 
 
 def check_batch(tokens: Tensor, micro_batches: int) -> None:
-    """ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
+    """Raise a ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
     if len(tokens) % micro_batches or not len(tokens):
         raise ValueError(
             f"a batch of {len(tokens)} sequences does not split into {micro_batches} micro-batches; use a multiple of "
@@ -269,24 +285,26 @@ def check_batch(tokens: Tensor, micro_batches: int) -> None:
 def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:
     if stages.schedule in ("interleaved_zb", "zbv") and torch.__version__ < "2.13":
         raise ValueError(
-            f"schedule {stages.schedule!r} needs torch 2.13: the backward in halves of {torch.__version__} does not "
-            "get through custom autograd functions, such as those of experts; take interleaved1f1b"
+            f"schedule {stages.schedule!r} needs torch 2.13: in torch {torch.__version__} a backward in two halves "
+            "fails at custom autograd functions, which experts use; use interleaved1f1b, or update torch"
         )
     ranks = dist.get_world_size(group)
     if stages.ranks != ranks:
-        raise ValueError(f"the model was cut for {stages.ranks} ranks, and the group has {ranks}; cut it for {ranks}")
+        raise ValueError(
+            f"the model was cut for {stages.ranks} ranks, but the group has {ranks}; use Stages.of(..., ranks={ranks})"
+        )
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be positive; got {micro_batches}")
     if stages.schedule == "gpipe":
         return
     if micro_batches < ranks:
         raise ValueError(
-            f"{stages.schedule} needs as many micro-batches as ranks, {ranks}, or more; got {micro_batches}; with "
-            "fewer use gpipe"
+            f"{stages.schedule} needs at least as many micro-batches as ranks, {ranks}; got {micro_batches}; use "
+            "more of them, or use gpipe"
         )
     rounds = micro_batches // ranks
     if stages.schedule.startswith("interleaved") and micro_batches % rounds:
         raise ValueError(
-            f"{stages.schedule} runs {micro_batches} micro-batches on {ranks} ranks in {rounds} rounds, which must be "
-            f"alike; use a multiple of {ranks}"
+            f"{stages.schedule} runs {micro_batches} micro-batches on {ranks} ranks in {rounds} rounds, which must "
+            f"have equal sizes; use a multiple of {ranks}"
         )

@@ -1,4 +1,4 @@
-"""How a model is cut into the stages of a pipeline: which blocks a stage has, and which rank runs it."""
+"""Pipeline partition: which blocks each stage has, which rank runs it, and equal FLOPs per stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ..blocks import active_parameters
 from ..gpt import GPT, GPTConfig
 
-PER_RANK = {  # stages on one rank: at least, at most
+PER_RANK = {  # schedule: fewest and most stages on one rank
     "gpipe": (1, 1),
     "1f1b": (1, 1),
     "interleaved1f1b": (2, None),
@@ -20,17 +20,21 @@ PER_RANK = {  # stages on one rank: at least, at most
 
 @dataclass(frozen=True)
 class Stages:
-    """A model cut into stages, each a range of consecutive blocks, for the ranks of a pipeline.
+    """Partition of a model into pipeline stages, each a range of consecutive blocks. Make it by `Stages.of`.
 
-    The stages of rank r are r, r + ranks, r + 2 * ranks and so on (Megatron-LM, arXiv:2104.04473, section 2.2); with
-    the schedule "zbv" they are r and 2 * ranks - 1 - r, so that the first and the last stage are on one rank
-    (arXiv:2401.10241, section 6).
+    Rank r runs the stages r, r + ranks, r + 2 * ranks and so on (Megatron-LM, arXiv:2104.04473, section 2.2). With the
+    schedule "zbv" it runs r and 2 * ranks - 1 - r, so rank 0 has the first and the last stage (arXiv:2401.10241,
+    section 6).
 
     Attributes:
-        config: the whole model's.
-        schedule: a name of `PER_RANK`.
-        ranks: of the pipeline, P.
-        blocks: of each stage, in the order in which a token meets them.
+        config: sizes of the whole model.
+        schedule: name of the schedule.
+        ranks: number of ranks of the pipeline, P.
+        blocks: range of blocks of each stage, from the first stage to the last.
+
+    >>> stages = Stages.of(GPTConfig(layers=8), "1f1b", ranks=4)
+    >>> stages.blocks, stages.of_rank(1)
+    ((range(0, 2), range(2, 4), range(4, 6), range(6, 8)), [1])
     """
 
     config: GPTConfig
@@ -40,17 +44,17 @@ class Stages:
 
     @classmethod
     def of(cls, config: GPTConfig, schedule: str, ranks: int, per_rank: int | None = None) -> Stages:
-        """Cut a model so that the stage with most FLOPs has as few as possible; the last one has the head as well.
+        """Cut a model so that the stage with most FLOPs has as few as possible. The last stage has the head as well.
 
         Args:
-            config: of the model.
+            config: sizes of the whole model.
             schedule: ``"gpipe"`` (arXiv:1811.06965), ``"1f1b"``, ``"interleaved1f1b"`` (both arXiv:2104.04473),
                 ``"interleaved_zb"`` or ``"zbv"`` (ZB-1P, interleaved, and ZB-V of arXiv:2401.10241).
-            ranks: that the model is cut for.
-            per_rank: stages on each rank; None: the fewest that the schedule is made for, 1 or 2.
+            ranks: number of ranks of the pipeline, P.
+            per_rank: number of stages on each rank. None, the default, is the fewest that the schedule allows, 1 or 2.
 
         Raises:
-            ValueError: a name or number that does not fit, saying what does.
+            ValueError: an unknown schedule, a number of stages that it does not allow, or fewer layers than stages.
         """
         if schedule not in PER_RANK:
             raise ValueError(f"schedule must be one of {', '.join(PER_RANK)}; got {schedule!r}")
@@ -69,21 +73,21 @@ class Stages:
         return cls(config, schedule, ranks, cut(flops(config), ranks * per_rank))
 
     def of_rank(self, rank: int) -> list[int]:
-        """The stages that a rank runs, ascending."""
+        """Indices of the stages that a rank runs, ascending."""
         if self.schedule == "zbv":
             return [rank, 2 * self.ranks - 1 - rank]
         return list(range(rank, len(self.blocks), self.ranks))
 
     def rank_of(self, stage: int) -> int:
-        """The rank that runs a stage."""
+        """Rank that runs a stage."""
         folded = self.schedule == "zbv" and stage >= self.ranks
         return len(self.blocks) - 1 - stage if folded else stage % self.ranks
 
     def build(self, rank: int) -> list[GPT]:
-        """The stages of a rank, with the initial values they have in ``GPT(config)`` under the same seed.
+        """Build the stages of a rank, with the initial values that ``GPT(config)`` has under the same seed.
 
-        Random numbers are drawn for the whole model, from torch's default generator; at any time the blocks of the
-        rank and one more are in memory. Both ends hold the embedding, each a copy of its own.
+        Each stage draws random numbers for the whole model, from torch's default generator. Memory holds the blocks of
+        the rank and one more. The first and the last stage each have a copy of the embedding.
         """
         *others, last = self.of_rank(rank)
         parts = []
@@ -94,7 +98,7 @@ class Stages:
 
 
 def flops(config: GPTConfig) -> list[int]:
-    """Forward and backward FLOPs of a token in each block; the head counts to the last one, a look-up costs nothing."""
+    """FLOPs of a token's forward and backward in each block; the last includes the head, embedding costs nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = GPT(config)
     attention = 12 * config.dim * config.seq_len
@@ -104,9 +108,12 @@ def flops(config: GPTConfig) -> list[int]:
 
 
 def cut(costs: list[int], stages: int) -> tuple[range, ...]:
-    """Consecutive ranges, none of them empty, of which the most costly one costs as little as possible.
+    """Cut blocks into consecutive ranges, none empty, so that the largest cost of a range is as small as possible.
 
-    Among equals, the one with the smallest sum of squares: what is left over is spread as well.
+    Among equal cuts the smallest sum of squared costs wins, so the other ranges are even as well.
+
+    >>> cut([1, 1, 1, 3], stages=2)
+    (range(0, 3), range(3, 4))
     """
     best: dict[int, tuple[int, int, tuple[range, ...]]] = {0: (0, 0, ())}
     for _ in range(stages):

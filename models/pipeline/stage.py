@@ -1,4 +1,4 @@
-"""One stage of a pipeline: what it adds to a forward of its part of the model."""
+"""One pipeline stage: adds its balance losses to the backward, and splits hidden states over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .boundary import Boundary
 
 
 class Stage(PipelineStage):
-    """A stage that adds the gradients of its balance losses, and sends its part of hidden states."""
+    """Stage of torch's pipeline that adds the gradients of its balance losses, and sends its part of hidden states."""
 
     boundary: Boundary
-    weight: float  # of a micro-batch in the mean
-    aux: list[Tensor]  # balance losses of the micro-batches of a step, without graphs
+    weight: float  # weight of a micro-batch in the mean
+    aux: list[Tensor]  # balance loss of each micro-batch of the step, detached
 
     def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
-        """What torch calls for each micro-batch: token ids or what was received -> logits or what is sent."""
+        """Forward of one micro-batch, called by torch: token ids or received states -> logits or states to send."""
         y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
-        aux = aux_loss(self.submod, keep=False)  # a backward in halves frees no graph that something refers to
+        aux = aux_loss(self.submod, keep=False)  # a backward in two halves could not free a graph that is kept
         self.aux.append(aux.detach())
         if aux.requires_grad:
             y = AddLoss.apply(y, aux * self.weight)
@@ -31,25 +31,28 @@ class Stage(PipelineStage):
 
 
 class AddLoss(torch.autograd.Function):
-    """x, unchanged; when its gradient comes, the loss gets one too, as if it had been added to the task's loss."""
+    """Return x unchanged, and give `loss` a gradient of 1 in the backward, as if it were added to the task's loss."""
 
     @staticmethod
     def forward(ctx, x, loss):
-        """x of any shape, loss a scalar."""
+        """Return x of any shape; `loss` is a scalar."""
         ctx.save_for_backward(loss)
         return x.detach()  # not a view: zero-bubble schedules detach the output in place
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient of x, and 1."""
+        """Gradients of x and of the loss."""
         return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
 def keep_gathered(parts: nn.ModuleList) -> None:
-    """FSDP2 gathers parameters once a step: in a backward in two halves, those freed in between get no gradient."""
+    """Make FSDP2 gather parameters once a step.
+
+    In a backward in two halves, parameters that are freed in between get no gradient.
+    """
     for part in parts:
         sharded = [module for module in part.modules() if isinstance(module, FSDPModule)]
         if sharded and not isinstance(part, FSDPModule):
-            raise ValueError("layers of a stage are sharded, and the stage is not: call fully_shard on it as well")
+            raise ValueError("layers of a stage are sharded, but the stage is not: call fully_shard on it as well")
         for module in sharded:
             module.set_reshard_after_forward(False)

@@ -1,4 +1,4 @@
-"""A run as one HTML page, made from its log: curves, load of the experts, restarts, settings.
+"""Run report: one HTML page from a run's log, with curves, expert load, restarts and settings.
 
 On the command line: ``python -m turnout.models.report runs/pretrain``.
 """
@@ -16,17 +16,20 @@ __all__ = ["LogError", "write"]
 
 
 def write(run: str | Path, refresh: int | None = None) -> Path:
-    """Make ``report.html`` from ``log.jsonl``, also while the run goes on; returns its path.
+    """Write ``report.html`` from a run's ``log.jsonl``, during the run or after it.
 
-    The page is one file that asks for nothing else. It gets its name when it is complete, so a browser never sees half
-    of it. Needs the package matplotlib (``turnout[train]``).
+    The page is a single file that loads nothing else. It replaces an older one at once, so a browser never sees half of
+    it. Needs the package matplotlib (``turnout[train]``).
 
     Args:
-        run: folder of a run, or its log; the page lies beside the log.
-        refresh: seconds after which a browser loads the page again, as long as the run goes on; None: it does not.
+        run: path of the run's folder, or of its log. The page is written beside the log.
+        refresh: seconds after which a browser reloads the page, while the run goes on. None, the default, never.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        LogError: there is no log, it has no start line, or a line in its middle is broken.
+        LogError: the log is missing, has no start line, or has a broken line that no crash explains.
         ModuleNotFoundError: matplotlib is missing.
     """
     if find_spec("matplotlib") is None:

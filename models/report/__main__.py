@@ -1,4 +1,4 @@
-"""python -m turnout.models.report RUN"""
+"""Command line of the run report: python -m turnout.models.report RUN."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from .log import path_of, read
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, or 2 if the page cannot be made."""
-    parser = argparse.ArgumentParser(prog="python -m turnout.models.report", description="A run as one HTML page.")
+    """Write the page, and return the exit status: 0, or 2 if it cannot be made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m turnout.models.report", description="Write a report of a run as one HTML page."
+    )
     parser.add_argument("run", type=Path, help="folder of a run, or its log.jsonl; report.html is written beside it")
     parser.add_argument(
         "--follow",
         type=int,
         metavar="SECONDS",
-        help="make the page again so often until the run ends; it reloads itself",
+        help="seconds between two updates of the page, until the run ends; browsers reload it as often",
     )
     given = parser.parse_args(argv)
     run: Path = given.run
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if follow is not None and follow < 1:
         parser.error(f"--follow must be 1 or more seconds; got {follow}")
     try:
-        running = follow is not None and _running(run)  # asked before the page is made, which then has the last line
+        running = follow is not None and _running(run)  # before the page is made, so that it has the last line
         print(write(run, follow), flush=True)
         while follow is not None and running:
             time.sleep(follow)

@@ -1,4 +1,4 @@
-"""Curves as inline SVG. Colours are CSS variables of the page, so that one drawing serves light and dark."""
+"""Curves as inline SVG. Colours are CSS variables of the page, so that one drawing fits light and dark themes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from matplotlib.ticker import (
 
 from .parts import text
 
-# Okabe and Ito's colours, told apart by colour-blind readers; each is the light theme's value of a CSS variable
+# Okabe and Ito's palette, which colour-blind readers can tell apart; light theme's values of the CSS variables
 COLOURS = {
     "blue": "#0072b2",
     "orange": "#d55e00",
@@ -37,10 +37,10 @@ COLOURS = {
     "muted": "#666768",
     "line": "#d9dadb",
 }
-LINES = ("blue", "orange", "green", "purple", "sky", "yellow")  # of series side by side
-SMALL, WIDE = (400, 215), (1160, 330)  # pixels
-STEPS = [1, 2, 2.5, 5, 10]  # of ticks
-MOST = 400  # points of a curve; more are averaged
+LINES = ("blue", "orange", "green", "purple", "sky", "yellow")  # colours of several curves in one chart
+SMALL, WIDE = (400, 215), (1160, 330)  # width and height in pixels
+STEPS = [1, 2, 2.5, 5, 10]  # distances of ticks, times a power of ten
+MOST = 400  # most points of a curve; more are averaged
 Kind = Literal["line", "dots", "marks", "bars"]
 Form = Literal["plain", "engineering", "bytes", "percent"]
 FORMATS: dict[Form, Formatter] = {
@@ -53,13 +53,14 @@ FORMATS: dict[Form, Formatter] = {
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: values over steps.
+    """Curve of values over steps.
 
     Attributes:
-        name: for the legend; "" leaves it out.
-        steps, values: of equal length; None leaves a gap.
-        colour: a key of `COLOURS`.
-        kind: a line, a line with dots, marks alone, or vertical bars.
+        name: name in the legend; "" leaves it out.
+        steps: step of each value.
+        values: values, as many as steps; None leaves a gap.
+        colour: key of `COLOURS`.
+        kind: line, line with dots, marks alone, or vertical bars.
     """
 
     name: str
@@ -69,13 +70,13 @@ class Series:
     kind: Kind = "line"
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values as float64; gaps are NaN."""
+        """Steps and values as float64 arrays, with NaN for gaps."""
         values = np.array([np.nan if value is None else value for value in self.values], np.float64)
         return np.array(self.steps, np.float64), np.where(np.isfinite(values), values, np.nan)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to draw."""
+        """Whether there is no finite value."""
         return not np.isfinite(self.arrays()[1]).any()
 
 
@@ -89,12 +90,17 @@ def chart(
     first: int = 0,
     size: tuple[int, int] = SMALL,
 ) -> str:
-    """An SVG element, over the steps `first` to `last`, with a dashed vertical line at each of `marks`.
+    """Draw curves as an SVG element.
 
     Args:
-        title: what is drawn, for those who hear the page.
-        form: of the numbers on the vertical axis, a key of `FORMATS`.
-        log_scale: if the values allow it: positive, and over more than a factor of 20.
+        title: title of the chart, for screen readers.
+        series: curves to draw.
+        last: last step on the horizontal axis.
+        marks: steps with a dashed vertical line.
+        form: format of numbers on the vertical axis, a key of `FORMATS`.
+        log_scale: whether to use a logarithmic axis if all values are positive and span more than a factor of 20.
+        first: first step on the horizontal axis.
+        size: width and height in pixels.
     """
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
         figure = Figure(
@@ -102,7 +108,7 @@ def chart(
         )
         axes = figure.add_subplot()
         shown = [step for step in marks if first <= step <= last]
-        # very many are ticks, which leave the curve to be seen
+        # many marks become short ticks, so that the curve stays visible
         top, style = (1.0, (0, (3, 3))) if len(shown) <= 24 else (0.05, "solid")
         for step in shown:
             axes.axvline(step, ymax=top, color=COLOURS["purple"], linewidth=1, linestyle=style, zorder=1)
@@ -134,7 +140,7 @@ def _draw(axes: Axes, series: Series) -> None:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """At most `MOST` points, and the range of the values that each is the mean of (None: of one)."""
+    """At most `MOST` points, each the mean of several values, with their minimum and maximum (None if not averaged)."""
     size = -(-len(steps) // MOST)
     if size <= 1:
         return steps, values, None, None
@@ -158,9 +164,9 @@ def _scales(axes: Axes, drawn: Sequence[Series], form: Form, log_scale: bool, fi
         if any(each.kind == "bars" for each in drawn):
             axes.set_ylim(0, values.max() * 1.08 or 1.0)
         elif values.min() >= 0 and values.min() < 0.25 * values.max():
-            axes.set_ylim(bottom=0)  # a curve that comes near zero shows how near
+            axes.set_ylim(bottom=0)  # values come near 0, so the axis starts there
         elif values.max() - values.min() < 1e-3 * abs(values.max()) or not values.any():
-            room = abs(values.max()) * 0.1 or 0.05  # flat: no noise blown up to the height of the chart
+            room = abs(values.max()) * 0.1 or 0.05  # nearly constant: do not magnify noise
             axes.set_ylim(values.min() - room if values.min() else 0, values.max() + room)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.set_xlim(first, max(last, first + 1))
@@ -177,10 +183,10 @@ def _scales(axes: Axes, drawn: Sequence[Series], form: Form, log_scale: bool, fi
 
 
 def _inline(drawing: str, title: str) -> str:
-    """The part of an SVG file that goes into a page."""
+    """Cut an SVG file down to the element that goes into a page."""
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # the same in each drawing, and nothing refers to them
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # ids repeat in each chart, and nothing refers to them
     drawing = re.sub(r"\n\s*", "\n", drawing)
     for name, colour in COLOURS.items():
         drawing = drawing.replace(colour, f"var(--{name})")

@@ -1,4 +1,4 @@
-"""The experts: how even their load is over the run, and which bytes each of them takes."""
+"""Sections on experts: balance and load over the run, and the bytes that each expert specialises in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .maps import load, picture
 from .panels import balance
 from .parts import NONE, Section, details, panel, printable, text
 
-OPEN = 4  # so many layers are all unfolded; of more the first
+OPEN = 4  # up to so many layers are unfolded; if there are more, only the first one is
 SCALE = (
     '<p class="scale"><span>0</span><i></i><span>2 times the even share and more</span>'
     '<i class="nothing"></i><span>no tokens</span></p>'
@@ -17,7 +17,7 @@ SCALE = (
 
 
 def experts(log: Log) -> list[Section]:
-    """The sections; none for a model without MoE layers."""
+    """Sections on experts; none for a model without MoE layers."""
     newest = next((step for step in reversed(log.steps) if step.tokens), None)
     parts = []
     if newest:
@@ -30,19 +30,19 @@ def experts(log: Log) -> list[Section]:
             Section("Balance", balance(log)),
             Section("Load of the experts", f'{SCALE}<div class="grid maps">{maps}</div>', note),
         ]
-    told = next((each for each in reversed(log.held_out) if each.bytes), None)
-    if told:
-        parts.append(specialisation(told))
+    evaluation = next((each for each in reversed(log.held_out) if each.bytes), None)
+    if evaluation:
+        parts.append(specialisation(evaluation))
     return parts
 
 
 def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
-    """Load of a layer's experts over the run."""
+    """HTML of a heat map: load of a layer's experts over the run."""
     share = load(steps, layer)
     name = f"MoE layer {layer + 1}"
     worst = share[:, -1].argmax()
     said = f"expert {worst}: {share[worst, -1]:.2f}" if share[worst, -1] > 0 else ""
-    # whole pixels for each expert: 128 in all if that can be
+    # a whole number of pixels per expert, and about 128 in all
     height = max(1, round(128 / len(share))) * len(share)
     image = (
         f'<img class="map" src="{picture(share)}" style="height:{height}px" '
@@ -51,9 +51,9 @@ def heat_map(steps: Sequence[Step], newest: Step, layer: int) -> str:
     return panel(name, image, note=said)
 
 
-def specialisation(told: HeldOut) -> Section:
-    """For each layer and expert, the bytes it takes."""
-    layers = told.bytes or []
+def specialisation(evaluation: HeldOut) -> Section:
+    """Section with the bytes that each expert of each layer gets most of."""
+    layers = evaluation.bytes or []
     html = "\n".join(
         details(
             f"MoE layer {index + 1}",
@@ -63,14 +63,14 @@ def specialisation(told: HeldOut) -> Section:
         for index, layer in enumerate(layers)
     )
     note = (
-        f"The bytes that each expert takes most above its even part, in the evaluation of step {told.step:,}. The "
-        "darker a byte is, the more of it the expert gets. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are hex."
+        f"Bytes that each expert gets most above its even share, in the evaluation of step {evaluation.step:,}. A "
+        "darker byte has more tokens. ␣ is a space, ⏎ a line feed, ⇥ a tab; two digits are hex."
     )
     return Section("What each expert takes", f'<div class="folded">{html}</div>', note)
 
 
 def takes(expert: int, pairs: Sequence[Sequence[int]]) -> str:
-    """A line of bytes, shaded by how many tokens the expert got of each."""
+    """HTML line of an expert's bytes, shaded by their numbers of tokens."""
     most = max((tokens for _, tokens in pairs), default=0)
     signs = "".join(
         f'<i class="s{max(1, -(-4 * tokens // most)) if most else 1}" title="{tokens:,}">{text(printable(byte))}</i>'

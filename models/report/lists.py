@@ -1,4 +1,4 @@
-"""What happened to the run, and its settings, as tables."""
+"""Tables of a run's events and settings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .log import Log, Start
 from .panels import bits, curve, drawn, grid
 from .parts import Section, details, duration, moment, number, setting, table, text
 
-MOST = 200  # rows of a table
+MOST = 200  # most rows of a table
 
 
 def events(log: Log) -> Section:
-    """Restarts, spikes, skipped steps and checkpoints."""
+    """Section with restarts, spikes, skipped steps and checkpoints."""
     html = "\n".join(filter(None, (over_steps(log), restarts(log), spikes(log), skipped(log), checkpoints(log))))
     return Section("Events", html)
 
 
 def restarts(log: Log) -> str:
-    """Each time the job went on."""
+    """HTML table of restarts."""
     rows = [
         (
             moment(restart.start.time),
@@ -37,7 +37,7 @@ def restarts(log: Log) -> str:
 
 
 def spikes(log: Log) -> str:
-    """Losses far above the median."""
+    """HTML table of losses far above the median."""
     rows = [
         (f"{each.step:,}", number(bits(each.loss)), number(bits(each.median)), each.parameter, number(each.rank))
         for each in log.spikes
@@ -47,7 +47,7 @@ def spikes(log: Log) -> str:
 
 
 def skipped(log: Log) -> str:
-    """Where steps were left out."""
+    """HTML table of skipped steps."""
     rows, before, count = [], 0, 0
     for step in log.steps:
         if step.skipped > count:
@@ -57,7 +57,7 @@ def skipped(log: Log) -> str:
 
 
 def checkpoints(log: Log) -> str:
-    """Each checkpoint."""
+    """HTML table of checkpoints."""
     rows = [
         (f"{each.step:,}", moment(each.time), number(each.stall_s, ".2f"), number(each.seconds, ".2f"))
         for each in log.checkpoints
@@ -67,7 +67,7 @@ def checkpoints(log: Log) -> str:
 
 
 def over_steps(log: Log) -> str:
-    """Panels: how long training stood still for checkpoints, how long they took, and steps skipped so far."""
+    """HTML of charts: stalls by checkpoints, time until they were on the disk, and skipped steps."""
     stall = curve(log.checkpoints, lambda each: each.stall_s, kind="bars")
     whole = curve(log.checkpoints, lambda each: each.seconds, kind="bars")
     skips = curve([step for step in log.steps if log.steps[-1].skipped], lambda step: step.skipped, colour="orange")
@@ -84,7 +84,7 @@ def _median(seconds: Series) -> str:
 
 
 def _folded(title: str, head: tuple[str, ...], rows: list, numbers: tuple[str, ...], is_open: bool = False) -> str:
-    """A table that unfolds; of very many rows the newest."""
+    """HTML of a table that unfolds. Of more than `MOST` rows it has the newest."""
     if not rows:
         return ""
     if len(rows) > MOST:
@@ -93,19 +93,19 @@ def _folded(title: str, head: tuple[str, ...], rows: list, numbers: tuple[str, .
 
 
 def settings(log: Log) -> Section:
-    """All flags; those that a restart changed come first, with their values."""
-    told = [facts(start) | {_flag(name): value for name, value in start.job.items()} for start in log.starts]
+    """Section with all flags. Flags that a restart changed come first."""
+    flags_of = [facts(start) | {_flag(name): value for name, value in start.job.items()} for start in log.starts]
     changed: list[tuple[str, str]] = []
     same: list[tuple[str, str]] = []
-    for name in dict.fromkeys(name for values in reversed(told) for name in values):
-        values = [(log.starts[0].step, told[0].get(name))]
-        for start, flags in zip(log.starts[1:], told[1:], strict=True):
+    for name in dict.fromkeys(name for values in reversed(flags_of) for name in values):
+        values = [(log.starts[0].step, flags_of[0].get(name))]
+        for start, flags in zip(log.starts[1:], flags_of[1:], strict=True):
             if flags.get(name) != values[-1][1]:
                 values.append((start.step, flags.get(name)))
         words = [setting(values[0][1]), *(f"from step {step:,}: {setting(value)}" for step, value in values[1:])]
         (changed if len(values) > 1 else same).append((name, "; ".join(words)))
     rows = [_setting(*each, "changed") for each in changed] + [_setting(*each, "same") for each in same]
-    note = "Those in bold were changed by a restart." if changed else ""
+    note = "A restart changed the settings in bold." if changed else ""
     return Section("Settings", f'<dl class="settings">{"".join(rows)}</dl>', note)
 
 
@@ -118,6 +118,6 @@ def _flag(name: str) -> str:
 
 
 def facts(start: Start) -> dict[str, Any]:
-    """What is no flag, but may change from one start to the next."""
+    """Settings that are no flags, but may change from one start to the next."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in start.mesh.items())
     return {"mesh": mesh, "ranks": start.ranks, "device": start.device}

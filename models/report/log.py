@@ -1,4 +1,4 @@
-"""Reads `log.jsonl`, the log of a run: one JSON object a line, appended as things happen."""
+"""Reader of a run's log, `log.jsonl`: one JSON object per line, one line per event."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ State = Literal["running", "done", "stopped", "failed"]
 
 
 class LogError(ValueError):
-    """A log that is not there, has no start line, or has a line that cannot be read."""
+    """A log is missing, has no start line, or has a line that cannot be read."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line of the log.
+    """One line of the log.
 
     Attributes:
-        step: optimizer steps done by then.
+        step: number of optimizer steps done so far.
         time: Unix time in seconds.
     """
 
@@ -33,12 +33,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Start(Event):
-    """A job began, or went on from the checkpoint of `step`."""
+    """A job started, or resumed from the checkpoint of `step`."""
 
     run: str = ""
-    restart: bool = False  # by the launcher, not by a person
-    job: dict[str, Any] = field(default_factory=dict)  # value of each flag
-    mesh: dict[str, int] = field(default_factory=dict)  # size of each axis
+    restart: bool = False  # whether the launcher restarted it, not a person
+    job: dict[str, Any] = field(default_factory=dict)  # flag: value
+    mesh: dict[str, int] = field(default_factory=dict)  # axis: size
     ranks: int | None = None
     device: str = ""
     parameters: int | None = None
@@ -49,25 +49,25 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """The steps since the line before. Lists have an entry for each MoE layer."""
+    """Training steps since the last such line. Lists have an entry for each MoE layer."""
 
-    loss: float | None = None  # nats per byte, mean; None: all steps were skipped
+    loss: float | None = None  # mean, in nats per byte; None: all steps were skipped
     lr: float | None = None
     gradient_norm: float | None = None
     tokens_per_s: float | None = None
     tflops_per_s: float | None = None
     mfu: float | None = None
     memory_bytes: float | None = None
-    sent_bytes: dict[str, float] = field(default_factory=dict)  # "axis collective": in one step, mean over ranks
-    skipped: int = 0  # steps skipped so far
-    dropped: list[float | None] = field(default_factory=list)  # share of the assignments
+    sent_bytes: dict[str, float] = field(default_factory=dict)  # "axis collective": bytes per step, mean over ranks
+    skipped: int = 0  # number of steps skipped since the start of the run
+    dropped: list[float | None] = field(default_factory=list)  # share of assignments that capacity dropped
     imbalance: list[float | None] = field(default_factory=list)  # largest load of an expert over the mean
-    tokens: list[list[int]] = field(default_factory=list)  # of each expert; float32 arrays once read
+    tokens: list[list[int]] = field(default_factory=list)  # tokens of each expert; a float32 array once read
 
 
 @dataclass(frozen=True)
 class HeldOut(Event):
-    """An evaluation. `bytes` are, for each layer and expert, (byte, tokens): the bytes that it takes above its part."""
+    """An evaluation. `bytes` has, for each layer and expert, pairs (byte, tokens) of bytes that it gets most of."""
 
     bits_per_byte: float | None = None
     bytes: list[list[list[tuple[int, int]]]] | None = None
@@ -75,38 +75,38 @@ class HeldOut(Event):
 
 @dataclass(frozen=True)
 class Checkpoint(Event):
-    """A checkpoint: seconds that training stood still, and seconds until it was on the disk."""
+    """A checkpoint was written."""
 
-    stall_s: float | None = None
-    seconds: float | None = None
+    stall_s: float | None = None  # seconds that training waited
+    seconds: float | None = None  # seconds until it was on the disk
 
 
 @dataclass(frozen=True)
 class Spike(Event):
-    """A loss, in nats per byte, far above the median of the steps before; where the largest gradient was."""
+    """A loss far above the median of the steps before."""
 
-    loss: float | None = None
-    median: float | None = None
-    parameter: str = ""
-    rank: int | None = None
+    loss: float | None = None  # nats per byte
+    median: float | None = None  # nats per byte
+    parameter: str = ""  # parameter of the largest gradient
+    rank: int | None = None  # rank that has it
 
 
 @dataclass(frozen=True)
 class End(Event):
-    """The job ended: "done", "stopped by ..." or the text of an error."""
+    """The job ended."""
 
-    reason: str = ""
+    reason: str = ""  # "done", "stopped by ..." or the text of an error
 
 
 @dataclass(frozen=True)
 class Restart:
-    """The job went on.
+    """The job resumed after an end or a crash.
 
     Attributes:
-        start: its line.
-        lost: steps done before it that had to be done again.
+        start: its start line.
+        lost: number of steps that were done before and have to be repeated.
         idle: seconds since the line before.
-        ended: why the job had ended; None: it was killed before it could say so.
+        ended: reason of the last end. None if the job was killed before it could write one.
     """
 
     start: Start
@@ -117,7 +117,7 @@ class Restart:
 
 @dataclass
 class Log:
-    """What counts of a log: steps that were lost and done again appear once."""
+    """Events of a run, by kind. Steps that were repeated after a restart appear once."""
 
     path: Path
     starts: list[Start] = field(default_factory=list)
@@ -131,17 +131,17 @@ class Log:
 
     @property
     def job(self) -> dict[str, Any]:
-        """Flags in force now."""
+        """Flags of the newest start."""
         return self.starts[-1].job
 
     @property
     def step(self) -> int:
-        """The last step that the log knows of."""
+        """Last step in the log."""
         return max(event.step for event in (*self.starts[-1:], *self.steps[-1:], *self.held_out[-1:]))
 
     @property
     def state(self) -> State:
-        """A job that was killed could not say so: it is "running" until its restart."""
+        """State of the job. One that was killed counts as "running" until its restart: it wrote no end line."""
         if self.end is None:
             return "running"
         if self.end.reason == "done":
@@ -149,7 +149,7 @@ class Log:
         return "stopped" if self.end.reason.startswith("stopped") else "failed"
 
     def add(self, event: Event) -> None:
-        """Take the next line."""
+        """Add the next event of the log."""
         kept = {Step: self.steps, HeldOut: self.held_out, Checkpoint: self.checkpoints, Spike: self.spikes}
         if isinstance(event, Start):
             self._start(event, list(kept.values()))
@@ -160,7 +160,7 @@ class Log:
         self.time = event.time
 
     def _start(self, start: Start, kept: list[list]) -> None:
-        """Work after the step that the job goes on from was lost."""
+        """Begin an attempt, and drop events after the step that it resumes from."""
         if self.starts:
             reached = max([start.step, *(events[-1].step for events in kept if events)])
             ended = self.end.reason if self.end else None
@@ -182,19 +182,19 @@ EVENTS = {
 
 
 def path_of(run: Path) -> Path:
-    """The log of a run: a file in its folder, or that file."""
+    """Path of a run's log, from the run's folder or the log itself."""
     return run / "log.jsonl" if run.is_dir() else run
 
 
 def read(path: Path) -> Log:
-    """The log at `path`.
+    """Read the log at `path`.
 
-    A line that a crash tore is passed over: the last one, or one right before a start line. Unknown events and keys are
-    passed over as well.
+    A crash may leave half a line, at the end or right before a start line. Such lines are skipped, and unknown events
+    and keys as well.
 
     Raises:
-        LogError: there is no such file, it has no start line, or another line than those is broken. The message has
-            the file and the line number.
+        LogError: the file is missing or has no start line, or another line is broken. The message has the file and the
+            line number.
     """
     log, torn = Log(path), None
     try:
@@ -219,8 +219,8 @@ def read(path: Path) -> Log:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity are no JSON
-    except ValueError:  # not UTF-8 among them
+        record = json.loads(line, parse_constant=lambda _: None)  # JSON has no NaN and Infinity
+    except ValueError:  # also for bytes that are not UTF-8
         return None
     return record if isinstance(record, dict) else None
 
@@ -243,7 +243,7 @@ def _event(kind: type[E], record: dict[str, Any], place: str) -> E:
             got = "it is not there" if name not in record else f"got {_shown(json.dumps(value).encode())}"
             wanted = getattr(hint, "__name__", hint) if get_origin(hint) is None else hint
             raise LogError(f"{place}: {name!r} of the event {record['event']!r} must be {wanted}; {got}")
-        if name == "tokens":  # a tenth of the memory that a list of int takes
+        if name == "tokens":  # an array needs a tenth of the memory of a list of int
             value = [np.array(layer, np.float32) for layer in value or []]
         values[name] = value
     return kind(**values)
@@ -251,7 +251,7 @@ def _event(kind: type[E], record: dict[str, Any], place: str) -> E:
 
 @cache
 def _keys(kind: type[Event]) -> dict[str, tuple[Any, bool]]:
-    """Type of each key, and whether it may be left out."""
+    """Type of each key of an event, and whether the key is optional."""
     hints = get_type_hints(kind)
     return {f.name: (hints[f.name], not (f.default is MISSING and f.default_factory is MISSING)) for f in fields(kind)}
 
@@ -260,7 +260,7 @@ PLAIN = {int: {int}, float: {int, float}, str: {str}, bool: {bool}, NoneType: {N
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has this type; tuples are lists of fixed length there."""
+    """Whether a JSON value has this type. JSON has lists of fixed length for tuples."""
     if hint in PLAIN:
         return type(value) in PLAIN[hint]
     origin, inner = get_origin(hint), get_args(hint)

@@ -1,4 +1,4 @@
-"""The page: a headline, then a section for each question."""
+"""HTML page of a run report: a headline with state and newest numbers, then one section per topic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .log import Log
 from .parts import NONE, Section, duration, large, moment, number, text, tile
 from .style import CSS
 
-# The page asks for nothing and runs nothing, whatever a log holds.
+# The page loads nothing and runs no script, whatever text a log holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -38,7 +38,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def page(log: Log, now: float, refresh: int | None = None) -> str:
-    """The whole page as it is at the Unix time `now`; browsers load it again after `refresh` seconds."""
+    """HTML of the whole page at the Unix time `now`. Browsers reload it after `refresh` seconds."""
     name = log.path.resolve().parent.name
     drawn = [panels.loss(log), panels.optimizer(log), panels.speed(log), *experts(log), events(log), settings(log)]
     sections = [section for section in drawn if section.html]
@@ -55,19 +55,19 @@ def page(log: Log, now: float, refresh: int | None = None) -> str:
 
 
 def contents(sections: Sequence[Section]) -> str:
-    """Links to the sections."""
+    """HTML of the links to the sections."""
     return "<nav>" + "".join(f'<a href="#{text(each.name)}">{text(each.title)}</a>' for each in sections) + "</nav>"
 
 
 def headline(log: Log, name: str, now: float) -> str:
-    """State, progress and the newest numbers."""
+    """HTML of state, progress and the newest numbers."""
     total = log.job.get("steps")
     total = total if isinstance(total, int) and total > 0 else None
     kind, state = log.state, log.state
     word = ""
     if silence := silent(log, now):
-        kind, state = "silent", f"no word for {duration(silence)}"
-        word = "The log has no end, and has not grown for longer than usual: the job may have been killed, or hang."
+        kind, state = "silent", f"no log line for {duration(silence)}"
+        word = "The log has no end line, and has not grown for longer than usual. The job may be killed, or it hangs."
     elif log.end and state == "failed":
         word = log.end.reason or "The log gives no reason."
     elif log.end and state == "stopped":
@@ -84,17 +84,17 @@ def headline(log: Log, name: str, now: float) -> str:
 
 
 def silent(log: Log, now: float) -> float:
-    """Seconds since the last line, if that is far longer than the lines of this attempt were apart; otherwise 0."""
+    """Seconds since the last line of a running job, if they are far more than usual; otherwise 0."""
     start = log.starts[-1]
     times = [start.time, *(step.time for step in log.steps if step.time > start.time), log.time]
     usual = max(b - a for a, b in pairwise(times))
     quiet = now - log.time
-    patience = max(300.0, 5 * usual) if log.time > start.time else 1800.0  # before the first line it may compile
+    patience = max(300.0, 5 * usual) if log.time > start.time else 1800.0  # the first step may compile
     return quiet if log.state == "running" and quiet > patience else 0.0
 
 
 def facts(log: Log) -> str:
-    """Model, data and ranks in a line."""
+    """HTML line about model, data and ranks."""
     start = log.starts[-1]
     said = []
     if start.parameters:
@@ -112,7 +112,7 @@ def facts(log: Log) -> str:
 
 
 def tiles(log: Log, total: int | None, now: float) -> list[str]:
-    """The newest numbers."""
+    """HTML of the newest numbers, one tile each."""
     newest = log.steps[-1] if log.steps else None
     shown = [
         tile("Step", f"{log.step:,}", f"of {total:,}" if total else ""),
@@ -144,7 +144,7 @@ def tiles(log: Log, total: int | None, now: float) -> list[str]:
 
 
 def held_out(log: Log) -> tuple[str, str]:
-    """The newest evaluation, and the best one if that is another."""
+    """Newest evaluation, and the best one if it is another."""
     known = [(each.bits_per_byte, each.step) for each in log.held_out if each.bits_per_byte is not None]
     if not known:
         return NONE, "no evaluation yet"
@@ -154,7 +154,7 @@ def held_out(log: Log) -> tuple[str, str]:
 
 
 def left(log: Log, total: int | None, now: float) -> str:
-    """How long the rest will take, by the newest lines of this attempt."""
+    """Estimated time to the last step, from the newest lines since the last start."""
     if log.state != "running" or silent(log, now):
         return ""
     mine = [step for step in log.steps if step.time > log.starts[-1].time][-20:]

@@ -1,4 +1,4 @@
-"""The curves of the page: loss, optimizer, speed and memory, balance of the experts."""
+"""Sections of curves: loss, optimizer, speed and memory, expert balance."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .curves import LINES, MOST, WIDE, Form, Kind, Series, chart
 from .log import Event, Log, Step
 from .parts import Section, large, panel, table
 
-BITS = 1 / math.log(2)  # bits of a nat
+BITS = 1 / math.log(2)  # bits per nat
 E = TypeVar("E", bound=Event)
 
 
 def bits(nats: float | None) -> float | None:
-    """Nats as bits."""
+    """Convert nats to bits."""
     return None if nats is None else nats * BITS
 
 
 def curve(
     events: Sequence[E], value: Callable[[E], float | None], name: str = "", colour: str = "blue", kind: Kind = "line"
 ) -> Series:
-    """A value of each of these lines of the log."""
+    """Series of one value of each event."""
     return Series(name, [event.step for event in events], [value(event) for event in events], colour, kind)
 
 
@@ -38,7 +38,7 @@ def drawn(
     log_scale: bool = False,
     first: int = 0,
 ) -> str:
-    """A panel with these series; "" if there is nothing in them."""
+    """HTML of a chart of these series; "" if they are all empty."""
     if all(each.empty for each in series):
         return ""
     drawing = chart(title, series, log.step, restart_steps(log), form, log_scale, first)
@@ -46,22 +46,22 @@ def drawn(
 
 
 def legend(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """(colour, name) of the series that have a name and something to draw."""
+    """Pairs (colour, name) of the series that have a name and values."""
     return [(each.colour, each.name) for each in series if each.name and not each.empty]
 
 
 def restart_steps(log: Log) -> list[int]:
-    """Where to mark restarts."""
+    """Steps at which to mark restarts."""
     return [restart.start.step for restart in log.restarts]
 
 
 def grid(*panels: str) -> str:
-    """Panels side by side, without those that are empty; "" if all are."""
+    """HTML of charts side by side, without empty ones; "" if all are empty."""
     return f'<div class="grid">{"".join(filter(None, panels))}</div>' if any(panels) else ""
 
 
 def losses(log: Log, first: int = 0) -> list[Series]:
-    """Bits per byte of training and of held-out text, from step `first` on."""
+    """Series of bits per byte of training and held-out text, from step `first` on."""
     steps = [step for step in log.steps if step.step >= first]
     held_out = [each for each in log.held_out if each.step >= first]
     return [
@@ -71,7 +71,7 @@ def losses(log: Log, first: int = 0) -> list[Series]:
 
 
 def loss(log: Log) -> Section:
-    """Loss over the whole run."""
+    """Section with the loss over the whole run."""
     title = "Bits per byte"
     known = losses(log)
     spikes = curve(log.spikes, lambda spike: bits(spike.loss), colour="orange", kind="marks")
@@ -86,7 +86,7 @@ def loss(log: Log) -> Section:
 
 
 def optimizer(log: Log) -> Section:
-    """Whether the loss still falls, and what the optimizer does."""
+    """Section with the loss of the second half, the learning rate and the gradient norm."""
     half = log.step // 2
     late = losses(log, half)
     norm = curve(log.steps, lambda step: step.gradient_norm)
@@ -99,7 +99,7 @@ def optimizer(log: Log) -> Section:
 
 
 def speed(log: Log) -> Section:
-    """Throughput, memory, and what ranks send."""
+    """Section with throughput, memory and bytes sent."""
     axes = by_axis(log.steps)
     sent = [
         curve(log.steps, partial(_of_axis, axis=axis), axis, colour) for axis, colour in zip(axes, LINES, strict=False)
@@ -125,14 +125,14 @@ def _of_axis(step: Step, axis: str) -> float | None:
 
 
 def by_axis(steps: Sequence[Step]) -> list[str]:
-    """Axes of the mesh that bytes were sent over, the one with most bytes in a step first."""
+    """Axes of the mesh that bytes were sent over. The one with most bytes in a step comes first."""
     axes = {key.partition(" ")[0] for step in steps for key in step.sent_bytes}
     most = {axis: max(_of_axis(step, axis) or 0 for step in steps) for axis in axes}
     return sorted(axes, key=lambda axis: (-most[axis], axis))
 
 
 def traffic(steps: Sequence[Step]) -> str:
-    """A panel: bytes of the newest step by axis and collective."""
+    """HTML table of the bytes sent in the newest step, by axis and collective."""
     newest = next((step for step in reversed(steps) if step.sent_bytes), None)
     if newest is None:
         return ""
@@ -146,7 +146,7 @@ def traffic(steps: Sequence[Step]) -> str:
 
 
 def balance(log: Log) -> str:
-    """How evenly the experts of all layers are used; "" for a model without them."""
+    """HTML of charts of imbalance and dropped tokens; "" for a model without experts."""
     return grid(
         drawn(log, "Imbalance", *_over_layers(log, lambda step: step.imbalance), note="max / mean load"),
         drawn(log, "Dropped", *_over_layers(log, lambda step: step.dropped), note="share", form="percent"),

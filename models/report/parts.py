@@ -8,17 +8,17 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-NONE = "—"  # in place of a value that is not there
+NONE = "—"  # for a missing value
 
 
 def text(value: object) -> str:
-    """Any value as HTML."""
+    """Escape any value for HTML."""
     return escape(str(value))
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading."""
+    """Section of the page, with a heading."""
 
     title: str
     html: str
@@ -26,7 +26,7 @@ class Section:
 
     @property
     def name(self) -> str:
-        """Where a link leads to it."""
+        """Anchor of the section."""
         return self.title.lower().replace(" ", "-")
 
     def __str__(self) -> str:
@@ -35,22 +35,22 @@ class Section:
 
 
 def tile(label: str, value: str, note: str = "") -> str:
-    """A number of the headline."""
+    """HTML of a number in the headline."""
     return f'<div class="tile"><dt>{text(label)}</dt><dd>{text(value)}<small>{text(note)}</small></dd></div>'
 
 
 def panel(title: str, html: str, legend: Iterable[tuple[str, str]] = (), note: str = "") -> str:
-    """A drawing with its title; the legend is (colour, name)."""
+    """HTML of a chart with its title. The legend has pairs (colour, name)."""
     keys = "".join(f'<span class="key {text(colour)}">{text(name)}</span>' for colour, name in legend)
     said = f"<small>{text(note)}</small>" if note else ""
     return f'<figure class="panel"><figcaption><b>{text(title)}</b>{keys}{said}</figcaption>{html}</figure>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = ()) -> str:
-    """A table; the columns in `numbers` are set to the right."""
+    """HTML of a table. The columns in `numbers` are aligned to the right."""
     sides = [' class="number"' if name in numbers else "" for name in head]
     top = "".join(f"<th{side}>{text(name)}</th>" for name, side in zip(head, sides, strict=True))
-    label = [f' data-label="{text(name)}"' for name in head]  # for narrow windows, where cells lie below each other
+    label = [f' data-label="{text(name)}"' for name in head]  # narrow windows show a row's cells below each other
     body = "\n".join(
         "<tr>" + "".join(f"<td{a}{b}>{text(c)}</td>" for a, b, c in zip(sides, label, row, strict=True)) + "</tr>"
         for row in rows
@@ -59,17 +59,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequen
 
 
 def details(summary: str, html: str, is_open: bool = False) -> str:
-    """A part that a click unfolds."""
+    """HTML of a part that a click unfolds."""
     return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>\n{html}\n</details>"
 
 
 def number(value: float | None, form: str = ",.4g") -> str:
-    """A number, or a dash where there is none."""
+    """Format a number, or a dash if it is missing."""
     return NONE if value is None else format(value, form)
 
 
 def large(value: float | None, unit: str = "") -> str:
-    """With three digits and a prefix: 12.3 M."""
+    """Format a number with three digits and a prefix, as in 12.3 M."""
     if value is None:
         return NONE
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -79,7 +79,7 @@ def large(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Its two largest units: 2 h 13 min."""
+    """Format a duration in its two largest units, as in 2 h 13 min."""
     if seconds < 10:
         return f"{max(seconds, 0):.1f} s"
     left, said = round(seconds), []
@@ -93,15 +93,15 @@ def duration(seconds: float) -> str:
 
 
 def moment(time: float) -> str:
-    """A Unix time to the minute, in UTC."""
+    """Format a Unix time to the minute, in UTC."""
     try:
         return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
-    except (ValueError, OverflowError, OSError):  # no clock showed that
+    except (ValueError, OverflowError, OSError):  # out of the range of dates
         return f"{time:g}"
 
 
 def setting(value: Any) -> str:
-    """The value of a flag."""
+    """Format the value of a flag."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or value == "" or value == []:
@@ -110,7 +110,7 @@ def setting(value: Any) -> str:
 
 
 def printable(byte: int) -> str:
-    """A byte as one sign where there is one, otherwise in hex."""
+    """Format a byte as one character if it has one, otherwise in hex."""
     signs = {9: "⇥", 10: "⏎", 32: "␣"}
     if byte in signs or 32 < byte < 127:
         return signs.get(byte) or chr(byte)

@@ -1,4 +1,4 @@
-"""Kernels of the experts, measured on the GPU at hand. Start at `tuning.py`."""
+"""Autotuning of the experts' kernels on the GPU at hand. Start at `tuning.py`."""
 
 from .results import Tuned, Tuning
 from .tuning import autotune

@@ -1,4 +1,4 @@
-"""What `autotune` has measured: a table to read, and a file, so that a machine is measured once."""
+"""Results of `autotune`: a table to read, and a JSON file, so that each machine is measured only once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ...cuda.tune import Shape
 log = logging.getLogger(__name__)
 Name = TypeVar("Name", bound=Hashable)
 Row = TypeVar("Row", Shape, Product, Blocks)
-Times = dict[Name, float | str]  # milliseconds of each run, or how it failed
+Times = dict[Name, float | str]  # milliseconds of each run, or its error
 Machine = dict[str, str]
 
 
 def fastest(times: Times[Name]) -> Name | None:
-    """The run of least time, of equal ones the first; None if all failed.
+    """The run with the shortest time, the first among equals, or None if all failed.
 
     >>> fastest({"torch": 1.5, "triton": 1.25, "other": "OutOfMemoryError: 3 GiB"})
     'triton'
@@ -37,13 +37,14 @@ def fastest(times: Times[Name]) -> Name | None:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured for experts of one shape.
+    """Measurements for experts of one shape.
 
     Attributes:
-        shape: their sizes on one rank.
-        times: ms of forward and backward by "torch" and by "triton", or how it failed; empty if not measured.
-        tiles: ms of each product of "triton" for each size of its tiles, or how it failed.
-        why: why nothing was measured.
+        shape: sizes of the experts on one rank.
+        times: milliseconds of forward and backward with "torch" and with "triton", or the error of a run. Empty if
+            nothing was measured.
+        tiles: milliseconds of each matrix product of "triton" with each tile size, or the error of a run.
+        why: reason why nothing was measured, or "".
     """
 
     shape: Shape
@@ -53,13 +54,17 @@ class Tuned:
 
     @property
     def kernel(self) -> str:
-        """The faster one; "torch" if neither was measured."""
+        """The faster kernel, or "torch" if no run succeeded."""
         return fastest(self.times) or "torch"
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `autotune` has chosen, a `Tuned` for each shape of experts; `print` shows a table."""
+    """Result of `autotune`: a `Tuned` for each shape of experts. `print` shows it as a table.
+
+    Attributes:
+        experts: measurements and choice for each shape.
+    """
 
     experts: tuple[Tuned, ...]
 
@@ -75,7 +80,7 @@ class Tuning:
 
 
 def machine(device: torch.device) -> Machine:
-    """What times depend on: the GPU, the versions, and the kernels themselves."""
+    """The things that times depend on: the GPU, versions, and a hash of the kernels' source."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -88,7 +93,7 @@ def machine(device: torch.device) -> Machine:
 
 
 def write(path: Path, of: Machine, experts: Iterable[Tuned]) -> None:
-    """As JSON, in one step: a job that is killed leaves the old file or the new one."""
+    """Write measurements as JSON. The file is replaced in one step, so that a killed job leaves no half of it."""
     listed = [
         {
             "shape": tuned.shape._asdict(),
@@ -105,7 +110,11 @@ def write(path: Path, of: Machine, experts: Iterable[Tuned]) -> None:
 
 
 def read(path: Path, of: Machine) -> list[Tuned]:
-    """What `write` has written, nothing without a file or of another machine; ValueError of anything else."""
+    """Read a file of `write`. It gives nothing if there is no file, or if another machine was measured.
+
+    Raises:
+        ValueError: the file has other content.
+    """
     if not path.exists():
         return []
     try:
@@ -121,7 +130,7 @@ def read(path: Path, of: Machine) -> list[Tuned]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not what autotune writes ({type(error).__name__}: {error}); remove it, or name another file"
+            f"{path} is not a file of autotune ({type(error).__name__}: {error}): remove it, or name another file"
         ) from None
     if there == of:
         return found
@@ -135,14 +144,14 @@ def _times(listed: list) -> Times[Blocks]:
 
 
 def _time(value: Any) -> float | str:
-    """Milliseconds, or how a run failed."""
+    """Check that a value is milliseconds, or the error of a run."""
     if isinstance(value, str) or (isinstance(value, float) and 0 <= value < math.inf):
         return value
     raise ValueError(f"{value!r} is neither milliseconds nor an error")
 
 
 def _checked(kind: type[Row], values: dict[str, Any]) -> Row:
-    """A tuple of that kind, whose fields have the types it says; numbers are positive."""
+    """Build the named tuple `kind`, and check that all fields have their annotated types and numbers are positive."""
     kinds = get_type_hints(kind)
     if values.keys() != kinds.keys():
         raise ValueError(f"{kind.__name__} has the fields {', '.join(kinds)}; got {', '.join(values)}")
@@ -154,4 +163,4 @@ def _of(kind: Any, value: Any) -> Any:
         return tuple(_of(int, each) for each in value)
     if type(value) is kind and (not isinstance(value, int) or value > 0 or kind is bool):
         return value
-    raise ValueError(f"{value!r} is no {'positive int' if kind is int else getattr(kind, '__name__', kind)}")
+    raise ValueError(f"{value!r} is not a {'positive int' if kind is int else getattr(kind, '__name__', kind)}")

@@ -1,4 +1,4 @@
-"""What computes the experts, and in which tiles: measured when it is asked for, on the GPU at hand."""
+"""`autotune`: measure torch's and Triton's kernels for the experts, and choose the faster one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from ..layer import MoE
 from .results import Machine, Name, Times, Tuned, Tuning, fastest, machine, read, write
 
 log = logging.getLogger(__name__)
-Clock = Callable[[Run], float]  # milliseconds of a run
+Clock = Callable[[Run], float]  # takes a run and returns its milliseconds
 
 
 class _Rank(NamedTuple):
-    """What ranks tell each other before anything is measured."""
+    """Facts about one rank that all ranks exchange before anything is measured."""
 
     machine: Machine
     wanted: list[tuple[Shape, str]]
@@ -59,30 +59,39 @@ def autotune(
     group: ProcessGroup | None = None,
     clock: Clock | None = None,
 ) -> Tuning:
-    """Choose what computes the experts of a model by measuring it: sets `experts.kernel` of every `MoE` in it.
+    """Measure torch's and Triton's kernels, and set `experts.kernel` of every `MoE` in a model to the faster one.
 
-    Call it once before training, after `parallelize`; nothing is ever measured unasked. For each shape of experts it
-    times the tiles of Triton's kernels, keeps the fastest for the rest of the process, then times forward and backward
-    with "torch" and with "triton" and takes the faster. It works on random numbers beside the model, whose tensors it
-    leaves alone, and needs memory for a step of one more layer. Most of its time goes into compiling. Where Triton's
-    kernels cannot run the choice is "torch", and the result says why. Experts that are not one of the named kinds have
-    nothing to choose.
+    Call it once, after `parallelize` and before training. Nothing is measured unless you call it. For each shape of
+    experts it times the tile sizes of Triton's kernels, and keeps the fastest for the rest of the process. Then it
+    times forward and backward with "torch" and with "triton". It uses random tensors and does not change the model's.
+    It needs memory for a step of one more layer, and spends most of its time compiling. Where Triton's kernels cannot
+    run, it chooses "torch", and the result says why. Only named experts have a kernel to choose.
 
-    On many ranks it is a collective: a run counts as on the slowest rank, and one that fails on any rank has failed, so
-    that all choose the same.
+    On many ranks it is a collective. The slowest rank's time counts, and a run that fails on one rank counts as failed,
+    so that all ranks choose the same.
 
     Args:
-        model: anything with `MoE` layers, on its device.
-        tokens: T, the tokens of a forward on a rank (of a chunk, where travel overlaps with compute).
-        dtype: in which experts compute; None: autocast's where this call is under it, else that of their weights.
-        file: JSON. What it has, measured on the same GPU by the same versions, is not measured again; the rest is,
-            and then the file is written again (by the first rank, which alone reads it). Not used where ranks have
-            different GPUs or versions.
-        group: the ranks that train the model; None: all of them.
-        clock: what times a run; None: `triton.testing.do_bench`, the median.
+        model: model with `MoE` layers, on its device.
+        tokens: number of tokens T in a forward on one rank. With overlap it is the number in one chunk.
+        dtype: dtype in which experts compute. None, the default, takes autocast's dtype if this call is under autocast,
+            and otherwise the dtype of the weights.
+        file: path of a JSON file. Its measurements are used if they come from the same GPU and versions. New ones are
+            added to it. Only the first rank reads and writes it, and it is not used if ranks have different GPUs or
+            versions. None, the default, uses no file.
+        group: ranks that train the model. None, the default, takes all ranks.
+        clock: function that runs its argument and returns milliseconds. None, the default, takes the median of
+            `triton.testing.do_bench`.
+
+    Returns:
+        The times of all runs and the choices, as a `Tuning`.
 
     Raises:
-        ValueError: no rank has such experts, no tokens, a file that holds something else; on all ranks.
+        ValueError: no rank has named experts, `tokens` is not positive, the model is on the meta device, or the file
+            has other content. It is raised on all ranks.
+
+    >>> model = MoE(dim=8, hidden=16, num_experts=4)
+    >>> autotune(model, tokens=64).experts[0].kernel  # Triton needs a GPU, and this model is on the CPU
+    'torch'
     """
     layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.experts, FeedForwardExperts)]
     device = next((p.device for part in (*layers, model) for p in part.parameters()), torch.device("cpu"))
@@ -93,8 +102,10 @@ def autotune(
         raise ValueError(wrong)
     asked = sorted({pair for rank in everyone for pair in rank.wanted})
     if not asked:
-        raise ValueError(f"autotune chooses for experts of the named kinds, and {type(model).__name__} has none")
-    refused = {  # by a rank that has such experts and cannot
+        raise ValueError(
+            f"autotune is for experts of the named kinds, and {type(model).__name__} has none: do not call it here"
+        )
+    refused = {  # a shape is refused if any rank that has it cannot run Triton
         shape: f"rank {place}: {why}"
         for place, rank in enumerate(everyone)
         for shape, why in rank.wanted
@@ -116,13 +127,13 @@ def autotune(
     if reads is not None and alike and new:
         try:
             write(reads, everyone[0].machine, (known | new).values())
-        except OSError as error:  # no reason to end a job that this rank alone would see
+        except OSError as error:  # not worth ending the job, and only this rank would raise
             log.warning("autotune could not write %s: %s", reads, error)
     return Tuning(tuple(found.values()))
 
 
 def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, str]:
-    """The experts of a layer as this rank computes them, and why there is no choice, if so."""
+    """The shape of a layer's experts on this rank, and the reason why Triton cannot compute them, or ""."""
     experts = layer.experts
     assert isinstance(experts, FeedForwardExperts)
     w_up, _ = experts.matrices()["up"]
@@ -131,7 +142,7 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_up.dtype
     held = slice(0, experts.hidden) if isinstance(w_up, FourBitMatrix) else held_slice(w_up)[2]
-    hidden = held.stop - held.start  # less than H where experts are split inside, over ranks that share their tokens
+    hidden = held.stop - held.start  # less than H under expert tensor parallelism, whose ranks share their tokens
     shape = Shape(
         tokens=tokens * (experts.hidden // hidden),
         dim=experts.dim,
@@ -155,9 +166,9 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
 
 
 def _measured(shape: Shape, device: torch.device, group: ProcessGroup | None, clock: Clock) -> Tuned:
-    """The same on every rank; it takes part in as many collectives whatever fails."""
+    """Measure experts of one shape. Every rank takes part in the same collectives, whatever fails."""
     tiles: dict[Product, Times[Blocks]] = {}
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton launches and times on the current one
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton launches and times on the current device
         for (product, size), ms in _slowest(_tile_times(shape, device, clock), group).items():
             tiles.setdefault(product, {})[size] = ms
         _install(tiles)
@@ -170,7 +181,7 @@ def _measured(shape: Shape, device: torch.device, group: ProcessGroup | None, cl
 def _tile_times(shape: Shape, device: torch.device, clock: Clock) -> Times[tuple[Product, Blocks]]:
     try:
         attempts = tune.attempts(shape, device)
-    except Exception as error:  # no memory, most likely
+    except Exception as error:  # most likely out of memory
         log.warning("no tiles were measured for %s: %s", shape, _failure(error))
         return {}
     return {
@@ -183,7 +194,7 @@ def _install(tiles: dict[Product, Times[Blocks]]) -> None:
 
 
 def _step(shape: Shape, device: torch.device, kernel: str) -> Run:
-    """Forward and backward of such experts: from tokens to tokens where all are on one rank, else from rows to rows."""
+    """A function that runs one forward and backward of such experts, on tokens if `shape.gathers`, else on rows."""
     dtype, g = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         experts = FeedForwardExperts(shape.dim, shape.hidden, shape.experts, shape.activation, shape.bias)
@@ -210,7 +221,7 @@ def _step(shape: Shape, device: torch.device, kernel: str) -> Run:
 
 
 def _ms(measured: Callable[[], float]) -> float | str:
-    """What was measured, or how it failed: of any kind, as the others go on."""
+    """The milliseconds that `measured` returns, or its error of any kind, so that other runs go on."""
     try:
         return float(measured())
     except Exception as error:
@@ -224,12 +235,12 @@ def _failure(error: Exception) -> str:
 def _on_the_gpu(run: Run) -> float:
     from triton.testing import do_bench
 
-    median: Any = do_bench(run, rep=200, return_mode="median")  # it empties the L2 cache before each run
+    median: Any = do_bench(run, rep=200, return_mode="median")  # do_bench empties the L2 cache before each run
     return median
 
 
 def _slowest(times: Times[Name], group: ProcessGroup | None) -> Times[Name]:
-    """Each run as on the rank where it took longest; failed if it did on any. A collective, the same on every rank."""
+    """The longest time of each run over all ranks, or an error if it failed on any; a collective with one result."""
     everyones: list[Times[Name]] = _gathered(times, group)
     slowest: Times[Name] = {}
     for name in dict.fromkeys(name for own in everyones for name in own):

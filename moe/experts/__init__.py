@@ -1,4 +1,4 @@
-"""Expert networks: E of one shape, their tensors stacked. Start at `feed_forward.py`."""
+"""Expert networks: E networks of one shape, with stacked parameters. Start at `feed_forward.py`."""
 
 from .base import Experts
 from .feed_forward import FeedForwardExperts

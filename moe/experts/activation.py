@@ -1,4 +1,4 @@
-"""Activations, one table for every path; and multiplication by the router's weight."""
+"""Activations of experts (GELU, SwiGLU ...) in one table, and multiplication by the router's weight."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import transformed
 
-_CACHE = 1 << 19  # elements of a block: a few of them fit the cache, and the calls on each do not weigh (gelu's, 45 us)
+_CACHE = 1 << 19  # elements of a block: a few blocks fit the cache, and the cost of a call (45 us for gelu) is small
 _aten = torch.ops.aten
 
 
 class Pointwise(NamedTuple):
-    """A function f of each element.
+    """An elementwise function f and its backward.
 
     Attributes:
-        value: x -> f(x), a new tensor, by operators that PyTorch can differentiate.
-        backward: grad, x -> grad * f'(x).
+        value: function x -> f(x) that returns a new tensor, made of differentiable PyTorch operators.
+        backward: function (grad, x) -> grad * f'(x).
     """
 
     value: Callable[[Tensor], Tensor]
@@ -51,13 +51,16 @@ _CLAMPED_PLUS_1 = Pointwise(lambda x: x.clamp(-7.0, 7.0) + 1, lambda grad, x: to
 
 @dataclass(frozen=True)
 class Activation:
-    """What stands between the matrix products of an expert: act(up), or gated, act(gate) * up.
+    """Activation between an expert's matrix products: act(up), or if gated act(gate) * up.
 
     Attributes:
-        act: the function of the up projection, or if gated of the gate projection.
-        gated: whether there is a gate projection.
-        on_up: if gated, a function of the up projection that is applied before the two are multiplied; None: none.
-        triton: whether `cuda/activations.py` has a function of this activation's name; kernel="triton" needs it.
+        act: function of the up projection, or if gated of the gate projection.
+        gated: whether there is a gate projection; False by default.
+        on_up: if gated, a function that is applied to the up projection first. None, the default, applies none.
+        triton: whether `cuda/activations.py` has a function of this name, which ``kernel="triton"`` needs.
+
+    >>> ACTIVATIONS["reglu"](torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 2.0])).tolist()  # up, gate
+    [0.0, 6.0]
     """
 
     act: Pointwise
@@ -66,15 +69,15 @@ class Activation:
     triton: bool = False
 
     def __call__(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The hidden rows, by operators that PyTorch can differentiate, in the dtype of `up`."""
+        """The hidden rows in the dtype of `up`, from the projections, with differentiable PyTorch operators."""
         return self.act.value(up) if gate is None else self.act.value(gate) * self.factor(up)
 
     def factor(self, up: Tensor) -> Tensor:
-        """What act(gate) is multiplied by."""
+        """The factor of act(gate): the up projection, after `on_up` if there is one."""
         return up if self.on_up is None else self.on_up.value(up)
 
     def backward(self, grad: Tensor, up: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The hidden rows again, and from their gradient the gradients of up and gate."""
+        """The hidden rows, computed again, and the gradients of up and gate from the gradient of hidden rows."""
         if gate is None:
             return self.act.value(up), self.act.backward(grad, up)
         act, factor = self.act.value(gate), self.factor(up)
@@ -85,10 +88,10 @@ class Activation:
 
 ACTIVATIONS = {
     "gelu": Activation(_GELU, triton=True),
-    "gelu_tanh": Activation(_GELU_TANH, triton=True),  # as GPT-2 has it, and Megatron-LM
+    "gelu_tanh": Activation(_GELU_TANH, triton=True),  # of GPT-2 and Megatron-LM
     "relu": Activation(_RELU, triton=True),
-    "relu2": Activation(_RELU2, triton=True),  # squared ReLU (Primer, arXiv:2109.08668), as in Nemotron
-    "swiglu": Activation(_SILU, gated=True, triton=True),  # these four: arXiv:2002.05202
+    "relu2": Activation(_RELU2, triton=True),  # squared ReLU (Primer, arXiv:2109.08668), used in Nemotron
+    "swiglu": Activation(_SILU, gated=True, triton=True),  # this and the next three: arXiv:2002.05202
     "geglu": Activation(_GELU, gated=True, triton=True),
     "geglu_tanh": Activation(_GELU_TANH, gated=True, triton=True),
     "reglu": Activation(_RELU, gated=True, triton=True),
@@ -98,19 +101,19 @@ ACTIVATIONS = {
 
 
 def activated(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The hidden rows [R, H] of up and gate [R, H]: computed in float32 or wider, and rounded once.
+    """Apply an activation to up and gate [R, H] -> [R, H], in float32 or float64 with one rounding at the end.
 
-    Only the arguments are kept for the backward.
+    Only the arguments are saved for backward.
     """
-    if gate is None:  # these functions compute in float32 inside, and keep one tensor
+    if gate is None:  # PyTorch's own functions compute in float32 inside, and save one tensor
         return kind(up)
-    if torch.compiler.is_compiling() or transformed():  # the compiler fuses this itself
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses these operators itself
         return kind(wide(up), wide(gate)).to(up.dtype)
     return _Gated.apply(kind, up, gate)  # pyright: ignore[reportReturnType]
 
 
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [R, D] times weight [R], which is float32 or wider; rounded once, to the dtype of rows."""
+    """Multiply rows [R, D] by the router's weight [R], float32 or float64. The product is rounded once, as `rows`."""
     if torch.compiler.is_compiling() or transformed():
         return (rows * weight.unsqueeze(1)).to(rows.dtype)
     return _Weighted.apply(rows, weight)  # pyright: ignore[reportReturnType]
@@ -169,13 +172,13 @@ class _Weighted(torch.autograd.Function):
 def differentiated(
     function: Callable[..., Tensor], given: list[Tensor | None], needs: tuple[bool, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of those of `given` that need one, by operators that PyTorch follows.
+    """Gradients of the tensors in `given` that need one, computed with differentiable operators; None for others.
 
-    What an `autograd.Function` does in its backward where that is differentiated (create_graph=True) or batched.
+    The backward of an `autograd.Function` uses it when it is itself differentiated (create_graph=True) or batched.
     """
     create = torch.is_grad_enabled()
     with torch.enable_grad():
-        # views: one may have been made of another (a weight of the tokens), which is not this function's to follow
+        # Views cut the graph between inputs: one may be computed from another, such as a weight from the tokens.
         views = [None if t is None else t.view_as(t) for t in given]
         wanted = [t for t, need in zip(views, needs, strict=True) if t is not None and need]
         grads = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=create))
@@ -183,7 +186,7 @@ def differentiated(
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of every tensor, in blocks that fit a CPU's cache; elsewhere all rows at once."""
+    """The same rows of all tensors, in blocks that fit a CPU's cache. On other devices, all rows are one block."""
     rows = tensors[0]
     step = max(1, _CACHE // max(1, rows.shape[1]) if rows.device.type == "cpu" else len(rows))
     return zip(*(t.split(step) for t in tensors), strict=True) if len(rows) else iter(())

@@ -1,4 +1,4 @@
-"""The experts: E networks of one shape, their tensors stacked, over rows sorted by expert."""
+"""`Experts`, the base class of expert networks: E networks of one shape, whose tensors are stacked."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from .sharded import held_slice, local, seeded, take_parts, unchanged
 
 
 class Experts(nn.Module, ABC):
-    """E experts, of which this rank holds L: all of them, until `parallelize` spreads them.
+    """Base class of E expert networks. Each rank holds L of them after `parallelize`, and all before.
 
-    Every parameter and buffer is stacked over the experts on axis 0: a plain tensor [E, ...], or a
-    DTensor of that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised
-    from a generator seeded by (seed, e) alone: the same model at every world size, no two experts alike.
+    Every parameter and buffer is stacked over the experts on axis 0. It is a plain tensor [E, ...], or a DTensor of
+    that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised from a generator seeded
+    with (seed, e) alone. So a model is the same at every world size, and all its experts differ.
 
-    Two attributes may be set at any time. `weight_on`: whether the router's weight multiplies an expert's ``"output"``
-    (the default) or its ``"input"``, as in Llama 4. `recompute`: whether the backward computes what is inside the
-    experts again, which saves their activations' memory; False by default.
+    Two attributes may be set at any time. `weight_on` says whether the router's weight multiplies an expert's
+    ``"output"`` (the default) or its ``"input"``, as in Llama 4. `recompute`, False by default, says whether backward
+    computes the experts' activations again, which saves their memory.
+
+    Args:
+        num_experts: number of experts E, on all ranks together.
+        seed: seed of the initial values, the same on all ranks.
     """
 
-    recompute: bool = False  # compute what is inside again in the backward, instead of keeping it
+    recompute: bool = False
     lora: nn.ModuleDict | None
 
     def __init__(self, num_experts: int, seed: int) -> None:
@@ -42,7 +46,7 @@ class Experts(nn.Module, ABC):
 
     @property
     def weight_on(self) -> str:
-        """Where the router's weight multiplies, ``"output"`` or ``"input"``."""
+        """The side of an expert that the router's weight multiplies, ``"output"`` or ``"input"``."""
         return self._weight_on
 
     @weight_on.setter
@@ -53,11 +57,11 @@ class Experts(nn.Module, ABC):
 
     @property
     def gathers(self) -> bool:
-        """Whether `forward` takes `Tokens`, too, in place of rows; see `FeedForwardExperts`."""
+        """Whether `forward` also takes `Tokens` in place of rows, as `FeedForwardExperts` does."""
         return False
 
     def __call__(self, rows: Tensor | Tokens, weight: Tensor, counts: Tensor) -> Tensor:
-        """`forward`, its weight and its activations as `weight_on` and `recompute` say."""
+        """Call `forward` by the rules of `weight_on` and `recompute`."""
         if self._weight_on == "input" and isinstance(rows, Tensor):
             rows, weight = weighted(rows, weight), torch.ones_like(weight)
         if self.recompute and torch.is_grad_enabled():
@@ -65,7 +69,7 @@ class Experts(nn.Module, ABC):
         return super().__call__(rows, weight, counts)
 
     def split_axes(self) -> dict[str, int]:
-        """The axis along which each tensor may be split inside an expert, so that the parts' outputs add up."""
+        """The axis on which each tensor splits for expert tensor parallelism, so that outputs of the parts add up."""
         raise ValueError(f"{type(self).__name__} cannot be split inside an expert: use a mesh with etp=1")
 
     @property
@@ -94,9 +98,13 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """rows [R, D] sorted by local expert, weight [R], counts int64 [L] -> weighted rows [R, D].
+        """Compute the experts: rows [R, D] -> weighted rows [R, D].
 
-        Rows past counts.sum() belong to nobody and come back undefined.
+        Args:
+            rows: rows sorted by local expert, [R, D]. Rows past ``counts.sum()`` are padding, and their results are
+                undefined.
+            weight: router's weight of each row, float32 or float64 [R].
+            counts: number of rows of each local expert, int64 [L].
         """
 
     @abstractmethod
@@ -121,8 +129,8 @@ class Experts(nn.Module, ABC):
             self._fill(stacked)
 
     def _fill(self, stacked: dict[str, Tensor]) -> None:
-        """Give stacked tensors, by name, their first values."""
-        held = {name: held_slice(t) for name, t in stacked.items()}  # FSDP may split one tensor otherwise than the next
+        """Initialise stacked tensors, given by name."""
+        held = {name: held_slice(t) for name, t in stacked.items()}  # FSDP may split each tensor on another axis
         for expert in range(self.num_experts):
             here = {name: t for name, t in stacked.items() if held[name][0].start <= expert < held[name][0].stop}
             if not here:
@@ -131,7 +139,7 @@ class Experts(nn.Module, ABC):
             for name, tensor in here.items():
                 if initial[name].shape != tensor.shape[1:]:
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
-                    raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
+                    raise ValueError(f"experts must have one shape, but {name} is {shapes} in two of them")
                 local(tensor)[expert - held[name][0].start].copy_(initial[name][held[name][1:]])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -140,13 +148,13 @@ class Experts(nn.Module, ABC):
 
     @property
     def owned(self) -> range:
-        """Global ids of the experts whose tensors lie on this rank."""
+        """Global ids of the experts that this rank holds."""
         held = held_slice(next(self.parameters()))[0]
         return range(held.start, held.stop)
 
     @property
     def row_flops(self) -> float:
-        """Operations of one expert for one row, forward: two for each parameter, as every weight of a product costs."""
+        """Floating-point operations of one expert's forward for one row: two for each parameter."""
         packed = [m for m in self.modules() if isinstance(m, FourBitMatrix)]
         inside = {id(p) for m in packed for p in m.parameters()}
         numbers = [m.shape.numel() for m in packed] + [p.numel() for p in self.parameters() if id(p) not in inside]
@@ -156,14 +164,18 @@ class Experts(nn.Module, ABC):
         return self.num_experts
 
     def __getitem__(self, expert: int) -> Callable[[Tensor], Tensor]:
-        """Expert `expert`, by global id: a function [n, D] -> [n, D] that shares its weights, unweighted."""
+        """The expert with a global id, as a function [n, D] -> [n, D] that shares its parameters.
+
+        Raises:
+            IndexError: no such expert, or another rank holds it.
+        """
         if not -self.num_experts <= expert < self.num_experts:
-            raise IndexError(f"there is no expert {expert} among {self.num_experts}")
+            raise IndexError(f"there is no expert {expert}: ids are 0 to {self.num_experts - 1}")
         expert, owned = expert % self.num_experts, self.owned
         if expert not in owned:
             raise IndexError(
-                f"expert {expert} lies on rank {expert // len(owned)} of the expert group; this rank holds "
-                f"{owned.start} to {owned.stop - 1}"
+                f"expert {expert} is on rank {expert // len(owned)} of the expert group; this rank holds "
+                f"{owned.start} to {owned.stop - 1}: ask that rank"
             )
         return lambda x: self._one(expert - owned.start, x)
 

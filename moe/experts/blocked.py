@@ -1,9 +1,9 @@
-"""The experts' perceptrons on a CPU, a few experts at a time: what lies between two products stays in the cache.
+"""Feed-forward experts on a CPU, a group of experts at a time, so that intermediate results stay in the cache.
 
-Of the hidden rows, only what the activation is taken of is kept. The rest is made for a group of experts, used while
-it lies in the cache, and made again in the backward: that costs less than memory would, where every page of a
-large buffer has to be faulted in, written, and read again. Where the allocator keeps its pages, all at once is faster.
-Groups, not single experts: gathers, sums and activations are then a few calls on many rows, however small an expert is.
+Only the inputs of the activation are saved for backward. Everything else is computed for one group, used while it is in
+the cache, and computed again in the backward. This is faster where the pages of a large buffer are faulted in each
+time. Where the allocator keeps its pages, all experts at once are faster. Groups are used instead of single experts so
+that gathers, sums and activations are a few calls on many rows, however small an expert is.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from ...dispatch.torch_internals import transformed
 from .activation import ACTIVATIONS, Activation, blocks, differentiated
 from .grouped_mm import computed, mm, sum_rows
 
-_LARGE = 1 << 25  # bytes: smaller buffers glibc learns to keep, larger ones it maps anew each time
-_GROUP = 1 << 21  # elements of a group's widest buffer, of which there are four: 8 MiB each in float32
-Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], of the dtype of rows
+_LARGE = 1 << 25  # bytes: glibc maps larger buffers anew each time, and learns to keep smaller ones
+_GROUP = 1 << 21  # elements of a group's widest buffer: it has four, of 8 MiB each in float32
+Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], in the dtype of rows
 
 
 def pays(rows: Tensor, number: int, width: int) -> bool:
-    """Whether groups are faster for `number` rows of this width, of the dtype of rows.
+    """Whether groups of experts are faster than all at once, for `number` rows of `width` in the dtype of `rows`.
 
-    They are where the rows of all experts are a buffer that is faulted in page by page, each time. Smaller ones are
-    kept, or with some allocators all, and then what groups make again in the backward costs more than it saves.
+    They are faster if a buffer for all rows is so large that its pages are faulted in each time. The allocator keeps
+    smaller buffers, and some allocators keep all. Then computing again in the backward costs more than it saves.
     """
     return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE and _faulted_anew()
 
 
 @cache
 def _faulted_anew() -> bool:
-    """Whether a large buffer's pages go back to the kernel when it is freed; measured, as no allocator tells."""
-    if sys.platform == "win32":  # does not count page faults
+    """Whether the pages of a freed large buffer go back to the kernel. It is measured: allocators do not tell."""
+    if sys.platform == "win32":  # Windows does not count page faults
         return True
     import resource
 
     size, counts = _LARGE + _LARGE // 8, []
-    whose = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # this thread's where that can be told: Linux
+    whose = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)  # only Linux counts for each thread
     for _ in range(3):
         before = resource.getrusage(whose).ru_minflt
-        len(b"\1" * size)  # filled, then freed
+        len(b"\1" * size)  # fill a buffer, then free it
         counts.append(resource.getrusage(whose).ru_minflt - before)
     return min(counts) > size // resource.getpagesize() // 2
 
@@ -56,22 +56,22 @@ def _faulted_anew() -> bool:
 def perceptrons(
     x: Tensor, weight: Tensor, counts: Tensor, activation: str, ups: list[Layer], down: Layer, plan: Plan | None
 ) -> Tensor:
-    """Weighted rows [R, D] of rows x [R, D], or tokens of tokens with a `plan`; arguments as those of `fused`.
+    """Weighted output of all experts: rows [R, D] -> [R, D], or with a `plan` tokens [T, D] -> [T, D].
 
-    The router's weight multiplies the hidden row: W_down (w a) = w W_down a. With a `plan` the rows of a group are
-    gathered when it is its turn, and all [R, D] never exist.
+    Arguments are as in `fused`. The router's weight multiplies the hidden row: W_down (w a) = w W_down a. With a plan,
+    rows are gathered for one group at a time, so that the tensor of all rows [R, D] never exists.
     """
     if plan is not None:
         weight = encode_weight(weight, plan)
-        if plan.capacity is not None:  # its padding rows name no token
+        if plan.capacity is not None:  # padding rows belong to no token, and cannot be gathered
             return decode(perceptrons(encode(x, plan), weight, counts, activation, ups, down, None), plan)
     kind, tensors = ACTIVATIONS[activation], [tensor for layer in (down, *ups) for tensor in layer]
-    graph = torch.is_grad_enabled()  # asked here: inside, it never is
+    graph = torch.is_grad_enabled()  # asked here, because it is always off inside an autograd.Function
     return _Perceptrons.apply(x, weight, counts, kind, plan, graph, *tensors)  # pyright: ignore[reportReturnType]
 
 
 class Group(NamedTuple):
-    """Experts that lie side by side, and their rows."""
+    """Adjacent experts and their rows."""
 
     rows: slice
     experts: slice
@@ -79,7 +79,9 @@ class Group(NamedTuple):
 
 
 def groups(counts: Tensor, width: int, elements: int) -> list[Group]:
-    """All experts in order, as many to a group as have at most `elements` among rows of `width`, or one.
+    """Cut the experts into groups of adjacent ones, whose rows of `width` have at most `elements` elements together.
+
+    An expert with more elements is a group by itself.
 
     >>> [group.sizes for group in groups(torch.tensor([3, 0, 2, 9, 1]), width=4, elements=20)]
     [[3, 0, 2], [9], [1]]
@@ -99,13 +101,13 @@ class _Perceptrons(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, counts, kind, plan, graph, w_down, b_down, *up):
         kept, hidden_width = graph and any(ctx.needs_input_grad), w_down.shape[1]
-        turns = groups(counts, max(w_down.shape[1:]), _GROUP)
-        most = _most(turns)
+        all_groups = groups(counts, max(w_down.shape[1:]), _GROUP)
+        most = _most(all_groups)
         before = [rows.new_empty(len(weight) if kept else most, hidden_width) for _ in up[::2]]
         hidden = rows.new_empty(most, hidden_width, dtype=computed(rows))
-        out = _Out(rows, most, plan)
-        take = _taker(rows, most, plan)
-        for span, few, sizes in turns:
+        out = _Output(rows, most, plan)
+        take = _gatherer(rows, most, plan)
+        for span, few, sizes in all_groups:
             x, w = take(rows, span), weight[span].unsqueeze(1)
             h, us = hidden[: len(x)], [u[span] if kept else u[: len(x)] for u in before]
             for u, matrix, bias in zip(us, up[::2], up[1::2], strict=True):
@@ -121,32 +123,32 @@ class _Perceptrons(torch.autograd.Function):
                 for y_, w_, b in zip(y.split(sizes), w.split(sizes), b_down[few], strict=True):
                     y_.copy_(torch.addcmul(wide(y_), w_, wide(b)))
             out.add(span)
-        ctx.kind, ctx.plan, ctx.turns = kind, plan, turns
+        ctx.kind, ctx.plan, ctx.all_groups = kind, plan, all_groups
         ctx.save_for_backward(rows, weight, w_down, b_down, *up, *before)
         return out.done()
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, w_down, b_down, *rest = ctx.saved_tensors
-        number = len(rest) // 3  # of layers below the activation
+        number = len(rest) // 3  # layers before the activation: up, and gate if there is one
         up, before = rest[: 2 * number], rest[2 * number :]
         if torch.is_grad_enabled() or transformed(grad):
-            again = partial(_followed, ctx.kind, ctx.plan, ctx.turns)
+            again = partial(_differentiable, ctx.kind, ctx.plan, ctx.all_groups)
             needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[6:]
             to_rows, to_weight, *others = differentiated(again, [rows, weight, w_down, b_down, *up], needs, grad)
             return to_rows, to_weight, None, None, None, None, *others
-        most = _most(ctx.turns)
+        most = _most(ctx.all_groups)
         needs_rows, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        to_rows = _Out(rows, most, ctx.plan) if needs_rows else None
+        to_rows = _Output(rows, most, ctx.plan) if needs_rows else None
         to_weight = torch.zeros_like(weight)
         to_w_down, to_b_down, *to_up = (
             torch.empty_like(t) if need else None for t, need in zip((w_down, b_down, *up), needs, strict=True)
         )
         dtype = computed(rows)
         hidden, *slopes = (rows.new_empty(most, w_down.shape[1], dtype=dtype) for _ in range(1 + number))
-        take_x, take_y = _taker(rows, most, ctx.plan), _taker(rows, most, ctx.plan)
-        learns = any(t is not None for t in to_up[::2])  # frozen experts do not look at their rows again
-        for span, few, sizes in ctx.turns:
+        take_x, take_y = _gatherer(rows, most, ctx.plan), _gatherer(rows, most, ctx.plan)
+        learns = any(t is not None for t in to_up[::2])  # frozen experts do not need their rows again
+        for span, few, sizes in ctx.all_groups:
             y, w = take_y(grad, span), weight[span].unsqueeze(1)
             xs = take_x(rows, span).split(sizes) if learns else ()
             h, *dus = (t[: len(y)] for t in (hidden, *slopes))
@@ -182,18 +184,18 @@ class _Perceptrons(torch.autograd.Function):
         return to_rows and to_rows.done(), to_weight, None, None, None, None, to_w_down, to_b_down, *to_up
 
 
-def _followed(
+def _differentiable(
     kind: Activation,
     plan: Plan | None,
-    turns: list[Group],
+    all_groups: list[Group],
     rows: Tensor,
     weight: Tensor,
     w_down: Tensor,
     b_down: Tensor | None,
     *up: Any,
 ) -> Tensor:
-    """What `_Perceptrons` computes, an expert at a time, every operator differentiable."""
-    sizes = [size for group in turns for size in group.sizes]
+    """The same as `_Perceptrons`, one expert at a time and with differentiable operators."""
+    sizes = [size for group in all_groups for size in group.sizes]
     R, made = sum(sizes), []
     x = rows[:R] if plan is None else rows[plan.token[:R]]
     for e, (x_, w_) in enumerate(zip(x.split(sizes), weight[:R].unsqueeze(1).split(sizes), strict=True)):
@@ -210,43 +212,43 @@ def _linear(x: Tensor, expert: int, matrix: Tensor, bias: Tensor | None) -> Tens
     return y if bias is None else y + wide(bias[expert])
 
 
-class _Out:
-    """Where a group's rows [R, D] go: side by side, or with a plan into the sums of its tokens [T, D]."""
+class _Output:
+    """Output buffer for each group's rows: all rows [R, D], or with a plan the sums of each token's rows [T, D]."""
 
     def __init__(self, rows: Tensor, most: int, plan: Plan | None) -> None:
         self.plan, self.dtype = plan, rows.dtype
         if plan is None:
             self.rows = torch.empty_like(rows)
         else:
-            self.rows = rows.new_empty(most, rows.shape[1], dtype=computed(rows))  # of one group
+            self.rows = rows.new_empty(most, rows.shape[1], dtype=computed(rows))  # rows of one group
             self.sums = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def at(self, span: slice) -> Tensor:
-        """The place to write rows to."""
+        """The buffer to write a group's rows to."""
         return self.rows[span] if self.plan is None else self.rows[: span.stop - span.start]
 
     def add(self, span: slice) -> None:
-        """They are written: a token's rows are added up in the order of the experts."""
+        """Call it when a group's rows are written. A token's rows are added up in the order of the experts."""
         if self.plan is not None:
             self.sums.index_add_(0, self.plan.token[span], wide(self.at(span)))
 
     def done(self) -> Tensor:
-        """[R, D], or [T, D]."""
+        """The output, [R, D] or [T, D]."""
         return self.rows if self.plan is None else self.sums.to(self.dtype)
 
 
 def products(a: Iterable[Tensor], b: Iterable[Tensor], out: Iterable[Tensor], add: bool = False) -> None:
-    """`mm` of each expert; an expert without rows has a product of zeros."""
+    """Matrix product `mm` for each expert. A product over no rows is zeros."""
     for a_, b_, out_ in zip(a, b, out, strict=True):
         mm(a_, b_, out=out_, add=add)
 
 
-def _most(turns: list[Group]) -> int:
-    return max((group.rows.stop - group.rows.start for group in turns), default=0)
+def _most(all_groups: list[Group]) -> int:
+    return max((group.rows.stop - group.rows.start for group in all_groups), default=0)
 
 
-def _taker(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
-    """A function of rows and a span, one group's rows, good until its next call: with a plan they share memory."""
+def _gatherer(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slice], Tensor]:
+    """A function (rows, span) -> the rows of one group. With a plan, the next call overwrites the result."""
     dtype = computed(rows)
     if plan is None:
         return lambda rows, span: rows[span].to(dtype)
@@ -259,5 +261,5 @@ def _taker(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, slic
 
 
 def _in_place(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """`kind` without a tensor for the product; in a forward that keeps no graph."""
+    """Apply an activation, with the product in place. Only for a forward without a graph."""
     return kind(up) if gate is None else kind.act.value(gate).mul_(kind.factor(up))

@@ -1,4 +1,4 @@
-"""Feed-forward experts: two-layer perceptrons, plain or gated, and what computes them."""
+"""Feed-forward experts: two-layer perceptrons, plain or gated, with a choice of kernels."""
 
 from __future__ import annotations
 
@@ -22,20 +22,30 @@ from .triton_path import KERNELS, check_triton, fused
 
 
 class FeedForwardExperts(Experts):
-    """Two-layer perceptrons: W_down act(W_up x), or gated, W_down (act(W_gate x) * W_up x).
+    """Feed-forward experts: W_down act(W_up x), or gated W_down (act(W_gate x) * W_up x).
 
-    `w_up` and `w_gate` are [E, D, H], `w_down` [E, H, D]; with `bias`, `b_up` and `b_gate` [E, H],
-    `b_down` [E, D]. The gate's weight multiplies the hidden row or the output, whichever is narrower:
+    `w_up` and `w_gate` are [E, D, H], and `w_down` is [E, H, D]. With `bias`, `b_up` and `b_gate` are [E, H], and
+    `b_down` is [E, D]. The router's weight w multiplies the hidden row a or the output, whichever is narrower:
     W_down (w a) = w W_down a.
 
-    `kernel`, which may be set at any time, says what computes them: ``"torch"``, its grouped matrix product;
-    ``"triton"``, `fused`, which reads tokens where they lie and keeps less for the backward (CUDA; not run on
-    a GPU yet); ``"auto"``, which is "torch". `autotune` measures, and sets the faster.
+    `kernel` chooses the implementation, and may be set at any time. ``"torch"`` is torch's grouped GEMM. ``"triton"``
+    reads tokens without a copy and saves less for backward (`fused`; CUDA, not run on a GPU yet). ``"auto"``, the
+    default, is "torch". `autotune` measures both and sets the faster one.
 
     Args:
-        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (squared, arXiv:2109.08668); or
-            gated (arXiv:2002.05202), ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``, ``"clamped_swiglu"``
-            (gpt-oss, arXiv:2508.10925). The table is `ACTIVATIONS` in `moe/experts/activation.py`.
+        dim: model width D.
+        hidden: hidden width H of each expert.
+        num_experts: number of experts E, on all ranks together.
+        activation: name in `ACTIVATIONS`. Plain ones are ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` and
+            ``"relu2"`` (squared, arXiv:2109.08668). Gated ones are ``"swiglu"`` (the default), ``"geglu"``,
+            ``"geglu_tanh"``, ``"reglu"`` (arXiv:2002.05202) and ``"clamped_swiglu"`` (gpt-oss, arXiv:2508.10925).
+        bias: whether the layers have biases; False by default.
+        seed: seed of the initial values, the same on all ranks; 0 by default.
+
+    >>> experts = FeedForwardExperts(dim=4, hidden=8, num_experts=2)
+    >>> rows, weight = torch.randn(3, 4), torch.ones(3)
+    >>> experts(rows, weight, counts=torch.tensor([1, 2])).shape  # one row of expert 0, two rows of expert 1
+    torch.Size([3, 4])
     """
 
     def __init__(
@@ -57,7 +67,7 @@ class FeedForwardExperts(Experts):
 
     @property
     def kernel(self) -> str:
-        """What computes the experts."""
+        """Implementation of the experts: ``"auto"``, ``"torch"`` or ``"triton"``."""
         return self._kernel
 
     @kernel.setter
@@ -78,7 +88,7 @@ class FeedForwardExperts(Experts):
             raise ValueError('kernel="triton" takes no experts in 4 bits: set kernel="torch"')
 
     def split_axes(self) -> dict[str, int]:
-        """The hidden width; of `b_down`, the output's: each part adds its own piece."""
+        """See `Experts.split_axes`: the hidden axis. For `b_down` it is the output, and each part adds its piece."""
         if self.in_four_bits:
             raise ValueError("experts in 4 bits cannot be split inside: take etp=1")
         if self.adapts:
@@ -92,11 +102,11 @@ class FeedForwardExperts(Experts):
 
     @property
     def gathers(self) -> bool:
-        """Tokens are as good as rows, unless their weight comes first, or a graph recomputes: it takes no plan."""
+        """Whether `forward` takes `Tokens`: not if weights multiply inputs, nor in compiled recomputation."""
         return self._weight_on == "output" and not (self.recompute and torch.compiler.is_compiling())
 
     def forward(self, rows: Tensor | Tokens, weight: Tensor, counts: Tensor) -> Tensor:
-        """See `Experts.forward`; of `Tokens` [T, D] with their weight [T, k] -> tokens [T, D]."""
+        """See `Experts.forward`. It also takes `Tokens` [T, D] with weight [T, k], and then returns tokens [T, D]."""
         x, plan = rows if isinstance(rows, Tokens) else (rows, None)
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         if self._kernel == "triton":
@@ -123,7 +133,7 @@ class FeedForwardExperts(Experts):
         down: Layer,
         plan: Plan | None,
     ) -> Tensor:
-        """One grouped matrix product a layer; arguments as those of `fused`. Empty experts cost nothing."""
+        """All experts with one grouped GEMM for each layer. Arguments are as in `fused`."""
         rows, ends = x if plan is None else encode(x, plan), counts.cumsum(0).to(torch.int32)
         product = grouped_product(rows, down[0], *(matrix for matrix, _ in ups))
 
@@ -142,14 +152,14 @@ class FeedForwardExperts(Experts):
         return rows if plan is None else decode(rows, plan)
 
     def _layer(self, name: str, x: Tensor) -> Layer:
-        """Weight [L, in, out] and bias [L, out] of the layer `name`, as they lie here and in the dtype of x."""
+        """This rank's weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of x."""
         matrix = getattr(self, f"w_{name}")
         weight: Any = matrix.held if isinstance(matrix, FourBitMatrix) else local_as(matrix, x)
         if not self.bias:
             return weight, None
         whole = getattr(self, f"b_{name}")
         bias = local_as(whole, x)
-        if bias.shape[1] < weight.shape[2]:  # of experts split inside, this rank's part
+        if bias.shape[1] < weight.shape[2]:  # expert tensor parallelism: this rank's piece of `b_down`, then zeros
             held = held_slice(whole)[1]
             bias = F.pad(bias, (held.start, weight.shape[2] - held.stop))
         return weight, bias
@@ -164,5 +174,5 @@ class FeedForwardExperts(Experts):
         return initial
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Text that ``print(model)`` shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"

@@ -1,4 +1,4 @@
-"""One matrix product per expert, over rows that lie sorted by expert."""
+"""Grouped GEMM: each expert's matrix times its rows, which are sorted by expert, and grouped biases."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ Product = Callable[[Tensor, Any, Tensor], Tensor]  # rows, weight, ends, as of `
 
 
 def grouped_mm(rows: Tensor, weight: Any, ends: Tensor) -> Tensor:
-    """rows [R, D] x weight [L, D, H] -> [R, H]: rows ends[e-1]..ends[e] are multiplied by weight[e].
+    """Grouped GEMM: rows [R, D] x weight [L, D, H] -> [R, H]. Rows ends[e-1]..ends[e] are multiplied by weight[e].
 
-    Rows past ends[-1] belong to nobody: what stands there afterwards, here and in the gradient of
-    `rows`, is undefined. An expert without rows gets a gradient of zeros.
+    Rows past ends[-1] are padding. The result and the gradient of `rows` are undefined there. An expert without rows
+    gets a gradient of zeros.
 
     Args:
-        rows, weight: of one floating dtype; or `weight` in 4 bits (`FourBit`), frozen.
-        ends: int32 [L], where each expert's rows end.
+        rows: rows sorted by expert, [R, D].
+        weight: one matrix for each expert, [L, D, H], in the dtype of `rows`; or a `FourBit`, which is frozen.
+        ends: index after the last row of each expert, int32 [L].
+
+    >>> weight = torch.stack([torch.eye(2), 10 * torch.eye(2)])
+    >>> grouped_mm(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), weight, torch.tensor([1, 2], dtype=torch.int32)).tolist()
+    [[1.0, 2.0], [30.0, 40.0]]
     """
     return grouped_product(rows, weight)(rows, weight, ends)
 
 
 def grouped_product(rows: Tensor, *weights: Any) -> Product:
-    """What computes `grouped_mm` for rows of this dtype and each of these weights, on their device."""
+    """The implementation of `grouped_mm` for the dtype and device of `rows` and the layouts of `weights`."""
     if not isinstance(weights[0], Tensor):
         return weights[0].product()  # all are in 4 bits
     if transformed():
@@ -40,9 +45,10 @@ def grouped_product(rows: Tensor, *weights: Any) -> Product:
 
 
 def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
-    """bias [L, H] -> [rows, H], each row its expert's bias; `ends` as in `grouped_mm`, past ends[-1] undefined.
+    """The bias of each row's expert: bias [L, H] -> [rows, H]. `ends` is as in `grouped_mm`.
 
-    The gradient of an expert's bias is the sum over its rows in float32 or wider, in a fixed order, rounded once.
+    Rows past ends[-1] are undefined. The gradient of an expert's bias is the sum over its rows, in float32 or float64,
+    in a fixed order and rounded once.
     """
     if transformed():
         return bias[_owners(ends, rows)]
@@ -50,7 +56,7 @@ def grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
 
 
 def _owners(ends: Tensor, rows: int) -> Tensor:
-    """The expert of each row, int64 [rows]; of rows past ends[-1] the last one."""
+    """The expert of each row, int64 [rows]. Rows past ends[-1] get the last expert."""
     row = torch.arange(rows, device=ends.device, dtype=ends.dtype)
     return torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
 
@@ -63,10 +69,15 @@ def grouped_linear(
     weight: Tensor | None = None,
     product: Product = grouped_mm,
 ) -> Tensor:
-    """One layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
+    """One linear layer of all experts: rows [R, in] x matrix [L, in, out] + bias [L, out] -> [R, out].
 
-    `ends` as in `grouped_mm`. Rows that are weighted already, with weight [R], want their bias weighted as well.
-    `product`: what multiplies, where that is chosen already (`grouped_product`).
+    Args:
+        rows, ends: see `grouped_mm`.
+        matrix: [L, in, out].
+        bias: [L, out], or None.
+        weight: router's weight [R] that `rows` were multiplied by, so that the bias must be as well. None, the
+            default, for rows without weight.
+        product: implementation that `grouped_product` chose; `grouped_mm` by default.
     """
     y = product(rows, matrix, ends)
     if bias is None:
@@ -77,69 +88,69 @@ def grouped_linear(
 
 
 def fits_torch(rows: Tensor, weight: Tensor) -> bool:
-    """What F.grouped_mm takes: no float64, 16-byte strides, on CUDA up to 1023 matrices; compiled, bfloat16 only."""
+    """Whether F.grouped_mm takes these: no float64, 16-byte strides, 1023 matrices on CUDA, compiled only bfloat16."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
     if rows.is_cuda and len(weight) > 1023:
         return False
     size = rows.element_size()
-    if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and of the result, 1 included
+    if any(s * size % 16 for s in weight.shape[1:]):  # strides of rows and result, also for axes of size 1
         return False
     return all(s == 1 or s * size % 16 == 0 for s in weight.stride())
 
 
-@torch.compiler.allow_in_graph  # dynamo warns of its own way to trace an autograd.Function
+@torch.compiler.allow_in_graph  # otherwise dynamo traces the autograd.Function and warns
 def _torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _DenseGradient.apply(F.grouped_mm(rows, weight, offs=ends))  # pyright: ignore[reportReturnType]
 
 
 class _DenseGradient(torch.autograd.Function):
-    """torch's grouped_mm refuses the expanded gradient that ``y.sum().backward()`` sends."""
+    """Makes the gradient contiguous: torch's grouped_mm refuses the expanded one of ``y.sum().backward()``."""
 
     @staticmethod
     def forward(ctx, y):
-        return y.detach()  # not a view: FSDP2 warns of experts that return one
+        return y.detach()  # not a view, because FSDP2 warns about modules that return one
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # of nothing, any strides count as dense
+        # contiguous() would return an empty tensor as it is, with any strides
         return grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """The product of two matrices into `out`, or with `add` out plus it; of dtype `computed`, or of one to round to."""
+    """Write the product of two matrices to `out`, or with `add` add it. It is computed in dtype ``computed(out)``."""
     dtype = computed(out)
     if not a.dtype == b.dtype == out.dtype == dtype:
         y = out if out.dtype == dtype else out.to(dtype) if add else torch.empty_like(out, dtype=dtype)
         mm(a.to(dtype), b.to(dtype), y, add)
         if y is not out:
             out.copy_(y)
-    elif add:  # with `out` autocast leaves both alone
+    elif add:  # autocast does not change operators with `out`
         torch.addmm(out, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
 
 
 def computed(x: Tensor) -> torch.dtype:
-    """The dtype in which to multiply matrices of x's dtype: float32 where a CPU has no products of half precision."""
+    """The dtype in which to multiply matrices like x: its own, or float32 on a CPU without half-precision products."""
     half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and _emulated(x.dtype) else x.dtype
 
 
 @torch.compiler.assume_constant_result
 def _emulated(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no products of a half precision; torch's then take 4 to 90 times as long as in float32."""
+    """Whether this CPU has no products of a half precision. torch then takes 4 to 90 times as long as in float32."""
     return not has_half_products(dtype)
 
 
 def one_by_one(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm`, every operator differentiable in every mode."""
+    """`grouped_mm` with operators that `torch.func` transforms and forward mode can differentiate."""
     *products, stop = *(rows[span] @ weight[e] for e, span in spans(ends)), int(ends[-1])
     return torch.cat([*products, rows.new_zeros(len(rows) - stop, weight.shape[2])])
 
 
 def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert and its rows."""
+    """Each expert with the slice of its rows."""
     stops = ends.tolist()
     return enumerate(map(slice, [0, *stops], stops))
 
@@ -154,7 +165,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """The weight's gradient: rows [R, D], grad [R, H] -> [L, D, H]."""
+    """Gradient of the weight: rows [R, D], grad [R, H] -> [L, D, H]."""
     y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
     for e, span in spans(ends):
         mm(rows[span].T, grad[span], out=y[e])
@@ -168,7 +179,7 @@ def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
 
 @torch.library.custom_op("turnout::grouped_sum", mutates_args=())
 def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
-    """The bias's gradient: rows [R, H] -> [L, H], the sum of each expert's rows."""
+    """Gradient of the bias, the sum of each expert's rows: [R, H] -> [L, H]."""
     return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)
 
 
@@ -180,13 +191,13 @@ def _sum_of_spans(rows: Tensor, ends: Tensor) -> Tensor:
 
 
 def _sum_of_segments(rows: Tensor, ends: Tensor) -> Tensor:
-    """Without asking the host how many rows an expert has; on a CPU it is slow."""
+    """Sum of each expert's rows without a host sync. It is slow on a CPU."""
     lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
     return torch.segment_reduce(wide(rows), "sum", lengths=lengths, unsafe=True).to(rows.dtype)
 
 
 def sum_rows(rows: Tensor, out: Tensor) -> None:
-    """The sum of rows [n, H] into `out` [H], in float32 or wider: in half precision a sum of many stands still."""
+    """Write the sum of rows [n, H] to `out` [H], in float32 or float64: long half-precision sums stop growing."""
     out.copy_(rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)))
 
 
@@ -212,7 +223,7 @@ def _(rows: Tensor, ends: Tensor) -> Tensor:
 
 def _save_inputs(ctx, inputs, output) -> None:
     a, b, ends = inputs
-    needs_a, needs_b, *_ = ctx.needs_input_grad  # the gradient of each takes the other: frozen experts let rows go
+    needs_a, needs_b, *_ = ctx.needs_input_grad  # each gradient needs the other input: frozen experts save no rows
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, ends)
 
 
@@ -231,17 +242,17 @@ def _weight_backward(ctx, grad: Tensor):
     return to_rows, to_grad, None
 
 
-def _keep_ends(ctx, inputs, output) -> None:
+def _save_ends(ctx, inputs, output) -> None:
     first, ends, *_ = inputs
-    ctx.rows = len(first)  # of `_grouped_sum`
+    ctx.rows = len(first)  # used for `_grouped_sum`
     ctx.save_for_backward(ends)
 
 
 _grouped_mm.register_autograd(_backward, setup_context=_save_inputs)
 _grouped_mm_weight.register_autograd(_weight_backward, setup_context=_save_inputs)
 _grouped_bias.register_autograd(
-    lambda ctx, grad: (_grouped_sum(grad.contiguous(), *ctx.saved_tensors), None, None), setup_context=_keep_ends
+    lambda ctx, grad: (_grouped_sum(grad.contiguous(), *ctx.saved_tensors), None, None), setup_context=_save_ends
 )
 _grouped_sum.register_autograd(
-    lambda ctx, grad: (_grouped_bias(grad.contiguous(), *ctx.saved_tensors, ctx.rows), None), setup_context=_keep_ends
+    lambda ctx, grad: (_grouped_bias(grad.contiguous(), *ctx.saved_tensors, ctx.rows), None), setup_context=_save_ends
 )

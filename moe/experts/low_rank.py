@@ -1,4 +1,4 @@
-"""A product of two thin matrices beside a frozen one."""
+"""Low-rank adapter (LoRA) of a weight matrix, plain or stacked over experts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from .sharded import held_slice, local, seeded
 
 
 class LowRank(nn.Module):
-    """x W becomes x W + scale (x A) B^T, W being frozen (LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """LoRA adapter of a frozen matrix W: x W becomes x W + scale (x A) B^T.
 
-    `a` [in, r] is drawn evenly within 1 / sqrt(in), `b` [out, r] is 0 at first. Beside matrices stacked over experts
-    both are stacked as well, and DTensors where those are: expert e starts alike at every world size.
+    `a` [in, r] starts uniform within 1 / sqrt(in), and `b` [out, r] starts at zero. If W is stacked over experts, both
+    are stacked as well, and they are DTensors where W is one. Expert e has the same initial values at every world size.
 
     Args:
         matrix: W, [in, out] or [E, in, out]; the second may be in 4 bits.
-        transposed: it is stored as [out, in].
-        rank, scale: r, and what the product is multiplied by.
-        seed, name: `a` is drawn by them; equal on all ranks.
+        transposed: whether W is stored as [out, in].
+        rank: rank r of the adapter.
+        scale: factor of the low-rank product.
+        seed, name: seed of the initial values of `a`, and a name that makes them differ between matrices. Both must be
+            the same on all ranks.
 
     Attributes:
-        active: the product is computed beside W; False while it is switched off, or another adapter is in use.
-        merged: the product is part of W now, and not computed beside it.
+        active: whether the product is computed; False while it is switched off, or another adapter is in use.
+        merged: whether W contains the product, so that it is not computed separately.
+
+    References:
+        LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
 
     def __init__(self, matrix: Matrix, transposed: bool, rank: int, scale: float, seed: int, name: str) -> None:
@@ -41,7 +46,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw `a`, and make `b` zero."""
+        """Initialise `a`, set `b` to zero, and forget a merge."""
         if self.a.is_meta:
             return
         self.merged = False
@@ -54,14 +59,14 @@ class LowRank(nn.Module):
             a.copy_(drawn[held[-2:]])
 
     def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """y = x W -> x W + scale (x A) B^T, by a `product` of rows and a matrix."""
+        """Add the adapter's output to y = x W. `product` multiplies rows by a matrix (plain or grouped)."""
         if self.merged or not self.active:
             return y
         return y + product(product(x, local(self.a)) * self.scale, local(self.b).mT)
 
     @torch.no_grad()
     def merge(self, matrix: Tensor, sign: int) -> None:
-        """Add the product to the matrix, or with `sign` -1 take it out; one expert at a time, rounded once."""
+        """Add the low-rank product to `matrix`, or subtract it if `sign` is -1. Each expert is rounded once."""
         each = (local(t) if t.ndim == 3 else local(t).unsqueeze(0) for t in (matrix, self.a, self.b))
         for w, a, b in zip(*each, strict=True):
             change = wide(a) @ wide(b).T * (sign * self.scale)
@@ -69,12 +74,12 @@ class LowRank(nn.Module):
         self.merged = sign > 0
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Text that ``print(model)`` shows."""
         return f"rank={self.b.shape[-1]}, scale={self.scale}{', merged' if self.merged else ''}"
 
 
 def _like(matrix: Matrix, shape: tuple[int, int]) -> Tensor:
-    """Empty, one for each matrix of a stack, where that lies; float32 or wider: it is small, and trained."""
+    """Empty tensor of `shape` for each matrix of a stack, with the same placement, in float32 or float64 to train."""
     if isinstance(matrix, FourBitMatrix):
         where, stack = matrix.absmax, local(matrix.absmax).shape[:1]
     else:

@@ -1,4 +1,4 @@
-"""Experts that are modules of any kind, run one after the other."""
+"""Experts made of arbitrary modules, which run one after the other."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from .sharded import local, seeded
 
 
 class ModuleExperts(Experts):
-    """Experts of any kind: what ``factory()`` returns, [n, D] -> [n, D], run once per expert that has rows.
+    """Experts made by a factory of modules [n, D] -> [n, D]. Each expert that has rows runs once.
 
-    The factory is called once for each expert and once more. All experts are run as one module, `module`, which holds
-    their parameters and buffers stacked. So these alone may differ from expert to expert, and only in their values.
-    Buffers that are not persistent are made anew when a state is loaded. The number of rows of each expert is read by
-    the host.
+    The factory is called once for each expert, and once more. One module, `module`, runs all experts and holds their
+    parameters and buffers stacked. So experts may differ only in the values of parameters and buffers. Buffers that
+    are not persistent are computed again when a state dict is loaded. The host waits for the number of rows of each
+    expert.
+
+    Args:
+        factory: function without arguments that returns a new module.
+        num_experts: number of experts E, on all ranks together.
+        seed: seed of the initial values, the same on all ranks; 0 by default.
 
     Raises:
-        ValueError: the factory makes modules that differ in more: in class, in an activation, in an attribute such as
-            dropout's p; or it returns the same module twice.
+        ValueError: modules that differ in more than values, such as their class, an activation, or dropout's p. Also
+            modules that are the same object, that have no parameters, or that tie parameters.
+
+    >>> experts = ModuleExperts(lambda: nn.Linear(4, 4), num_experts=2)
+    >>> experts(torch.randn(3, 4), torch.ones(3), counts=torch.tensor([1, 2])).shape
+    torch.Size([3, 4])
     """
 
     _made = False
@@ -34,7 +43,9 @@ class ModuleExperts(Experts):
         self.factory = factory
         self.module = self._build(seed)
         if len(list(self.module.named_parameters())) < len(list(self.module.named_parameters(remove_duplicate=False))):
-            raise ValueError(f"{type(self.module).__name__} ties parameters to each other; experts cannot")
+            raise ValueError(
+                f"{type(self.module).__name__} ties parameters to each other, which experts cannot: give each its own"
+            )
         for module in self.module.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 empty = p.new_empty(num_experts, *p.shape)
@@ -42,8 +53,10 @@ class ModuleExperts(Experts):
             for name, b in list(module.named_buffers(recurse=False)):
                 setattr(module, name, b.new_empty(num_experts, *b.shape))
         if next(self.module.parameters(), None) is None:
-            raise ValueError(f"an expert needs parameters, and {type(self.module).__name__} has none")
-        if any(t.is_meta for t in [*self.parameters(), *self.buffers()]):  # nothing to initialise, but to compare
+            raise ValueError(
+                f"an expert needs parameters, and {type(self.module).__name__} has none: use free experts instead"
+            )
+        if any(t.is_meta for t in [*self.parameters(), *self.buffers()]):  # only compare the factory's modules
             for expert in range(num_experts):
                 self._initial(seeded(seed, f"{expert}"))
         self.reset_parameters()
@@ -57,18 +70,19 @@ class ModuleExperts(Experts):
         each = {name: local(t).unbind(0) for name, t in stacked.items()}  # t[e] would make full-size gradients
         blocks = rows[: sum(sizes)].split(sizes)
         out = [self._run(each, e, block) for e, block in enumerate(blocks) if len(block)]
-        out.append(rows[sum(sizes) :])  # rows of nobody
+        out.append(rows[sum(sizes) :])  # padding rows past `counts.sum()`
         y = (torch.cat(out) * weight.unsqueeze(1)).to(rows.dtype)
         if any(sizes):
             return y
-        # Nothing ran: the parameters take part all the same, with gradients of zero.
+        # No expert ran. Parameters still need a gradient of zeros, as on ranks where one ran.
         return y + sum((local(p).flatten()[:0].sum() for p in self.module.parameters()), y.new_zeros(()))
 
     def _run(self, each: dict[str, tuple[Tensor, ...]], place: int, block: Tensor) -> Tensor:
         y = functional_call(self.module, {name: tensors[place] for name, tensors in each.items()}, (block,))
         if y.shape != block.shape:
             raise ValueError(
-                f"an expert must return the shape it is given: {tuple(block.shape)} became {tuple(y.shape)}"
+                f"an expert must return the shape of its input, {tuple(block.shape)}; "
+                f"{type(self.module).__name__} returned {tuple(y.shape)}"
             )
         return y
 
@@ -89,22 +103,24 @@ class ModuleExperts(Experts):
         ours = {part for part in self.module.modules() if part._parameters or part._buffers}
         if twice := ours.intersection(module.modules()):
             kind = type(twice.pop()).__name__
-            raise ValueError(f"the factory put the same {kind} into two experts: let it make a new one for each")
+            raise ValueError(f"the factory put the same {kind} into two experts: make a new one in each call")
         stacked = dict(self.module.named_parameters())
         for name, p in module.named_parameters():
             if name in stacked and p.shape != stacked[name].shape[1:]:
                 shapes = f"{tuple(stacked[name].shape[1:])} and {tuple(p.shape)}"
-                raise ValueError(f"experts must be of one shape; {name} is {shapes} in different ones")
+                raise ValueError(
+                    f"experts must have one shape, but {name} is {shapes} in two of them: build all with the same sizes"
+                )
         if found := difference(self.module, module):
             raise ValueError(
-                f"experts must be of one kind; {found} in different ones. Let the factory make modules that differ in "
-                "the values of parameters and buffers alone, or write Experts of your own"
+                f"experts must be of one kind, but {found} in two of them: make modules that differ only in the values "
+                "of parameters and buffers, or write your own Experts"
             )
 
 
 @torch.no_grad()
 def _rebuild_buffers(experts: ModuleExperts, _: Any) -> None:
-    """Compute again what no state dict has, such as tables of positions: after `to_empty` it may be anything."""
+    """Compute non-persistent buffers again, such as tables of positions: no state dict has them."""
     like, tables = next(experts.parameters()), {}
     for name, module in experts.named_modules():
         for own in module._non_persistent_buffers_set:

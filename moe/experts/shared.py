@@ -1,4 +1,4 @@
-"""Experts that every token visits, beside the routed ones."""
+"""Shared experts, which every token visits beside its routed ones, and residual MoE."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from .activation import ACTIVATIONS
 
 
 class FeedForward(nn.Module):
-    """A dense perceptron of the experts' kind: W_down act(W_up x), or W_down (act(W_gate x) * W_up x).
+    """Dense feed-forward block with an experts' activation: W_down act(W_up x), or W_down (act(W_gate x) * W_up x).
 
-    x [..., D] -> [..., D]. n shared experts of width H are one of width n*H (DeepSeekMoE,
-    arXiv:2401.06066).
+    As shared experts, n of hidden width H are one block of hidden width n H (DeepSeekMoE, arXiv:2401.06066).
+
+    Args:
+        dim: model width D.
+        hidden: hidden width.
+        activation: name in `ACTIVATIONS`; ``"swiglu"`` by default.
+        bias: whether the layers have biases; False by default.
     """
 
     def __init__(self, dim: int, hidden: int, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        self.activation = activation  # its name: a pickle has no lambdas
+        self.activation = activation  # the name, because lambdas cannot be pickled
         self.up = nn.Linear(dim, hidden, bias)
         self.gate = nn.Linear(dim, hidden, bias) if ACTIVATIONS[activation].gated else None
         self.down = nn.Linear(hidden, dim, bias)
 
     @property
     def act(self) -> Callable[[Tensor], Tensor]:
-        """What is applied to `up`, or if there is a gate to `gate`."""
+        """The function that is applied to the gate projection, or without one to the up projection."""
         return ACTIVATIONS[self.activation].act.value
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,25 +43,32 @@ class FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class Residual:
-    """Weighs shared experts against the routed ones, token by token, in place of adding them: ``shared=Residual(1)``.
+    """Residual MoE: each token weighs shared against routed experts, instead of adding them up.
 
-    This is the form that DeepSpeed gives to residual MoE (PR-MoE, Rajbhandari et al., arXiv:2201.05596). Plain
-    ``shared=1`` with ``top_k=1`` is the paper's own, a sum. The layer makes a `ResidualExperts` of it.
+    DeepSpeed implements residual MoE in this form. The paper's own form is a plain sum: ``shared=1`` with ``top_k=1``.
 
     Args:
-        shared: number of shared experts, 1 or more, or a module [T, D] -> [T, D] that stands for them.
+        shared: number of shared experts, 1 or more, or a module [T, D] -> [T, D] that replaces them.
+
+    References:
+        PR-MoE: Rajbhandari et al. 2022, arXiv:2201.05596.
+
+    >>> from turnout.moe import MoE
+    >>> layer = MoE(dim=4, hidden=8, num_experts=2, top_k=1, shared=Residual(1))
+    >>> layer(torch.randn(3, 4)).shape
+    torch.Size([3, 4])
     """
 
     shared: int | nn.Module
 
 
 class ResidualExperts(nn.Module):
-    """A dense branch weighed against the routed experts: c_1 routed + c_2 branch(x).
+    """Residual MoE of a layer: c_1 routed + c_2 branch(x), with (c_1, c_2) = softmax(W x + b) for each token.
 
-    (c_1, c_2) = softmax(W x + b) with learned W [2, D] and b, computed in float32 or wider.
+    W [2, D] and b are learned. The softmax is computed in float32 or float64.
 
     Args:
-        branch: [T, D] -> [T, D].
+        branch: module [T, D] -> [T, D] that every token visits.
         dim: model width D.
     """
 
@@ -65,13 +77,13 @@ class ResidualExperts(nn.Module):
         self.branch, self.coefficient = branch, nn.Linear(dim, 2)
 
     def forward(self, x: Tensor, routed: Tensor) -> Tensor:
-        """Tokens x [T, D] and what their experts made of them, [T, D] -> [T, D]."""
+        """Combine the branch with the outputs of the routed experts: x [T, D], routed [T, D] -> [T, D]."""
         share = projected(x, self.coefficient.weight, self.coefficient.bias).softmax(-1)  # [T, 2]
         return (share[:, :1] * routed + share[:, 1:] * self.branch(x)).to(routed.dtype)
 
 
 class Sum(nn.Module):
-    """The sum of modules that all see the same input: shared experts built by a factory."""
+    """Shared experts made by a factory: the sum of their outputs for the same input."""
 
     def __init__(self, factory: Callable[[], nn.Module], number: int) -> None:
         super().__init__()

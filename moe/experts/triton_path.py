@@ -1,4 +1,4 @@
-"""Perceptrons of all experts as one operator on Triton's kernels: from tokens to tokens, or from rows to rows."""
+"""Feed-forward experts as one operator on Triton kernels, from tokens to tokens or from rows to rows."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ def fused(
     down: Layer,
     plan: Plan | None = None,
 ) -> Tensor:
-    """weight * (W_down act(W_up x + b_up) + b_down) of each row's expert, for rows sorted by expert.
+    """Weighted output of each row's expert, weight * (W_down act(W_up x + b_up) + b_down), with Triton kernels.
 
-    For the backward x, the rows' values before the activation and nothing else is kept; hidden rows are computed
-    again there, from those values (SonicMoE, arXiv:2512.14080).
+    Only x and the inputs of the activation are saved for backward, which computes hidden rows again (SonicMoE,
+    arXiv:2512.14080).
 
     Args:
-        x: rows [R, D] -> weighted rows [R, D]. With a `plan` tokens [T, D] -> [T, D], each the sum of its rows, and
-            no row of x or of the gradient is copied on the way. float32, bfloat16 or float16, as the layers.
-        weight: [R], the gate's weight of each row; with a `plan` [T, k].
-        counts: int64 [L], rows of each expert; rows past their sum come back undefined.
-        activation: a name in `ACTIVATIONS`.
-        ups: one layer, or if gated up and gate: each a matrix [L, D, H] and a bias [L, H], which may be None.
-        down: [L, H, D] and [L, D].
+        x: rows sorted by expert [R, D], or tokens [T, D] with a `plan`. float32, bfloat16 or float16, as the layers.
+        weight: router's weight of each row [R], or of each choice [T, k] with a `plan`.
+        counts: number of rows of each expert, int64 [L].
+        activation: name in `ACTIVATIONS`.
+        ups: the up projection, or if gated up and gate projections. Each is a matrix [L, D, H] and a bias [L, H] or
+            None.
+        down: the down projection, a matrix [L, H, D] and a bias [L, D] or None.
+        plan: plan of the tokens. Rows are then read from x without a copy. None, the default, for rows.
+
+    Returns:
+        Weighted rows [R, D], undefined past ``counts.sum()``. With a `plan`, the sum of each token's rows [T, D].
     """
     weight = weight if plan is None else encode_weight(weight, plan)
     (w_up, b_up), (w_gate, b_gate) = ups if len(ups) == 2 else (*ups, (None, None))
@@ -49,11 +53,11 @@ def fused(
 
 
 def check_triton(x: Tensor, activation: str) -> None:
-    """Raise what is wrong with Triton for rows like `x` and this activation, and what to do."""
+    """Raise an error unless Triton kernels can compute rows like `x` with this activation."""
     if not ACTIVATIONS[activation].triton:
         raise ValueError(f'kernel="triton" has no activation {activation!r} (cuda/activations.py): set kernel="torch"')
     if transformed():
-        raise NotImplementedError('kernel="triton" has no part in torch.func and forward mode: set kernel="torch"')
+        raise NotImplementedError('kernel="triton" works in neither torch.func nor forward mode: set kernel="torch"')
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
     if x.is_meta or torch.compiler.is_compiling():
@@ -64,7 +68,7 @@ def check_triton(x: Tensor, activation: str) -> None:
         from ...cuda.grouped import interpreted
 
         if not interpreted():
-            raise ValueError(f'kernel="triton" is for CUDA devices; the rows are on {x.device}: set kernel="torch"')
+            raise ValueError(f'kernel="triton" is for CUDA devices, but rows are on {x.device}: set kernel="torch"')
 
 
 @torch.library.custom_op("turnout::experts", mutates_args=())
@@ -88,7 +92,7 @@ def _experts(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
         rows = grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
-        return _home(rows, token, slot), up, gate
+        return _unpermuted(rows, token, slot), up, gate
 
 
 @torch.library.custom_op("turnout::experts_backward", mutates_args=())
@@ -108,7 +112,10 @@ def _experts_backward(
     activation: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down; empty where not `wanted`: x, w, b."""
+    """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down.
+
+    `wanted` says whether x, the matrices, and the biases need theirs. The others are empty.
+    """
     from ...cuda import grouped
 
     to_x, to_weights, to_biases = wanted
@@ -118,7 +125,7 @@ def _experts_backward(
         out = [x.new_empty(0) for _ in range(8)]
         if to_x:
             ups = [w_up] if w_gate is None else [w_up, w_gate]
-            out[0] = _home(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
+            out[0] = _unpermuted(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
         if to_weights:
             out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
             (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
@@ -131,7 +138,7 @@ def _experts_backward(
     return out
 
 
-def _home(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tensor:
+def _unpermuted(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tensor:
     return rows if token is None else torch.ops.turnout.decode(rows, token, slot)
 
 
@@ -159,7 +166,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor, *_):
-    needs = ctx.needs_input_grad  # in the order of the inputs: x, weight, ends, token, slot, the w, the b
+    needs = ctx.needs_input_grad  # of x, weight, ends, token, slot, three matrices, three biases
     wanted = [needs[0], any(needs[5:8]), any(needs[8:11])]
     to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted)
     everything = to_x, to_weight, None, None, None, *others, None, None

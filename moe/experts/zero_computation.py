@@ -1,4 +1,4 @@
-"""Experts that cost next to nothing: tokens that need little computing stay where they are."""
+"""Zero-computation (free) experts: they cost almost nothing, and their tokens are not dispatched."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ KINDS = ("null", "identity", "constant")
 
 
 class FreeExperts(nn.Module):
-    """Zero-computation experts (MoE++, Jin et al. 2024, arXiv:2410.07348, section 3.1), every one on every rank.
+    """Zero-computation experts, which every rank has and the gate may choose like any other expert.
 
-    ``"null"`` gives 0, ``"identity"`` x, ``"constant"`` a_1 x + a_2 v with a learned vector v and
-    (a_1, a_2) = softmax(W_c x). The gate chooses among them as among others; ids go on after those of the experts.
+    ``"null"`` returns 0. ``"identity"`` returns x. ``"constant"`` returns a_1 x + a_2 v with a learned vector v and
+    (a_1, a_2) = softmax(W_c x). Their ids follow the ids of the routed experts.
 
     Args:
-        kinds: of each one, in order.
+        kinds: kind of each free expert, in order.
         dim: model width D.
+
+    Raises:
+        ValueError: `kinds` is a string or has an unknown kind.
+
+    References:
+        MoE++: Jin et al. 2024, arXiv:2410.07348, section 3.1.
     """
 
     def __init__(self, kinds: Sequence[str], dim: int) -> None:
         super().__init__()
         if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-            raise ValueError(f"free must be a list, each one of {', '.join(KINDS)}; got {kinds!r}")
+            raise ValueError(f"free must be a list of kinds, each one of {', '.join(KINDS)}; got {kinds!r}")
         self.kinds, self.dim = tuple(kinds), dim
         constants = self.kinds.count("constant")
         self.constant = nn.Parameter(torch.empty(constants, dim)) if constants else None
@@ -34,7 +40,7 @@ class FreeExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw vectors and mixing matrices within 1 / sqrt(D)."""
+        """Initialise vectors and mixing matrices with a uniform distribution within 1 / sqrt(D)."""
         for p in self.parameters():
             uniform(p.flatten(0, -2))
 
@@ -42,8 +48,11 @@ class FreeExperts(nn.Module):
         return len(self.kinds)
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """x [T, D], expert int64 [T, k] counted from the first free one, others negative, weight [T, k] -> y [T, D]."""
-        share = weight.new_zeros(len(x), len(self) + 1).scatter_add(  # [T, Z]; the last column is of all others
+        """Weighted sum of each token's free experts: x [T, D], weight [T, k] -> [T, D].
+
+        `expert` is int64 [T, k]: 0 is the first free expert, and all other choices are negative.
+        """
+        share = weight.new_zeros(len(x), len(self) + 1).scatter_add(  # the last column takes all other choices
             1, torch.where(expert < 0, len(self), expert), torch.where(expert < 0, 0, weight)
         )
         kept = sum((share[:, i : i + 1] for i in self._of("identity")), torch.zeros_like(share[:, :1]))
@@ -58,5 +67,5 @@ class FreeExperts(nn.Module):
         return [i for i, own in enumerate(self.kinds) if own == kind]
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Text that ``print(model)`` shows."""
         return ", ".join(self.kinds)

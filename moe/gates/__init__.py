@@ -1,4 +1,4 @@
-"""Gates by name. A gate of your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
+"""Routers (gates) by name. Your own needs no entry here: pass an instance to ``MoE(gate=...)``."""
 
 from .balanced import BalancedGate
 from .biased import BiasedGate

@@ -1,4 +1,4 @@
-"""Even assignments of tokens to experts: of the largest score, and the soft one of Sinkhorn's iteration."""
+"""Balanced assignments of tokens to experts: the exact one with the largest score, and Sinkhorn's soft one."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-GRID, FAR = 2**40, 2**61  # scores become integers up to GRID, so that all sums are exact and far below FAR
+# Scores become integers from 0 to GRID, so that all sums are exact. UNREACHABLE, as a distance, is far above them.
+GRID, UNREACHABLE = 2**40, 2**61
 
 
 def assign(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One expert a token, equally many tokens an expert, the largest sum of scores: [T, E] -> int64 [T].
+    """Assign one expert to each token, with balanced loads and the largest possible sum of scores.
 
-    Loads are T / E, rounded up or down. Where `mask`, bool [T], is False, a token gets -1 and takes no place. Exact for
-    scores rounded to 2^-40 of their range; NaN counts as the least. Computed by the host: on any other device it waits.
+    The CPU computes it, so other devices wait. Each expert gets a price, and each token the expert with the highest
+    score - price. For the loads that result, no assignment has a larger sum. Prices come from Sinkhorn's iteration and
+    make the loads nearly even. Then tokens move, one step at a time, along a shortest path from an overfull expert to
+    one with room. Each step keeps the sum the largest for its loads.
 
-    A token goes where score - price is highest. Whatever the prices, no assignment of these loads has a larger sum;
-    those of Sinkhorn's iteration make the loads nearly even. Then tokens move, one at a time along a shortest path from
-    an expert that has too many to one that has too few, which leaves the sum the largest for its loads (successive
-    shortest paths: Ahuja, Magnanti and Orlin 1993, Network Flows, section 9.7). It ends when no expert has too many.
+    Args:
+        scores: scores [T, E]. They are rounded to 2^-40 of their range. NaN counts as the lowest.
+        mask: bool [T], False for tokens that get no expert. None, the default, assigns all.
+
+    Returns:
+        Expert ids int64 [T], -1 where `mask` is False. Loads are T / E, rounded up or down.
+
+    References:
+        Successive shortest paths: Ahuja, Magnanti and Orlin 1993, Network Flows, section 9.7.
 
     >>> assign(torch.tensor([[3.0, 1.0], [9.0, 2.0], [5.0, 4.0], [8.0, 0.0]])).tolist()
     [1, 0, 1, 0]
@@ -42,9 +50,15 @@ def _(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int, mask: Tensor | None = None) -> Tensor:
-    """Logits [T, E] -> logarithm of the plan [T, E], up to a constant: columns sum to 1, rows nearly to E / T.
+    """Sinkhorn's iteration: scale rows and columns of exp(logits) in turn until both have nearly equal sums.
 
-    Rows and columns of -inf alone stay as they are.
+    Args:
+        logits: [T, E]. Rows and columns that hold only -inf stay as they are.
+        iterations: number of times that rows and columns are scaled.
+        mask: bool [T], False for tokens that do not count in column sums. None, the default, counts all.
+
+    Returns:
+        Logarithm of the transport plan [T, E], whose columns sum to 1. For T counted tokens, rows sum to nearly E / T.
     """
     outside = None if mask is None else ~mask.unsqueeze(1)
     for _ in range(iterations):
@@ -60,8 +74,8 @@ def _log_total(logits: Tensor, dim: int) -> Tensor:
 
 
 def _on_grid(scores: Tensor) -> Tensor:
-    """Scores [T, E] -> integers [T, E] from 0 to GRID."""
-    scores = scores.double() / 2  # the largest minus the least is finite then
+    """Round scores [T, E] to integers [T, E] from 0 to GRID."""
+    scores = scores.double() / 2  # so that the largest minus the smallest cannot overflow
     finite = scores[scores.isfinite()]
     if not len(finite):
         return torch.zeros_like(scores, dtype=torch.int64)
@@ -71,16 +85,17 @@ def _on_grid(scores: Tensor) -> Tensor:
 
 
 def _assigned(value: Tensor) -> Tensor:
-    """Integers [T, E] -> expert int64 [T]."""
+    """The assignment for integer scores: [T, E] -> expert ids int64 [T]."""
     (T, E), price = value.shape, _prices(value)
     expert = (value - price).argmax(1)
-    seats = -(-T // E)  # an expert's; E * seats - T stay free, at most one of an expert, at first where it costs least
+    # Each expert has ceil(T / E) seats, and E * seats - T stay free: at most one per expert, cheapest experts first.
+    seats = -(-T // E)
     free = torch.zeros_like(price, dtype=torch.bool)
     free[price.argsort()[: E * seats - T]] = True
     over = torch.bincount(expert, minlength=E) + free - seats
     loss, token = (torch.stack(each) for each in zip(*(_moves(value, expert, e) for e in range(E)), strict=True))
-    while (over > 0).any():  # each time one token fewer
-        passed = free.unsqueeze(1) & ~free & (loss > 0)  # a free seat goes from e to f for nothing
+    while (over > 0).any():  # each round lowers the excess of one overfull expert by one
+        passed = free.unsqueeze(1) & ~free & (loss > 0)  # passing a free seat from e to f costs nothing
         path = _path(torch.where(passed, 0, loss), over)
         for e, f in pairwise(path):
             if passed[e, f]:
@@ -95,34 +110,34 @@ def _assigned(value: Tensor) -> Tensor:
 
 
 def _prices(value: Tensor) -> Tensor:
-    """Of each expert, int64 [E]: with them nearly equally many tokens gain most from each."""
+    """Price of each expert, int64 [E], at which the experts attract nearly equal numbers of tokens."""
     if not len(value):
         return value.new_zeros(value.shape[1])
     plan, sharpness = value / GRID * 8, 8
-    for _ in range(3):  # the sharper, the more even, and the slower without a start that is nearly even
+    for _ in range(3):  # a sharper plan gives more even loads, but converges only from a nearly even start
         plan, sharpness = sinkhorn(4 * plan, iterations=8), 4 * sharpness
-    return value[0] - (plan[0] / sharpness * GRID).long()  # the same from every row, up to a constant
+    return value[0] - (plan[0] / sharpness * GRID).long()  # any row gives the same prices, up to a constant
 
 
 def _moves(value: Tensor, expert: Tensor, e: int) -> tuple[Tensor, Tensor]:
-    """Of the tokens of expert e: the least loss in moving one to each expert, and which, int64 [E] both."""
+    """Cheapest token of expert e to move to each other expert: the loss of score and the token, both int64 [E]."""
     mine = (expert == e).nonzero().squeeze(1)
     if not len(mine):
-        return value.new_full(value.shape[1:], FAR), value.new_full(value.shape[1:], -1)
+        return value.new_full(value.shape[1:], UNREACHABLE), value.new_full(value.shape[1:], -1)
     loss, place = (value[mine, e : e + 1] - value[mine]).min(0)
     return loss, mine[place]
 
 
 def _path(loss: Tensor, over: Tensor) -> list[int]:
-    """Experts on the way of least loss from one that has too many to one that has too few (Bellman and Ford)."""
-    distance, before = torch.where(over > 0, 0, FAR), torch.arange(len(over), device=over.device)
+    """Experts on the cheapest path from an overfull expert to one with room (Bellman-Ford)."""
+    distance, before = torch.where(over > 0, 0, UNREACHABLE), torch.arange(len(over), device=over.device)
     while True:
         through, last = (distance.unsqueeze(1) + loss).min(0)
         nearer = through < distance
         if not nearer.any():
             break
         distance, before = torch.where(nearer, through, distance), torch.where(nearer, last, before)
-    path = [int(torch.where(over < 0, distance, FAR).argmin())]
+    path = [int(torch.where(over < 0, distance, UNREACHABLE).argmin())]
     while (e := int(before[path[-1]])) != path[-1]:
         path.append(e)
     return path[::-1]

@@ -1,4 +1,4 @@
-"""Top-k by angle, in a space of few dimensions."""
+"""Cosine gate (X-MoE): top-k of cosine similarities in a space of few dimensions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from .gate import projected, uniform
 from .topk import TopKGate
 
-LEAST = 0.01  # temperature
+LEAST = 0.01  # lower bound of the temperature
 
 
 class CosineGate(TopKGate):
-    """The k experts nearest in angle: logits cos(W x, e_i) / temperature (X-MoE, Chi et al. 2022, arXiv:2204.09179).
+    """Top-k routing by cosine similarity: logits are cos(W x, e_i) / temperature, and the rest is `TopKGate`.
 
-    Tokens are projected to few dimensions, so that the router cannot pull all of them towards the experts'
-    embeddings, and only directions count there. The temperature is learned, 0.01 at least. From the logits on
-    it is `TopKGate`.
+    Tokens are projected to few dimensions, so that the router cannot pull all of them towards the experts' embeddings
+    e_i. Only directions count there. The temperature is learned, and at least 0.01.
 
     Args:
-        dim, num_experts, top_k: see `Gate`.
-        width: dimensions of the space; None: E / 2, the paper's, at least 2 and at most D.
-        temperature: at the start.
-        options: further ones of `TopKGate`.
+        dim, num_experts, top_k: see `Gate`; `top_k` is 2 by default.
+        width: number of dimensions of the projection. None, the default, takes E / 2 as in the paper, but at least 2
+            and at most D.
+        temperature: initial temperature, at least 0.01; 0.3 by default.
+        options: further arguments of `TopKGate`.
+
+    References:
+        X-MoE: Chi et al. 2022, arXiv:2204.09179.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class CosineGate(TopKGate):
         **options: Any,
     ) -> None:
         if options.get("bias"):
-            raise ValueError("the cosine gate's logits are angles, which have no bias: leave bias=True out")
+            raise ValueError("logits of the cosine gate are cosines, which take no bias: leave bias=True out")
         super().__init__(dim, num_experts, top_k, **options)
         width = min(max(num_experts // 2, 2), dim) if width is None else width
         if width < 1 or temperature < LEAST:
@@ -46,16 +49,16 @@ class CosineGate(TopKGate):
         self.start = temperature
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.projection = nn.Parameter(torch.empty(width, dim))
-        self.temperature = nn.Parameter(torch.empty(1))  # not a scalar: FSDP2 takes none
+        self.temperature = nn.Parameter(torch.empty(1))  # [1], because FSDP2 refuses scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings and projection as `nn.Linear` has them, the temperature as given."""
+        """Initialise embeddings and projection as `nn.Linear` does, and the temperature as given."""
         for name, p in self.named_parameters():
             nn.init.constant_(p, self.start) if name == "temperature" else uniform(p)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> cosines over temperature [T, E], float32 or wider."""
-        token = F.normalize(projected(x, self.projection), dim=1, eps=1e-6)  # more than the default's: its gradient
+        """Cosines divided by the temperature: x [T, D] -> [T, E], in float32 or float64."""
+        token = F.normalize(projected(x, self.projection), dim=1, eps=1e-6)  # default eps makes gradients too large
         temperature = self.temperature.to(token.dtype).clamp(min=LEAST)
         return projected(token, F.normalize(self.weight.to(token.dtype), dim=1)) / temperature

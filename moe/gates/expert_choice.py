@@ -1,4 +1,4 @@
-"""Experts choose tokens, in place of tokens experts."""
+"""Expert-choice gate: experts pick tokens, so loads are even by construction."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from torch import Tensor
 
 from ..capacity import capacity_limit
 from ..routing import Routing
-from .gate import Gate
+from .gate import Gate, taken
 
 
 class ExpertChoiceGate(Gate):
-    """Each expert takes the ceil(k T / E) tokens of highest softmax score (Zhou et al. 2022, arXiv:2202.09368).
+    """Expert-choice routing: each expert takes the ceil(k T / E) tokens with its highest softmax scores.
 
-    Loads are even by construction, and a token gets any number of experts, none included; k is their mean.
-    **Not causal**: whether an expert takes a token depends on all T tokens of this rank's forward, later ones
-    of the same sequence and other sequences among them. So it suits encoders; a language model trained with it
-    has seen the future and cannot be sampled from token by token.
+    Loads are even, and a token may get any number of experts, also none. k is the mean number. **It is not causal**:
+    an expert's choice depends on all T tokens of this rank's forward, later ones included. So it suits encoders. A
+    language model trained with it has seen future tokens and cannot be sampled token by token.
 
-    A routing is `most` choices wide, heaviest first and then -1, whatever the tokens: nothing waits for the device.
+    The routing always has `most` choices for each token, sorted by weight and filled up with -1. So its shape is known
+    without a wait for the device.
 
     Args:
         dim, num_experts, scale, bias: see `Gate`.
-        top_k: experts a token gets on average, the paper's capacity factor c.
-        most: experts a token keeps at most, the heaviest; None: as many as took it, E at most. On one rank,
-            without `pad`, memory grows with T * most rows; ``MoE(capacity=Capacity(1.0, pad=True))`` needs k * T.
+        top_k: mean number of experts for each token; 2 by default. It is the paper's capacity factor c.
+        most: most experts that a token keeps, by weight. None, the default, keeps all that took it. On one rank and
+            without padding, memory grows with T * most rows. ``MoE(capacity=Capacity(1.0, pad=True))`` needs k * T.
+
+    References:
+        Expert choice: Zhou et al. 2022, arXiv:2202.09368.
     """
 
     balances_itself = True
@@ -41,11 +44,11 @@ class ExpertChoiceGate(Gate):
     ) -> None:
         super().__init__(dim, num_experts, top_k, scale, bias)
         if most is not None and not 1 <= most <= num_experts:
-            raise ValueError(f"most={most} must lie between 1 and num_experts={num_experts}, or be None")
+            raise ValueError(f"most={most} must be between 1 and num_experts={num_experts}, or None")
         self.most = most
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """Route tokens x [T, D]; where `mask`, bool [T], is False, no expert takes a token while others are left."""
+        """Route tokens x [T, D]. Experts take tokens where `mask`, bool [T], is False only if no others are left."""
         logits = self.logits(x)
         scores = logits.softmax(-1)
         wanted = scores.detach() if mask is None else torch.where(mask.unsqueeze(1), scores.detach(), -1.0)
@@ -55,3 +58,7 @@ class ExpertChoiceGate(Gate):
         _, expert = torch.where(chosen, wanted, -2.0).sort(dim=1, descending=True, stable=True)
         expert = expert[:, :most]
         return Routing(expert, self.scaled(scores.gather(1, expert)), scores, logits).keep(chosen.gather(1, expert))
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(taken(routing.scores, expert))

@@ -1,4 +1,4 @@
-"""Two levels: groups first, then experts within the groups."""
+"""Hierarchical gate: a first router picks groups of experts, a second one picks experts in each group."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .gate import Gate, best, projected, uniform
-from .router import picks
+from .router import picks, weighed_in_groups
 
 
 class HierarchicalGate(Gate):
-    """A primary gate picks groups, a secondary one experts in each (Shazeer et al. 2017, arXiv:1701.06538, appendix B).
+    """Two-level routing: a token picks `top_groups` groups, and k / top_groups experts in each of them.
 
-    An expert's weight is the product of its group's and its own within the group (eq. 12), each a softmax
-    over those chosen at that level; over all where one is chosen, lest that level get no gradient. All
-    groups picked give equally many experts, k / top_groups. Without the paper's noise: the layer's balance
-    loss balances the scores, products of both levels' softmax. Group g is experts [g*E/G, (g+1)*E/G), so
-    that it lies on one rank where the ranks divide the groups.
+    An expert's weight is the weight of its group times its weight within the group. Each is a softmax over the choices
+    at that level. Where only one is chosen, the softmax is over all, so that the level gets a gradient. The paper's
+    noise is left out, and the layer's load-balancing loss uses the products of both levels' softmax scores. Group g is
+    experts [g*E/G, (g+1)*E/G). It lies on one rank if the number of ranks divides G.
 
     Args:
-        dim, num_experts, top_k, scale: see `Gate`.
-        groups: G, a divisor of E; None: the largest one up to sqrt(E).
-        top_groups: groups a token picks, a divisor of k; None: of those that fit the one nearest to sqrt(k).
+        dim, num_experts, top_k, scale: see `Gate`; `top_k` is 2 by default.
+        groups: number of groups G, a divisor of E. None, the default, takes the largest divisor up to sqrt(E).
+        top_groups: number of groups that a token picks, a divisor of k. None, the default, takes the possible value
+            nearest to sqrt(k).
+
+    References:
+        Shazeer et al. 2017, arXiv:1701.06538, appendix B, eq. 12.
     """
 
     groups: int = 1
@@ -50,26 +53,26 @@ class HierarchicalGate(Gate):
         uniform(self.group_weight)
 
     def reset_parameters(self) -> None:
-        """Initialise both levels as `nn.Linear` does."""
+        """Initialise the weights of both levels as `nn.Linear` does."""
         for weight in self.parameters(recurse=False):
             uniform(weight)
         self._reset_adapter()
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: equally many experts in each of the groups a token picks."""
+        """See `Gate.check_top_k`. Here each of a token's groups must give equally many experts."""
         super().check_top_k(top_k)
         picks(top_k, self.num_experts, self.groups, self.top_groups)
 
     def picks(self) -> tuple[int, int]:
-        """Groups a token picks, and experts in each."""
+        """Number of groups that a token picks, and number of experts in each."""
         return picks(self.top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens x [T, D]; logits are the sums of both levels', choices come heaviest first."""
+        """Route tokens x [T, D]. Logits are the sums of both levels' logits. Choices are sorted by weight."""
         top_groups, each = self.picks()
         outer = projected(x, self.group_weight)  # [T, G]
         inner = self.logits(x).unflatten(1, (self.groups, -1))  # [T, G, E/G]
-        off = inner.isneginf().all(2)  # a group whose experts are all switched off
+        off = inner.isneginf().all(2)  # groups whose experts all have logit -inf, so none may be chosen
         outer, inner = outer.masked_fill(off, -torch.inf), inner.masked_fill(off.unsqueeze(2), 0)
         group_weight, group = best(outer, top_groups)
         weight, place = best(inner.take_along_dim(group.unsqueeze(2), 1), each)
@@ -80,6 +83,10 @@ class HierarchicalGate(Gate):
         expert, weight = expert.flatten(1).gather(1, order), self.scaled(weight)
         return Routing(expert, weight, scores.flatten(1), logits.flatten(1))
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        return self.scaled(weighed_in_groups(routing.scores, expert, self.groups, *self.picks()))
+
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Text that ``print(model)`` shows."""
         return f"{super().extra_repr()}, groups={self.groups}, top_groups={self.picks()[0]}"

@@ -1,4 +1,4 @@
-"""Top-k of noisy logits, balanced by importance and load."""
+"""Noisy top-k gate: logits with learned noise, balanced by the importance and load losses."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from torch import Tensor, nn
 
 from ..losses import cv_squared
 from ..routing import Routing
-from .gate import Gate, best, projected
+from .gate import Gate, best, normalised, projected, taken
 
 
 class NoisyTopKGate(Gate):
-    """The k best of logits with learned noise (Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5, appendix A).
+    """Noisy top-k routing: in training, normal noise with a learned scale is added to the logits.
 
-    In training the logits x W_g get normal noise, scaled for each token and expert by softplus(x W_noise)
-    plus a floor. Softmax over the k chosen; for k = 1 over all, lest the weight be the constant 1 and the
-    router get no gradient. It balances by the paper's own losses, over this rank's tokens, in place of the
-    balance loss: "importance", CV^2 of the experts' sums of weights, and "load", CV^2 of how many tokens an
-    expert is to expect. Load is counted, without gradient, where there is no noise or no choice (k = E).
+    The noise of a token and expert has standard deviation softplus(x W_noise) + noise_floor. Weights are the softmax
+    over the k chosen logits. For k = 1 it is over all, because one weight alone would be the constant 1 and have no
+    gradient.
 
-    Both matrices start at zero, as in the paper: until it has learned, noise alone decides and loads are
-    equal. In eval, an untrained one sends all tokens to the same k experts.
+    The paper's two losses replace the load-balancing loss, over the tokens of this rank. "importance" is CV^2 of the
+    experts' sums of weights. "load" is CV^2 of the experts' expected numbers of tokens. Without noise, or if k = E,
+    tokens are counted instead, and the load loss has no gradient.
+
+    Both matrices start at zero, as in the paper. So at first noise alone decides, and loads are even. In eval mode, an
+    untrained gate sends all tokens to the same k experts.
 
     Args:
-        dim, num_experts, top_k, scale, bias: see `Gate`.
-        noise_floor: the least standard deviation of the noise; the paper's code has 1e-2.
+        dim, num_experts, top_k, scale, bias: see `Gate`; `top_k` is 2 by default.
+        noise_floor: smallest standard deviation of the noise, positive; 1e-2 by default, as in the paper's code.
+
+    References:
+        Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5 and appendix A.
     """
 
     balances_itself = True
@@ -44,18 +49,18 @@ class NoisyTopKGate(Gate):
     ) -> None:
         super().__init__(dim, num_experts, top_k, scale, bias)
         if noise_floor <= 0:
-            raise ValueError(f"noise_floor must be positive, for load divides by the noise; got {noise_floor}")
+            raise ValueError(f"noise_floor must be positive, because load divides by the noise; got {noise_floor}")
         self.noise_floor = noise_floor
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
 
     def reset_parameters(self) -> None:
-        """Initialise both matrices, and the bias, with zeros."""
+        """Initialise both matrices and the bias with zeros."""
         for p in self.parameters(recurse=False):
             nn.init.zeros_(p)
         self._reset_adapter()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """Route tokens x [T, D]; scores are without noise. The losses leave out where `mask`, bool [T], is False."""
+        """Route tokens x [T, D]. Scores have no noise, and losses skip tokens where `mask`, bool [T], is False."""
         logits = noisy = self.logits(x)
         deviation = None
         if self.training:
@@ -72,17 +77,22 @@ class NoisyTopKGate(Gate):
         losses = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(chance.sum(0))}
         return Routing(expert, self.scaled(weight), logits.softmax(-1), logits, losses)
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`. Weights have no noise."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.top_k > 1 else weight)
+
 
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:
-    """P(x, i), [T, E]: the chance that expert i is among the k best, were its noise alone drawn again; k < E.
+    """Probability P(x, i) that expert i is among the k best if only its noise is drawn again: [T, E], for k < E.
 
-    It would have to beat the k-th best of the others: the (k+1)-th of all where i is chosen, else the k-th. An expert
-    whose logit is -inf has no chance, and against a rival of -inf any other is sure to be chosen.
+    The expert must then beat the k-th best of the others: the (k+1)-th of all if it is chosen now, and the k-th if
+    not. It is 0 for a logit of -inf, and 1 against a rival of -inf.
     """
     top = noisy.topk(k + 1).values
     last, next_one = top[:, k - 1 : k], top[:, k:]
     rival = torch.where(noisy > next_one, next_one, last)
     off, sure = logits.isneginf(), rival.isneginf()
-    ahead = torch.where(off | sure, 0, rival) - torch.where(off | sure, 0, logits)  # infinities have no gradient
-    chance = torch.erfc(ahead / (math.sqrt(2) * deviation)) / 2  # the normal CDF; ndtr keeps more for backward
+    ahead = torch.where(off | sure, 0, rival) - torch.where(off | sure, 0, logits)  # inf would give NaN gradients
+    chance = torch.erfc(ahead / (math.sqrt(2) * deviation)) / 2  # normal CDF; ndtr would save more for backward
     return torch.where(off, 0, torch.where(sure, 1, chance))

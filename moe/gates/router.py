@@ -1,4 +1,4 @@
-"""A router's step: logits -> scores, the k best experts, their weights. One kernel each way on a CUDA device."""
+"""Router arithmetic: from logits to scores, top-k experts and their weights, with one CUDA kernel each way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cuda.launch import available, backends, launch
 from ...dispatch.torch_internals import transformed
-from .gate import normalised
+from .gate import normalised, taken
 
 SCORES = ("softmax", "sigmoid")
 
@@ -17,19 +17,27 @@ SCORES = ("softmax", "sigmoid")
 def route(
     logits: Tensor, k: int, score: str = "softmax", normalize: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k experts of highest score, best first: logits [T, E] -> expert int64 [T, k], weight [T, k], scores [T, E].
+    """Choose the k experts with the highest scores for each token, best first.
 
-    Weight and scores have the dtype of the logits, float32 or float64, and are differentiable in them.
-    Experts are compared by logit, whose order is that of the scores, so that scores which rounding makes
-    equal are told apart; of equal logits a CUDA device takes the lowest expert first, a CPU any
-    (`torch.topk`). A NaN logit gives its token a NaN weight.
+    Without a bias, experts are compared by logit, because rounding can make different scores equal. Between equal
+    logits, a CUDA device takes the lowest expert id first, and a CPU takes any (`torch.topk`). A NaN logit gives its
+    token a NaN weight.
 
     Args:
-        logits: [T, E].
-        k: experts a token picks, 1 to E.
-        score: ``"softmax"`` over all E, or ``"sigmoid"`` of each logit (DeepSeek-V3, arXiv:2412.19437).
-        normalize: divide a token's k weights by their sum.
-        bias: [E], added to the scores when they are compared, and nowhere else (same paper, eq. 16): no gradient.
+        logits: router logits [T, E], float32 or float64.
+        k: number of experts that a token picks, 1 to E.
+        score: ``"softmax"`` over all E (the default), or ``"sigmoid"`` of each logit (DeepSeek-V3).
+        normalize: whether each token's k weights are divided by their sum; False by default.
+        bias: expert bias [E], added to the scores only when they are compared, without a gradient (DeepSeek-V3,
+            eq. 16). None, the default, adds none.
+
+    Returns:
+        expert: ids int64 [T, k].
+        weight: [T, k] in the dtype of the logits, differentiable.
+        scores: [T, E] in the dtype of the logits, differentiable.
+
+    References:
+        DeepSeek-V3, arXiv:2412.19437.
 
     >>> expert, weight, _ = route(torch.tensor([[0.0, 3.0, 1.0]]), 2, "sigmoid", bias=torch.tensor([9.0, 0.0, 0.0]))
     >>> expert.tolist(), weight.tolist()
@@ -41,7 +49,7 @@ def route(
         raise ValueError(f"logits must be [T, E] with k={k} at least 1 and at most E; got {tuple(logits.shape)}")
     if bias is not None:
         if bias.shape != logits.shape[1:]:
-            raise ValueError(f"bias must be [E], E={logits.shape[1]}; got {tuple(bias.shape)}")
+            raise ValueError(f"bias must be [E] with E={logits.shape[1]}; got {tuple(bias.shape)}")
         bias = bias.detach().to(logits.dtype)
     kernel = torch.compiler.is_compiling() or (logits.device.type in backends and _has_kernel(logits, k))
     step = _route if kernel and logits.dtype == torch.float32 and not transformed() else plain
@@ -59,9 +67,10 @@ def route_in_groups(
     normalize: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`route` to experts of `top_groups` groups alone, those whose `best` best experts have the largest sum.
+    """Choose the k best experts as `route` does, but only from each token's `top_groups` best groups.
 
-    Group g of G is experts [g*E/G, (g+1)*E/G). Experts and groups are compared by score, with the bias.
+    Groups are compared by the sum of their `best` highest scores, and experts by their scores, both with the bias.
+    Group g of G is experts [g*E/G, (g+1)*E/G). Other arguments and the result are as in `route`.
 
     >>> route_in_groups(torch.tensor([[3.0, 0.0, 2.0, 2.0]]), 2, groups=2, top_groups=1, best=1)[0].tolist()
     [[0, 1]]
@@ -82,25 +91,26 @@ def route_in_groups(
 
 
 def check_groups(num_experts: int, groups: int, top_groups: int | None) -> int:
-    """How many of the groups a token may go to, None being all; ValueError if they do not fit."""
+    """Number of groups that a token may visit, where `top_groups` None means all. ValueError if they do not fit."""
     top_groups = groups if top_groups is None else top_groups
     if groups < 1 or num_experts % groups or not 1 <= top_groups <= groups:
         raise ValueError(
-            f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} be one of 1 to it"
+            f"groups={groups} must divide num_experts={num_experts}, and top_groups={top_groups} must be between 1 and "
+            f"groups={groups}"
         )
     return top_groups
 
 
 def check_room(k: int, num_experts: int, groups: int, top_groups: int) -> None:
-    """ValueError if k is more than the experts of `top_groups` groups."""
+    """Raise ValueError if `top_groups` groups hold fewer than k experts."""
     if k > (room := top_groups * (num_experts // groups)):
-        raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts")
+        raise ValueError(f"top_k={k}, but top_groups={top_groups} have only {room} experts: raise top_groups")
 
 
 def picks(k: int, num_experts: int, groups: int, top_groups: int | None) -> tuple[int, int]:
-    """Groups a token picks and experts in each, equally many; ValueError if k does not split so.
+    """Number of groups that a token picks, and of experts in each. ValueError if k does not split evenly.
 
-    `top_groups` None: of the divisors of k that fit the one nearest to sqrt(k).
+    With `top_groups` None, it is the divisor of k nearest to sqrt(k) among those that fit.
     """
     size = num_experts // groups
     fit = [g for g in range(1, groups + 1) if k % g == 0 and k // g <= size]
@@ -111,14 +121,37 @@ def picks(k: int, num_experts: int, groups: int, top_groups: int | None) -> tupl
             f"top_groups of the {size} experts in each; "
             + (f"use top_groups from {fit}" if fit else "use another top_k or other groups")
         )
-    top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(k)))[0]  # min(key=) breaks a graph
+    top_groups = sorted(wanted, key=lambda g: abs(g - math.sqrt(k)))[0]  # min(key=) breaks torch.compile's graph
     return top_groups, k // top_groups
 
 
-def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`route` in plain PyTorch, in any dtype, differentiable twice: what the kernels are held against.
+def weighed_in_groups(scores: Tensor, expert: Tensor, groups: int, top_groups: int, each: int) -> Tensor:
+    """Weights of a two-level routing: the weight of an expert's group times its weight within the group, [T, k].
 
-    Returns weight, scores, expert: `torch.library.opcheck` adds up gradients from the first on.
+    Each is a softmax over the choices at that level, or over all if a token makes only one choice there.
+
+    Args:
+        scores: product of both levels' softmax over all, [T, E].
+        expert: expert ids int64 [T, k], -1 for none.
+        groups: number of groups G.
+        top_groups: number of groups that a token picks.
+        each: number of experts that a token picks in each group.
+    """
+    chosen = torch.zeros_like(scores).scatter_add(1, expert.clamp(min=0), (expert >= 0).to(scores.dtype))
+    by_group, chosen = scores.unflatten(1, (groups, -1)), chosen.unflatten(1, (groups, -1))  # [T, G, E/G]
+    group, tiny = by_group.sum(2, keepdim=True), torch.finfo(scores.dtype).tiny
+    within = by_group / group.clamp(min=tiny)
+    if each > 1:
+        within = within / (within * chosen).sum(2, keepdim=True).clamp(min=tiny)
+    if top_groups > 1:
+        group = group / (group * chosen.amax(2, keepdim=True)).sum(1, keepdim=True).clamp(min=tiny)
+    return taken((group * within).flatten(1), expert)
+
+
+def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`route` in plain PyTorch, in any dtype and twice differentiable. Tests compare the kernels with it.
+
+    It returns weight, scores, expert in this order, because `torch.library.opcheck` sums the first outputs' gradients.
     """
     scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
     expert = (logits if bias is None else scores + bias).topk(k).indices
@@ -134,7 +167,7 @@ def plain_backward(
     sigmoid: bool,
     normalize: bool,
 ) -> Tensor:
-    """The gradient of the logits from those of weight [T, k] and scores [T, E], None standing for zeros."""
+    """Gradient of the logits, from gradients of weight [T, k] and scores [T, E]. None stands for zeros."""
     grad = torch.zeros_like(scores) if grad_scores is None else grad_scores
     if grad_weight is not None:
         if normalize:  # weight = score / total
@@ -148,8 +181,8 @@ def plain_backward(
     return scores * (grad - (grad * scores).sum(-1, keepdim=True))
 
 
-# Of `router.cu`: a warp for each token, whose lanes write one choice each, and which keeps E floats in shared memory,
-# of which a block may take 96 KiB (from 48 on by consent; 99 are the least of any device since sm_80).
+# Limits of `router.cu`: each token has a warp, whose lanes write one choice each, and keeps E floats in shared memory.
+# A block may take 96 KiB of it: all devices since sm_80 have 99 KiB, of which a kernel must request more than 48.
 WARPS, MOST_CHOICES, SHARED_FLOATS = 4, 32, 24000
 
 
@@ -201,18 +234,18 @@ def _(grad_weight, grad_scores, expert, scores, sigmoid, normalize) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     _, scores, expert = output
     ctx.sigmoid, ctx.normalize = inputs[3:]
     ctx.save_for_backward(expert, scores)
-    ctx.set_materialize_grads(False)  # zeros [T, E] where no balance loss asks for the scores
+    ctx.set_materialize_grads(False)  # without a balance loss, scores have no gradient: make no zeros [T, E]
 
 
 def _backward(ctx, grad_weight: Tensor | None, grad_scores: Tensor | None, _):
     to_weight, to_scores = (None if grad is None else grad.contiguous() for grad in (grad_weight, grad_scores))
-    step = plain_backward if torch.is_grad_enabled() else _route_backward  # create_graph=True: differentiable again
+    step = plain_backward if torch.is_grad_enabled() else _route_backward  # create_graph=True needs a derivative of it
     expert, scores = ctx.saved_tensors
     return step(to_weight, to_scores, expert, scores, ctx.sigmoid, ctx.normalize), None, None, None, None
 
 
-_route.register_autograd(_backward, setup_context=_keep)
+_route.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""Sigmoid scores, balanced by a bias on the choice; groups of experts first, if there are any."""
+"""Sigmoid gate (DeepSeek-V3): top-k of sigmoid scores plus an expert bias, with group-limited routing."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ from torch import Tensor
 
 from ..routing import Routing
 from .biased import BiasedGate
+from .gate import normalised, taken
 from .router import check_groups, check_room, route_in_groups
 
 
 class SigmoidGate(BiasedGate):
-    """The k experts of highest sigmoid(x W) + bias; the weight is without the bias (DeepSeek-V3, arXiv:2412.19437).
+    """Top-k routing by sigmoid scores plus an expert bias, balanced without a loss (DeepSeek-V3).
 
-    The bias keeps loads even without an auxiliary loss, if `update_expert_biases(model)` is called once a step
-    (`BiasedGate`).
+    The expert bias decides the choice only, and weights are the sigmoids without it. It keeps loads even if
+    `update_expert_biases(model)` is called once a step (`BiasedGate`).
 
-    With groups, a token's experts come from `top_groups` of them: those whose k / top_groups best experts, with
-    bias, have the largest sum. Group g is experts [g*E/G, (g+1)*E/G): G nodes make it "node-limited".
+    With groups, a token's experts come from `top_groups` groups. These are the groups whose best k / top_groups
+    experts have the largest sum of scores, with the expert bias. Group g is experts [g*E/G, (g+1)*E/G). With one group
+    on each node, this is node-limited routing.
 
     Args:
-        dim, num_experts, top_k, scale, bias: see `Gate`.
-        rate: the bias's step; 0 leaves it as it is.
-        normalize: divide the k weights by their sum.
-        groups, top_groups: G, a divisor of E, and how many of them a token may go to; None: all.
-        balance_loss: let the layer add its balance loss, as the paper does with
+        dim, num_experts, top_k, scale, bias: see `Gate`; `top_k` is 2 by default.
+        rate: step size of the expert bias; 1e-3 by default, 0 keeps the bias as it is.
+        normalize: whether the k weights are divided by their sum; True by default.
+        groups: number of expert groups G, a divisor of E; 1 by default.
+        top_groups: number of groups that a token may visit. None, the default, allows all.
+        balance_loss: whether the layer adds its load-balancing loss as well; False by default. The paper does, with
             ``balance=Balance(1e-4, over="sequence")``.
+
+    References:
+        DeepSeek-V3, arXiv:2412.19437.
     """
 
     groups = top_groups = 1
@@ -48,14 +54,19 @@ class SigmoidGate(BiasedGate):
         self.check_top_k(top_k)  # now that the groups are known
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: there must be as many experts in the groups of a token."""
+        """See `Gate.check_top_k`. Here a token's groups must hold at least k experts."""
         super().check_top_k(top_k)
         check_room(top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens x [T, D]; scores are the sigmoids, without the bias on the choice."""
+        """Route tokens x [T, D]. Scores are the sigmoids without the expert bias."""
         logits = self.logits(x)
         groups = self.groups, self.top_groups, max(self.top_k // self.top_groups, 1)
         options = "sigmoid", self.normalize, self.expert_bias
         expert, weight, scores = route_in_groups(logits, self.top_k, *groups, *options)
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.normalize else weight)

@@ -1,4 +1,4 @@
-"""Top-k of balanced scores: an assignment in training, plain top-k in eval."""
+"""Sinkhorn gate: top-k of scores balanced by Sinkhorn's iteration in training, plain top-k in eval mode."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from torch import Tensor
 
 from ..routing import Routing
 from .assignment import sinkhorn
-from .gate import Gate, normalised
+from .gate import Gate, normalised, taken
 
 
 class SinkhornGate(Gate):
-    """In training the k best of scores balanced by Sinkhorn's iteration (S-BASE, Clark et al. 2022, arXiv:2202.01169).
+    """In training, the k best of scores balanced by Sinkhorn's iteration; plain top-k in eval mode.
 
-    Rows and columns of exp(logits) are scaled in turn until every token has as much in all as another, and every
-    expert as another: the transport plan with entropy, of which BASE's linear assignment (`BalancedGate`) is the sharp
-    limit. It has no gradient and only makes the choice; weights are the softmax of the plain logits, normalised over
-    the k if k > 1. Columns come last, so the plan's loads are equal; those of its best k nearly. In eval each token
-    takes its own k best, as BASE has it.
+    Rows and columns of exp(logits) are scaled in turn until all tokens have nearly equal sums, and all experts equal
+    sums. The result is an entropy-regularised transport plan. Its limit without entropy is the assignment of
+    `BalancedGate`. The plan has no gradient and only makes the choice, and the loads of its top-k are nearly even.
+    Weights are the softmax of the plain logits, divided by their sum if k > 1. The layer adds no load-balancing loss.
 
-    The plan is over this rank's tokens: in training a token's experts depend on the others, later ones too, in
-    eval they do not. No balance loss is added.
+    The plan is over the tokens of this rank. So in training the gate is not causal: a token's experts depend on all
+    tokens of the rank.
 
     Args:
-        dim, num_experts, top_k, scale, bias: see `Gate`.
-        iterations: of the scaling, a fixed number: to ask whether it has converged would wait for the device.
+        dim, num_experts, top_k, scale, bias: see `Gate`; `top_k` is 1 by default.
+        iterations: number of iterations; 8 by default. It is fixed because a test of convergence would wait for the
+            device.
+
+    References:
+        S-BASE: Clark et al. 2022, arXiv:2202.01169.
     """
 
     balances_itself = True
@@ -40,11 +43,11 @@ class SinkhornGate(Gate):
     ) -> None:
         super().__init__(dim, num_experts, top_k, scale, bias)
         if iterations < 1:
-            raise ValueError(f"iterations must be positive; got {iterations}")
+            raise ValueError(f"iterations must be a positive integer; got {iterations}")
         self.iterations = iterations
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """Route tokens x [T, D]; where `mask`, bool [T], is False, a token has no part in the plan."""
+        """Route tokens x [T, D]. Tokens where `mask`, bool [T], is False do not count in the plan."""
         logits = self.logits(x)
         scores = logits.softmax(-1)
         plan = sinkhorn(logits.detach(), self.iterations, mask) if self.training else logits.detach()
@@ -52,3 +55,8 @@ class SinkhornGate(Gate):
         weight = scores.gather(1, expert)
         weight = normalised(weight) if self.top_k > 1 else weight
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        return self.scaled(normalised(weight) if self.top_k > 1 else weight)

@@ -1,4 +1,4 @@
-"""One expert per token."""
+"""Switch gate: top-1 routing with input noise."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from .topk import TopKGate
 
 
 class SwitchGate(TopKGate):
-    """The best expert alone, its weight the softmax score itself (Switch Transformer, arXiv:2101.03961).
+    """Top-1 routing: each token visits its best expert, and the softmax score is the weight.
 
     Args:
         dim, num_experts, scale, bias: see `Gate`.
-        jitter: multiplicative input noise in training; the paper's is 1e-2.
+        top_k: must be 1.
+        jitter: half-width of the multiplicative noise on the gate's input in training; 1e-2 by default, as in the
+            paper.
+
+    References:
+        Switch Transformer: Fedus et al. 2021, arXiv:2101.03961.
     """
 
     def __init__(
@@ -25,7 +30,7 @@ class SwitchGate(TopKGate):
         super().__init__(dim, num_experts, top_k, jitter=jitter, scale=scale, bias=bias)
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`."""
+        """See `Gate.check_top_k`. Here k must be 1."""
         super().check_top_k(top_k)
         if top_k != 1:
-            raise ValueError(f"the switch gate picks one expert a token; got top_k={top_k}, for more use 'topk'")
+            raise ValueError(f"the switch gate needs top_k=1; got top_k={top_k}: use gate='topk' for more experts")

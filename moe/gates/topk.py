@@ -1,28 +1,34 @@
-"""Softmax over the experts, the k best ones."""
+"""Top-k gate: the k experts with the highest softmax scores."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, jittered
+from .gate import Gate, jittered, normalised, taken
 from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")
 
 
 class TopKGate(Gate):
-    """The k experts of highest score (Shazeer et al. 2017, arXiv:1701.06538).
+    """Top-k routing: each token visits the k experts with the highest softmax scores. It is the default gate.
 
     Args:
-        dim, num_experts, top_k, scale, bias: see `Gate`.
-        order: ``"softmax_first"``: softmax over all experts, then the k best. ``"choose_first"``: the k
-            best logits, then softmax over those (Mixtral, arXiv:2401.04088).
-        normalize: divide the k weights by their sum; None: for k > 1 only. With k = 1 the weight would
-            be the constant 1, and the router would get no gradient; so would "choose_first".
-        jitter: multiplicative input noise in training, within [1 - jitter, 1 + jitter].
-        groups, top_groups: G, a divisor of E, and how many of them a token may go to, those of its highest scores
-            (DeepSeek-V2's device-limited routing, arXiv:2405.04434); None: all. Group g is experts [g*E/G, (g+1)*E/G).
+        dim, num_experts, top_k, scale, bias: see `Gate`; `top_k` is 2 by default.
+        order: ``"softmax_first"``, the default, takes the softmax over all experts and then the k best scores.
+            ``"choose_first"`` takes the k best logits and then the softmax over them, as Mixtral does.
+        normalize: whether the k weights are divided by their sum. None, the default, does so for k > 1 only: a single
+            weight would be the constant 1 and give the router no gradient. "choose_first" always does so.
+        jitter: half-width of the multiplicative noise on the gate's input in training, uniform in
+            [1 - jitter, 1 + jitter]; 0.0 by default.
+        groups: number of expert groups G, a divisor of E; 1 by default. Group g is experts [g*E/G, (g+1)*E/G).
+        top_groups: number of groups that a token may visit. It takes the groups with its highest scores
+            (device-limited routing). None, the default, allows all.
+
+    References:
+        Shazeer et al. 2017, arXiv:1701.06538. Mixtral: arXiv:2401.04088. Device-limited routing: DeepSeek-V2,
+        arXiv:2405.04434.
     """
 
     groups = top_groups = 1
@@ -43,20 +49,26 @@ class TopKGate(Gate):
         super().__init__(dim, num_experts, top_k, scale, bias)
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-        self.order, self.normalize, self.jitter = order, normalize, jitter
+        # The softmax over the chosen logits equals their softmax over all, divided by their sum.
+        self.order, self.normalize, self.jitter = order, True if order == "choose_first" else normalize, jitter
         self.groups, self.top_groups = groups, check_groups(num_experts, groups, top_groups)
         self.check_top_k(top_k)  # now that the groups are known
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: there must be as many experts in the groups of a token."""
+        """See `Gate.check_top_k`. Here a token's groups must hold at least k experts."""
         super().check_top_k(top_k)
         check_room(top_k, self.num_experts, self.groups, self.top_groups)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens x [T, D]; scores are the softmax over all experts."""
+        """Route tokens x [T, D]. Scores are the softmax over all experts."""
         logits = self.logits(jittered(x, self.jitter) if self.training and self.jitter else x)
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
-        normalize = normalize or self.order == "choose_first"  # softmax over the chosen: their part of that over all
-        groups = self.groups, self.top_groups, 1  # a group is as good as its best expert
+        groups = self.groups, self.top_groups, 1  # a group is compared by its best expert
         expert, weight, scores = route_in_groups(logits, self.top_k, *groups, normalize=normalize)
         return Routing(expert, self.scaled(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`."""
+        weight = taken(routing.scores, expert)
+        normalize = self.top_k > 1 if self.normalize is None else self.normalize
+        return self.scaled(normalised(weight) if normalize else weight)

@@ -1,1 +1,1 @@
-"""Expert parallelism: experts over the ranks of a mesh, their gradients, and checks. Start at `parallelize.py`."""
+"""Expert parallelism: experts spread over a mesh, gradient synchronisation, and checks. Start at `parallelize.py`."""

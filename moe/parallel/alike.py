@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same layers: options, shapes, values, and buffers that steer the routing."""
+"""Compare MoE layers between ranks: options, shapes, and checksums of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ..experts.sharded import held_slice, local
 from ..gates.hash import FIRST, mixed
 from ..layer import MoE
 
-Notes = dict[str, str]  # what a rank says of its model, by what it speaks of; all of it should be alike
+Notes = dict[str, str]  # facts about a rank's model, name to value, which should be equal on all ranks
 VALUES, SHOWN = "the values of ", 4
 
 
 def agree(
     layers: dict[str, MoE], others: Notes, fault: Exception | None, group: ProcessGroup | None, when: str
 ) -> None:
-    """Raise on every rank of a group unless all have the same layers, and no rank has a `fault`. One exchange.
+    """Raise on every rank of a group unless all ranks have the same layers and no rank has a `fault`.
 
-    Experts of equal values may have been built under different seeds: they get those of the first rank, so that
-    a later `reset_parameters` draws alike.
+    Experts with equal values may have been built with different seeds. They get the first rank's seed, so that a later
+    `reset_parameters` gives equal values again.
 
     Args:
-        layers: by their names.
-        others: what else must be alike.
-        fault: what this rank refuses already; on other ranks a ValueError names it.
-        group: the ranks; None: this one alone.
-        when: until when weights should have been made equal, for the error.
+        layers: MoE layers by name.
+        others: further facts that must be equal.
+        fault: error that this rank has found already. Other ranks raise a ValueError with its text.
+        group: ranks to compare. None is this rank alone.
+        when: words for the error that say by when weights must be equal.
     """
     if group is None:
         if fault is not None:
@@ -67,14 +67,14 @@ def agree(
 
 
 def gathered(mine: Any, group: ProcessGroup | None) -> list[Any]:
-    """What every rank of a group says."""
+    """The `mine` of every rank of a group, in the order of ranks."""
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, mine, group=group)
     return everyones
 
 
 def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = True) -> list[str]:
-    """What ranks say differently of one thing, in words; where one says nothing of it that counts if `whole`."""
+    """Sentences about the facts that differ between ranks. A fact that a rank lacks counts as different if `whole`."""
     found = []
     for key in dict.fromkeys(key for notes in everyones for key in notes):
         said: dict[str, list[int]] = {}
@@ -86,14 +86,14 @@ def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = 
         if key.startswith(VALUES) and "missing" not in said:
             first, *_ = said.values()
             others = [rank for rank in ranks if rank not in first]
-            found.append(f"{key} on {told(others)} are not those on {told(first)}")
+            found.append(f"{key} on {told(others)} differ from {told(first)}")
         else:
             found.append(f"{key} is {', '.join(f'{what} on {told(where)}' for what, where in said.items())}")
     return found
 
 
 def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
-    """What must be the same of one layer on all ranks: options, values, and the experts' seed if there are none yet."""
+    """Facts about one layer that must be equal on all ranks: options, checksums, and on meta the experts' seed."""
     yield from options(name, layer)
     yield from values(layer, behind=f" of {called(name)}")
     if any(t.is_meta for t in layer.experts.parameters()):
@@ -101,7 +101,7 @@ def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
 
 
 def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
-    """A layer's arguments, and those of its gate, experts and other parts."""
+    """Arguments of a layer, its gate, its experts and its other parts, each with its name."""
     for option in ("num_experts", "capacity", "balance"):
         yield f"{option} of {called(name)}", repr(getattr(layer, option))
     yield f"experts.weight_on of {called(name)}", repr(layer.experts.weight_on)
@@ -113,7 +113,7 @@ def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
 def values(
     module: nn.Module, kinds: Sequence[str] = ("parameter", "buffer"), behind: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Shape and checksum of each parameter and buffer of a module, of one that is split for the part that lies here."""
+    """Shape and checksum of each parameter and buffer of a module. A sharded one has the checksum of its local part."""
     for kind in kinds:
         for own, t in module.named_parameters() if kind == "parameter" else module.named_buffers():
             yield f"{kind} {own}{behind}", f"{tuple(t.shape)} {t.dtype}"
@@ -122,13 +122,13 @@ def values(
 
 
 def held_name(name: str, tensor: Tensor) -> str:
-    """A tensor's name and, of one that is split, the part that lies here: "w_up[2:4, 0:8]"."""
+    """A tensor's name, for a DTensor with the part that this rank holds: "w_up[2:4, 0:8]"."""
     parts = ", ".join(f"{part.start}:{part.stop}" for part in held_slice(tensor))
     return f"{name}[{parts}]" if isinstance(tensor, DTensor) else name
 
 
 def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:
-    """A number made of a tensor's bits and their order; one element that differs always changes it.
+    """Checksum of a tensor's bits in their order. A change of a single element always changes it.
 
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
@@ -138,19 +138,19 @@ def checksum(tensor: Tensor, chunk: int = 1 << 20) -> int:
 
 @torch.no_grad()
 def checksums(tensors: Sequence[Tensor], chunk: int = 1 << 16) -> list[int]:
-    """The `checksum` of each tensor. Chunks are such that their products stay in a CPU's cache."""
+    """The `checksum` of each tensor. The default chunk keeps products in a CPU's cache."""
     weights: dict[torch.device, Tensor] = {}
     sums = []
     for tensor in tensors:
-        if tensor.device not in weights:  # odd, so that no bit of an element is lost
+        if tensor.device not in weights:  # weights are odd, so that no bit of an element is lost
             weights[tensor.device] = mixed(torch.arange(chunk, device=tensor.device)) | 1
         sums.append(_checksum(tensor, weights[tensor.device]))
-    return [int(each) % 2**64 for each in sums]  # all are under way before the first is waited for
+    return [int(each) % 2**64 for each in sums]  # wait for the device only when all sums are launched
 
 
 def _checksum(tensor: Tensor, weight: Tensor) -> Tensor:
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    words = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)  # room above, for the products
+    words = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)  # int64 products hold all bits
     flat = flat.contiguous().flatten().view(words)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for part in flat.split(len(weight)):
@@ -159,7 +159,7 @@ def _checksum(tensor: Tensor, weight: Tensor) -> Tensor:
 
 
 def _described(module: nn.Module) -> str:
-    """Its class, and what numbers and names it was built with; not a seed by which it only was initialised."""
+    """The class of a module and its plain attributes, without a seed that only chose initial values."""
     left = {"training", "seed", "recompute"} if isinstance(module, Experts | LowRank) else {"training"}
     plain = {
         name: getattr(value, "__name__", type(value).__name__) if callable(value) else value

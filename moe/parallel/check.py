@@ -1,4 +1,4 @@
-"""Mistakes that raise no error: one call that looks for them, on all ranks together."""
+"""`check`: find set-up mistakes that raise no error but train a wrong model."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ NAMED = 5  # parameters in one message
 
 
 def check(model: nn.Module, mesh: DeviceMesh | Meshes, optimizer: Optimizer | Iterable[Optimizer]) -> None:
-    """Look for mistakes that raise no error and train a wrong model; call it on every rank, before the first step.
+    """Find mistakes that raise no error but train a wrong model. Call it on every rank before the first step.
 
-    It reads all parameters once and costs about as much as an all-gather of a line for each. Called again after some
-    steps, it also notices parameters that have drifted apart. What it looks for:
+    It reads all parameters once, and gathers one line of text for each. Called again after some steps, it also finds
+    parameters that have become different on different ranks. It finds:
 
-    - the optimizer: made before `parallelize`, parameters it lacks, plain tensors and DTensors in one group of a
-      foreach or fused one;
-    - layers: not parallelized, or over another mesh; whole experts where others are spread; a dispatcher, set by hand,
-      that does not reach the ranks which have the experts;
-    - wrappers: `fully_shard` in place of `fully_shard_experts`, or over too few ranks; DDP or `replicate` around
-      experts; DDP that overwrites the loads by which gates balance themselves;
-    - ranks that disagree: other options, weights, or buffers of gates.
+    - an optimizer that was made before `parallelize`, that lacks parameters, or that has plain tensors and DTensors in
+      one group of a foreach or fused step;
+    - layers that are not parallelized, or over another mesh, experts that are plain tensors, and a dispatcher that does
+      not reach the ranks with the experts;
+    - `fully_shard` in place of `fully_shard_experts`, or over too few ranks, and `replicate` around experts;
+    - options, weights, or buffers of gates that differ between ranks.
 
     Args:
-        model: what the training loop calls, with its wrappers.
-        mesh: as given to `parallelize`.
-        optimizer: of all its parameters, or several that have them together.
+        model: module that the training loop calls, with its wrappers.
+        mesh: mesh that `parallelize` got.
+        optimizer: optimizer of all trained parameters, or several that have them together.
 
     Raises:
-        ValueError: on every rank, all that was found on any, each with what to do instead.
+        ValueError: at least one mistake was found. The message has all mistakes of all ranks with their remedies, and
+            every rank raises.
     """
     layers = moe_layers(model)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -61,7 +61,7 @@ def check(model: nn.Module, mesh: DeviceMesh | Meshes, optimizer: Optimizer | It
     lines = [text if where == ranks else f"rank {', '.join(map(str, where))}: {text}" for text, where in found.items()]
     if apart := differences([said for _, said in everyones], ranks, whole=False):
         lines.append(
-            f"ranks differ: {_some(apart)}; load the same weights on every rank and, without DDP or FSDP2, call "
+            f"ranks differ: {_some(apart)}: load the same weights on every rank and, without DDP or FSDP2, call "
             "sync_gradients once a step"
         )
     if lines:
@@ -74,15 +74,15 @@ def _optimizers(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[str]:
     strange = [p for p in held if id(p) not in names]
     if strange:
         yield (
-            f"the optimizer holds {len(strange)} parameters that are not the model's, the first of shape "
-            f"{tuple(strange[0].shape)}: make it after parallelize and FSDP, which put new parameters in their place"
+            f"the optimizer has {len(strange)} parameters that the model lacks, the first of shape "
+            f"{tuple(strange[0].shape)}: make it after parallelize and FSDP, which replace parameters"
         )
     has = {id(p) for p in held}
     left = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in has]
     if left:
         yield (
-            f"the optimizer lacks {_some(left)}, which would never learn: make it after parallelize, of "
-            "model.parameters() or param_groups(model), and call requires_grad_(False) on what is to stay"
+            f"the optimizer lacks {_some(left)}, which would never change: make it after parallelize, from "
+            "model.parameters() or param_groups(model), and call requires_grad_(False) on parameters to freeze"
         )
     for optimizer in optimizers:
         for number, group in enumerate(optimizer.param_groups):
@@ -91,13 +91,13 @@ def _optimizers(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[str]:
             if how and len(kinds) > 1:
                 yield (
                     f"group {number} of {type(optimizer).__name__}({how}=True) mixes plain tensors and DTensors, which "
-                    "its step refuses: pass param_groups(model), and clip by turnout.moe.clip_grad_norm_"
+                    "its step refuses: pass param_groups(model), and clip with turnout.moe.clip_grad_norm_"
                 )
 
 
 def _layers(layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
     if not layers:
-        yield "the model has no MoE layer: check the one that has"
+        yield "the model has no MoE layer: pass the model that has"
     data, expert_mesh = axes.data_mesh(mesh), axes.of_experts(mesh)
     ranks = sorted(data.mesh.flatten().tolist())
     ep = axes.axis(expert_mesh, axes.EP)
@@ -107,7 +107,7 @@ def _layers(layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
             yield f"{called(name)} is on one rank: call parallelize(model, mesh) on the whole model"
             continue
         if theirs and theirs != ranks:
-            yield f"{called(name)} was parallelized over ranks {theirs}, and the mesh has {ranks}: pass the same mesh"
+            yield f"{called(name)} was parallelized over ranks {theirs}, but the mesh has {ranks}: pass the same mesh"
             continue
         if ep is None:
             continue
@@ -116,16 +116,16 @@ def _layers(layers: dict[str, MoE], mesh: DeviceMesh | Meshes) -> Iterator[str]:
         whole = [own for own, p in layer.experts.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             yield (
-                f"{_some(whole)} of the experts of {called(name)} is no DTensor, so that each rank would compute with "
-                "the first experts: do not assign plain tensors, and keep replicate from experts (ignored_modules)"
+                f"{_some(whole)} in the experts of {called(name)} is a plain tensor, so that each rank uses the first "
+                "experts: assign DTensors only, and pass experts to replicate as ignored_modules"
             )
         sizes = [dist.get_world_size(group) for group in reached]
         where = {rank for group in reached for rank in dist.get_process_group_ranks(group)}
         if math.prod(sizes) != len(holding) or not where <= set(holding):
             yield (
                 f"the dispatcher of {called(name)}, {type(layer.dispatcher).__name__}, exchanges with ranks "
-                f"{sorted(where)} in groups of {sizes}, and its experts lie on ranks {holding}: take the one that "
-                "parallelize(..., dispatcher=) sets, or make one of this mesh"
+                f"{sorted(where)} in groups of {sizes}, but its experts are on ranks {holding}: use the one that "
+                "parallelize(..., dispatcher=) sets, or make one for this mesh"
             )
 
 
@@ -136,15 +136,15 @@ def _wrappers(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh | Meshe
         averaged = [names[id(p)] for p in _replicated(part) if id(p) in experts and isinstance(p, DTensor)]
         if averaged:
             yield (
-                f"replicate averages {_some(averaged)} over ranks that hold different experts: pass it ignored_modules="
-                "[layer.experts], of each layer, and call sync_gradients(model, mesh, dense=False)"
+                f"replicate averages {_some(averaged)} over ranks with different experts: pass it ignored_modules= "
+                "with layer.experts of each layer, and call sync_gradients(model, mesh, dense=False)"
             )
         if isinstance(part, FSDPModule):
             yield from _sharded(part, names, experts, axes.data_mesh(mesh))
 
 
 def _replicated(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters whose gradients `replicate` will average, before its first forward; DDP itself refuses DTensors."""
+    """Parameters whose gradients `replicate` will average. Only for `replicate`, because DDP refuses DTensors."""
     state = (composed_by(module) or {}).get("replicate") and replicate.state(module)
     if not state or not state._init_args:
         return []
@@ -153,7 +153,7 @@ def _replicated(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], data: DeviceMesh) -> Iterator[str]:
-    """By what FSDP2 divides gradients, and over whom it sums them: the ranks over which the loss is averaged."""
+    """Check that FSDP2 divides by the number of ranks that share the batch, and sums dense gradients over all."""
     group = module._get_fsdp_state()._fsdp_param_group
     if group is None:
         return
@@ -163,13 +163,13 @@ def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], data:
     divisor = group.gradient_divide_factor or mesh.size()
     if own and divisor != data.size():
         yield (
-            f"FSDP2 divides the gradients of {_some(own)} by {divisor:g}, and the loss is averaged over {data.size()} "
+            f"FSDP2 divides the gradients of {_some(own)} by {divisor:g}, but the loss is averaged over {data.size()} "
             "ranks: call fully_shard_experts(model, mesh) before fully_shard(model)"
         )
     if dense and not set(data.mesh.flatten().tolist()) <= set(mesh.mesh.flatten().tolist()):
         yield (
             f"FSDP2 averages the gradients of {_some(dense)} over {mesh.size()} of the {data.size()} ranks that share "
-            "the batch: leave mesh out of fully_shard, or pass one of all of them"
+            "the batch: leave mesh out of fully_shard, or pass a mesh of all these ranks"
         )
 
 

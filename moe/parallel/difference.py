@@ -1,4 +1,4 @@
-"""Whether two objects of a user's own do the same: told by their classes, attributes and functions."""
+"""Compare two modules of a user, by classes, attributes and functions, to tell whether they compute the same."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static
 
 
 def difference(one: Any, other: Any, where: str = "", seen: set[tuple[int, int]] | None = None) -> str | None:
-    """The first place where two objects differ, with what stands there; None: they do the same.
+    """The first difference between two objects as "path is a and b", or None if they compute the same.
 
-    Modules may differ in the values and shapes of parameters and buffers, and in being in training or not. Functions
-    and classes made anew by the same code are equal if what they enclose is. What cannot be looked into is compared
-    by ``==``.
+    Modules may differ in the values and shapes of parameters and buffers, and in training or eval mode. Functions and
+    classes from the same code are equal if the variables that they enclose are equal. Other objects are compared with
+    ``==``.
 
     >>> difference(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2)))
     '1.p is 0.1 and 0.2'
@@ -33,7 +33,7 @@ def difference(one: Any, other: Any, where: str = "", seen: set[tuple[int, int]]
     mine, theirs = _parts(one), _parts(other)
     if mine is None or theirs is None:
         return None if type(one) is type(other) and _equal(one, other) else _said(where, one, other)
-    if not isinstance(one, tuple):  # those may be made here, and their ids used again
+    if not isinstance(one, tuple):  # tuples may be temporary, and their ids used again
         seen.add((id(one), id(other)))
     if difference(type(one), type(other), where, seen) or mine.keys() != theirs.keys():
         return _said(where, one, other)
@@ -43,7 +43,7 @@ def difference(one: Any, other: Any, where: str = "", seen: set[tuple[int, int]]
 
 
 def _parts(x: Any) -> dict[str, Any] | None:
-    """What there is to compare in an object, by name; None: the object itself."""
+    """The parts of an object to compare, by name. None means that the object itself is compared."""
     if isinstance(x, nn.Module):
         tensors = {
             name: t if t is None else (t.dtype, t.requires_grad) for name, t in (x._parameters | x._buffers).items()
@@ -77,7 +77,7 @@ def _parts(x: Any) -> dict[str, Any] | None:
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # nothing in it yet
+    except ValueError:  # the cell is still empty
         return None
 
 
@@ -88,7 +88,7 @@ def _equal(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and np.array_equal(one, other)
     try:
         return bool(one == other or (one != one and other != other))  # NaN
-    except Exception:  # no answer: then nobody can tell
+    except Exception:  # objects that cannot be compared count as different
         return False
 
 

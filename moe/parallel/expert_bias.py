@@ -1,4 +1,4 @@
-"""Expert-bias update after the optimizer's step (loss-free balancing of sigmoid gates), the same on all ranks."""
+"""`update_expert_biases`: loss-free balancing of sigmoid gates, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ from ..layer import MoE
 
 @torch.no_grad()
 def update_expert_biases(model: nn.Module) -> None:
-    """Move the bias of every `BiasedGate` of a model by one step, from the loads of the forwards since the last call.
+    """Move the expert bias of every `BiasedGate` in a model by one step, against the load since the last call.
 
-    Call it once a step on every rank, with or without gradient accumulation or a pipeline. The optimizer can do so:
-    ``optimizer.register_step_post_hook(lambda *_: update_expert_biases(model))``. Loads are summed over the ranks that
-    `parallelize` was told share the batch, in one all-reduce for all layers, so that biases stay equal.
+    Call it on every rank after each optimizer step, also with gradient accumulation or a pipeline. The optimizer can
+    call it: ``optimizer.register_step_post_hook(lambda *_: update_expert_biases(model))``. Loads are first summed over
+    the ranks that share the batch, in one all-reduce for all layers, so that biases stay equal on all ranks.
+
+    Args:
+        model: model with `MoE` layers, after `parallelize` if there are several ranks.
+
+    References:
+        Loss-free balancing: Wang et al. 2024, arXiv:2408.15664.
+
+    >>> layer = MoE(dim=4, hidden=8, num_experts=2, top_k=1, gate="sigmoid")
+    >>> y = layer(torch.randn(10, 4))
+    >>> update_expert_biases(layer)
+    >>> layer.gate.expert_bias.abs().max() <= 1e-3  # one step of the gate's rate, or 0 if loads were even
+    tensor(True)
     """
     gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
     for layer in model.modules():

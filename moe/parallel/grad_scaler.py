@@ -1,4 +1,4 @@
-"""Loss scaling for float16 whose overflows all ranks hear of."""
+"""`GradScaler`: float16 loss scaling in which all ranks skip the same steps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from ..experts.sharded import local
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch's GradScaler (arXiv:1710.03740) for models on many ranks: an overflow anywhere skips the step everywhere.
+    """`torch.amp.GradScaler` for many ranks: if gradients overflow on any rank, all ranks skip the step.
 
-    A rank sees infinities in its own experts' and its own stage's gradients alone; if it left out a step by itself,
-    the others would go on without it. Gradients may be plain tensors and DTensors of any mesh, mixed.
-    Call ``scale(loss).backward()``, `sync_gradients`, ``unscale_(optimizer)``, `clip_grad_norm_`,
-    ``step(optimizer)`` and ``update()``, in this order, on every rank.
+    A rank only sees infinities in the gradients of its own experts and its own pipeline stage. If it skipped a step
+    alone, ranks would differ from then on. Gradients may be a mix of plain tensors and DTensors of any mesh. On every
+    rank, call ``scale(loss).backward()``, `sync_gradients`, ``unscale_(optimizer)``, `clip_grad_norm_`,
+    ``step(optimizer)`` and ``update()``, in this order.
 
     Args:
-        device: "cuda" or "cpu".
-        group: ranks that step together; None: all.
-        options: those of `torch.amp.GradScaler`: init_scale, growth_factor, backoff_factor, growth_interval, enabled.
+        device: device type, ``"cuda"`` (the default) or ``"cpu"``.
+        group: ranks that step together. None, the default, takes all ranks.
+        options: further arguments of `torch.amp.GradScaler`: init_scale, growth_factor, backoff_factor,
+            growth_interval and enabled.
+
+    Raises:
+        ValueError: gradients are float16, in ``unscale_`` and ``step``. Parameters must be float32.
+
+    References:
+        Mixed precision training: Micikevicius et al. 2017, arXiv:1710.03740.
     """
 
     def __init__(self, device: str = "cuda", group: ProcessGroup | None = None, **options: Any) -> None:
@@ -41,7 +48,10 @@ class GradScaler(torch.amp.GradScaler):
                 if p.grad is not None:
                     grad = p.grad._values() if p.grad.is_sparse else local(p.grad)
                     if grad.dtype == torch.float16 and not allow_fp16:
-                        raise ValueError("gradients are float16: keep parameters in float32, and use torch.autocast")
+                        raise ValueError(
+                            f"a gradient of shape {tuple(grad.shape)} is float16: keep parameters in float32, and use "
+                            "torch.autocast"
+                        )
                     grads[grad.device, grad.dtype].append(grad)
         for (device, _), same in grads.items():
             found = torch.zeros_like(found_inf, device=device)

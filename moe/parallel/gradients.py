@@ -1,8 +1,8 @@
-"""After backward: gradients synchronised, clipped, and handed to an optimizer.
+"""Gradients after backward: synchronise them over ranks, clip them, and group parameters for an optimizer.
 
-A parameter says by its own type and mesh with whom it is shared: an expert's is a DTensor on the axis
-"ep", one of a tensor-parallel part a DTensor on "tp", another a plain tensor, or a DTensor of the wrapper (FSDP2)
-that reduces it.
+The type and mesh of a parameter tell which ranks share it. Expert parameters are DTensors on the axis "ep", and
+tensor-parallel ones are DTensors on "tp". Others are plain tensors, or DTensors of the wrapper (FSDP2) that reduces
+them.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ ABSENT, DENSE, SPARSE = range(3)
 
 
 def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = True) -> None:
-    """After backward, without FSDP: make gradients those of the mean over ranks of every rank's loss.
+    """Sum and divide gradients over ranks, so that they belong to the mean loss of all ranks.
 
-    Expert gradients are summed over "edp" (over "ep" they were summed on the way back), those of matrices split over
-    "tp" over "dp", others over all ranks that have tokens of their own; all are divided by the number of ranks
-    that have parts of the batch. A gradient that some ranks lack counts as zeros there; one that all lack stays None.
-    What a wrapper reduces by itself (FSDP2's DTensors) is left alone.
+    Call it once a step, after the backward of the last micro-batch. Each call divides all gradients again.
 
-    Call it once a step, after the last micro-batch's backward: each call divides whatever has been gathered until then.
+    Expert gradients are summed over "edp", because backward has already summed them over "ep". Gradients of matrices
+    split over "tp" are summed over "dp", and all others over all ranks that have their own tokens. All are divided by
+    the number of ranks that have parts of the batch. A gradient that is None on some ranks counts as zeros there, and
+    stays None if it is None on all. Parameters that a wrapper reduces (FSDP2) are left alone.
 
     Args:
-        model, mesh: as given to `parallelize`.
-        dense: False where something else reduces the gradients of all but experts, such as DDP.
+        model: model that `parallelize` got.
+        mesh: mesh that `parallelize` got.
+        dense: whether parameters outside the experts are reduced; True by default. Pass False if DDP reduces them.
 
     Raises:
-        ValueError: a model that has not been parallelized, or on a mesh of other ranks; sparse gradients on a GPU.
+        ValueError: the model was not parallelized, or over a mesh of other ranks, or it has sparse gradients on a GPU.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     data, edp = axes.data_mesh(mesh), axes.axis(axes.of_experts(mesh), axes.EDP)
@@ -68,16 +69,24 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
 def clip_grad_norm_(
     model: nn.Module, max_norm: float, stages: ProcessGroup | None = None, counted: Collection[nn.Parameter] = ()
 ) -> Tensor:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm`; returns the norm before, a scalar.
+    """Clip gradients in place, so that the 2-norm of all of them together is at most `max_norm`. All ranks call it.
 
-    Exact for any mix of plain and DTensor parameters: every distinct shard counts once. Absent gradients
-    count as zeros. All ranks must call it.
+    The norm is exact for any mix of plain and DTensor parameters, because each distinct shard counts once. Absent
+    gradients count as zeros.
 
     Args:
-        model: the model, or in a pipeline this rank's stages of it in a `ModuleList`.
-        max_norm: of the gradients of the whole model.
-        stages: the ranks of a pipeline, that hold different stages; None: the model is not cut.
-        counted: parameters that are scaled, but are copies of others and do not count again.
+        model: model, or in a pipeline an `nn.ModuleList` of this rank's stages.
+        max_norm: largest norm of the gradients of the whole model.
+        stages: ranks of a pipeline, which hold different stages. None, the default, is a model without a pipeline.
+        counted: parameters that are copies of others. They are scaled, but do not count in the norm. None by default.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+    >>> clip_grad_norm_(model, max_norm=1.0), model.weight.grad.norm().round(decimals=4)
+    (tensor(5.), tensor(1.))
     """
     copies = {id(p) for p in counted}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -93,21 +102,30 @@ def clip_grad_norm_(
                 dist.all_reduce(square, group=group)
         total = total + square
     if stages is not None:
-        total = total.double()  # a stage may be of another dtype than the next
+        total = total.double()  # stages may have different dtypes
         with named("the gradient's norm (clip_grad_norm_)", stages):
             dist.all_reduce(total, group=stages)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
         if p.grad is not None:
-            _held(p.grad).mul_(scale.to(p.grad.device))
+            _local_part(p.grad).mul_(scale.to(p.grad.device))
     return norm
 
 
 def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
-    """Optimizer groups that do not mix plain and DTensor parameters: foreach and fused steps refuse both at once.
+    """Optimizer parameter groups without a mix of plain and DTensor parameters, which foreach and fused steps refuse.
 
-    `options` (lr, weight_decay, ...) go into each group: ``AdamW(param_groups(model), fused=True)``.
+    Args:
+        params: model, or parameters.
+        options: options of the optimizer for these parameters, such as lr and weight_decay.
+
+    Returns:
+        One or two groups for an optimizer.
+
+    >>> optimizer = torch.optim.AdamW(param_groups(nn.Linear(4, 4), weight_decay=0.1), lr=1e-3)
+    >>> len(optimizer.param_groups), optimizer.param_groups[0]["weight_decay"]
+    (1, 0.1)
     """
     params = list(params.parameters() if isinstance(params, nn.Module) else params)
     kinds = [p for p in params if isinstance(p, DTensor)], [p for p in params if not isinstance(p, DTensor)]
@@ -115,25 +133,25 @@ def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> 
 
 
 def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
-    groups: dict[ProcessGroup | None, str] = {}  # with the first layer of each: mostly one for all
+    groups: dict[ProcessGroup | None, str] = {}  # each group with its first layer; most models have one group
     for name, layer in layers.items():
         groups.setdefault(layer.balance_group, called(name))
     for group, name in groups.items():
         if group is None and len(ranks) > 1:
-            raise ValueError(f"{name} is on one rank: call parallelize(model, mesh) on all, before this")
+            raise ValueError(f"{name} is on one rank: call parallelize(model, mesh) on all ranks first")
         if group is not None and sorted(ranks) != sorted(theirs := dist.get_process_group_ranks(group)):
             raise ValueError(
-                f"the mesh averages over ranks {ranks}, and {name} was parallelized over {theirs}: pass both the same "
-                "mesh"
+                f"the mesh averages over ranks {ranks}, but {name} was parallelized over ranks {theirs}: pass the same "
+                "mesh to both"
             )
 
 
-def _held(tensor: Tensor) -> Tensor:
+def _local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _squared(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    held = grad.coalesce().values() if grad.is_sparse else _held(grad)
+    held = grad.coalesce().values() if grad.is_sparse else _local_part(grad)
     return held.norm(dtype=dtype).square()
 
 
@@ -146,7 +164,7 @@ def _zero(p: Tensor) -> Tensor:
 
 
 def _split_over(p: Tensor) -> tuple[ProcessGroup, ...]:
-    """The groups whose ranks hold different parts of p."""
+    """The process groups whose ranks hold different parts of p."""
     if not isinstance(p, DTensor):
         return ()
     mesh = p.device_mesh
@@ -154,7 +172,7 @@ def _split_over(p: Tensor) -> tuple[ProcessGroup, ...]:
 
 
 def _kinds(parameters: list[nn.Parameter], group: ProcessGroup | None) -> dict[nn.Parameter, int]:
-    """Of each parameter's gradient on all ranks together: ABSENT on each, DENSE, or SPARSE on one at least."""
+    """Kind of each parameter's gradient over all ranks: ABSENT on all of them, SPARSE on at least one, or DENSE."""
     mine = [ABSENT if p.grad is None else SPARSE if p.grad.is_sparse else DENSE for p in parameters]
     if group is None or not mine:
         return dict(zip(parameters, mine, strict=True))
@@ -168,7 +186,7 @@ def _kinds(parameters: list[nn.Parameter], group: ProcessGroup | None) -> dict[n
 def _reduce(
     parameters: list[nn.Parameter], kinds: dict[nn.Parameter, int], group: ProcessGroup | None, divisor: int
 ) -> None:
-    """Sum gradients over a group and divide them; those that no rank has stay None."""
+    """Sum gradients over a group and divide them. A gradient that no rank has stays None."""
     grads = []
     for p in parameters:
         if kinds[p] == SPARSE:
@@ -178,10 +196,10 @@ def _reduce(
             if isinstance(p, DTensor) and _is_whole(p):
                 p.grad = _summed_part(p, p.grad)
             elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
-                p.grad = p.grad.redistribute(placements=p.placements)  # DTensor's choice, where a rank has no tokens
-            grads.append(_held(p.grad))
+                p.grad = p.grad.redistribute(placements=p.placements)  # DTensor chooses others on ranks without tokens
+            grads.append(_local_part(p.grad))
     for g in grads:
-        if group is None or g.dtype == torch.float16:  # its sum could overflow, at 65504
+        if group is None or g.dtype == torch.float16:  # divide first: a float16 sum could exceed 65504
             g.div_(divisor)
     for bucket in _buckets(grads) if group is not None else []:
         flat = torch.cat([g.flatten() for g in bucket])
@@ -194,17 +212,17 @@ def _reduce(
 
 
 def _mean_of_sparse(p: nn.Parameter, group: ProcessGroup | None, divisor: int) -> Tensor:
-    """The gradient of an ``nn.Embedding(sparse=True)``, summed and divided: sparse, with the rows of all ranks."""
+    """The summed and divided gradient of an ``nn.Embedding(sparse=True)``: sparse, with the rows of all ranks."""
     if group is not None and p.device.type != "cpu":
         raise ValueError(
-            f"a parameter {tuple(p.shape)} has sparse gradients, which {dist.get_backend(group)} cannot sum: build its "
-            "nn.Embedding with sparse=False"
+            f"a parameter of shape {tuple(p.shape)} has sparse gradients, which {dist.get_backend(group)} cannot sum: "
+            "build its nn.Embedding with sparse=False"
         )
     grad = p.grad
     if grad is None:
         index, rows = torch.empty(1, 0, dtype=torch.int64, device=p.device), p.new_empty(0, *p.shape[1:])
         grad = torch.sparse_coo_tensor(index, rows, p.shape, check_invariants=False)
-    elif not grad.is_sparse:  # a rank that used the matrix elsewhere as well
+    elif not grad.is_sparse:  # this rank also used the matrix outside the embedding
         grad = grad.to_sparse(1)
     early = grad.dtype == torch.float16
     grad = grad / divisor if early else grad
@@ -215,20 +233,20 @@ def _mean_of_sparse(p: nn.Parameter, group: ProcessGroup | None, divisor: int) -
 
 
 def _summed_part(p: DTensor, grad: Tensor) -> Tensor:
-    """A gradient of a parameter that is whole on each rank: this rank's part of the sum, laid out as the sum will be.
+    """This rank's summand for the gradient of a parameter that each rank holds as a whole.
 
-    DTensor leaves parts of a sum (`Partial`) as they are. What it did sum is shared out again, so that all ranks take
-    part in one reduction whatever they hold.
+    DTensor may have summed the gradient already, or may have left this rank's summand (`Partial`). A gradient that is
+    summed already is divided among the ranks, so that one reduction serves both cases.
     """
     assert isinstance(grad, DTensor)
-    part = _held(grad)
+    part = _local_part(grad)
     if _is_whole(grad):
         part = part / grad.device_mesh.size()
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)
 
 
 def _buckets(grads: list[Tensor], limit: int = 1 << 25) -> list[list[Tensor]]:
-    """Gradients in lists of one dtype and device, each of `limit` bytes or of one tensor."""
+    """Lists of gradients of one dtype and device, each with at most `limit` bytes or a single larger tensor."""
     buckets: list[list[Tensor]] = []
     room: dict[tuple[torch.dtype, torch.device], int] = {}
     place: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The load of all experts of a model, over all ranks."""
+"""`load`: tokens per expert of all MoE layers, over all ranks and many forwards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .parallelize import moe_layers
 def load(model: nn.Module, mesh: DeviceMesh | Meshes | None = None) -> dict[str, Load]:
     """Tokens per expert of every `MoE` layer, over all ranks and all training forwards since the last call.
 
-    Call it every n steps for the load of these n steps. It starts the count of each layer at 0 again. All layers
-    take one all-reduce, and the host waits for the result once. Between calls, layers count on their device.
+    Call it every n steps for the load of these n steps. Each call sets the counts to zero. All layers together take one
+    all-reduce and one wait for the device. Between calls, layers count on their device.
 
     >>> from turnout.moe import MoE
     >>> model = nn.Sequential(MoE(8, 16, num_experts=4), MoE(8, 16, num_experts=4))
@@ -30,21 +30,22 @@ def load(model: nn.Module, mesh: DeviceMesh | Meshes | None = None) -> dict[str,
     (['0', '1'], tensor(60), tensor(0., dtype=torch.float64))
 
     A forward counts if its layer is in training mode and its output requires a gradient. So micro-batches add up,
-    activations that are computed again count once, and an evaluation does not count, be it in eval mode or under
-    `torch.no_grad`. Not counted are forwards inside `torch.func` transforms, and under re-entrant activation
-    checkpointing (``use_reentrant=True``), where they run without gradients. A layer that was compiled by itself cannot
-    tell that a checkpoint around it recomputes it, and counts twice: compile outside the checkpoint.
+    recomputed activations count once, and evaluations do not count, in eval mode or under `torch.no_grad`. Forwards
+    inside `torch.func` transforms, or under re-entrant activation checkpointing (``use_reentrant=True``), do not count
+    either. If a layer is compiled by itself inside a checkpoint, it counts recomputed forwards twice: compile outside
+    the checkpoint.
 
     Args:
-        model: as given to `parallelize`, or a part of it.
-        mesh: as given to `parallelize`; every rank of it calls this at the same point. None: this rank alone.
+        model: model that `parallelize` got, or a part of it.
+        mesh: mesh that `parallelize` got. Every rank of it makes the call at the same point. None, the default, counts
+            this rank alone.
 
     Returns:
-        By the names of ``model.named_modules()``, equal on all ranks of the mesh that have the layer: with pipeline
-        stages each rank has the layers of its own. Tensors are on the CPU, shares in float64.
+        A `Load` for each layer name in ``model.named_modules()``, equal on all ranks of the mesh that have the layer.
+        In a pipeline, each rank gets the layers of its own stages. Tensors are on the CPU, and shares in float64.
 
     Raises:
-        DispatchError: a rank that did not answer.
+        DispatchError: a rank did not answer.
     """
     layers = moe_layers(model)
     if not layers:

@@ -1,4 +1,4 @@
-"""Placement: the experts of a model over the ranks of a mesh."""
+"""`parallelize` spreads the experts of a model over a mesh, and `fully_shard_experts` shards them with FSDP2."""
 
 from __future__ import annotations
 
@@ -53,42 +53,48 @@ def parallelize(
     wire: Wire | None = None,
     timeout: timedelta | float | None = None,
 ) -> Model:
-    """Spread the experts of every `MoE` in a model over ranks, in place; call it on every rank.
+    """Spread the experts of every `MoE` in a model over ranks, in place (expert parallelism). Call it on every rank.
 
-    Rank r of the axis keeps experts [r*L, (r+1)*L) as DTensors sharded on axis 0. Nothing is scaled:
-    after backward, expert gradients are sums over the ranks that sent tokens (`sync_gradients`). Parameters of
-    the experts are new objects: make the optimizer afterwards. Experts and parameters that layers share stay shared.
-    An error leaves the model as it was, on every rank.
+    Rank r of W keeps experts [r*E/W, (r+1)*E/W), as DTensors sharded on axis 0. Expert parameters are new objects, so
+    make the optimizer afterwards. Experts and parameters that layers share stay shared. After backward, an expert's
+    gradient is the sum over the ranks that sent it tokens, and `sync_gradients` divides it. An error leaves the model
+    unchanged, on every rank.
 
     Args:
-        model: alike on every rank: built under one `torch.manual_seed` or with the same weights; on the meta device,
-            where there are no weights, with the same `seed` of experts. One without `MoE` layers is warned of.
-        mesh: one mesh whose axes are told by name: ``"ep"`` (or ``"node"`` and ``"local"``), over which
-            experts are spread, ``"edp"``, over which they are repeated, and ``"etp"``, over which the hidden
-            width of each is split (`TensorParallelDispatcher`); each rank of it has a part of the batch.
-            Without an "ep" axis all experts stay where they are. Or `Meshes`: with tp, each rank has a part of
-            every sequence of its part of the batch, which `tensor_parallel` sees to.
-        dispatcher: ``"flat"``, ``"auto"``, or a `Dispatcher`. On a mesh with "node" and "local" also ``"2dh"``
-            (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). There "auto" takes the fastest of these, in 1,
-            2 or 4 chunks, by measured costs (`AutoDispatcher`; with "etp" in one); elsewhere it is flat, in one piece.
-        profile: those costs, or the file in which ``python -m turnout.dispatch.autoselect.probe`` saved them; None
-            measures now, which takes about a second. Used by "auto" alone.
-        overlap: chunks of a batch, which travel while others are computed (`OverlapDispatcher`); ``"auto"`` tries 1,
-            2 and 4 in the first training steps. None: one, or as many as ``dispatcher="auto"`` has chosen.
-        wire: ``"bf16"`` or ``"fp8"``: rows travel in fewer bytes (`CompressedDispatcher`). None: as they are. Where one
-            rank has all experts nothing travels, and neither this nor `overlap` has an effect on a named dispatcher.
-        timeout: how long a collective of the mesh's groups may wait for a rank, in seconds or as a timedelta; None: as
-            long as `Meshes.of` or else `init_process_group` was told. torch's own for groups of a mesh: 30 minutes.
+        model: model that is the same on every rank: built under the same `torch.manual_seed`, or with the same weights
+            loaded. On the meta device, the `seed` of experts must be the same. A model without `MoE` layers is warned
+            about.
+        mesh: mesh whose axes have names, or `Meshes`. Experts are spread over ``"ep"`` (or ``"node"`` and ``"local"``),
+            replicated over ``"edp"``, and their hidden width is split over ``"etp"`` (`TensorParallelDispatcher`). Each
+            rank has its own part of the batch. Without an "ep" axis all ranks keep all experts. `Meshes` add tp, whose
+            ranks hold parts of the same sequences (`tensor_parallel`).
+        dispatcher: transport by name, or a `Dispatcher`. ``"flat"`` is one all-to-all. A mesh with "node" and "local"
+            also has ``"2dh"`` (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). ``"auto"``, the default,
+            takes the fastest of the three there, in 1, 2 or 4 chunks, by measured costs (`AutoDispatcher`; one chunk
+            with "etp"). On other meshes "auto" is "flat".
+        profile: costs for "auto", or the file that ``python -m turnout.dispatch.autoselect.probe`` saved them in. None,
+            the default, measures them now, which takes about a second.
+        overlap: number of chunks of a batch: one chunk travels while another is computed (`OverlapDispatcher`).
+            ``"auto"`` tries 1, 2 and 4 in the first training steps. None, the default, is one chunk, or the number that
+            ``dispatcher="auto"`` chooses.
+        wire: format in which rows travel, ``"bf16"`` or ``"fp8"`` (`CompressedDispatcher`). None, the default, sends
+            them as they are. If one rank has all experts, nothing travels, and a named dispatcher ignores `wire` and
+            `overlap`.
+        timeout: longest time that a collective of the mesh's groups waits for a rank, positive, in seconds or as a
+            timedelta. None, the default, keeps the timeout of `Meshes.of` or `init_process_group`. torch's default for
+            groups of a mesh is 30 minutes.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: axes missing or unknown, experts that do not split or that share a parameter with the rest of the
-            model, layers that differ between ranks (in options, weights, or buffers of a gate), a profile that does not
-            fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens that tp ranks
-            would repeat, a timeout that is not positive.
-        TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
+        ValueError: an axis is missing or unknown. Experts do not split, or share a parameter with other parts. Layers
+            differ between ranks, in options, weights or buffers of a gate. `profile`, `overlap`, `wire` or `timeout`
+            does not fit. Every tp rank would send all tokens. All ranks raise.
+        TypeError: `wire` is given for a `Dispatcher` that is not a `SteppedDispatcher`.
     """
     _check_options(dispatcher, overlap, wire)
-    axes.seconds(timeout)  # raises on what is no time
+    axes.seconds(timeout)  # raises on what is not a time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
         raise ValueError(
@@ -97,7 +103,7 @@ def parallelize(
         )
     given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
-        axes.node_and_local(mesh)  # raises on a mesh without them, also where nothing is to be spread
+        axes.node_and_local(mesh)  # raises on a mesh without these axes, even if there is nothing to spread
     ep = axes.axis(mesh, axes.EP)
     axes.set_timeout(given, timeout)
     if isinstance(dispatcher, str):
@@ -115,7 +121,7 @@ def parallelize(
             stacklevel=2,
         )
     planned, fault = [], None
-    dispatchers: dict[float, Dispatcher] = {}  # what chooses by costs is shared by layers whose experts cost the same
+    dispatchers: dict[float, Dispatcher] = {}  # layers whose experts cost the same share an `AutoDispatcher`
     try:
         if holders is not None:
             planned = shares(model, layers, holders)
@@ -136,20 +142,28 @@ def parallelize(
 
 
 def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any) -> Model:
-    """FSDP2 for the experts of a parallelized model, over the axis "edp", with the right divisor.
+    """Shard the experts of a parallelized model over the axis "edp" with FSDP2, with the right gradient divisor.
 
-    Then wrap the rest: ``fully_shard(model, mesh=...)`` over all ranks of the mesh. FSDP averages
-    over the ranks that hold an expert, while the loss is averaged over all ranks that have a part of the
-    batch: the divisor says so. `options` go to `torch.distributed.fsdp.fully_shard`.
+    Afterwards wrap the rest with ``fully_shard(model, mesh=...)`` over all ranks of the mesh. By itself, FSDP2 would
+    divide an expert's gradient by the number of ranks that hold the expert. The loss is averaged over all ranks that
+    have a part of the batch, so that is the divisor set here.
+
+    Args:
+        model: model after `parallelize`.
+        mesh: mesh that `parallelize` got.
+        options: further arguments of `torch.distributed.fsdp.fully_shard`.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: a mesh without "edp" and "ep", parameters that layers share or that split on no axis, gradients
-            that FSDP2 would divide twice.
+        ValueError: the mesh lacks "edp" or "ep", layers share parameters but not the `Experts` module, a parameter
+            splits on no axis, or FSDP2 would divide gradients twice.
     """
     averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
     edp = axes.axis(mesh, axes.EDP)
     if edp is None or axes.axis(mesh, axes.EP) is None:
-        raise ValueError(f"fully_shard_experts needs the axes edp (1 will do) and ep; the mesh has {axes.names(mesh)}")
+        raise ValueError(f"fully_shard_experts needs a mesh with axes edp and ep; got axes {axes.names(mesh)}")
     policy = options.get("mp_policy", MixedPrecisionPolicy())
     place = partial(_fsdp_axis, ranks=edp.size())
     layers = moe_layers(model)
@@ -157,8 +171,8 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
     for name, p in expert_parameters(model).items() if "shard_placement_fn" not in options else ():
         if place(p) is None:
             raise ValueError(
-                f"{name}, of which a rank has {tuple(local(p).shape)}, does not split over edp={edp.size()} on any "
-                "axis: take sizes that do, another edp, or sync_gradients in place of FSDP2"
+                f"the part of {name} on each rank, {tuple(local(p).shape)}, does not split over edp={edp.size()} on "
+                "any axis: change its sizes or edp, or use sync_gradients in place of FSDP2"
             )
     for experts in dict.fromkeys(layer.experts for layer in layers.values()):
         learned = next((p.dtype for p in experts.parameters() if p.is_floating_point()), torch.float32)  # or 4 bits
@@ -170,13 +184,18 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
             )
         wrapped = cast(FSDPModule, fully_shard(experts, mesh=edp, **{"shard_placement_fn": place, **options}))
         wrapped.set_gradient_divide_factor(float(averaged))
-        # gloo has no scaled sum; with one rank to reduce over, forcing plain sums divides twice (torch 2.13)
+        # gloo has no scaled sum. With one rank to reduce over, forcing plain sums divides twice (torch 2.13).
         wrapped.set_force_sum_reduction_for_comms(edp.size() > 1)
     return model
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model, by name, that belong to `MoE` experts: what DDP must be told to ignore."""
+    """All parameters of `MoE` experts in a model, by name. DDP must be told to ignore them.
+
+    >>> layer = MoE(dim=4, hidden=8, num_experts=2, experts="gelu")
+    >>> list(expert_parameters(nn.Sequential(layer, nn.Linear(4, 4))))
+    ['0.experts.w_up', '0.experts.w_down']
+    """
     return {
         f"{name}.experts.{own}" if name else f"experts.{own}": p
         for name, layer in moe_layers(model).items()
@@ -191,7 +210,7 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     if ep is not None and etp is not None and etp.size() > 1:
         inner = _named(name, mesh[tuple(axis for axis in axes.names(mesh) if axis != axes.ETP)], ep, profile)
         inner = FlatDispatcher(ep.get_group()) if isinstance(inner, LocalDispatcher) else inner
-        if isinstance(inner, AutoDispatcher):  # it knows nothing of the travel inside the group: no chunks of its own
+        if isinstance(inner, AutoDispatcher):  # its costs lack the exchange inside the etp group: it chooses no chunks
             inner = replace(inner, degrees=(1,))
         return TensorParallelDispatcher(cast(SteppedDispatcher, inner), etp.get_group())
     if ep is None or ep.size() == 1:
@@ -221,7 +240,7 @@ def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> Non
 def _equipped(
     dispatcher: Dispatcher, row_flops: float, overlap: int | Literal["auto"] | None, wire: Wire | None
 ) -> Dispatcher:
-    """With the overlap and the wire asked for; one that chooses by costs knows of them, and of the experts' work."""
+    """Add overlap and wire format to a dispatcher. An `AutoDispatcher` also gets the experts' work, for its costs."""
     if isinstance(dispatcher, AutoDispatcher):
         dispatcher = replace(
             dispatcher, row_flops=dispatcher.row_flops or row_flops, wire=dispatcher.wire if wire is None else wire
@@ -235,13 +254,13 @@ def _equipped(
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `MoE` layers of a model by name; a model that is one has the name ""."""
+    """The `MoE` layers of a model by name. A model that is itself a layer has the name ""."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
 def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:
-    """Give every layer its place, by which ranks notice that they are in different ones."""
-    drawn = [secrets.randbits(30)]  # not from a generator of the user's
+    """Give every layer its `Place`, so that ranks notice when they run different layers."""
+    drawn = [secrets.randbits(30)]  # leaves the user's random generators alone
     if group is not None:
         dist.broadcast_object_list(drawn, group=group, group_src=0)
     sizes = {layer.num_experts for layer in layers.values()}
@@ -250,22 +269,22 @@ def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:
 
 
 def _check_untied(layers: dict[str, MoE]) -> None:
-    """FSDP2 keeps parameters by module: one that two modules have would become two."""
+    """Raise ValueError if two `Experts` modules share a parameter: FSDP2 would turn it into two."""
     owner: dict[int, tuple[str, Experts]] = {}
     for name, layer in layers.items():
         for p in layer.experts.parameters():
             first, experts = owner.setdefault(id(p), (name, layer.experts))
             if experts is not layer.experts:
                 raise ValueError(
-                    f"{called(first)} and {called(name)} share parameters of experts, and FSDP2 would part them: let "
-                    "both have the same Experts module, or leave fully_shard_experts out"
+                    f"{called(first)} and {called(name)} share expert parameters, which FSDP2 would copy: let both "
+                    "have the same Experts module, or leave fully_shard_experts out"
                 )
 
 
 def _fsdp_axis(p: nn.Parameter, ranks: int) -> Shard | None:
-    """Where FSDP may split a stacked parameter, None if nowhere: on an axis that no other mesh axis splits, if it can.
+    """The axis on which FSDP2 splits a stacked parameter, or None. It prefers an axis that no mesh axis splits yet.
 
-    Beyond axis 0 FSDP2 splits evenly or not at all (torch 2.13).
+    On axes other than 0, FSDP2 only splits evenly (torch 2.13).
     """
     taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
     free = [axis for axis in range(p.ndim) if axis not in taken]

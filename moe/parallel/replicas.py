@@ -1,4 +1,4 @@
-"""Whether ranks still hold the same values of what several of them keep: dense weights, routers, repeated experts."""
+"""`check_replicas`: compare weights that several ranks hold, such as dense weights, routers and replicated experts."""
 
 from __future__ import annotations
 
@@ -16,27 +16,25 @@ from .alike import checksums, gathered, held_name
 
 
 class ReplicaError(RuntimeError):
-    """Ranks that keep the same weight hold different values of it; the message names weight and ranks."""
+    """Raised if ranks hold different values of the same weight. The message names the weight and the ranks."""
 
 
 def check_replicas(model: nn.Module | Sequence[nn.Module], group: ProcessGroup | None = None) -> None:
-    """Compare checksums of everything that more than one rank keeps, to the bit; call it on every rank of `group`.
+    """Check that all weights which several ranks hold are equal to the bit. Call it on every rank of `group`.
 
-    A bit that flips in the memory of one rank, or a gradient that was not summed over all ranks, raises no error: the
-    replicas drift apart, and a checkpoint saves one of them. Call this every few hundred steps and before each save.
-    It reads all weights once and exchanges 16 bytes a tensor. What a single rank keeps (FSDP and expert shards without
-    a replica) has nothing to be compared with.
-
-        if step % 200 == 0:
-            check_replicas(model)
+    A flipped bit in the memory of one rank, or a gradient that was not summed over all ranks, raises no error. The
+    replicas become different, and a checkpoint saves one of them. Call this every few hundred steps and before each
+    save: ``if step % 200 == 0: check_replicas(model)``. It reads all weights once, and exchanges 16 bytes for each
+    tensor. Shards that only one rank holds (FSDP, experts without a replica) cannot be compared.
 
     Args:
-        model: the module, or the stages of a pipeline that this rank runs. Parameters are compared by their names, and
-            DTensors by the part that lies on a rank; of buffers those of routers.
-        group: ranks to compare; None: all. A model on one rank without a process group always passes.
+        model: module, or the stages of a pipeline that this rank runs. It compares all parameters, for a DTensor the
+            part on each rank, and the buffers of routers.
+        group: ranks to compare. None, the default, takes all ranks. Without a process group the check always passes.
 
     Raises:
-        ReplicaError: on every rank, with the tensor and, where a majority agrees, the rank that differs from it.
+        ReplicaError: values differ. Every rank raises, and the message names the tensor. If a majority of ranks agrees,
+            it also names the ranks that differ.
     """
     if not dist.is_initialized():
         return
@@ -62,7 +60,7 @@ REMEDY = (
 
 
 def _apart(values: dict[int, int], name: str, more: str) -> str:
-    """Who holds what, in words."""
+    """The sentence of a `ReplicaError` that says which ranks hold different values."""
     by_value: dict[int, list[int]] = {}
     for rank, value in values.items():
         by_value.setdefault(value, []).append(rank)
@@ -74,7 +72,7 @@ def _apart(values: dict[int, int], name: str, more: str) -> str:
 
 
 def _held(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """What this rank keeps, by a name that says which part of the whole it is."""
+    """Tensors on this rank to compare, with names that include the part of a sharded tensor."""
     for part in modules:
         routers = [name for name, module in part.named_modules() if isinstance(module, Gate)]
         buffers = [(name, t) for name, t in part.named_buffers() if any(name.startswith(f"{r}.") for r in routers)]

@@ -1,4 +1,4 @@
-"""Which part of each expert's tensors a rank keeps: planned for all layers first, then done."""
+"""Shard stacked expert tensors over a mesh: `shares` plans it for all layers, and `spread` does it for one tensor."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..layer import MoE
 
 @dataclass
 class Share:
-    """One stacked tensor: where it is split, and all the places that have it, several where it is tied.
+    """Plan for one stacked tensor: how to shard it, and all modules that have it (several if it is tied).
 
     Attributes:
-        tensor: of all experts.
-        mesh: over which it is spread.
-        split: the tensor's axis, for each axis of the mesh.
-        where: the first place, in words.
-        places: modules, and the tensor's name in each.
+        tensor: tensor stacked over all experts.
+        mesh: mesh over which it is sharded.
+        split: axis of the tensor that is split, for each axis of the mesh.
+        where: its name in words, for errors.
+        places: modules that have it, and its name in each.
     """
 
     tensor: Tensor
@@ -35,12 +35,12 @@ class Share:
 
 
 def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[Share]:
-    """Plan to spread the experts of all layers over a mesh (`axes.holders`); changes nothing.
+    """Plan how to spread the experts of all layers over a mesh (`axes.holders`), without changing anything.
 
-    Tensors that layers share, or whole experts, are spread once and stay shared.
+    Tensors or whole experts that layers share are sharded once, and stay shared.
 
     Raises:
-        ValueError: experts that are spread already, that do not split, or that share a tensor with something else.
+        ValueError: experts that are spread already, that do not split, or that share a tensor with other modules.
     """
     found: dict[int, Share] = {}
     for name, layer in layers.items():
@@ -52,7 +52,7 @@ def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[S
             share = found.setdefault(id(tensor), Share(tensor, mesh, split, where, []))
             if share.split != split:
                 raise ValueError(
-                    f"{share.where} and {where} are one tensor and would be split along different axes: give one a copy"
+                    f"{share.where} and {where} are one tensor, but would be split on different axes: give one a copy"
                 )
             share.places.append((module, own.rpartition(".")[2]))
             _check_split(where, tensor, split, mesh)
@@ -60,19 +60,19 @@ def shares(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh) -> list[S
     for own, tensor, module in _tensors(model):
         if id(tensor) in found and id(module) not in inside:
             raise ValueError(
-                f"{found[id(tensor)].where} is {own} of the model as well, which is not of an expert, and could not "
-                "stay so where experts are spread: give one of them a copy"
+                f"{found[id(tensor)].where} is the same tensor as {own} outside the experts, and cannot stay shared "
+                "when experts are spread: give one of them a copy"
             )
     return list(found.values())
 
 
 @torch.no_grad()
 def spread(share: Share) -> None:
-    """Put this rank's part of a tensor, as a DTensor, in all of its places."""
+    """Replace a tensor, in all modules that have it, by a DTensor with this rank's part."""
     held, mesh = share.tensor.detach(), share.mesh
     for axis, place, at in zip(axes.names(mesh), mesh.get_coordinate() or (), share.split, strict=True):
         held = held.chunk(mesh[axis].size(), at)[place]
-    part = held.clone(memory_format=torch.contiguous_format)  # a view would keep them all; FSDP2 asks for no gaps
+    part = held.clone(memory_format=torch.contiguous_format)  # a view would keep all experts; FSDP2 wants no gaps
     new: Tensor = DTensor.from_local(part, mesh, [Shard(at) for at in share.split], run_check=False)
     if isinstance(share.tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=share.tensor.requires_grad)
@@ -81,7 +81,7 @@ def spread(share: Share) -> None:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
-    """All parameters and buffers, by name, tied ones too, each with the module that has it."""
+    """All parameters and buffers with their names and modules. Tied ones appear once for each module."""
     return [
         (f"{prefix}.{own}" if prefix else own, tensor, part)
         for prefix, part in module.named_modules(remove_duplicate=False)
@@ -92,11 +92,11 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
 
 def _check(name: str, layer: MoE, mesh: DeviceMesh) -> None:
     if any(isinstance(p, DTensor) for p in layer.experts.parameters()):
-        raise ValueError(f"the experts of {called(name)} are spread already: call parallelize once, before any FSDP")
+        raise ValueError(f"the experts of {called(name)} are spread already: call parallelize once, before FSDP")
     ep = math.prod(mesh[axis].size() for axis in axes.names(mesh) if axis != axes.ETP)
     if layer.num_experts % ep:
         raise ValueError(
-            f"num_experts={layer.num_experts} of {called(name)} does not split over ep={ep} ranks; use a multiple of "
+            f"num_experts={layer.num_experts} of {called(name)} does not split over ep={ep} ranks: use a multiple of "
             f"{ep}, or a mesh whose ep axis divides {layer.num_experts}"
         )
 
@@ -106,7 +106,7 @@ def _check_split(where: str, tensor: Tensor, split: tuple[int, ...], mesh: Devic
     for axis, at in zip(axes.names(mesh), split, strict=True):
         if size[at] % mesh[axis].size():
             raise ValueError(
-                f"{where}, {tuple(tensor.shape)}, does not split over {axis}={mesh[axis].size()} on axis {at}: use "
-                "sizes that do, or another mesh"
+                f"{where}, {tuple(tensor.shape)}, does not split over {axis}={mesh[axis].size()} on axis {at}: change "
+                "its size or the mesh"
             )
         size[at] //= mesh[axis].size()

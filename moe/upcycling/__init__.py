@@ -1,4 +1,4 @@
-"""Dense feed-forward blocks turned into mixtures of experts that compute the same function. Start at `upcycle.py`."""
+"""Upcycling: dense feed-forward blocks become MoE layers that compute the same at first. Start at `upcycle.py`."""
 
 from .upcycle import upcycle
 

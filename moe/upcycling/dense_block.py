@@ -1,4 +1,4 @@
-"""A dense feed-forward block, taken apart: its tensors by the names of experts', and its activation."""
+"""The tensors and the activation of a dense feed-forward block, by the names that experts use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from ..experts.activation import ACTIVATIONS
 
 Dense = nn.Module | Mapping[str, Tensor]
-_NAMES = (("up", "gate", "down", "act"), ("up_proj", "gate_proj", "down_proj", "act_fn"))  # ours; Llama, Qwen, Mistral
+_NAMES = (("up", "gate", "down", "act"), ("up_proj", "gate_proj", "down_proj", "act_fn"))  # `FeedForward`; Llama, Qwen
 
 
 def dense_tensors(dense: Dense) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor] | None]:
-    """The tensors of a dense block as `FeedForwardExperts` names one expert's, [in, out], and its activation.
+    """The tensors of a dense block, and its activation.
 
-    None in its place: tensors were given, that do not say. ValueError: a block of an unknown kind.
+    Returns:
+        Tensors by the names of `FeedForwardExperts`, matrices as [in, out]. The activation is None if `dense` is a dict
+        of tensors, which does not tell.
+
+    Raises:
+        ValueError: a block of an unknown kind.
     """
     if isinstance(dense, Mapping):
         return dict(dense), None
@@ -29,7 +34,7 @@ def dense_tensors(dense: Dense) -> tuple[dict[str, Tensor], Callable[[Tensor], T
             found = None
     if found is None:
         raise ValueError(
-            f"{type(dense).__name__} is no dense block that is known: give its tensors by name, "
+            f"{type(dense).__name__} is not a kind of dense block that upcycle knows: pass its tensors by name, "
             '{"w_up": [D, H], "w_gate": [D, H], "w_down": [H, D]}'
         )
     up, gate, down, activation = found
@@ -43,7 +48,7 @@ def dense_tensors(dense: Dense) -> tuple[dict[str, Tensor], Callable[[Tensor], T
 
 
 def named_activation(tensors: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor] | None) -> str | None:
-    """What named experts call an activation, told by its values; None if they do not have it."""
+    """The name in `ACTIVATIONS` of an activation with the same values, or None. An unknown one gets the first name."""
     x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
     for name, ours in ACTIVATIONS.items():
         if ours.gated != ("w_gate" in tensors) or ours.on_up is not None:

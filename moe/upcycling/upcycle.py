@@ -1,4 +1,4 @@
-"""Upcycling: a dense model's feed-forward blocks become mixtures of experts that compute the same function at first."""
+"""`upcycle`: initialise MoE layers from a dense model's feed-forward blocks, so that both compute the same at first."""
 
 from __future__ import annotations
 
@@ -19,52 +19,70 @@ from .dense_block import Dense, dense_tensors, named_activation
 
 Model = TypeVar("Model", bound=nn.Module)
 
-HIDDEN = {"w_up": 1, "w_gate": 1, "w_down": 0, "b_up": 0, "b_gate": 0}  # the hidden axis of one expert's tensors
+HIDDEN = {"w_up": 1, "w_gate": 1, "w_down": 0, "b_up": 0, "b_gate": 0}  # hidden axis of one expert's tensors
 
 
 @torch.no_grad()
 def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, scale: float | None = None) -> Model:
-    """Give a model with MoE layers the weights of a dense one, in place: at first both compute the same.
+    """Give a model with MoE layers the weights of a dense model, in place, so that both compute the same at first.
 
-    Every expert becomes a copy of the dense block that stands where its layer does (sparse upcycling, Komatsuzaki et
-    al. 2022, arXiv:2212.05055). Where experts are narrower, H = H_dense / G, they are fine-grained: expert e holds
-    shard e mod G of the hidden units, and the G experts of each copy share one row of the router, so that a token that
-    picks k of them, a multiple of G, picks k / G whole copies ("virtual groups", He et al. 2024, arXiv:2410.07524).
-    Down projections are multiplied by the number that makes the weighted sum of copies the dense block; whether there
-    is one is tried on random tokens, for any gate. What drops tokens (capacity) still changes the function.
+    Every expert becomes a copy of the dense block at its layer's place (sparse upcycling). If experts are narrower,
+    with H = H_dense / G, each copy is cut into G fine-grained experts: expert e holds shard e mod G of the hidden
+    units. The G experts of a copy share one row of the router. So a token that picks k experts, a multiple of G, picks
+    k / G whole copies ("virtual groups").
 
-    Every rank calls it, before or after `parallelize`; each keeps what it holds. The rest of the model is copied by
-    name. The router stays as it was initialised, but for the shared rows.
+    The weighted sum of copies must be the dense block, so down projections are multiplied by a constant. It is found
+    with random tokens, for any gate. A capacity limit that drops tokens still changes the function.
+
+    Every rank calls it, before or after `parallelize`, and fills the parts that it holds. Other parameters and buffers
+    are copied by name. The router keeps its initial values, except for shared rows.
 
     Args:
-        model: a `MoE` of named experts, or of modules of the dense block's own kind (then G is 1); or a model with such
-            layers. Not on the meta device.
-        dense: for a `MoE`: a block with Linear layers ``up``, ``down`` and maybe ``gate``, or ``up_proj`` and so on; a
-            `nn.Sequential` of Linear, activation, Linear; or the tensors of a single expert as `FeedForwardExperts`
-            names them, ``{"w_up": [D, H_dense], "w_down": [H_dense, D], ...}``. For a model: the dense one, whose
-            modules have the same names.
-        noise: normal noise on each expert's matrices, in standard deviations of theirs. Above 0 nothing is equal.
-        reset: the part of each expert's hidden units that is drawn anew, each expert its own, with mean and deviation
-            of what is replaced (Drop-Upcycling, arXiv:2502.19261; 0.5 there). Above 0 nothing is equal.
-        scale: what down projections are multiplied by; None: found as above. Weights that are softmax scores of all E
-            experts add up to no constant; He et al. then take num_experts * G / top_k, right for an untrained router.
+        model: a `MoE`, or a model with `MoE` layers, not on the meta device. Experts are named ones, or modules of the
+            dense block's own kind, for which G is 1.
+        dense: for a model, the dense model, whose modules have the same names. For a `MoE`, a block with Linear layers
+            ``up``, ``down`` and perhaps ``gate`` (or ``up_proj`` ...), or an `nn.Sequential` of Linear, activation,
+            Linear. Tensors by the names of `FeedForwardExperts` will do as well:
+            ``{"w_up": [D, H_dense], "w_down": [H_dense, D], ...}``.
+        noise: standard deviation of normal noise on each expert's matrices, as a multiple of the matrix's own; 0.0 by
+            default. Above 0, the model is not equal to the dense one.
+        reset: share of each expert's hidden units that is drawn anew, with the mean and deviation of the replaced
+            values; 0.0 by default, 0.5 in the Drop-Upcycling paper. Above 0, the model is not equal to the dense one.
+        scale: factor of down projections. None, the default, finds it as above. It does not exist if weights are
+            softmax scores over all E experts, whose sum is not constant. For an untrained router, He et al. then
+            use num_experts * G / top_k.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: what does not fit, or cannot be equal, and why; the model is then as it was.
+        ValueError: the models do not fit together, or no constant makes them equal. The model is then unchanged.
+
+    References:
+        Sparse upcycling: Komatsuzaki et al. 2022, arXiv:2212.05055. Virtual groups: He et al. 2024, arXiv:2410.07524.
+        Drop-Upcycling: arXiv:2502.19261.
+
+    >>> dense = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    >>> layer = upcycle(MoE(dim=4, hidden=8, num_experts=4, experts="gelu", bias=True), dense)
+    >>> x = torch.randn(3, 4)
+    >>> torch.allclose(layer(x), dense(x), atol=1e-5)
+    True
     """
     if noise < 0 or not 0 <= reset <= 1:
-        raise ValueError(f"noise must not be negative, and reset lie in [0, 1]; got {noise} and {reset}")
+        raise ValueError(f"noise must be 0 or more, and reset between 0 and 1; got noise={noise} and reset={reset}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     blocks = {name: dense if layer is model else _part(dense, name) for name, layer in layers.items()}
     blocks = {name: block for name, block in blocks.items() if not isinstance(block, MoE)}
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no MoE layer where the other has a dense block")
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer where the dense model has a dense block: pass the MoE model first"
+        )
     rest = list(_rest(model, dense, blocks))
     plans = [(layers[name], *_plan(name, layers[name], block, reset, scale)) for name, block in blocks.items()]
     for target, value in rest:
         local(target).copy_(whole(value)[held_slice(target)])
     for layer, tensors, groups, factor in plans:
-        tensors = {name: whole(t) for name, t in tensors.items()}  # of one block at a time
+        tensors = {name: whole(t) for name, t in tensors.items()}  # whole tensors of one block at a time
         _group_rows(layer.gate, groups)
         for place, expert in enumerate(layer.experts.owned):
             generator = seeded(layer.experts.seed, f"{expert}/upcycle")
@@ -82,18 +100,19 @@ def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, 
 def _plan(
     name: str, layer: MoE, dense: Dense, reset: float, scale: float | None
 ) -> tuple[dict[str, Tensor], int, float]:
-    """Tensors of the dense block by the names of an expert's, shards G, and the factor of down projections."""
+    """Tensors of the dense block by an expert's names, the number of shards G, and the factor of down projections."""
     where = called(name)
     for what, given in {"shared": layer.shared, "free": layer.free}.items():
         if given is not None:
-            raise ValueError(f"{where} has {what}, which add to what the copies compute: build it without")
+            raise ValueError(f"{where} has {what} experts, whose outputs the dense block lacks: build it without them")
     if layer.experts.lora is not None:
-        raise ValueError(f"{where} has adapters: upcycle it before add_lora")
+        raise ValueError(f"the experts of {where} have adapters: call upcycle before add_lora")
     if layer.experts.in_four_bits:
-        raise ValueError(f"{where} has experts in 4 bits: upcycle it before quantize_experts")
+        raise ValueError(f"the experts of {where} are in 4 bits: call upcycle before quantize_experts")
     if layer.experts.weight_on != "output":
         raise ValueError(
-            f'{where} weighs what enters its experts, which is no weighted sum: set layer.experts.weight_on = "output"'
+            f"{where} multiplies inputs by the router's weight, so that its output is no weighted sum: set "
+            'layer.experts.weight_on = "output"'
         )
     if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
         raise ValueError(f"{where} is on the meta device: call to_empty and reset_parameters first")
@@ -101,7 +120,9 @@ def _plan(
     if isinstance(experts, FeedForwardExperts):
         tensors, groups = _feed_forward(where, experts, dense)
     elif reset:
-        raise ValueError(f"the hidden units of {where}, of {type(experts).__name__}, are not known: leave reset out")
+        raise ValueError(
+            f"reset={reset} needs named experts, but {where} has {type(experts).__name__}: leave reset out"
+        )
     else:
         tensors, groups = _as_they_are(where, experts, dense), 1
     if layer.num_experts % groups or layer.top_k % groups:
@@ -111,7 +132,10 @@ def _plan(
         )
     factor = 1 / _share(where, layer.gate, groups) if scale is None else scale
     if not isinstance(experts, FeedForwardExperts) and abs(factor - 1) > 1e-6:
-        raise ValueError(f"the weights of {where} add up to {1 / factor:.3g}, and its experts cannot be scaled")
+        raise ValueError(
+            f"router weights of {where} add up to {1 / factor:.3g}, and {type(experts).__name__} cannot be scaled: use "
+            "a gate whose weights add up to 1"
+        )
     return tensors, groups, factor
 
 
@@ -121,17 +145,20 @@ def _feed_forward(where: str, experts: FeedForwardExperts, dense: Dense) -> tupl
     missing = {name for name in wanted if name.startswith("w_")} - tensors.keys()
     if missing or tensors.keys() - wanted:
         raise ValueError(
-            f"{where} has experts of {sorted(wanted)}, the dense block has {sorted(tensors)}: "
+            f"experts of {where} have {sorted(wanted)}, but the dense block has {sorted(tensors)}: "
             "build the layer with the same kind of experts, and bias=True if the block has biases"
         )
     if activation is not None and named_activation(tensors, activation) != experts.activation:
-        raise ValueError(f"{where} has {experts.activation} experts, the dense block another activation: {activation}")
+        raise ValueError(
+            f"{where} has {experts.activation} experts, but the dense block has another activation, {activation}: "
+            "build the layer with that one"
+        )
     dim, wide = tensors["w_up"].shape
     groups = wide // experts.hidden
     if dim != experts.dim or groups < 1 or wide % experts.hidden:
         raise ValueError(
-            f"{where} has experts {experts.dim} x {experts.hidden}, the dense block is {dim} x {wide}: "
-            f"dim must be equal, and hidden be {wide} or a divisor of it"
+            f"experts of {where} are {experts.dim} x {experts.hidden}, but the dense block is {dim} x {wide}: "
+            f"dim must be equal, and hidden must be {wide} or a divisor of it"
         )
     for name in wanted - tensors.keys():
         tensors[name] = tensors["w_up"].new_zeros(dim if name == "b_down" else wide)
@@ -144,16 +171,18 @@ def _feed_forward(where: str, experts: FeedForwardExperts, dense: Dense) -> tupl
 
 
 def _as_they_are(where: str, experts: Experts, dense: Dense) -> dict[str, Tensor]:
-    """Experts of another kind: the dense block must be one of them."""
+    """Tensors of a dense block that is itself a module of the experts' kind, without renaming."""
     own = dict(dense) if isinstance(dense, Mapping) else {f"module.{name}": t for name, t in dense.state_dict().items()}
     shapes = {name: tuple(t.shape[1:]) for name, t in _stacked(experts)}
     if {name: tuple(t.shape) for name, t in own.items()} != shapes:
-        raise ValueError(f"an expert of {where} has {shapes}, the dense block is of another kind")
+        raise ValueError(
+            f"an expert of {where} has {shapes}, but the dense block is of another kind: build experts as the block is"
+        )
     return own
 
 
 def _share(where: str, gate: Gate, groups: int) -> float:
-    """What the weights of a shard's copies add up to, for every token; tried on random ones."""
+    """The sum of router weights over the copies of a shard, which must be equal for all (random) tokens and shards."""
     gate = copy.deepcopy(gate).to("cpu", torch.float64)
     _group_rows(gate, groups)
     x = torch.randn(64, gate.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -167,15 +196,16 @@ def _share(where: str, gate: Gate, groups: int) -> float:
     least, most = share.aminmax()
     if not 0 < most <= least * (1 + 1e-5):
         raise ValueError(
-            f"the weights of {where} add up to {groups * least:.3g} for one token and {groups * most:.3g} for another: "
-            "no scale of the experts makes that the dense block; take a gate whose weights are normalised (topk with "
-            f"top_k > 1, or TopKGate(..., normalize=True){', and learned' if groups > 1 else ''}), or pass scale="
+            f"router weights of {where} add up to {groups * least:.3g} for one token and {groups * most:.3g} for "
+            "another, so that no scale makes experts equal to the dense block: use a gate with normalised weights "
+            f"(topk with top_k > 1, or TopKGate(..., normalize=True){', and learned' if groups > 1 else ''}), or pass "
+            "scale="
         )
     return float(share.mean())
 
 
 def _group_rows(gate: Gate, groups: int) -> None:
-    """Virtual groups: the experts of one copy are scored alike, by the first one's row."""
+    """Virtual groups: give all experts of a copy the router row of the first one, so that their scores are equal."""
     for each in (getattr(gate, "weight", None), gate.bias) if groups > 1 and gate.learned else ():
         if isinstance(each, Tensor):
             each.copy_(each[::groups].repeat_interleave(groups, 0))
@@ -186,13 +216,13 @@ def _shard(tensors: Mapping[str, Tensor], shard: int, groups: int, factor: float
     for name, tensor in tensors.items():
         if name in HIDDEN:
             tensor = tensor.chunk(groups, HIDDEN[name])[shard]
-        scale = {"w_down": factor, "b_down": factor / groups}.get(name, 1.0)  # each of the G shards adds its bias
+        scale = {"w_down": factor, "b_down": factor / groups}.get(name, 1.0)  # all G shards of a copy add their bias
         values[name] = tensor if scale == 1 else tensor * scale
     return values
 
 
 def _reset(values: dict[str, Tensor], part: float, generator: torch.Generator) -> None:
-    """Draw a part of the hidden units anew, in all matrices alike."""
+    """Draw a share of the hidden units anew, the same units in all matrices."""
     matrices = {name: t for name, t in values.items() if name in HIDDEN and t.ndim == 2}
     if not part:
         return
@@ -207,7 +237,7 @@ def _reset(values: dict[str, Tensor], part: float, generator: torch.Generator) -
 
 
 def _rest(model: nn.Module, dense: Dense, blocks: Mapping[str, Dense]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors of the model outside the layers, each with the dense one's."""
+    """Tensors of the model outside its MoE layers, each with the dense model's tensor of the same name."""
     if isinstance(dense, Mapping) or "" in blocks:
         return
     theirs = {**dict(dense.named_parameters(remove_duplicate=False)), **dict(dense.named_buffers())}
@@ -215,18 +245,20 @@ def _rest(model: nn.Module, dense: Dense, blocks: Mapping[str, Dense]) -> Iterat
         if any(name.startswith(f"{block}.") for block in blocks):
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
-            got = tuple(theirs[name].shape) if name in theirs else "nothing"
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, and {got} in the dense model")
+            got = tuple(theirs[name].shape) if name in theirs else "missing"
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, but {got} in the dense model: build both alike")
         yield tensor, theirs[name].detach()
 
 
 def _part(dense: Dense, name: str) -> nn.Module:
     if isinstance(dense, Mapping):
-        raise ValueError("tensors by name are for a single MoE: for a model give the dense one")
+        raise ValueError("dense is a dict of tensors, which fits a single MoE: for a model pass the dense model")
     try:
         return dense.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"the dense model has no module {name}, where the other has a MoE layer") from None
+        raise ValueError(
+            f"the dense model has no module {name}, where the MoE model has a layer: give its modules the same names"
+        ) from None
 
 
 def _stacked(experts: Experts) -> list[tuple[str, Tensor]]:

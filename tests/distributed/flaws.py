@@ -65,20 +65,20 @@ FLAWS = {
     "a loss without logits": Flaw(
         "needs the router's logits: set z_loss=0", lambda c: True, lambda c: first(c, gate="random", z_loss_weight=0.1)
     ),
-    "no ids": Flaw("pass ids", lambda c: True, lambda c: first(c, gate="hash")),
+    "no ids": Flaw("ids is None", lambda c: True, lambda c: first(c, gate="hash")),
     "FSDP of float64": Flaw(
         "FSDP2 divides torch.float64 gradients twice",
         lambda c: c.edp == c.tp == 1 and (c.folded or "edp" in c.axes),
         lambda c: replace(c, dtype=torch.float64, wrapper="fsdp"),
     ),
     "FSDP without edp": Flaw(
-        "fully_shard_experts needs the axes edp",
+        "fully_shard_experts needs a mesh with axes edp",
         lambda c: not c.folded and not {"edp", "etp"} & set(c.axes),
         lambda c: replace(c, wrapper="fsdp"),
     ),
     "unknown wire": Flaw("wire must be None or one of", lambda c: True, lambda c: replace(c, wire="fp4")),
     "no chunks": Flaw("overlap must be None", lambda c: True, lambda c: replace(c, overlap=0)),
-    "one rank differs": Flaw("has built other MoE layers than rank 0", lambda c: c.ranks > 1),
+    "one rank differs": Flaw("MoE layers differ between ranks", lambda c: c.ranks > 1),
     "nothing split over tp": Flaw("nothing is split over", lambda c: c.tp > 1),
 }
 

@@ -62,10 +62,10 @@ def differs(what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("bias", "the values of buffer gate.expert_bias of layer 1 on rank 1 are not those on ranks 0, 2"),
-        ("expert", "the values of parameter experts.w_up of layer 1 on rank 1 are not those on ranks 0, 2"),
-        ("order", "the values of parameter experts.w_down of layer 1 on rank 1 are not those on ranks 0, 2"),
-        ("shared", "the values of parameter shared.up.weight of layer 1 on rank 1 are not those on ranks 0, 2"),
+        ("bias", "the values of buffer gate.expert_bias of layer 1 on rank 1 differ from ranks 0, 2"),
+        ("expert", "the values of parameter experts.w_up of layer 1 on rank 1 differ from ranks 0, 2"),
+        ("order", "the values of parameter experts.w_down of layer 1 on rank 1 differ from ranks 0, 2"),
+        ("shared", "the values of parameter shared.up.weight of layer 1 on rank 1 differ from ranks 0, 2"),
         ("rate", "rate=0.5"),
         ("activation", "activation='gelu'"),
         ("seed of the hash", "seed=1"),

@@ -122,19 +122,19 @@ def mistake(what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("early", "6 parameters that are not the model's"),
+        ("early", "6 parameters that the model lacks"),
         ("early", "the optimizer lacks 1.experts.w_up, 1.experts.w_down, 1.experts.w_gate, 2.experts.w_up"),
         ("not parallelized", "layer 2 is on one rank: call parallelize(model, mesh) on the whole model"),
         ("mixed", "group 0 of AdamW(foreach=True) mixes plain tensors and DTensors"),
         ("left out", "the optimizer lacks 0.weight, 0.bias"),
-        ("other mesh", "layer 1 was parallelized over ranks [0, 1, 2, 3], and the mesh has [0, 1]"),
+        ("other mesh", "layer 1 was parallelized over ranks [0, 1, 2, 3], but the mesh has [0, 1]"),
         ("no dispatcher", "the dispatcher of layer 1, LocalDispatcher, exchanges with ranks [] in groups of []"),
         ("dispatcher", "the dispatcher of layer 1, FlatDispatcher, exchanges with ranks [0, 2] in groups of [2]"),
-        ("assigned", "w_up of the experts of layer 2 is no DTensor"),
+        ("assigned", "w_up in the experts of layer 2 is a plain tensor"),
         ("replicate", "replicate averages 1.experts.w_up, 1.experts.w_down"),
         ("fully_shard", "FSDP2 divides the gradients of 1.experts.w_up, 1.experts.w_down, 1.experts.w_gate by 2"),
         ("dense over edp", "FSDP2 averages the gradients of 0.weight, 0.bias, 1.gate.weight, 2.gate.weight, 3.weight"),
-        ("drift", "ranks differ: the values of parameter 0.weight on ranks 1, 2, 3 are not those on rank 0"),
+        ("drift", "ranks differ: the values of parameter 0.weight on ranks 1, 2, 3 differ from rank 0"),
         ("one rank", "rank 2: the dispatcher of layer 2, LocalDispatcher"),
         (
             "one rank",
@@ -160,4 +160,4 @@ def alone():
 
 def test_one_rank():
     (error,) = errors(1, alone)
-    assert "parameters that are not the model's" in error
+    assert "parameters that the model lacks" in error

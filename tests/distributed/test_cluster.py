@@ -29,7 +29,7 @@ def test_numbers_with_units():
     given = ["100mbit", "1gbit", "0.2ms", "5us", "2", "none"]
     assert [number(text) for text in given] == pytest.approx([1e8, 1e9, 2e-4, 5e-6, 2, 0])
     for text in ("fast", "1 furlong"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a number with a unit, one of bit"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be none, or a number with one of the units bit"):
             number(text)
 
 

@@ -174,14 +174,14 @@ def test_every_rank_hears_of_it(dispatcher):
         (other_router, "MoE layers differ between ranks: the values of parameter gate.weight of layer 0 on ranks 1, 2"),
         (one_axis_unknown, "the mesh has axes ('dp', 'ep'), and nothing would be exchanged along dp"),
         (synchronised_over_half, "the mesh averages over ranks ["),
-        (not_parallelized, "layer 1 is on one rank: call parallelize(model, mesh) on all"),
+        (not_parallelized, "layer 1 is on one rank: call parallelize(model, mesh) on all ranks"),
         (odd_experts, "num_experts=6"),
         (twice, "the experts of layer 1 are spread already"),
         (unknown_axes, "the mesh needs axes named"),
         (unknown_dispatcher, "dispatcher must be one of"),
         (no_nodes, 'a hierarchical exchange needs a mesh with axes "node" and "local"'),
         (divided_twice, "with edp=1, FSDP2 divides torch.float64 gradients twice"),
-        (missing_axis, "fully_shard_experts needs the axes edp"),
+        (missing_axis, "fully_shard_experts needs a mesh with axes edp"),
     ],
 )
 def test_every_rank_raises(fault, message):

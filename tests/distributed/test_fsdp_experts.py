@@ -46,7 +46,7 @@ def splits_nowhere():
 def test_fsdp_of_sizes_that_split_nowhere_is_refused():
     for error in errors(2, splits_nowhere):
         assert error.startswith(
-            "ValueError: 0.experts.w_up, of which a rank has (7, 3, 5), does not split over edp=2 on any axis"
+            "ValueError: the part of 0.experts.w_up on each rank, (7, 3, 5), does not split over edp=2 on any axis"
         )
 
 
@@ -62,6 +62,4 @@ def shared():
 
 def test_fsdp_of_experts_that_share_parameters_is_refused():
     for error in errors(2, shared):
-        assert error.startswith(
-            "ValueError: layer 0 and layer 1 share parameters of experts, and FSDP2 would part them"
-        )
+        assert error.startswith("ValueError: layer 0 and layer 1 share expert parameters, which FSDP2 would copy")

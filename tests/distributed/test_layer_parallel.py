@@ -205,7 +205,7 @@ def placed():
         if expert // 2 == rank:
             close(model[1].experts[expert](x).detach(), one[1].experts[expert](x).detach(), 1e-13)
         else:
-            with pytest.raises(IndexError, match=f"expert {expert} lies on rank {expert // 2}"):
+            with pytest.raises(IndexError, match=f"expert {expert} is on rank {expert // 2}"):
                 model[1].experts[expert]
 
 

@@ -83,7 +83,7 @@ def refused(case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("outside", "w_up of layer 1 is 1.shared.weight of the model as well"),
+        ("outside", "w_up of layer 1 is the same tensor as 1.shared.weight outside the experts"),
         ("experts", f"num_experts={EXPERTS + 1} of layer 1 does not split over ep=2 ranks"),
         ("alone", f"num_experts={EXPERTS + 1} of layer 1 does not split over ep=2 ranks"),
     ],

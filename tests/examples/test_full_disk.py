@@ -39,7 +39,7 @@ def test_the_job_goes_on_and_tries_again(tmp_path, text, monkeypatch):
     for step in (2, 3, 5):
         said = f"the disk of {tmp_path}/step-{step}.incomplete is full or over its quota"
         assert done.stderr.count(said) == 1, done.stderr
-    assert done.stderr.count("a checkpoint is not written, and training goes on") == 3
+    assert done.stderr.count("a checkpoint is not written, and training continues") == 3
     assert names(tmp_path) == ["step-1", "step-4", "step-6"]
 
 
@@ -70,5 +70,5 @@ def test_a_disk_that_is_really_full(disk, text):
     shutil.rmtree(disk / "run" / kept[0])
     again = run(disk / "run", *JOB, "--data", text, "--resume", "--keep", "1")
     assert result(again)["steps"] == 6
-    assert f"going on after step {len(kept)}" in again.stderr
+    assert f"resuming after step {len(kept)}" in again.stderr
     assert names(disk / "run") == ["step-6"]

@@ -70,7 +70,7 @@ def test_a_killed_rank_is_started_again_and_loses_only_what_was_not_saved(tmp_pa
     os.kill(children(job)[-1], signal.SIGKILL)
     _, log = job.communicate(timeout=200)
     assert job.returncode == 0, log
-    assert "going on after step" in log
+    assert "resuming after step" in log
     assert time.monotonic() - began < 120
     assert saved(tmp_path)[-1] == 60
 
@@ -83,7 +83,7 @@ def test_without_restarts_a_killed_rank_ends_the_job_with_a_clear_message(tmp_pa
     _, log = job.communicate(timeout=200)
     assert job.returncode == 1
     assert time.monotonic() - began < 120
-    assert "--resume goes on from the newest checkpoint" in log
+    assert "--resume continues from the newest checkpoint" in log
 
 
 @pytest.mark.sampled
@@ -108,7 +108,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others_in_time(tmp_path, text, 
     assert ended[0] - stopped[0] < 5 + 10 + 5  # the last are those that `run` waits for the stopped rank
     for rank in range(3):
         assert re.search(
-            rf"rank {rank}: failed at step \d+, in (training|the (log|checkpoint)); (.*; )?no word from rank 3: ",
+            rf"rank {rank}: failed at step \d+, in (training|the (log|checkpoint)); (.*; )?no answer from rank 3: ",
             done.stderr,
         ), done.stderr
         record = json.loads((tmp_path / "flight" / f"rank-{rank}.json").read_text())
@@ -123,4 +123,4 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, text):
     done = run(out, *LONG, "--data", text, "--steps", "20", "--resume")
     assert result(done)["steps"] == 20
     assert "is torn" in done.stderr
-    assert "going on after step 10" in done.stderr
+    assert "resuming after step 10" in done.stderr

@@ -73,8 +73,8 @@ def test_no_file():
         ("--ep 8 --experts 4", 8, r"--experts (4) must be a multiple of 8 = ep"),
         ("--micro-batches 3", 1, r"--batch (32) must be a multiple of 3 = dp x micro-batches"),
         ("--eval-size 3", 2, r"--eval-size (3) must be a multiple of 2 = dp"),
-        ("--schedule dualpipe", 1, "'dualpipe' will not do: --schedule one of gpipe, 1f1b, interleaved1f1b"),
-        ("--data-parallel ddp", 1, "'ddp' will not do: --data-parallel one of replicate, zero1, zero2, fsdp"),
+        ("--schedule dualpipe", 1, "--schedule must be one of gpipe, 1f1b, interleaved1f1b"),
+        ("--data-parallel ddp", 1, "--data-parallel must be one of replicate, zero1, zero2, fsdp"),
         ("--micro-batches -1", 1, "--micro-batches must be 0 or more; got -1"),
         ("--keep 0", 1, "--keep must be positive; got 0"),
         ("--save-every 0", 1, "--save-every must be positive; got 0"),
@@ -91,12 +91,12 @@ def test_no_file():
         ("--lr nan", 1, "--lr must be positive; got nan"),
         ("--lr -0.001", 1, "--lr must be positive; got -0.001"),
         ("--lr 0", 1, "--lr must be positive; got 0.0"),
-        ("--gate topp", 1, "'topp' will not do: --gate one of topk, switch"),
-        ("--balance tokens", 1, "'tokens' will not do: --balance one of sequence, global, local"),
-        ("--on-nonfinite go", 1, "'go' will not do: --on-nonfinite one of stop, skip"),
+        ("--gate topp", 1, "--gate must be one of topk, switch"),
+        ("--balance tokens", 1, "--balance must be one of sequence, global, local"),
+        ("--on-nonfinite go", 1, "--on-nonfinite must be one of stop, skip"),
         ("--heads 5", 1, "--dim (128) must be a multiple of 10 = 2 x heads"),
         ("--top-k 9", 1, "--top-k (9) must be at most --experts (8)"),
-        ("--gate gshard --top-k 3", 1, "the gshard gate picks two experts a token; got top_k=3"),
+        ("--gate gshard --top-k 3", 1, "the gshard gate needs top_k=2; got top_k=3"),
         ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
         ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
         ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = tp"),
@@ -105,7 +105,7 @@ def test_no_file():
         ("--pp 2 --layers 3 --schedule zbv", 2, "--layers (3) must be at least 4: --schedule zbv"),
         ("--pp 4 --micro-batches 2", 4, "--micro-batches (2) must be at least pp (4) with --schedule 1f1b; 0 takes"),
         ("--pp 2 --micro-batches 7 --schedule interleaved1f1b --batch 28", 2, "--micro-batches (7) must be a multiple"),
-        ("--bf16 --fp16", 1, "--bf16 or --fp16, not both"),
+        ("--bf16 --fp16", 1, "--bf16 and --fp16 exclude each other"),
     ],
 )
 def test_flags_that_do_not_fit(flags, ranks, message):
@@ -210,4 +210,4 @@ def test_scripts_start_the_job_with_flags_it_has(tmp_path, script, config):
 def test_a_script_says_what_it_wants():
     done = subprocess.run(["bash", str(ROOT / "examples" / "multi_node.sh")], capture_output=True, text=True, env={})
     assert done.returncode
-    assert "how many nodes take part" in done.stderr
+    assert "set it to the number of nodes" in done.stderr

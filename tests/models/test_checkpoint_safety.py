@@ -132,7 +132,7 @@ def test_code_in_place_of_a_buffer_is_not_run_and_what_was_read_by_then_is_told(
     model, optimizer = trained()
     model.register_buffer("mask", torch.ones(3))
     forged_value(path := save(tmp_path, model, optimizer, 1), "model.mask", Code(tmp_path / "made"))
-    with pytest.raises(CheckpointError, match=r"read in part into model and optimizer, then failed: .* was not run"):
+    with pytest.raises(CheckpointError, match=r"a part was read into .*, then reading failed: .* was not run"):
         load(path, model, optimizer)
     assert not (tmp_path / "made").exists()
 

@@ -121,7 +121,7 @@ def test_segments_are_told_apart():
     first = torch.zeros_like(tokens)
     assert torch.equal(model(tokens), model(tokens, segments=first))
     assert not torch.equal(model(tokens), model(tokens, segments=first + 1))
-    with pytest.raises(ValueError, match="set segments=2"):
+    with pytest.raises(ValueError, match=r"set BERTConfig\(segments=2\)"):
         bert(replace(BOTH, segments=0))(tokens, segments=first)
 
 

@@ -99,11 +99,11 @@ def test_a_run_that_has_said_nothing_for_long_may_be_dead(tmp_path):
     run.start()
     run.step(10)
     log = read(run.path)
-    assert "no word" not in page(log, now=log.time + 299)
-    assert 'class="state silent">no word for 1 h 0 min</span>' in page(log, now=log.time + 3600)
+    assert "no log line" not in page(log, now=log.time + 299)
+    assert 'class="state silent">no log line for 1 h 0 min</span>' in page(log, now=log.time + 3600)
     run.end(10)
     log = read(run.path)
-    assert "no word" not in page(log, now=log.time + 3600)
+    assert "no log line" not in page(log, now=log.time + 3600)
 
 
 @pytest.mark.parametrize("layers", [0, 2])

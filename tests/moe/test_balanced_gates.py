@@ -197,11 +197,11 @@ def test_spread_over_ranks(name):
 def test_bad_arguments():
     for make, message in [
         (lambda: SigmoidGate(D, E, groups=4), "groups=4 must divide num_experts=6"),
-        (lambda: SigmoidGate(D, E, groups=2, top_groups=3), "top_groups=3 be one of 1 to it"),
+        (lambda: SigmoidGate(D, E, groups=2, top_groups=3), "top_groups=3 must be between 1 and groups=2"),
         (lambda: SigmoidGate(D, E, 3, groups=3, top_groups=1)(drawn(1, D)), "top_k=3, but top_groups=1 have only 2"),
-        (lambda: ExpertChoiceGate(D, E, most=7), "most=7 must lie between 1 and num_experts=6"),
+        (lambda: ExpertChoiceGate(D, E, most=7), "most=7 must be between 1 and num_experts=6"),
         (lambda: CosineGate(D, E, temperature=0.0), "temperature=0.0 at least 0.01"),
-        (lambda: SinkhornGate(D, E, iterations=0), "iterations must be positive; got 0"),
+        (lambda: SinkhornGate(D, E, iterations=0), "iterations must be a positive integer; got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

@@ -127,5 +127,5 @@ def test_in_the_layer_every_expert_has_as_many(capacity):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="the base gate gives a token one expert; got top_k=2"):
+    with pytest.raises(ValueError, match="the base gate needs top_k=1; got top_k=2"):
         MoE(D, H, E, 2, gate="base")

@@ -189,6 +189,6 @@ def test_triton_refuses_forward_mode():
     layer, x = MoE(D, 16, 4, seed=0), random(6, D).float()
     layer.experts.kernel = "triton"
     with pytest.raises(
-        NotImplementedError, match=r'kernel="triton" has no part in torch.func and forward mode: set kernel="torch"'
+        NotImplementedError, match=r'kernel="triton" works in neither torch.func nor forward mode: set kernel="torch"'
     ):
         torch.func.jvp(layer, (x,), (x,))

@@ -75,7 +75,7 @@ def test_padding_visits_no_free_expert():
 
 def test_free_experts_of_unknown_kinds():
     for kinds in (["zero"], "null"):
-        with pytest.raises(ValueError, match="free must be a list, each one of null, identity, constant; got"):
+        with pytest.raises(ValueError, match="free must be a list of kinds, each one of null, identity, constant; got"):
             MoE(D, H, E, free=kinds)
 
 

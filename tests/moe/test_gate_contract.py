@@ -20,6 +20,7 @@ class Wrong(Gate):
 
     def __init__(self, change, top_k=2) -> None:
         super().__init__(D, E, top_k)
+        self.weight.data = torch.randn(E, D, generator=torch.Generator().manual_seed(1))  # every expert is chosen
         self.change, self.calls = change, 0
 
     def forward(self, x):
@@ -41,17 +42,17 @@ def left_out(expert, weight, scores):
 WRONG = {
     "numbered from 1": (
         lambda e, w, s: Routing(e + 1, w, s),
-        "chose experts from 1 to 4: number them from 0",
+        "returned expert ids from 1 to 4: use 0 to E - 1 = 3",
     ),
-    "below -1": (lambda e, w, s: Routing(e - 2, w, s), "chose experts from -2 to"),
+    "below -1": (lambda e, w, s: Routing(e - 2, w, s), "returned expert ids from -2 to"),
     "twice": (doubled, "chose an expert twice for the same token"),
-    "a weight where -1 is": (left_out, "gave a weight to a choice it left out"),
-    "NaN where -1 is": (lambda e, w, s: left_out(e, w * torch.nan, s), "gave a weight to a choice it left out"),
+    "a weight where -1 is": (left_out, "gave a weight to an unused choice"),
+    "NaN where -1 is": (lambda e, w, s: left_out(e, w * torch.nan, s), "gave a weight to an unused choice"),
     "a pair": (lambda e, w, s: (e, w), "returned a tuple: return a Routing"),
-    "a token too few": (lambda e, w, s: Routing(e[1:], w[1:], s[1:]), r"returned expert \(8, 2\) for 9 tokens"),
+    "a token too few": (lambda e, w, s: Routing(e[1:], w[1:], s[1:]), r"returned expert of shape \(8, 2\) for 9"),
     "an expert too many": (
         lambda e, w, s: Routing(e, w, torch.cat([s, s[:, :1]], 1)),
-        "scores 5 experts, but the layer has 4",
+        "returned scores for 5 experts, but the layer has 4",
     ),
 }
 
@@ -156,7 +157,7 @@ def test_free_experts_count():
     layer = MoE(D, 16, E, free=["null", "identity"])
     layer.top_k = 6
     assert layer(tokens()).shape == (9, D)
-    with pytest.raises(ValueError, match="top_k=7 must lie between 1 and num_experts=6"):
+    with pytest.raises(ValueError, match="top_k=7 must be between 1 and num_experts=6"):
         layer.top_k = 7
 
 

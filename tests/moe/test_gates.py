@@ -208,14 +208,14 @@ def test_normalised():
 
 @pytest.mark.parametrize("k", [0, -1, E + 1])
 def test_bad_top_k(k):
-    with pytest.raises(ValueError, match=f"top_k={k} must lie between 1 and num_experts={E}"):
+    with pytest.raises(ValueError, match=f"top_k={k} must be between 1 and num_experts={E}"):
         TopKGate(D, E, k)
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="one expert a token; got top_k=2"):
+    with pytest.raises(ValueError, match="switch gate needs top_k=1; got top_k=2"):
         SwitchGate(D, E, 2)
-    with pytest.raises(ValueError, match="two experts a token; got top_k=1"):
+    with pytest.raises(ValueError, match="gshard gate needs top_k=2; got top_k=1"):
         GShardGate(D, E, 1)
     with pytest.raises(ValueError, match="between 1 and num_experts=1"):
         GShardGate(D, 1)
@@ -229,11 +229,11 @@ def test_routing_refuses_what_does_not_fit():
         Routing(one, torch.zeros(3, 2), scores)
     with pytest.raises(ValueError, match="T=3"):
         Routing(one, torch.zeros(3, 1), scores[:2])
-    with pytest.raises(ValueError, match="k=3 choices among only E=2"):
+    with pytest.raises(ValueError, match="k=3 choices for each token, but scores has only E=2"):
         Routing(one.expand(3, 3), torch.zeros(3, 3), scores)
     with pytest.raises(TypeError, match="int64"):
         Routing(one.int(), torch.zeros(3, 1), scores)
-    with pytest.raises(TypeError, match="float32 or wider"):
+    with pytest.raises(TypeError, match="float32 or float64"):
         Routing(one, torch.zeros(3, 1).bfloat16(), scores)
 
 

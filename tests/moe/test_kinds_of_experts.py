@@ -115,7 +115,7 @@ def test_another_kind_is_refused_wherever_it_comes(kinds, message, first, device
     if device == "meta" and "tag" in message and "tensor" in str(kinds):
         pytest.skip("on the meta device tensors have no values")
     order = iter([*[kinds[0]] * first, *[kinds[1]] * 4])
-    with pytest.raises(ValueError, match=f"experts must be of one kind; {message}"):
+    with pytest.raises(ValueError, match=f"experts must be of one kind, but {message}"):
         experts(lambda: nn.Sequential(nn.Linear(D, D), next(order)()), 3, device)
 
 
@@ -130,7 +130,7 @@ def test_a_module_cannot_be_a_part_of_two_experts(make, device):
 
 def test_shapes_are_told_first():
     widths = itertools.count(3)
-    with pytest.raises(ValueError, match=r"experts must be of one shape; weight is \(3, 4\) and \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"experts must have one shape, but weight is \(3, 4\) and \(4, 4\)"):
         ModuleExperts(lambda: nn.Linear(4, next(widths)), 4)
 
 

@@ -239,7 +239,7 @@ def test_settings_may_change_between_steps():
         layer.capacity = factor
         assert close(layer(x), reference_of(layer, x, capacity_factor=factor)[0], 1e-12)
     for k in (0, E + 1):
-        with pytest.raises(ValueError, match=f"top_k={k} must lie between 1 and num_experts={E}"):
+        with pytest.raises(ValueError, match=f"top_k={k} must be between 1 and num_experts={E}"):
             layer.top_k = k
 
 
@@ -276,9 +276,9 @@ def test_experts_and_shared_modules_of_ones_own():
     given = MoE(8, 1, 4, gate=named.gate, experts=named.experts, shared=named.shared)
     x = torch.randn(5, 8)
     assert torch.equal(named(x), given(x))
-    with pytest.raises(ValueError, match="num_experts=2, but the given experts are 4"):
+    with pytest.raises(ValueError, match="num_experts=2, but experts has 4"):
         MoE(8, 12, 2, experts=named.experts)
-    with pytest.raises(ValueError, match="shared=2 of what kind"):
+    with pytest.raises(ValueError, match="shared=2 needs experts by name or factory"):
         MoE(8, 12, 4, experts=named.experts, shared=2)
 
 
@@ -298,5 +298,5 @@ def test_a_gate_of_ones_own():
     assert layer.gate.weight.grad.any()
     with pytest.raises(ValueError, match="top_k=1, but the gate's is 3"):
         MoE(D, H, E, top_k=1, gate=Sigmoid(D, E, 3))
-    with pytest.raises(ValueError, match=r"Sigmoid, the gate of MoE.*, scores 3 experts, but the layer has 4"):
+    with pytest.raises(ValueError, match=r"Sigmoid, the gate of MoE.*, returned scores for 3 experts"):
         MoE(D, H, E, gate=Sigmoid(D, 3)).double()(x)

@@ -103,5 +103,5 @@ def test_what_does_not_fit_is_refused():
     for k in (0, E + 1):
         with pytest.raises(ValueError, match=rf"logits must be \[T, E\] with k={k} at least 1"):
             route(logits, k)
-    with pytest.raises(ValueError, match=r"bias must be \[E\], E=7; got \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"bias must be \[E\] with E=7; got \(1, 7\)"):
         route(logits, K, bias=torch.zeros(1, E))

@@ -113,7 +113,7 @@ def test_a_training_forward_without_gradients():
     with torch.no_grad():
         layer(X)  # within one: it may be a part of the step that lost its graph
     layer(Z)
-    with pytest.raises(RuntimeError, match=r"without gradients\. Call aux_loss before you evaluate"):
+    with pytest.raises(RuntimeError, match=r"without gradients\. Call aux_loss before an evaluation"):
         aux_loss(layer)
     layer(Z)
     assert holds(layer, Z)

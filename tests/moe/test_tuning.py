@@ -196,7 +196,7 @@ OTHER_FILES = [
 def test_another_kind_of_file_is_left_alone(text, machine, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"results.json is not what autotune writes .*; remove it, or name another"):
+    with pytest.raises(ValueError, match=r"results.json is not a file of autotune .*: remove it, or name another"):
         autotune(layer(), 6, file=file, clock=clock)
     assert file.read_text() == text
 

@@ -53,5 +53,5 @@ def test_a_field_that_is_wrong_is_refused(where, value, tmp_path):
         holder = holder[key]
     holder[last] = value
     file.write_text(json.dumps(given))
-    with pytest.raises(ValueError, match=r"tuned.json is not what autotune writes .*; remove it, or name another"):
+    with pytest.raises(ValueError, match=r"tuned.json is not a file of autotune .*: remove it, or name another"):
         read(file, HERE)

@@ -188,7 +188,7 @@ def test_models_that_do_not_fit():
     dense, model = gpts()
     with pytest.raises(ValueError, match="no MoE layer"):
         upcycle(dense, dense)
-    with pytest.raises(ValueError, match=re.escape("is (32, 32), and (24, 32) in the dense model")):
+    with pytest.raises(ValueError, match=re.escape("is (32, 32), but (24, 32) in the dense model")):
         upcycle(model, GPT(replace(CONFIG, moe_every=0, vocab=24)))
     with pytest.raises(ValueError, match=r"no module blocks\.1\.feed_forward"):
         upcycle(model, GPT(replace(CONFIG, moe_every=0, layers=1)))
