@@ -210,6 +210,7 @@ def test_row_flops_count_numbers_not_bytes():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("few", [1, 1 << 25])
 def test_on_a_gpu(few, monkeypatch):
     monkeypatch.setattr("turnout.moe.experts.four_bit._GROUP", few)
