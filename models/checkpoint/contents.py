@@ -6,7 +6,6 @@ of a pipeline has two places, in the first and the last stage. It is saved once 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from inspect import unwrap
 from itertools import accumulate
@@ -18,8 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
-from ...moe.experts.low_rank import LowRank
 from ...moe.experts.sharded import local
+from .frozen import BASE, check_base, frozen_base, sums
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
 
@@ -41,7 +40,7 @@ class Contents:
         self.optimizer = optimizer
         self.weights: _Values = get_model_state_dict(self.modules)
         self.parameters = _named(self.modules, optimizer)
-        self.base = _frozen_base(self.modules)
+        self.base = frozen_base(self.modules)
 
     def values(self) -> _Values:
         """Values on this rank, by the names in the file. Tensors are not copied.
@@ -50,12 +49,14 @@ class Contents:
             CheckpointError: a number is not finite, or a value has a type that a checkpoint cannot keep.
         """
         own = self.optimizer.state_dict()
-        held = _values(self._places(own, self.base))
+        held = _values(self._places(own, self.base.keys()))
         values = held | _values(self._settings(own, {name for name, _ in self.parameters}))
         plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
         state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
         model = {f"model.{_whole(n)}": p for n, p in self.modules.named_parameters() if n not in self.base}
         _check_finite(model | state)
+        if self.base and place()[0] == 0:
+            values[BASE] = sums({_whole(name): p for name, p in self.base.items()})
         return values
 
     def read(self, reader: PlainReader) -> None:
@@ -99,6 +100,9 @@ class Contents:
             plain.update({name: _target(saved[name], value) for name, value in _values(settings).items()})
 
         try:
+            if BASE in saved:
+                base = read_values(reader, {BASE: ""})[BASE]
+                together(lambda: check_base(base, {_whole(name): p for name, p in self.base.items()}))
             together(fit)
             plain = read_values(reader, plain)
             together(lambda: agreed.extend(_agreed(settings, plain)))
@@ -146,14 +150,6 @@ class Contents:
 def _whole(name: str) -> str:
     """Name of a parameter in the whole model, without the index of its module in the list of stages."""
     return name.partition(".")[2]
-
-
-def _frozen_base(modules: nn.Module) -> set[str]:
-    """Parameters that adapters stand beside, or that are frozen with them; none in a model without adapters."""
-    parameters = {re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", n): p for n, p in modules.named_parameters()}
-    ours = {id(p) for module in modules.modules() if isinstance(module, LowRank) for p in module.parameters()}
-    adapters = {name for name, p in parameters.items() if id(p) in ours or ".lora_" in name}  # of PEFT: lora_A, lora_B
-    return {name for name, p in parameters.items() if not p.requires_grad} - adapters if adapters else set()
 
 
 def _named(modules: nn.ModuleList, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:

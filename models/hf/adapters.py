@@ -160,8 +160,8 @@ def _places(model: nn.Module, targets: list[str] | None = None) -> list[_Place]:
     for path, layer in model.named_modules():
         if not (isinstance(layer, BridgedMoE) and isinstance(experts := layer.experts, FusedExperts)):
             continue
-        inside = next(own for own, module in layer.block.named_modules() if module is experts.module)
-        path = f"{path.removeprefix(ROOT)}.{inside}"
+        inside = [own for own, module in layer.block.named_modules() if module is experts.module]
+        path = ".".join(filter(None, (path.removeprefix(ROOT), *inside[:1])))  # "" where it is the block itself
         full = {own: f"{path}.{own}" for own in experts.matrices() if hasattr(experts.module, own)}
         found = [own for own in full if targets is None or any(f".{full[own]}".endswith(f".{t}") for t in targets)]
         for number, own in enumerate(found):

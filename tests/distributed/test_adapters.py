@@ -110,6 +110,33 @@ def test_a_checkpoint_has_adapters_and_optimizer_and_no_base(four_bits, tmp_path
         close(p.detach(), later[name], 1e-9 if p.is_floating_point() else 0, name)
 
 
+def elsewhere(folder: Path) -> list[str]:
+    """What another base says, one of another dtype, and the same one."""
+    told = []
+    for base, dtype in ((1, torch.float64), (1, torch.float32), (0, torch.float64)):
+        m, _ = run_of(False, base)
+        m = parallelize(m.to(dtype), init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+        before = {name: whole(p).clone() for name, p in m.named_parameters()}
+        try:
+            load(folder, m, torch.optim.AdamW(lora_parameters(m, "default").values()))
+        except CheckpointError as error:
+            told.append(str(error))
+            assert all(torch.equal(whole(p), before[name]) for name, p in m.named_parameters())
+        else:
+            told.append("")
+    return told
+
+
+def test_another_base_is_refused(tmp_path):
+    m, optimizer = run_of(False)
+    train(m, optimizer)
+    path = save(tmp_path, m, optimizer, 1)
+    for other, narrow, same in ranks.run(2, elsewhere, path):
+        assert "adapters of another base" in other
+        assert "0.weight" in other
+        assert (narrow, same) == ("", "")
+
+
 def test_with_and_without_a_base(tmp_path):
     m, optimizer = run_of(False, base=1, everything=True)
     train(m, optimizer)
@@ -125,7 +152,7 @@ def test_with_and_without_a_base(tmp_path):
 
 def test_a_checkpoint_that_has_the_base_too_is_read(tmp_path, monkeypatch):
     with monkeypatch.context() as before:
-        before.setattr("turnout.models.checkpoint.contents._frozen_base", lambda modules: set())  # as it once was
+        before.setattr("turnout.models.checkpoint.contents.frozen_base", lambda modules: {})  # as it once was
         m, optimizer = run_of(False, base=1)
         save(tmp_path, m, optimizer, 1)
     other, its = run_of(False)
