@@ -44,7 +44,8 @@ def adapted(state, scale, merged=False):
     out = {name: t for name, t in state.items() if "lora." not in name}
     for name in state if not merged else ():
         if name.endswith(".a"):
-            prefix, matrix = name[: name.index("lora.")], name[name.index("lora.") + 5 : -2]
+            prefix, _, matrix = name.removesuffix(".a").partition("lora.default")
+            matrix = matrix.removeprefix(".")
             change = scale * state[name] @ state[name[:-1] + "b"].mT
             own = f"{prefix}w_{matrix}" if matrix else f"{prefix}weight"
             out[own] = out[own] + (change if matrix else change.T)  # a router's is stored as [out, in]

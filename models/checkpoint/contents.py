@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim import Optimizer
 
 from ...moe.experts.sharded import local
+from .frozen import BASE, check_base, frozen_base, sums
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
 
@@ -31,7 +32,7 @@ class Contents:
     """Values of a model and its optimizer, to save and to load.
 
     Their names are ``model.N``, ``optimizer.state.N.KEY`` and ``optimizer.param_groups.N.KEY``, where N is the name of
-    a parameter.
+    a parameter. Of a model with adapters (LoRA, PEFT's too) the frozen parameters are left out: the base has them.
     """
 
     def __init__(self, model: Model, optimizer: Optimizer) -> None:
@@ -39,6 +40,7 @@ class Contents:
         self.optimizer = optimizer
         self.weights: _Values = get_model_state_dict(self.modules)
         self.parameters = _named(self.modules, optimizer)
+        self.base = frozen_base(self.modules)
 
     def values(self) -> _Values:
         """Values on this rank, by the names in the file. Tensors are not copied.
@@ -47,18 +49,22 @@ class Contents:
             CheckpointError: a number is not finite, or a value has a type that a checkpoint cannot keep.
         """
         own = self.optimizer.state_dict()
-        held = _values(self._places(own))
+        held = _values(self._places(own, self.base.keys()))
         values = held | _values(self._settings(own, {name for name, _ in self.parameters}))
         plain_bytes([value for value in values.values() if not isinstance(value, Tensor)])
         state = {name: value for name, value in held.items() if name.startswith("optimizer.")}
-        _check_finite({f"model.{_whole(n)}": p for n, p in self.modules.named_parameters()} | state)
+        model = {f"model.{_whole(n)}": p for n, p in self.modules.named_parameters() if n not in self.base}
+        _check_finite(model | state)
+        if self.base and place()[0] == 0:
+            values[BASE] = sums({_whole(name): p for name, p in self.base.items()})
         return values
 
     def read(self, reader: PlainReader) -> None:
         """Read all values into model and optimizer. All ranks call it.
 
         A parameter without optimizer state in the checkpoint has none afterwards. If the checkpoint's optimizer did
-        not have the parameter at all, the settings for it stay as they are now.
+        not have the parameter at all, the settings for it stay as they are now. In a model with
+        adapters, frozen parameters that the checkpoint lacks stay as they are.
 
         Raises:
             DamagedError: on every rank, if the checkpoint holds code.
@@ -84,7 +90,8 @@ class Contents:
             for index, (name, _) in enumerate(self.parameters):
                 if name not in stateful:
                     own["state"].pop(index, None)
-            places.update(self._places(own))
+            left_out = {name for name in self.base if f"model.{_whole(name)}" not in saved}
+            places.update(self._places(own, left_out))
             settings.update(self._settings(own, known))
             if left := [name for each in stateful.values() for name in each if name not in places]:
                 raise _misfit("another kind of optimizer", f"the optimizer keeps no {left[0]}")
@@ -93,6 +100,9 @@ class Contents:
             plain.update({name: _target(saved[name], value) for name, value in _values(settings).items()})
 
         try:
+            if BASE in saved:
+                base = read_values(reader, {BASE: ""})[BASE]
+                together(lambda: check_base(base, {_whole(name): p for name, p in self.base.items()}))
             together(fit)
             plain = read_values(reader, plain)
             together(lambda: agreed.extend(_agreed(settings, plain)))
@@ -117,10 +127,10 @@ class Contents:
         set_model_state_dict(self.modules, self.weights)
         self.optimizer.load_state_dict(own)
 
-    def _places(self, own: _Values) -> _Places:
-        """Places of the model's values, and of the state in an optimizer's state dict."""
+    def _places(self, own: _Values, left_out: Collection[str]) -> _Places:
+        """Places of the model's values but those left out, and of the state in an optimizer's state dict."""
         places: _Places = {}
-        for name in self.weights:
+        for name in (name for name in self.weights if name not in left_out):
             places.setdefault(f"model.{_whole(name)}", []).append((self.weights, name))
         for index, (parameter, _) in enumerate(self.parameters):
             for name, *at in _leaves(own["state"].get(index, {}), f"optimizer.state.{parameter}"):

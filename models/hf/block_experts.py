@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ...moe.experts.activation import ACTIVATIONS, activated, weighted
 from ...moe.experts.base import Experts
+from ...moe.experts.four_bit import FourBitMatrix, Matrix
 from ...moe.experts.grouped_mm import grouped_linear
 from ...moe.experts.modules import ModuleExperts
 from ...moe.experts.sharded import local_as
@@ -58,12 +59,14 @@ class FusedExperts(Experts):
         """Hidden rows [R, H] -> rows [R, D]."""
         return self._linear("down_proj", hidden, ends)
 
-    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+    def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """See `Experts.matrices`."""
-        return {name: (self.module.get_parameter(name), not self.transposed) for name in ("gate_up_proj", "down_proj")}
+        return {name: (getattr(self.module, name), not self.transposed) for name in ("gate_up_proj", "down_proj")}
 
     def give_back(self) -> None:
         """Make the family's module whole again, in its own layout; collective where the experts are spread."""
+        if self.in_four_bits:
+            raise ValueError("the family's experts are not in 4 bits: dequantize_experts(model) first")
         if self.adapts:
             raise ValueError("the family's experts have no place for adapters: merge_lora(model) first")
         gather(self.module)
@@ -85,10 +88,11 @@ class FusedExperts(Experts):
         )
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
-        matrix, bias = local_as(self.module.get_parameter(name), rows), getattr(self.module, f"{name}_bias", None)
-        matrix = matrix if self.transposed else matrix.mT
-        y = grouped_linear(rows, ends, matrix, None if bias is None else local_as(bias, rows))
-        return self.adapted(name.rpartition(".")[2], y, rows, ends)
+        matrix, transposed = self.matrices()[name]
+        held = matrix.held if isinstance(matrix, FourBitMatrix) else local_as(matrix, rows)
+        bias = getattr(self.module, f"{name}_bias", None)
+        y = grouped_linear(rows, ends, held.mT if transposed else held, None if bias is None else local_as(bias, rows))
+        return self.adapted(name, y, rows, ends)
 
     def _fan_in(self, name: str) -> int:
         p = self.module.get_parameter(name.removesuffix("_bias"))
@@ -128,17 +132,17 @@ class DbrxExperts(FusedExperts):
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.up`."""
-        gate, up = (self._linear(name, rows, ends) for name in ("mlp.w1", "mlp.v1"))
+        gate, up = (self._linear(name, rows, ends) for name in ("w1", "v1"))
         return self.module.get_submodule("mlp").activation_fn(gate) * up  # pyright: ignore[reportCallIssue]
 
     def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.down`."""
-        y = grouped_linear(hidden, ends, local_as(self.module.get_parameter("mlp.w2"), hidden), None)
-        return self.adapted("w2", y, hidden, ends)
+        return self._linear("w2", hidden, ends)
 
-    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+    def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """See `Experts.matrices`."""
-        return {name: (self.module.get_parameter(f"mlp.{name}"), name != "w2") for name in ("w1", "v1", "w2")}
+        mlp = self.module.get_submodule("mlp")
+        return {name: (getattr(mlp, name), name != "w2") for name in ("w1", "v1", "w2")}
 
     def give_back(self) -> None:
         """See `FusedExperts.give_back`."""

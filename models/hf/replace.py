@@ -13,6 +13,7 @@ from ...moe.layer import MoE
 from .block_experts import gather
 from .block_parts import Parts
 from .families import FAMILIES
+from .router_loss import scale_router_loss
 
 Adapter = Callable[[Any], Parts]
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,6 +83,7 @@ def replace_moe(model: Model, adapters: Mapping[type[nn.Module], Adapter] | None
     for place, (parent, name, layer) in enumerate(layers):
         layer.experts.seed = place  # what is drawn anew, or beside them (LoRA), differs from layer to layer
         setattr(parent, name, layer)
+    scale_router_loss(model)
     return model
 
 

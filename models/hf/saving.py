@@ -14,12 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ...moe.adapters.lora import lora_parameters
-from ...moe.experts.sharded import whole
 from ..checkpoint.together import on_first
+from .adapters import has_peft_layers
 from .replace import Model, bridged_layers, restore_moe
-
-ADAPTERS = "adapters.safetensors"
 
 
 @contextmanager
@@ -31,11 +28,19 @@ def restored(model: Model) -> Iterator[Model]:
     training goes on. Call it on every rank.
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there, or adapters (LoRA) that are not merged.
+        ValueError: nothing there that `replace_moe` put there, adapters (LoRA) of experts or of PEFT that are not
+            merged, or experts in 4 bits.
     """
     layers = bridged_layers(model)
     if any(layer.experts.adapts for _, _, layer in layers):  # said before anything is gathered
         raise ValueError("the family's format has no place for adapters: merge_lora(model) first")
+    if has_peft_layers(model):
+        raise ValueError(
+            "the family's format has no place for PEFT's adapters, and PEFT would write them alone: model = "
+            "merge_adapters(model) first, or save_adapters(model, folder)"
+        )
+    if any(layer.experts.in_four_bits for _, _, layer in layers):
+        raise ValueError("the family's format has no place for 4 bits: dequantize_experts(model) first")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the root is whole, until `state_dict` shards it, which is too late
@@ -58,33 +63,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
     transformers' method: max_shard_size, push_to_hub, ...
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there, or adapters (LoRA) that are not merged.
+        ValueError: as `restored`.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
     with restored(model) as own:
         write = partial(cast(Any, own).save_pretrained, folder, **options)
         on_first(write) if dist.is_initialized() else write()
-
-
-@torch.no_grad()
-def save_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters (LoRA) of a model to `adapters.safetensors`, whole, by the names of `lora_parameters`.
-
-    Rank 0 writes. Call it on every rank. ``model.load_state_dict(load_file(...), strict=False)`` puts them into a model
-    that went through `replace_moe` and `add_lora` as this one did, before `parallelize`.
-
-    Raises:
-        CheckpointError: on every rank, if rank 0 cannot write.
-    """
-    adapters = {name: whole(p).cpu().contiguous() for name, p in lora_parameters(model).items()}
-
-    def write() -> None:
-        from safetensors.torch import save_file
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(adapters, Path(folder) / ADAPTERS)
-
-    on_first(write) if dist.is_initialized() else write()
 
 
 @torch.no_grad()

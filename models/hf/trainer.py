@@ -20,12 +20,14 @@ from transformers import Trainer
 
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
+from ...moe.adapters.lora import lora_parameters
 from ...moe.experts.sharded import local
 from ...moe.parallel.gradients import sync_gradients
 from ..checkpoint import store as checkpoint
 from ..checkpoint.together import on_first, together
+from .adapters import has_peft_layers, save_adapters
 from .replace import bridged_layers
-from .saving import restored, save_adapters
+from .saving import restored
 
 SCHEDULER = "scheduler.pt"  # as Trainer calls it
 
@@ -35,9 +37,10 @@ class MoETrainer(Trainer):
 
     The gradients of a step, accumulated over its micro-batches, are synchronised once, by `sync_gradients` in place of
     DDP, and clipped by their exact norm. `save_model`, which every rank calls, writes the family's format, whole, from
-    rank 0 (`restored`); while there are adapters (LoRA) that are not merged, these alone (`save_adapters`). To go on, a
-    checkpoint has the spread tensors of model and optimizer besides (`models.checkpoint`), which any number of ranks
-    can read. Where other Trainers are derived from, derive from both, this one first.
+    rank 0 (`restored`); while there are adapters (LoRA) that are not merged, experts' or PEFT's, these alone
+    (`save_adapters`). To go on, a checkpoint has the spread tensors of model and optimizer besides
+    (`models.checkpoint`), which any number of ranks can read. Where other Trainers are derived from, derive from both,
+    this one first.
 
     Not supported: DeepSpeed, and FSDP by Accelerate (`fully_shard_experts` and `fully_shard` come before the Trainer);
     float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange;
@@ -55,6 +58,11 @@ class MoETrainer(Trainer):
         super().__init__(*args, **options)
         self.mesh = mesh
         bridged_layers(self.model)
+        frozen = [not p.requires_grad for p in lora_parameters(self.model).values()]
+        if frozen and all(frozen) and has_peft_layers(self.model):
+            raise ValueError(
+                "PEFT has frozen the adapters of experts: call get_peft_model first, and add_lora afterwards"
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "MoETrainer goes with neither DeepSpeed nor Accelerate's FSDP: leave them out, and shard the model by "
@@ -112,7 +120,7 @@ class MoETrainer(Trainer):
                 dist.broadcast(local(p), group=copies, group_src=0)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if any(layer.experts.adapts for _, _, layer in bridged_layers(self.model)):
+        if has_peft_layers(self.model) or any(layer.experts.adapts for _, _, layer in bridged_layers(self.model)):
             save_adapters(self.model, output_dir or self.args.output_dir)
             return
         save = partial(super()._save, output_dir, state_dict)  # of `save_model`: what it pushes to the hub comes later

@@ -20,6 +20,7 @@ from ...dispatch.local import LocalDispatcher
 from ...dispatch.plan import Plan
 from ..experts.activation import ACTIVATIONS
 from ..experts.feed_forward import FeedForwardExperts
+from ..experts.four_bit import FourBitMatrix
 from ..experts.sharded import held_slice
 from ..experts.triton_path import check_triton
 from ..layer import MoE
@@ -135,11 +136,12 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
     """The shape of a layer's experts on this rank, and the reason why Triton cannot compute them, or ""."""
     experts = layer.experts
     assert isinstance(experts, FeedForwardExperts)
-    w_up = experts.get_parameter("w_up")
+    w_up, _ = experts.matrices()["up"]
+    device = next(experts.parameters()).device
     if dtype is None:
-        kind = w_up.device.type
+        kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w_up.dtype
-    held = held_slice(w_up)[2]
+    held = slice(0, experts.hidden) if isinstance(w_up, FourBitMatrix) else held_slice(w_up)[2]
     hidden = held.stop - held.start  # less than H under expert tensor parallelism, whose ranks share their tokens
     shape = Shape(
         tokens=tokens * (experts.hidden // hidden),
@@ -155,7 +157,7 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
     )
     before = experts.kernel
     try:
-        check_triton(torch.empty(0, dtype=dtype, device=w_up.device), experts.activation)
+        check_triton(torch.empty(0, dtype=dtype, device=device), experts.activation)
         experts.kernel = "triton"
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         return shape, str(error)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...dispatch.plan import Tokens
 from .activation import weighted
+from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_mm
 from .low_rank import LowRank
 from .sharded import held_slice, local, seeded, take_parts, unchanged
@@ -40,7 +41,7 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.seed = num_experts, seed
         self.weight_on = "output"
-        self.lora = None  # adapters by the names of `matrices`, in a ModuleDict: see `add_lora`
+        self.lora = None  # adapters by their name and that of the matrix, in ModuleDicts: see `add_lora`
         self.register_forward_hook(unchanged)
 
     @property
@@ -73,19 +74,27 @@ class Experts(nn.Module, ABC):
 
     @property
     def adapts(self) -> bool:
-        """Whether adapters are computed beside the matrices: there are some, and they are not merged."""
-        return self.lora is not None and not all(adapter.merged for adapter in self.lora.values())
+        """Whether adapters are computed beside the matrices: there are some in use, and they are not merged."""
+        return any(each.active and not each.merged for _, adapter in self.adapters() for each in adapter.values())
 
-    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+    def adapters(self) -> list[tuple[str, dict[str, LowRank]]]:
+        """Each adapter's name, and its thin matrices by the names of `matrices`."""
+        return [] if self.lora is None else [(name, dict(each.items())) for name, each in self.lora.items()]  # pyright: ignore
+
+    def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """Stacked matrices that adapters may stand beside (`adapted`), and whether each is stored [E, out, in]."""
         return {}
 
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether the matrices are frozen and in 4 bits: see `quantize_experts`."""
+        return any(isinstance(matrix, FourBitMatrix) for matrix, _ in self.matrices().values())
+
     def adapted(self, name: str, y: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        """y [R, out], rows [R, in] times the matrix `name`, with what its adapter adds; `ends` as in `grouped_mm`."""
-        adapter = None if self.lora is None else self.lora[name]
-        if not isinstance(adapter, LowRank):
-            return y
-        return adapter.beside(y, rows, lambda x, matrix: grouped_mm(x, matrix.to(x.dtype), ends))
+        """y [R, out], rows [R, in] times the matrix `name`, with what adapters add; `ends` as in `grouped_mm`."""
+        for _, adapter in self.adapters():
+            y = adapter[name].beside(y, rows, lambda x, matrix: grouped_mm(x, matrix.to(x.dtype), ends))
+        return y
 
     @abstractmethod
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -104,7 +113,13 @@ class Experts(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the experts held here; call it after `to_empty` from the meta device."""
+        """Initialise the experts held here; call it after `to_empty` from the meta device.
+
+        Raises:
+            ValueError: they are in 4 bits, which are made of trained weights or loaded.
+        """
+        if self.in_four_bits:
+            raise ValueError("experts in 4 bits are not initialised: load their weights, or quantise them afterwards")
         for adapter in self.modules():
             if isinstance(adapter, LowRank):
                 adapter.reset_parameters()
@@ -140,7 +155,10 @@ class Experts(nn.Module, ABC):
     @property
     def row_flops(self) -> float:
         """Floating-point operations of one expert's forward for one row: two for each parameter."""
-        return 2 * sum(p.numel() for p in self.parameters()) / self.num_experts
+        packed = [m for m in self.modules() if isinstance(m, FourBitMatrix)]
+        inside = {id(p) for m in packed for p in m.parameters()}
+        numbers = [m.shape.numel() for m in packed] + [p.numel() for p in self.parameters() if id(p) not in inside]
+        return 2 * sum(numbers) / self.num_experts
 
     def __len__(self) -> int:
         return self.num_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ...dispatch.torch_internals import transformed
 from .activation import ACTIVATIONS, activated, weighted
 from .base import Experts
 from .blocked import Layer, pays, perceptrons
+from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_linear, grouped_product
 from .sharded import held_slice, local_as
 from .triton_path import KERNELS, check_triton, fused
@@ -74,18 +76,27 @@ class FeedForwardExperts(Experts):
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
         if kernel == "triton" and not ACTIVATIONS[self.activation].triton:
             raise ValueError(f'kernel="triton" has no activation {self.activation!r}: set kernel="torch"')
-        if kernel == "triton" and self.adapts:
-            raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
+        if kernel == "triton":
+            self._check_plain()
         self._kernel = kernel
+
+    def _check_plain(self) -> None:
+        """Triton's kernels compute the matrices alone, from tensors."""
+        if self.adapts:
+            raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
+        if self.in_four_bits:
+            raise ValueError('kernel="triton" takes no experts in 4 bits: set kernel="torch"')
 
     def split_axes(self) -> dict[str, int]:
         """See `Experts.split_axes`: the hidden axis. For `b_down` it is the output, and each part adds its piece."""
+        if self.in_four_bits:
+            raise ValueError("experts in 4 bits cannot be split inside: take etp=1")
         if self.adapts:
             raise ValueError("experts with adapters cannot be split inside: merge_lora(model) first, or take etp=1")
         inside = {"w_up": 2, "w_gate": 2, "w_down": 1, "b_up": 1, "b_gate": 1, "b_down": 1}
         return {name: inside[name] for name, _ in self.named_parameters(recurse=False)}
 
-    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+    def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """See `Experts.matrices`."""
         return {name: (getattr(self, f"w_{name}"), False) for name in self.sizes}
 
@@ -100,6 +111,7 @@ class FeedForwardExperts(Experts):
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         if self._kernel == "triton":
             check_triton(x, self.activation)
+            self._check_plain()
             compute = fused
         elif self._in_blocks(x, len(weight) if plan is None else len(plan.token)):
             compute = perceptrons
@@ -108,7 +120,7 @@ class FeedForwardExperts(Experts):
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
     def _in_blocks(self, x: Tensor, rows: int) -> bool:
-        plain = self.lora is None and not torch.compiler.is_compiling() and not transformed()
+        plain = self.lora is None and not self.in_four_bits and not torch.compiler.is_compiling() and not transformed()
         return plain and pays(x, rows, max(self.dim, self.hidden))
 
     def _at_once(
@@ -141,7 +153,8 @@ class FeedForwardExperts(Experts):
 
     def _layer(self, name: str, x: Tensor) -> Layer:
         """This rank's weight [L, in, out] and bias [L, out] of the layer `name`, in the dtype of x."""
-        weight = local_as(getattr(self, f"w_{name}"), x)
+        matrix = getattr(self, f"w_{name}")
+        weight: Any = matrix.held if isinstance(matrix, FourBitMatrix) else local_as(matrix, x)
         if not self.bias:
             return weight, None
         whole = getattr(self, f"b_{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,10 @@ from torch import Tensor
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, transformed
 
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
+Product = Callable[[Tensor, Any, Tensor], Tensor]  # rows, weight, ends, as of `grouped_mm`
 
 
-def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Any, ends: Tensor) -> Tensor:
     """Grouped GEMM: rows [R, D] x weight [L, D, H] -> [R, H]. Rows ends[e-1]..ends[e] are multiplied by weight[e].
 
     Rows past ends[-1] are padding. The result and the gradient of `rows` are undefined there. An expert without rows
@@ -22,7 +23,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Args:
         rows: rows sorted by expert, [R, D].
-        weight: one matrix for each expert, [L, D, H], in the dtype of `rows`.
+        weight: one matrix for each expert, [L, D, H], in the dtype of `rows`; or a `FourBit`, which is frozen.
         ends: index after the last row of each expert, int32 [L].
 
     >>> weight = torch.stack([torch.eye(2), 10 * torch.eye(2)])
@@ -32,11 +33,13 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return grouped_product(rows, weight)(rows, weight, ends)
 
 
-def grouped_product(rows: Tensor, *weights: Tensor) -> Product:
+def grouped_product(rows: Tensor, *weights: Any) -> Product:
     """The implementation of `grouped_mm` for the dtype and device of `rows` and the layouts of `weights`."""
+    if not isinstance(weights[0], Tensor):
+        return weights[0].product()  # all are in 4 bits
     if transformed():
-        return _each
-    if computed(rows) == rows.dtype and all(_fits_torch(rows, weight) for weight in weights):
+        return one_by_one
+    if computed(rows) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
         return _torch_grouped_mm
     return _grouped_mm
 
@@ -61,7 +64,7 @@ def _owners(ends: Tensor, rows: int) -> Tensor:
 def grouped_linear(
     rows: Tensor,
     ends: Tensor,
-    matrix: Tensor,
+    matrix: Any,
     bias: Tensor | None,
     weight: Tensor | None = None,
     product: Product = grouped_mm,
@@ -84,7 +87,7 @@ def grouped_linear(
     return (y + grouped_bias(wide(bias), ends, len(rows)) * weight.unsqueeze(1)).to(rows.dtype)
 
 
-def _fits_torch(rows: Tensor, weight: Tensor) -> bool:
+def fits_torch(rows: Tensor, weight: Tensor) -> bool:
     """Whether F.grouped_mm takes these: no float64, 16-byte strides, 1023 matrices on CUDA, compiled only bfloat16."""
     if rows.dtype == torch.float64 or (torch.compiler.is_compiling() and rows.dtype != torch.bfloat16):
         return False
@@ -140,7 +143,7 @@ def _emulated(dtype: torch.dtype) -> bool:
     return not has_half_products(dtype)
 
 
-def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def one_by_one(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`grouped_mm` with operators that `torch.func` transforms and forward mode can differentiate."""
     *products, stop = *(rows[span] @ weight[e] for e, span in spans(ends)), int(ends[-1])
     return torch.cat([*products, rows.new_zeros(len(rows) - stop, weight.shape[2])])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.reorder import wide
+from .four_bit import FourBitMatrix, Matrix
 from .sharded import held_slice, local, seeded
 
 
@@ -20,7 +21,7 @@ class LowRank(nn.Module):
     are stacked as well, and they are DTensors where W is one. Expert e has the same initial values at every world size.
 
     Args:
-        matrix: W, [in, out] or [E, in, out].
+        matrix: W, [in, out] or [E, in, out]; the second may be in 4 bits.
         transposed: whether W is stored as [out, in].
         rank: rank r of the adapter.
         scale: factor of the low-rank product.
@@ -28,15 +29,17 @@ class LowRank(nn.Module):
             the same on all ranks.
 
     Attributes:
+        active: whether the product is computed; False while it is switched off, or another adapter is in use.
         merged: whether W contains the product, so that it is not computed separately.
 
     References:
         LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
 
-    def __init__(self, matrix: Tensor, transposed: bool, rank: int, scale: float, seed: int, name: str) -> None:
+    def __init__(self, matrix: Matrix, transposed: bool, rank: int, scale: float, seed: int, name: str) -> None:
         super().__init__()
-        self.transposed, self.scale, self.seed, self.name, self.merged = transposed, scale, seed, name, False
+        self.transposed, self.scale, self.seed, self.name = transposed, scale, seed, name
+        self.active, self.merged = True, False
         fan_in, fan_out = matrix.shape[-2:] if not transposed else matrix.shape[:-3:-1]
         self.a, self.b = (nn.Parameter(_like(matrix, shape)) for shape in ((fan_in, rank), (fan_out, rank)))
         self.reset_parameters()
@@ -57,7 +60,7 @@ class LowRank(nn.Module):
 
     def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Add the adapter's output to y = x W. `product` multiplies rows by a matrix (plain or grouped)."""
-        if self.merged:
+        if self.merged or not self.active:
             return y
         return y + product(product(x, local(self.a)) * self.scale, local(self.b).mT)
 
@@ -75,11 +78,14 @@ class LowRank(nn.Module):
         return f"rank={self.b.shape[-1]}, scale={self.scale}{', merged' if self.merged else ''}"
 
 
-def _like(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _like(matrix: Matrix, shape: tuple[int, int]) -> Tensor:
     """Empty tensor of `shape` for each matrix of a stack, with the same placement, in float32 or float64 to train."""
-    held = local(matrix)
-    dtype = torch.promote_types(held.dtype, torch.float32)
-    empty = held.new_empty(*held.shape[:-2], *shape, dtype=dtype)
-    if isinstance(matrix, DTensor):
-        return DTensor.from_local(empty, matrix.device_mesh, matrix.placements, run_check=False)
+    if isinstance(matrix, FourBitMatrix):
+        where, stack = matrix.absmax, local(matrix.absmax).shape[:1]
+    else:
+        where, stack = matrix, local(matrix).shape[:-2]
+    dtype = torch.promote_types(where.dtype, torch.float32)
+    empty = local(where).new_empty(*stack, *shape, dtype=dtype)
+    if isinstance(where, DTensor):
+        return DTensor.from_local(empty, where.device_mesh, where.placements, run_check=False)
     return empty

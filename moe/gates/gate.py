@@ -48,13 +48,13 @@ class Gate(nn.Module, ABC):
     balances_itself = False
     takes_mask = False
     takes_ids = False
-    lora: LowRank | None
+    lora: nn.ModuleDict | None
     bias: nn.Parameter | None
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, scale: float = 1.0, bias: bool = False) -> None:
         super().__init__()
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
-        self.lora = None  # an adapter beside `weight`: see `add_lora`
+        self.lora = None  # adapters beside `weight` by name, in a ModuleDict: see `add_lora`
         if bias and not self.learned:
             raise ValueError(f"{type(self).__name__} computes no logits that bias=True could be added to: leave it out")
         if self.learned:
@@ -88,13 +88,19 @@ class Gate(nn.Module, ABC):
         self._reset_adapter()
 
     def _reset_adapter(self) -> None:
-        if self.lora is not None:
-            self.lora.reset_parameters()
+        for _, adapter in self.adapters():
+            adapter.reset_parameters()
+
+    def adapters(self) -> list[tuple[str, LowRank]]:
+        """The adapters beside `weight`, with their names."""
+        return [] if self.lora is None else list(self.lora.items())  # pyright: ignore[reportReturnType]
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits of x: [T, D] -> [T, E], in float32 or float64 whatever the model's dtype and autocast are."""
         logits = projected(x, self.weight, self.bias)
-        return logits if self.lora is None else self.lora.beside(logits, x, lambda x, a: projected(x, a.T))
+        for _, adapter in self.adapters():
+            logits = adapter.beside(logits, x, lambda x, a: projected(x, a.T))
+        return logits
 
     def scaled(self, weight: Tensor) -> Tensor:
         """`weight` times `scale`, without a kernel if `scale` is 1."""

@@ -175,7 +175,8 @@ def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any)
                 "any axis: change its sizes or edp, or use sync_gradients in place of FSDP2"
             )
     for experts in dict.fromkeys(layer.experts for layer in layers.values()):
-        reduced = policy.reduce_dtype or policy.param_dtype or next(experts.parameters()).dtype
+        learned = next((p.dtype for p in experts.parameters() if p.is_floating_point()), torch.float32)  # or 4 bits
+        reduced = policy.reduce_dtype or policy.param_dtype or learned
         if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"with edp=1, FSDP2 divides {reduced} gradients twice (torch 2.13); pass "

@@ -107,6 +107,8 @@ def _plan(
             raise ValueError(f"{where} has {what} experts, whose outputs the dense block lacks: build it without them")
     if layer.experts.lora is not None:
         raise ValueError(f"the experts of {where} have adapters: call upcycle before add_lora")
+    if layer.experts.in_four_bits:
+        raise ValueError(f"the experts of {where} are in 4 bits: call upcycle before quantize_experts")
     if layer.experts.weight_on != "output":
         raise ValueError(
             f"{where} multiplies inputs by the router's weight, so that its output is no weighted sum: set "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from cases import whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from turnout.models.hf import replace_moe, restored
+from turnout.models.hf import load_adapters, replace_moe, restored
 from turnout.moe import clip_grad_norm_, fully_shard_experts, parallelize, param_groups, sync_gradients
 from turnout.moe.adapters import add_lora, lora_parameters
 
@@ -177,15 +177,59 @@ def with_adapters(out: Path, save: str, resume: Path | None = None) -> tuple[lis
 
 def test_adapters_are_saved_alone_and_go_on(tmp_path):
     [(told, adapters), _] = ranks.run(2, with_adapters, tmp_path, "steps")
-    saved = load_file(tmp_path / "checkpoint-3" / "adapters.safetensors")
-    assert saved.keys() == adapters.keys()
-    assert all(torch.equal(saved[name], adapters[name]) for name in saved)
+    read = add_lora(replace_moe(tiny("mixtral", **STEADY)), 4)
+    load_adapters(read, tmp_path / "checkpoint-3")
+    assert lora_parameters(read).keys() == adapters.keys()
+    assert all(torch.equal(p, adapters[name]) for name, p in lora_parameters(read).items())
     assert any(adapters[name].any() for name in adapters if name.endswith(".b"))
     assert not list((tmp_path / "checkpoint-3").glob("model*"))
     [(resumed, again)] = ranks.run(1, with_adapters, tmp_path, "no", tmp_path / "checkpoint-2")
     assert_alike((resumed, again), (told[2:], adapters))
-    fresh = add_lora(replace_moe(tiny("mixtral", **STEADY)), 4)
-    assert not fresh.load_state_dict(saved, strict=False).unexpected_keys
+
+
+def with_peft(out: Path) -> dict[str, torch.Tensor]:
+    """The adapters at the end, whole: those of experts, and PEFT's of attention, which learn together."""
+    import peft
+
+    args = arguments(out, save_steps=3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    attention = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    model = add_lora(peft.get_peft_model(replace_moe(tiny("mixtral", **STEADY)), attention), 4)
+    trainer = MoETrainer(
+        model=parallelize(model, mesh, dispatcher="flat"), args=args, train_dataset=texts(20, 1), mesh=mesh
+    )
+    trainer.train()
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if "lora" in name}
+
+
+def test_adapters_of_peft_learn_and_are_saved_beside_those_of_experts(tmp_path):
+    peft = pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+    [expected], [adapters, _] = ranks.run(1, with_peft, tmp_path / "one"), ranks.run(2, with_peft, tmp_path / "two")
+    assert_alike(([], adapters), ([], expected))
+    assert all(adapters[name].any() for name in adapters)
+    read = peft.PeftModel.from_pretrained(tiny("mixtral", **STEADY), tmp_path / "two" / "checkpoint-3")
+    for name, p in read.named_parameters():
+        if "q_proj.lora" in name:
+            assert torch.equal(p, adapters[name]), name
+    b = read.base_model.model.model.layers[0].mlp.experts.lora_B["default"].weight  # [out, r * E]
+    [ours] = [p for name, p in adapters.items() if "layers.0.mlp.experts.lora.default.down_proj.b" in name]
+    assert torch.equal(b.unflatten(1, (4, -1)).permute(2, 0, 1), ours)
+
+
+def other_order(out: Path) -> str:
+    import peft
+
+    model = add_lora(replace_moe(tiny("mixtral")), 4)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+    with pytest.raises(ValueError, match="PEFT has frozen the adapters of experts") as told:
+        MoETrainer(model=parallelize(wrapped, mesh), args=arguments(out), train_dataset=texts(20, 1), mesh=mesh)
+    return str(told.value)
+
+
+def test_adapters_that_peft_has_frozen_are_told_of(tmp_path):
+    pytest.importorskip("peft", reason='needs peft: pip install -e ".[peft]"')
+    assert "add_lora afterwards" in ranks.run(1, other_order, tmp_path)[0]
 
 
 def refusals(out: Path) -> list[str]:

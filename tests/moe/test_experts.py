@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.experts.feed_forward import FeedForwardExperts
-from turnout.moe.experts.grouped_mm import _fits_torch
+from turnout.moe.experts.grouped_mm import fits_torch
 from turnout.moe.experts.modules import ModuleExperts
 
 NAN = float("nan")
@@ -269,4 +269,4 @@ def test_modules_that_cannot_be_stacked_are_refused():
 def test_torch_on_cuda_takes_up_to_1023_matrices():
     with FakeTensorMode():
         rows, *weights = (torch.empty(*shape, 16, device="cuda").bfloat16() for shape in ((4,), (1023, 16), (1024, 16)))
-        assert [_fits_torch(rows, weight) for weight in weights] == [True, False]
+        assert [fits_torch(rows, weight) for weight in weights] == [True, False]

@@ -59,7 +59,7 @@ def layer(request, monkeypatch):
         layer.dispatcher = OverlapDispatcher(layer.dispatcher, chunks)
     if adapters:
         add_lora(layer, 2)
-        nn.init.normal_(layer.experts.lora["up"].b)
+        nn.init.normal_(layer.experts.lora["default"]["up"].b)
     built(layer.double().gate)
     return layer.eval()
 

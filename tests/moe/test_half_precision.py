@@ -76,7 +76,7 @@ def test_no_gradient_of_a_layer_stands_still(options):
         layer.experts.recompute, layer.experts.weight_on = recompute, weight_on
         if lora:
             add_lora(layer, 4).requires_grad_()
-            nn.init.normal_(layer.experts.lora["up"].b)
+            nn.init.normal_(layer.experts.lora["default"]["up"].b)
         layers.append(layer.bfloat16().to(dtype))
     x = random(4000, 8, dtype=torch.bfloat16).abs()
     for layer in layers:

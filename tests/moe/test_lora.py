@@ -38,15 +38,15 @@ def summed(moe: MoE) -> tuple[MoE, dict[str, tuple[Tensor, Tensor]]]:
     """A layer without adapters whose matrices are the sums, and the products by the name of the matrix, as leaves."""
     plain, factors = copy.deepcopy(moe), {}
     plain.experts.lora = plain.gate.lora = None
-    for name, adapter in moe.experts.lora.items():
+    for name, adapter in moe.experts.lora["default"].items():
         a, b = (p.detach().clone().requires_grad_() for p in (adapter.a, adapter.b))
         w = plain.experts.get_parameter(f"w_{name}").detach() + adapter.scale * a @ b.mT
-        factors[f"experts.lora.{name}"] = a, b
+        factors[f"experts.lora.default.{name}"] = a, b
         del plain.experts._parameters[f"w_{name}"]
         setattr(plain.experts, f"w_{name}", w)
-    a, b = (p.detach().clone().requires_grad_() for p in (moe.gate.lora.a, moe.gate.lora.b))
-    factors["gate.lora"] = a, b
-    w = plain.gate.weight.detach() + moe.gate.lora.scale * b @ a.T
+    a, b = (p.detach().clone().requires_grad_() for p in (moe.gate.lora["default"].a, moe.gate.lora["default"].b))
+    factors["gate.lora.default"] = a, b
+    w = plain.gate.weight.detach() + moe.gate.lora["default"].scale * b @ a.T
     del plain.gate._parameters["weight"]
     plain.gate.weight = w
     return plain, factors
@@ -116,8 +116,8 @@ def test_adapters_that_are_merged_are_not_merged_again(merged, keep):
     assert not any(moe.experts.adapts for moe in model)
     if keep:
         unmerge_lora(model[0])
-        assert not model[0].gate.lora.merged
-        assert not any(adapter.merged for adapter in unmerge_lora(model)[1].experts.lora.values())
+        assert not model[0].gate.lora["default"].merged
+        assert not any(adapter.merged for adapter in unmerge_lora(model)[1].experts.lora["default"].values())
         assert close(model(tokens()), y, 1e-12)
     else:
         with pytest.raises(ValueError, match="call add_lora first"):
@@ -206,7 +206,7 @@ def test_only_adapters_are_saved_and_loaded(tmp_path: Path):
     model = trained(add_lora(nn.Sequential(nn.Linear(D, D), MoE(D, 24, E, seed=1)), RANK))
     assert lora_parameters(model).keys() == {
         f"1.{at}.{factor}"
-        for at in ("gate.lora", *(f"experts.lora.{n}" for n in ("up", "gate", "down")))
+        for at in ("gate.lora.default", *(f"experts.lora.default.{n}" for n in ("up", "gate", "down")))
         for factor in "ab"
     }
     torch.save(lora_parameters(model), tmp_path / "adapters.pt")
@@ -223,7 +223,7 @@ def test_what_is_trained_and_where_it_starts():
     model = add_lora(nn.Sequential(nn.Linear(D, D), layer(), layer(gate="hash"), layer()), RANK, router=False)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == lora_parameters(model).keys()
     assert not any("gate.lora" in name for name in lora_parameters(model))
-    first, again = model[1].experts.lora, model[3].experts.lora
+    first, again = model[1].experts.lora["default"], model[3].experts.lora["default"]
     assert torch.equal(first["up"].a, again["up"].a), "by the seed of the experts"
     assert not torch.equal(first["up"].a[0], first["up"].a[1])
     assert not torch.equal(first["up"].a, first["gate"].a)
@@ -235,7 +235,7 @@ def test_what_is_trained_and_where_it_starts():
         p.data.fill_(7)  # whatever was there
     empty.experts.reset_parameters()
     empty.gate.reset_parameters()
-    assert close(empty.experts.lora["up"].a, first["up"].a, 1e-6)
+    assert close(empty.experts.lora["default"]["up"].a, first["up"].a, 1e-6)
     assert not any(p.any() for name, p in lora_parameters(empty).items() if name.endswith(".b"))
 
 
