@@ -1,0 +1,105 @@
+"""Small random copies of a family's modules, on the CPU in float32, on which two codes can be compared."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 1e-5  # of the largest value, in float32
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, tensors are made on the CPU, with gradients, and the caller's random numbers are left alone."""
+    cpu = torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), cpu, torch.autocast("cpu", enabled=False):
+        yield
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> nn.Module:
+    """A copy with random weights of the same shapes, the same ones each time; none of the module's is read or copied.
+
+    Args:
+        experts: a module inside, or the module, of which the copy has `few` experts alone.
+    """
+    draw = torch.Generator("cpu").manual_seed(5)
+    memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in module.modules() for name in HOOKS}
+    held = set() if experts is None else {id(t) for t in tensors(experts).values()}
+    number = 0 if experts is None else count(experts)
+    for name, t in tensors(module).items():
+        rows = len(t) * few // number if id(t) in held else None
+        memo[id(t)] = _drawn(name, t, t.shape if rows is None else (rows, *t.shape[1:]), draw)
+    copied = copy.deepcopy(module, memo)
+    for m in copied.modules():
+        if hasattr(m, "_old_forward"):  # wrapped by accelerate, for another device
+            m.forward = m._old_forward
+        if getattr(getattr(m, "config", None), "_experts_implementation", "eager") != "eager":
+            m.config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue]
+    if experts is not None:
+        for m in memo[id(experts)].modules():
+            if getattr(m, "num_experts", None) == number:
+                m.num_experts = few  # pyright: ignore[reportArgumentType]
+    return copied
+
+
+def count(experts: nn.Module) -> int:
+    """E, of the family's stacked experts."""
+    own = getattr(experts, "num_experts", None)
+    return own if isinstance(own, int) else len(next(experts.parameters()))
+
+
+def score_of(router: nn.Module) -> str:
+    """Whether a router's weights are made of the softmax or the sigmoid of its logits; softmax if of neither.
+
+    Raises:
+        ValueError: it does not answer x [T, D] with (logits [T, E], weight [T, k], expert [T, k]).
+    """
+    with aside():
+        own: Any = twin(router).eval()
+        E, dim = own.weight.shape
+        torch.manual_seed(1)
+        try:
+            logits, weight, expert = own(torch.randn(9, dim))
+            shapes = [tuple(t.shape) for t in (logits, weight, expert)]
+        except Exception as error:
+            raise ValueError(f"{type(router).__name__} is not called as router(x [T, D]): {error}") from error
+        if shapes != [(9, E), (9, own.top_k), (9, own.top_k)] or expert.is_floating_point():
+            raise ValueError(f"{type(router).__name__} must return logits [T, E], weights and experts [T, k]")
+        shares = weight / logits.sigmoid().gather(1, expert)  # the same for all choices of a token, or of all, if k = 1
+        alike = (shares / (shares[:, :1] if own.top_k > 1 else shares[:1]) - 1).abs() < 1e-3
+    return "sigmoid" if bool(alike.all()) else "softmax"
+
+
+def difference(expected: Tensor, got: Tensor) -> float:
+    """Largest, relative to the largest expected."""
+    if expected.numel() != got.numel():
+        return float("inf")
+    apart = (expected.flatten() - got.flatten()).abs().max() if expected.numel() else torch.zeros(())
+    apart = apart / expected.abs().max().clamp(min=1e-20) if expected.numel() else apart
+    return float(apart) if apart.isfinite() else float("inf")
+
+
+def _drawn(name: str, t: Tensor, shape: Any, draw: torch.Generator) -> Tensor:
+    if not t.is_floating_point():
+        values = torch.zeros(shape, dtype=t.dtype, device="cpu") if t.is_meta else t.detach().cpu()[: shape[0]]
+        return nn.Parameter(values, requires_grad=False) if isinstance(t, nn.Parameter) else values
+    values = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-1.7, 1.7, generator=draw)  # variance 1
+    if t.ndim > 1:
+        values *= 2 * t.shape[-1] ** -0.5
+    elif "bias" in name or not isinstance(t, nn.Parameter):
+        values *= 0.1
+    else:  # of a norm
+        values = 1 + 0.2 * values
+    return nn.Parameter(values) if isinstance(t, nn.Parameter) else values

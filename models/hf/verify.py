@@ -1,0 +1,183 @@
+"""Does a layer of ours compute what the family's module did? Both run on small random copies, and are compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...moe.experts.base import Experts
+from .block_experts import FusedExperts
+from .block_parts import Parts
+from .bridged import BridgedExperts, BridgedMoE
+from .probe import TOLERANCE, aside, count, difference, tensors, twin
+
+FEW = 2  # experts of which the copies have tensors, where experts are compared by themselves
+T = 7  # tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Outputs and gradients of a module, by name, in eval mode and in training."""
+
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, call: Callable[..., Any], module: nn.Module, inputs: tuple[Tensor, ...]) -> Seen:
+        """Run call(*inputs), which computes with `module`, in both modes, and its backward."""
+        values = {}
+        for mode in ("eval", "training"):
+            module.train(mode == "training")
+            torch.manual_seed(1)  # of the noise that some routers add in training
+            given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+            y = call(*(x * 1 for x in given))  # not leaves: some blocks write to them
+            y = y[0] if isinstance(y, tuple) else y
+            (y.flatten() * torch.linspace(-1, 1, y.numel())).sum().backward()
+            values[f"the output in {mode} mode"] = y.detach()
+            values |= {f"the gradient of input {i} in {mode} mode": x.grad for i, x in enumerate(given)}
+        return cls({name: t for name, t in values.items() if t is not None})
+
+    def with_gradients(self, module: nn.Module, but: nn.Module | None = None) -> Seen:
+        """Besides these, the gradients of the module's parameters, without those of the module `but`."""
+        left = set() if but is None else {id(p) for p in but.parameters()}
+        named = {n: p for n, p in module.named_parameters() if id(p) not in left and p.grad is not None}
+        return Seen({**self.values, **{f"the gradient of {n}": p.grad for n, p in named.items()}})  # pyright: ignore
+
+    def differs_from(self, other: Seen) -> str | None:
+        """What differs most, as a sentence; None: nothing."""
+        for name in self.values.keys() ^ other.values.keys():
+            side = "original" if name in self.values else "replacement"
+            return f"the {side} alone has {name}"
+        apart = {name: difference(t, other.values[name]) for name, t in self.values.items()}
+        worst = max(apart, key=lambda name: apart[name])
+        if apart[worst] <= TOLERANCE:
+            return None
+        first = next(name for name in apart if apart[name] > TOLERANCE)
+        return f"{first} differs by {apart[first]:.1e} of its largest value (at most {TOLERANCE:.0e} is rounding)"
+
+
+def takes_routing(experts: nn.Module) -> bool:
+    """Whether the family calls its experts with a routing: (x [T, D], expert [T, k], weight [T, k])."""
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in inspect.signature(type(experts).forward).parameters.values()) == 4
+
+
+def experts_differ(module: nn.Module, make: Callable[[Any], Experts]) -> str | None:
+    """Compare a family's experts, called with a routing, with what `make` makes of them; None: they agree."""
+    with aside():
+        few = min(FEW, count(module))
+        theirs, own = twin(module, module, few), twin(module, module, few)
+        inputs = _routed(down_width(theirs, few), few)
+        expected = Seen.of(_called(theirs), theirs, inputs).with_gradients(theirs)
+        experts: Any = make(own)
+        layer = BridgedExperts(own, experts)
+        got = Seen.of(layer, layer, inputs)
+        layer.give_back()
+        return expected.differs_from(got.with_gradients(own))
+
+
+def block_differs(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
+    """Compare a block with the layer of its `Parts`; None: they agree.
+
+    Where the block calls its experts with a routing, these are compared by themselves, and stand-ins in the block; so a
+    large block costs little memory.
+    """
+    with aside():
+        experts, few = getattr(block, "experts", None), None
+        apart = isinstance(experts, nn.Module) and takes_routing(experts)
+        if apart:
+            few = min(FEW, count(experts))
+        theirs, own = (twin(block, experts if apart else None, few or 0) for _ in range(2))
+        parts = adapter(own)
+        x = torch.randn(2, T, parts.gate.dim, generator=torch.Generator("cpu").manual_seed(3))
+        if not apart or not isinstance(parts.experts, FusedExperts):
+            expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs)
+            layer = BridgedMoE(own, parts)
+            got = Seen.of(layer, layer, (x,))
+            layer.give_back()
+            return expected.differs_from(got.with_gradients(own))
+        lost = _lost(own, parts)
+        if lost:
+            return f"no part of the replacement holds {lost[0]}"
+        assert few is not None
+        inputs = _routed(parts.experts.dim, few)
+        expected = Seen.of(_called(theirs.experts), theirs, inputs).with_gradients(theirs.experts)
+        layer = BridgedExperts(own.experts, parts.experts)
+        got = Seen.of(layer, layer, inputs)
+        layer.give_back()
+        wrong = expected.differs_from(got.with_gradients(own.experts))
+        if wrong:
+            return wrong
+        for copied in (theirs, own):
+            copied.experts = _StandIn(parts.gate.num_experts)
+        expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs, but=theirs.experts)
+        layer = BridgedMoE(own, replace(parts, experts=_StandInExperts(parts.gate.num_experts)))
+        got = Seen.of(layer, layer, (x,)).with_gradients(own, but=own.experts)
+        return expected.differs_from(got)
+
+
+def down_width(experts: nn.Module, few: int) -> int:
+    """Model width D of a family's stacked experts."""
+    p: Any = experts.get_parameter("down_proj")
+    return p.shape[2 if getattr(experts, "is_transposed", False) else 1]
+
+
+class _StandIn(nn.Module):
+    """In the place of a family's experts: expert e multiplies by its own number."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, num_experts))
+
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        return x * (self.scale[expert] * weight).sum(-1).view(*x.shape[:-1], 1)
+
+
+class _StandInExperts(Experts):
+    """The same, as ours."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts, seed=0)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, num_experts))
+
+    def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        scale = self.scale.repeat_interleave(counts, output_size=len(rows))
+        return rows * (scale * weight).unsqueeze(1)
+
+    def _initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def _routed(dim: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, and two experts for each, if there are so many, with weights."""
+    draw = torch.Generator("cpu").manual_seed(3)
+    expert = torch.rand(T, experts, generator=draw).topk(min(2, experts)).indices
+    weight = torch.rand(expert.shape, generator=draw) + 0.1
+    return torch.randn(T, dim, generator=draw), expert, weight
+
+
+def _called(experts: nn.Module) -> Callable[..., Tensor]:
+    return lambda x, expert, weight: experts(x, expert, weight).view_as(x)
+
+
+def _lost(block: Any, parts: Parts) -> list[str]:
+    """Names of the block's tensors, outside of its experts, that are in no part."""
+    held = {id(t) for part in (parts.gate, parts.shared) if part is not None for t in tensors(part).values()}
+    held |= {id(t) for t in tensors(block.experts).values()}
+    return [name for name, t in tensors(block).items() if id(t) not in held]
+
+
+def scalars(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What tells kinds of modules apart: classes, sizes, and attributes that are numbers, names or configs."""
+    for name, m in module.named_modules():
+        own = {k: v for k, v in vars(m).items() if isinstance(v, int | float | bool | str | None)}
+        own = {k: v for k, v in own.items() if k not in ("training", "layer_idx", "layer_id")}
+        yield name, type(m), tuple(sorted(own.items())), id(getattr(m, "config", None))
+    for name, t in tensors(module).items():
+        yield name, t.shape, t.dtype
