@@ -36,7 +36,7 @@ class BridgedMoE(MoE):
         shared = 0 if parts.shared is None else parts.shared
         own = {"gate": parts.gate, "experts": parts.experts, "shared": shared}
         super().__init__(parts.gate.dim, hidden=1, num_experts=E, balance=0.0, seed=0, **own)  # 1: not looked at
-        self.jitter, self.pair = parts.jitter, parts.pair
+        self.jitter, self.pair, self.flat = parts.jitter, parts.pair, parts.flat
         self._block = (block,)  # in a tuple: not a submodule. Its tensors are those of the parts, spread or not
         for name in (*HOOKS, *MARKS):  # the same dicts: a handle's remove() goes on working
             object.__setattr__(self, name, getattr(block, name))
@@ -44,12 +44,15 @@ class BridgedMoE(MoE):
         self.train(block.training)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (..., D) -> y (..., D), or (y, None) where the family's block returned a pair."""
+        """x (..., D) -> y (..., D), or [T, D], or (y, None), as the family's block returned it."""
         if self.training and self.jitter:
-            x = jittered(x, self.jitter).to(x.dtype)
+            x.copy_(
+                jittered(x, self.jitter)
+            )  # in place, as the families do: in some, the residual has the noise as well
         if self.gate.takes_ids and ids is None and x.ndim > 2:  # gates of families that count by sequence
             ids = torch.arange(len(x), device=x.device).unsqueeze(1).expand(x.shape[:-1])
         y = super().forward(x, mask, ids)
+        y = y.flatten(0, -2) if self.flat else y
         return (y, None) if self.pair else y
 
     def give_back(self) -> nn.Module:

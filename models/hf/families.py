@@ -7,6 +7,7 @@ replaced (`recognise.py`). What each router does is in docs/guides/hugging_face.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ def plain(block: Block) -> Parts:
     children = {name: child for name, child in block.named_children() if child is not None}
     own, experts = _only(children, ROUTERS), children.pop("experts", None)
     shared, gate = _only(children, SHARED), children.pop("shared_expert_gate", None)
+    if len(inspect.signature(type(block).forward).parameters) != 2:
+        raise ValueError(f"{type(block).__name__} is called with more than hidden states")
     if own is None or experts is None or children:
         raise ValueError(f"{type(block).__name__} is not a router, experts and shared experts alone")
     if getattr(own, "weight", None) is None or not hasattr(own, "top_k"):
@@ -71,7 +74,7 @@ def llama4(block: Block) -> Parts:
     """The weight multiplies what enters an expert; a pair is returned."""
     gate = Llama4Gate(block.router, block.router.weight, block.router.top_k, "sigmoid")
     experts = FusedExperts(block.experts, transposed=True, weight_first=True)
-    return Parts(gate, experts, block.shared_expert, pair=True)
+    return Parts(gate, experts, block.shared_expert, pair=True, flat=True)
 
 
 def dbrx(block: Block) -> Parts:

@@ -22,42 +22,47 @@ T = 7  # tokens
 
 @dataclass(frozen=True)
 class Seen:
-    """Outputs and gradients of a module, by name, in eval mode and in training."""
+    """Outputs and gradients of a module, by name, in eval mode and in training; does it return a tuple?"""
 
     values: dict[str, Tensor]
+    pair: bool = False
 
     @classmethod
     def of(cls, call: Callable[..., Any], module: nn.Module, inputs: tuple[Tensor, ...]) -> Seen:
         """Run call(*inputs), which computes with `module`, in both modes, and its backward."""
-        values = {}
+        values, pair = {}, False
         for mode in ("eval", "training"):
             module.train(mode == "training")
             torch.manual_seed(1)  # of the noise that some routers add in training
             given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-            y = call(*(x * 1 for x in given))  # not leaves: some blocks write to them
-            y = y[0] if isinstance(y, tuple) else y
+            taken = [x * 1 for x in given]  # not leaves: some blocks write to them
+            y = call(*taken)
+            if pair := isinstance(y, tuple):
+                y = y[0]
             (y.flatten() * torch.linspace(-1, 1, y.numel())).sum().backward()
             values[f"the output in {mode} mode"] = y.detach()
+            values |= {f"input {i} after the call in {mode} mode": x.detach() for i, x in enumerate(taken)}
             values |= {f"the gradient of input {i} in {mode} mode": x.grad for i, x in enumerate(given)}
-        return cls({name: t for name, t in values.items() if t is not None})
+        return cls({name: t for name, t in values.items() if t is not None}, pair)
 
     def with_gradients(self, module: nn.Module, but: nn.Module | None = None) -> Seen:
         """Besides these, the gradients of the module's parameters, without those of the module `but`."""
         left = set() if but is None else {id(p) for p in but.parameters()}
         named = {n: p for n, p in module.named_parameters() if id(p) not in left and p.grad is not None}
-        return Seen({**self.values, **{f"the gradient of {n}": p.grad for n, p in named.items()}})  # pyright: ignore
+        values = {**self.values, **{f"the gradient of {n}": p.grad for n, p in named.items()}}
+        return Seen(values, self.pair)  # pyright: ignore[reportArgumentType]
 
     def differs_from(self, other: Seen) -> str | None:
-        """What differs most, as a sentence; None: nothing."""
-        for name in self.values.keys() ^ other.values.keys():
-            side = "original" if name in self.values else "replacement"
-            return f"the {side} alone has {name}"
-        apart = {name: difference(t, other.values[name]) for name, t in self.values.items()}
-        worst = max(apart, key=lambda name: apart[name])
-        if apart[worst] <= TOLERANCE:
-            return None
-        first = next(name for name in apart if apart[name] > TOLERANCE)
-        return f"{first} differs by {apart[first]:.1e} of its largest value (at most {TOLERANCE:.0e} is rounding)"
+        """The first that differs, as a sentence; None: nothing."""
+        if self.pair != other.pair:
+            return f"the {'original' if self.pair else 'replacement'} alone returns a tuple"
+        both = {**other.values, **self.values}
+        for name, t in both.items():
+            nothing = torch.zeros_like(t)  # as a gradient of an expert that no token chose
+            apart = difference(self.values.get(name, nothing), other.values.get(name, nothing))
+            if apart > TOLERANCE:
+                return f"{name} differs by {apart:.1e} of its largest value (rounding is below {TOLERANCE:.0e})"
+        return None
 
 
 def takes_routing(experts: nn.Module) -> bool:
