@@ -38,7 +38,7 @@ class FusedExperts(Experts):
     """
 
     def __init__(self, module: nn.Module, transposed: bool | None = None, weight_first: bool = False) -> None:
-        transposed = getattr(module, "is_transposed", False) if transposed is None else transposed
+        transposed = bool(getattr(module, "is_transposed", False)) if transposed is None else transposed
         self._check(module, transposed)
         num_experts = len(next(module.parameters()))
         super().__init__(num_experts, seed=0)

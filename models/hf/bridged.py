@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .block_experts import FusedExperts, gather
 from .block_parts import Parts
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
@@ -146,3 +147,19 @@ def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that replace_moe put there")
     return layers
+
+
+def restore_moe(model: Model) -> Model:
+    """Undo `replace_moe`, in place, with the weights of now.
+
+    Where experts are spread each rank gathers all of them: call it on every rank. To write the family's format while
+    they are spread, and train on, there is `save_pretrained`.
+
+    Raises:
+        ValueError: nothing there that `replace_moe` put there.
+    """
+    for parent, name, layer in bridged_layers(model):
+        setattr(parent, name, layer.give_back())
+    for module in model.modules():
+        vars(module).pop("save_pretrained", None)  # see `saves_its_family`
+    return model

@@ -28,7 +28,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> nn.Module:
+def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> Any:
     """A copy with random weights of the same shapes, the same ones each time; none of the module's is read or copied.
 
     Args:
@@ -42,15 +42,15 @@ def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> n
         rows = len(t) * few // number if id(t) in held else None
         memo[id(t)] = _drawn(name, t, t.shape if rows is None else (rows, *t.shape[1:]), draw)
     copied = copy.deepcopy(module, memo)
-    for m in copied.modules():
-        if hasattr(m, "_old_forward"):  # wrapped by accelerate, for another device
-            m.forward = m._old_forward
-        if getattr(getattr(m, "config", None), "_experts_implementation", "eager") != "eager":
-            m.config._experts_implementation = "eager"  # pyright: ignore[reportAttributeAccessIssue]
-    if experts is not None:
-        for m in memo[id(experts)].modules():
-            if getattr(m, "num_experts", None) == number:
-                m.num_experts = few  # pyright: ignore[reportArgumentType]
+    own: Any
+    for own in copied.modules():
+        if hasattr(own, "_old_forward"):  # wrapped by accelerate, for another device
+            own.forward = own._old_forward
+        if getattr(getattr(own, "config", None), "_experts_implementation", "eager") != "eager":
+            own.config._experts_implementation = "eager"
+    for own in [] if experts is None else memo[id(experts)].modules():
+        if getattr(own, "num_experts", None) == number:
+            own.num_experts = few
     return copied
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ...moe.layer import MoE
-from .block_experts import FLOATS, FusedExperts
+from .block_experts import FusedExperts
 from .block_parts import Parts
 from .bridged import BridgedExperts, BridgedMoE
 from .families import FAMILIES, NOT_FEED_FORWARD, ROUTERS, plain
@@ -74,7 +73,6 @@ def rule(found: Found, adapters: Adapters, verify: bool) -> Rule:
     Raises:
         ValueError: there is none.
     """
-    refuse(found)
     own = _known(found.block, adapters)
     reasons = []
     for each in [_whole(own)] if own else [_whole(plain), EXPERTS_ALONE]:
@@ -97,7 +95,7 @@ def rule(found: Found, adapters: Adapters, verify: bool) -> Rule:
     )
 
 
-def refuse(found: Found) -> None:
+def refuse(found: Found, rule: Rule) -> None:
     """ValueError if a block cannot be replaced in the state it is in."""
     called = f"{found.path} ({type(found.block).__name__})"
     held = tensors(found.block)
@@ -106,11 +104,6 @@ def refuse(found: Found) -> None:
             raise ValueError(
                 f"{called}: {name} is spread over ranks already: load the model without tp_plan, ep_plan or "
                 "distributed_config, and let parallelize spread the experts"
-            )
-        if t.dtype not in (*FLOATS, torch.int64, torch.int32, torch.bool):
-            raise ValueError(
-                f"{called}: {name} is {t.dtype}, so the block is quantised, and only its own code knows how: load the "
-                "model dequantised, in bfloat16 or float32"
             )
     if len({t.device for t in held.values()}) > 1:
         raise ValueError(f"{called} lies on several devices: load the model with a device_map that keeps blocks whole")
@@ -123,7 +116,9 @@ def refuse(found: Found) -> None:
             )
         if getattr(m, "_is_expert_parallel", False):
             raise ValueError(f"{called} is spread by transformers' expert parallelism: load the model without it")
-        if name.split(".")[0] == "experts" and name != "experts" and any(getattr(m, each) for each in HOOKS):
+        # modules that are called no more: what is in the experts, and they themselves if the whole block is replaced
+        silent = name.startswith("experts.") or (name == "experts" and not rule.child)
+        if silent and any(getattr(m, each) for each in HOOKS):
             raise ValueError(f"{called}: {name} has hooks, which would never run: remove them, or hook the block")
 
 

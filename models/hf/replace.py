@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from .block_parts import Parts
-from .bridged import BridgedExperts, BridgedMoE, bridged_layers
-from .recognise import Adapters, Rule, blocks, kind, rule
+from .bridged import BridgedExperts, BridgedMoE, Model, bridged_layers, restore_moe
+from .recognise import Adapters, Rule, blocks, kind, refuse, rule
+from .saving import saves_its_family
 
-__all__ = ["BridgedExperts", "BridgedMoE", "Parts", "bridged_layers", "replace_moe", "restore_moe"]
-
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["BridgedExperts", "BridgedMoE", "Model", "Parts", "bridged_layers", "replace_moe", "restore_moe"]
 
 
 def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = True) -> Model:
@@ -41,6 +40,7 @@ def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = T
     for each in found:  # all are looked at before any is changed
         if (own := kind(each.block)) not in rules:
             rules[own] = rule(each, adapters, verify)
+        refuse(each, rules[own])
     layers: list[tuple[nn.Module, str, BridgedMoE]] = []
     try:
         for each in found:
@@ -56,29 +56,14 @@ def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = T
     for number, (parent, name, layer) in enumerate(layers):
         layer.experts.seed = number  # what is drawn anew, or beside them (LoRA), differs from layer to layer
         setattr(parent, name, layer)
-    return model
-
-
-def restore_moe(model: Model) -> Model:
-    """Undo `replace_moe`, in place, with the weights of now.
-
-    Where experts are spread each rank gathers all of them: call it on every rank. To write the family's format while
-    they are spread, and train on, there is `save_pretrained`.
-
-    Raises:
-        ValueError: nothing there that `replace_moe` put there.
-    """
-    for parent, name, layer in bridged_layers(model):
-        setattr(parent, name, layer.give_back())
+    saves_its_family(model)
     return model
 
 
 def _nothing(model: nn.Module) -> str:
     name = type(model).__name__
     if any(isinstance(m, BridgedMoE) for m in model.modules()):
-        return (
-            f"{name} has been through replace_moe: its MoE blocks are ours already; restore_moe(model) takes them back"
-        )
+        return f"{name} went through replace_moe before, and its MoE blocks are ours: restore_moe(model) undoes it"
     return (
         f"{name} has no MoE block that is known or has `experts`: pass adapters={{its class: block -> Parts}}; "
         "docs/guides/hugging_face.md says how to write one"

@@ -73,18 +73,12 @@ def takes_routing(experts: nn.Module) -> bool:
     return sum(p.kind in kinds for p in inspect.signature(type(experts).forward).parameters.values()) == 4
 
 
-def experts_differ(module: nn.Module, make: Callable[[Any], Experts]) -> str | None:
+def experts_differ(module: nn.Module, make: Callable[[Any], FusedExperts]) -> str | None:
     """Compare a family's experts, called with a routing, with what `make` makes of them; None: they agree."""
     with aside():
         few = min(FEW, count(module))
         theirs, own = twin(module, module, few), twin(module, module, few)
-        inputs = _routed(down_width(theirs, few), few)
-        expected = Seen.of(_called(theirs), theirs, inputs).with_gradients(theirs)
-        experts: Any = make(own)
-        layer = BridgedExperts(own, experts)
-        got = Seen.of(layer, layer, inputs)
-        layer.give_back()
-        return expected.differs_from(got.with_gradients(own))
+        return _experts_apart(theirs, own, make(own), few)
 
 
 def block_differs(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
@@ -94,43 +88,49 @@ def block_differs(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
     large block costs little memory.
     """
     with aside():
-        experts, few = getattr(block, "experts", None), None
-        apart = isinstance(experts, nn.Module) and takes_routing(experts)
-        if apart:
-            few = min(FEW, count(experts))
-        theirs, own = (twin(block, experts if apart else None, few or 0) for _ in range(2))
+        experts = getattr(block, "experts", None)
+        if not isinstance(experts, nn.Module) or not takes_routing(experts):
+            return _as_one(block, adapter)
+        few = min(FEW, count(experts))
+        theirs, own = (twin(block, experts, few) for _ in range(2))
         parts = adapter(own)
-        x = torch.randn(2, T, parts.gate.dim, generator=torch.Generator("cpu").manual_seed(3))
-        if not apart or not isinstance(parts.experts, FusedExperts):
-            expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs)
-            layer = BridgedMoE(own, parts)
-            got = Seen.of(layer, layer, (x,))
-            layer.give_back()
-            return expected.differs_from(got.with_gradients(own))
+        if not isinstance(parts.experts, FusedExperts):
+            return _as_one(block, adapter)
         lost = _lost(own, parts)
         if lost:
             return f"no part of the replacement holds {lost[0]}"
-        assert few is not None
-        inputs = _routed(parts.experts.dim, few)
-        expected = Seen.of(_called(theirs.experts), theirs, inputs).with_gradients(theirs.experts)
-        layer = BridgedExperts(own.experts, parts.experts)
-        got = Seen.of(layer, layer, inputs)
-        layer.give_back()
-        wrong = expected.differs_from(got.with_gradients(own.experts))
-        if wrong:
-            return wrong
-        for copied in (theirs, own):
-            copied.experts = _StandIn(parts.gate.num_experts)
-        expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs, but=theirs.experts)
-        layer = BridgedMoE(own, replace(parts, experts=_StandInExperts(parts.gate.num_experts)))
-        got = Seen.of(layer, layer, (x,)).with_gradients(own, but=own.experts)
-        return expected.differs_from(got)
+        return _experts_apart(theirs.experts, own.experts, parts.experts, few) or _rest_apart(theirs, own, parts)
 
 
-def down_width(experts: nn.Module, few: int) -> int:
-    """Model width D of a family's stacked experts."""
-    p: Any = experts.get_parameter("down_proj")
-    return p.shape[2 if getattr(experts, "is_transposed", False) else 1]
+def _as_one(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
+    """Compare all of a block at once."""
+    theirs, own = twin(block), twin(block)
+    parts = adapter(own)
+    x = _tokens(parts.gate.dim)
+    expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs)
+    layer = BridgedMoE(own, parts)
+    got = Seen.of(layer, layer, (x,))
+    layer.give_back()
+    return expected.differs_from(got.with_gradients(own))
+
+
+def _experts_apart(theirs: Any, own: Any, experts: FusedExperts, few: int) -> str | None:
+    """Compare copies of a family's experts: `theirs` as they are, `own` as `experts` computes with them."""
+    inputs = _routed(experts.dim, few)
+    expected = Seen.of(lambda x, *routing: theirs(x, *routing).view_as(x), theirs, inputs).with_gradients(theirs)
+    layer = BridgedExperts(own, experts)
+    got = Seen.of(layer, layer, inputs)
+    layer.give_back()
+    return expected.differs_from(got.with_gradients(own))
+
+
+def _rest_apart(theirs: Any, own: Any, parts: Parts) -> str | None:
+    """Compare copies of a block, with stand-ins for the experts of both."""
+    E, x = parts.gate.num_experts, _tokens(parts.gate.dim)
+    theirs.experts, own.experts = _StandIn(E), None
+    expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs, but=theirs.experts)
+    layer = BridgedMoE(own, replace(parts, experts=_StandInExperts(E)))
+    return expected.differs_from(Seen.of(layer, layer, (x,)).with_gradients(own))
 
 
 class _StandIn(nn.Module):
@@ -167,8 +167,8 @@ def _routed(dim: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(T, dim, generator=draw), expert, weight
 
 
-def _called(experts: nn.Module) -> Callable[..., Tensor]:
-    return lambda x, expert, weight: experts(x, expert, weight).view_as(x)
+def _tokens(dim: int) -> Tensor:
+    return torch.randn(2, T, dim, generator=torch.Generator("cpu").manual_seed(3))
 
 
 def _lost(block: Any, parts: Parts) -> list[str]:

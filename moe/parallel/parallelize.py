@@ -84,7 +84,7 @@ def parallelize(
         ValueError: axes missing or unknown, experts that do not split or that share a parameter with the rest of the
             model, layers that differ between ranks (in options, weights, or buffers of a gate), a profile that does not
             fit, an overlap or a wire that is none or that the given `Dispatcher` has already, tokens that tp ranks
-            would repeat, a timeout that is not positive.
+            would repeat, a timeout that is not positive, a model that has experts but no MoE layer.
         TypeError: a wire for a `Dispatcher` whose rows cannot be reached (no `SteppedDispatcher`).
     """
     _check_options(dispatcher, overlap, wire)
@@ -109,6 +109,12 @@ def parallelize(
         return layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
 
     layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
+    others = [] if layers else [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer, but {len(others)} modules called experts, such as {others[0]}, "
+            "which stay as they are: for a model of Hugging Face call turnout.models.hf.replace_moe(model) first"
+        )
     if not layers and not axes.staged(given):  # a stage of a pipeline may have none
         warnings.warn(
             f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
