@@ -12,8 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from turnout.models.hf import BridgedMoE, replace_moe
-from turnout.models.hf.replace import BridgedExperts
+from turnout.models.hf import BridgedExperts, BridgedMoE, replace_moe
 
 MOE = re.compile(r"self\.experts\b|use_experts_implementation|class \w*MoE\w*\(nn\.Module")
 LAYERS = 4  # enough for patterns of layers that differ

@@ -3,10 +3,11 @@
 from .block_experts import FusedExperts, ListedExperts
 from .block_gates import RouterGate
 from .dense_models import replace_dense
-from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+from .replace import BridgedExperts, BridgedMoE, Parts, replace_moe, restore_moe
 from .saving import restored, save_adapters, save_pretrained
 
 __all__ = [
+    "BridgedExperts",
     "BridgedMoE",
     "FusedExperts",
     "ListedExperts",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts
 from .block_gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .block_parts import Parts
-from .probe import score_of
+from .block_twins import score_of
 
 Block = Any  # attributes of transformers' modules are not typed
 ROUTERS = ("gate", "router")

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from ...moe.layer import MoE
 from .block_experts import FusedExperts
 from .block_parts import Parts
+from .block_twins import HOOKS, tensors
 from .bridged import BridgedExperts, BridgedMoE
+from .compare_blocks import block_differs, experts_differ, scalars, takes_routing
 from .families import FAMILIES, NOT_FEED_FORWARD, ROUTERS, plain
-from .probe import HOOKS, tensors
-from .verify import block_differs, experts_differ, scalars, takes_routing
 
 Adapter = Callable[[Any], Parts]
 Adapters = Mapping[type[nn.Module], Adapter]

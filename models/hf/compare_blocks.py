@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...moe.experts.base import Experts
 from .block_experts import FusedExperts
 from .block_parts import Parts
+from .block_twins import TOLERANCE, aside, count, difference, tensors, twin
 from .bridged import BridgedExperts, BridgedMoE
-from .probe import TOLERANCE, aside, count, difference, tensors, twin
 
 FEW = 2  # experts of which the copies have tensors, where experts are compared by themselves
 T = 7  # tokens
