@@ -155,7 +155,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "guides" / "hf_families.md"
 REFUSED = {
     "doge": "its experts are single rows of an embedding, found by product keys: nothing to multiply in groups",
     "jetmoe": "its block has no stack of experts that is called with a routing, and half of them are attention's",
-    "longcat_flash": "its gate_up_proj has rows for experts that return their input, and its down_proj has not",
     "muse_spark": "a norm, shared by all experts, stands behind each: no part of ours holds it",
     "nllb_moe": "in transformers 5.23 its block passes a mask where expert numbers are expected, and uses two experts",
     "vitpose_backbone": "no mixture: the caller names the one head, and all are computed",

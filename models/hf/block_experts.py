@@ -44,6 +44,8 @@ class FusedExperts(Experts):
         super().__init__(num_experts, seed=0)
         self.module, self.transposed, self.weight_first = module, transposed, weight_first
 
+    identities = 0  # experts numbered from E on that return their input
+
     @property
     def dim(self) -> int:
         """Model width D, of what enters an expert and leaves it."""
@@ -179,6 +181,26 @@ class DbrxExperts(FusedExperts):
 
     def _fan_in(self, name: str) -> int:
         return self.module.get_parameter(name).shape[1 if name == "mlp.w2" else 2]
+
+
+class LongcatFlashExperts(FusedExperts):
+    """LongCat-Flash: experts past the last one return their input; the rows that `gate_up_proj` has for them lie aside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        first, E = module.get_parameter("gate_up_proj"), len(module.get_parameter("down_proj"))
+        _put(module, "gate_up_proj", first, lambda t: t[:E])
+        super().__init__(module)
+        self.identities = len(first) - E
+        self._aside = (first.detach()[E:],)  # in a tuple: nothing that is spread, or saved
+
+    def give_back(self) -> None:
+        """See `FusedExperts.give_back`; copies."""
+        super().give_back()
+        p, aside = self.module.get_parameter("gate_up_proj"), self._aside[0]
+        _put(self.module, "gate_up_proj", p, lambda t: torch.cat([t, aside.to(t)]))
+        whole = self.module.get_parameter("gate_up_proj")
+        if whole.grad is not None:
+            whole.grad[len(p) :] = 0
 
 
 class ListedExperts(ModuleExperts):

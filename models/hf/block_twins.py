@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = 1e-5  # of the largest value, in float32
+NARROW = 32  # hidden width H of experts in a copy
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -29,18 +30,16 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> Any:
-    """A copy with random weights of the same shapes, the same ones each time; none of the module's is read or copied.
+    """A copy with random weights, the same ones each time; none of the module's is read or copied.
 
     Args:
-        experts: a module inside, or the module, of which the copy has `few` experts alone.
+        experts: a module inside, or the module, of which the copy has `few` experts alone, and narrow ones.
     """
     draw = torch.Generator("cpu").manual_seed(5)
     memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in module.modules() for name in HOOKS}
-    held = set() if experts is None else {id(t) for t in tensors(experts).values()}
-    number = 0 if experts is None else count(experts)
+    shapes = {} if experts is None else {id(t): s for t, s in _cut(experts, few)}
     for name, t in tensors(module).items():
-        rows = len(t) * few // number if id(t) in held else None
-        memo[id(t)] = _drawn(name, t, t.shape if rows is None else (rows, *t.shape[1:]), draw)
+        memo[id(t)] = _drawn(name, t, shapes.get(id(t), t.shape), draw)
     copied = copy.deepcopy(module, memo)
     own: Any
     for own in copied.modules():
@@ -49,15 +48,30 @@ def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> A
         if getattr(getattr(own, "config", None), "_experts_implementation", "eager") != "eager":
             own.config._experts_implementation = "eager"
     for own in [] if experts is None else memo[id(experts)].modules():
-        if getattr(own, "num_experts", None) == number:
-            own.num_experts = few
+        numbers = {k: v for k, v in vars(own).items() if "experts" in k and type(v) is int}
+        vars(own).update({k: v * few // count(experts) for k, v in numbers.items()})  # pyright: ignore
     return copied
+
+
+def _cut(experts: nn.Module, few: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Each tensor of stacked experts, and its shape if they are `few`, and at most NARROW wide inside."""
+    held, number = tensors(experts), count(experts)
+    transposed = getattr(experts, "is_transposed", False)
+    inner = {"gate_up_proj": 2 if transposed else 1, "up_proj": 2 if transposed else 1}  # the axis of H, or of 2H
+    inner |= {"gate_up_proj_bias": 1, "up_proj_bias": 1, "down_proj": 1 if transposed else 2}
+    down = held.get("down_proj")
+    width = None if down is None or down.ndim != 3 else down.shape[inner["down_proj"]]
+    for name, t in held.items():
+        shape = [len(t) * few // number, *t.shape[1:]]
+        if width is not None and name in inner and t.ndim > inner[name]:
+            shape[inner[name]] = shape[inner[name]] // width * min(width, NARROW)
+        yield t, tuple(shape)
 
 
 def count(experts: nn.Module) -> int:
     """E, of the family's stacked experts."""
-    own = getattr(experts, "num_experts", None)
-    return own if isinstance(own, int) else len(next(experts.parameters()))
+    own, down = getattr(experts, "num_experts", None), getattr(experts, "down_proj", None)
+    return len(down) if isinstance(down, Tensor) else own if isinstance(own, int) else len(next(experts.parameters()))
 
 
 def score_of(router: nn.Module) -> str:

@@ -82,12 +82,17 @@ class BridgedExperts(BridgedMoE):
 
     def __init__(self, module: nn.Module, experts: FusedExperts, top_k: int = 1) -> None:
         super().__init__(module, Parts(ModelsOwnGate(experts.dim, experts.num_experts, top_k), experts))
+        self.identities = experts.identities
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x [T, D], expert int64 [T, k], weight [T, k] -> y [T, D]; an expert of E or more is none, as the family's."""
         scores = wide(weight).new_zeros(1, 1).expand(len(expert), self.num_experts)  # no loss, so that no one looks
         routing = Routing(expert.long(), wide(weight), scores)
-        return MoE.forward(self, x, routing=routing.keep(expert < self.num_experts))
+        y = MoE.forward(self, x, routing=routing.keep(expert < self.num_experts))
+        if not self.identities:
+            return y
+        same = (expert >= self.num_experts) & (expert < self.num_experts + self.identities)
+        return y + (x * torch.where(same, weight, 0).sum(-1, keepdim=True)).to(x.dtype)
 
     @property
     def balance(self) -> Balance:

@@ -16,7 +16,7 @@ from .block_parts import Parts
 from .block_twins import TOLERANCE, aside, count, difference, tensors, twin
 from .bridged import BridgedExperts, BridgedMoE
 
-FEW = 2  # experts of which the copies have tensors, where experts are compared by themselves
+FEW = 4  # experts of which the copies have tensors, where experts are compared by themselves
 T = 7  # tokens
 
 
@@ -77,7 +77,7 @@ def experts_differ(module: nn.Module, make: Callable[[Any], FusedExperts]) -> st
     """Compare a family's experts, called with a routing, with what `make` makes of them; None: they agree."""
     with aside():
         few = min(FEW, count(module))
-        theirs, own = twin(module, module, few), twin(module, module, few)
+        theirs, own = (twin(module, module, few) for _ in range(2))
         return _experts_apart(theirs, own, make(own), few)
 
 
@@ -116,7 +116,7 @@ def _as_one(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
 
 def _experts_apart(theirs: Any, own: Any, experts: FusedExperts, few: int) -> str | None:
     """Compare copies of a family's experts: `theirs` as they are, `own` as `experts` computes with them."""
-    inputs = _routed(experts.dim, few)
+    inputs = _routed(experts.dim, few + experts.identities)
     expected = Seen.of(lambda x, *routing: theirs(x, *routing).view_as(x), theirs, inputs).with_gradients(theirs)
     layer = BridgedExperts(own, experts)
     got = Seen.of(layer, layer, inputs)

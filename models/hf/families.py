@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts
+from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts, LongcatFlashExperts
 from .block_gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .block_parts import Parts
 from .block_twins import score_of
@@ -96,6 +96,9 @@ FAMILIES: dict[str, Callable[[Any], Parts]] = {
     "PhimoeSparseMoeBlock": phimoe,
     "SwitchTransformersSparseMLP": switch_transformers,
 }
+
+# experts that do something of their own, in a block that is kept
+EXPERTS: dict[str, Callable[[Any], FusedExperts]] = {"LongcatFlashExperts": LongcatFlashExperts}
 
 # blocks with a child called `experts` that is no mixture of feed-forward networks: they stay as they are
 NOT_FEED_FORWARD = {

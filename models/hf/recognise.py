@@ -15,7 +15,7 @@ from .block_parts import Parts
 from .block_twins import HOOKS, tensors
 from .bridged import BridgedExperts, BridgedMoE
 from .compare_blocks import block_differs, experts_differ, scalars, takes_routing
-from .families import FAMILIES, NOT_FEED_FORWARD, ROUTERS, plain
+from .families import EXPERTS, FAMILIES, NOT_FEED_FORWARD, ROUTERS, plain
 
 Adapter = Callable[[Any], Parts]
 Adapters = Mapping[type[nn.Module], Adapter]
@@ -133,17 +133,23 @@ def _whole(adapter: Adapter) -> Rule:
 
 def _alone(block: Any) -> BridgedExperts:
     router = next((getattr(block, name) for name in ROUTERS if hasattr(block, name)), None)
-    return BridgedExperts(block.experts, FusedExperts(block.experts), getattr(router, "top_k", 1))
+    return BridgedExperts(block.experts, _computing(block.experts)(block.experts), getattr(router, "top_k", 1))
 
 
 def _fit(block: Any) -> str | None:
     if not takes_routing(block.experts):
         return f"{type(block.experts).__name__} is not called as experts(x, expert, weight)"
-    FusedExperts(block.experts)  # may raise
+    if _computing(block.experts) is FusedExperts:  # others may change the module
+        FusedExperts(block.experts)
     return None
 
 
-EXPERTS_ALONE = Rule("experts", _alone, lambda b: _fit(b) or experts_differ(b.experts, FusedExperts), _fit)
+def _computing(experts: nn.Module) -> Callable[[Any], FusedExperts]:
+    known = EXPERTS if type(experts).__module__.startswith("transformers.") else {}
+    return known.get(type(experts).__name__, FusedExperts)
+
+
+EXPERTS_ALONE = Rule("experts", _alone, lambda b: _fit(b) or experts_differ(b.experts, _computing(b.experts)), _fit)
 
 
 def _known(block: nn.Module, adapters: Adapters) -> Adapter | None:

@@ -27,8 +27,8 @@ def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = T
         adapters: functions block -> `Parts` by the class of the block, in place of what the block looks like:
             docs/guides/hugging_face.md has a guide.
         verify: compare the block and what replaces it before, once for each kind of block: outputs and all gradients,
-            in eval and in training, on small random copies in float32 on the CPU. Takes the memory of two experts three
-            times, of a block whose experts are not stacked twice. False: the first rule that looks right is taken.
+            in eval and in training, on small random copies in float32 on the CPU. Stacked experts are few and narrow in
+            a copy, all else has its size. False: the first rule that looks right is taken.
 
     Raises:
         ValueError: no MoE block, or one that cannot be replaced, by its name and with the reason; the model is then as
