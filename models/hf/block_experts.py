@@ -184,7 +184,7 @@ class DbrxExperts(FusedExperts):
 
 
 class LongcatFlashExperts(FusedExperts):
-    """LongCat-Flash: experts past the last one return their input; the rows that `gate_up_proj` has for them lie aside."""
+    """LongCat-Flash: experts past the last one return their input; the rows of `gate_up_proj` for them lie aside."""
 
     def __init__(self, module: nn.Module) -> None:
         first, E = module.get_parameter("gate_up_proj"), len(module.get_parameter("down_proj"))

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from turnout.models.hf import BridgedMoE, replace_moe, restore_moe, restored
+from turnout.models.hf import BridgedMoE, FusedExperts, replace_moe, restore_moe, restored
+from turnout.models.hf.compare_blocks import experts_differ
 from turnout.moe import aux_loss, parallelize
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
@@ -64,6 +65,24 @@ def test_a_state_dict_of_the_bridge_is_not_written(tmp_path):
         ours.save_pretrained(tmp_path, state_dict=ours.state_dict())
 
 
+def test_trainer_in_one_process(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    texts = [{"input_ids": ids, "labels": ids} for ids in batch("mixtral")["input_ids"]]
+    trained = []
+    for name, model in (("before", tiny("mixtral")), ("after", replace_moe(tiny("mixtral")))):
+        args = TrainingArguments(str(tmp_path / name), max_steps=2, use_cpu=True, report_to=[], learning_rate=0.01)
+        trainer = Trainer(model=model, args=args, train_dataset=texts)
+        trainer.train()
+        trainer.save_model()
+        trained.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
+    start = tiny("mixtral").state_dict()
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+        assert not torch.equal(value, start[name])
+
+
 def spread_calls(folder):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     with pytest.raises(
@@ -76,6 +95,8 @@ def spread_calls(folder):
             ValueError, match=r"hf\.save_pretrained\(model, folder\) on every rank, or train with MoETrainer"
         ):
             model.save_pretrained(folder)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):  # what Trainer does on several ranks
+        nn.parallel.DistributedDataParallel(model)
     # transformers' generation, prompts of one length and answers of two: a rank that is done goes on until all are
     ids = batch("mixtral")["input_ids"][:1]
     number = 3 + 4 * dist.get_rank()
@@ -204,3 +225,40 @@ def test_a_model_without_weights():
         model = replace_moe(type(tiny("mixtral"))(config))
     assert all(p.is_meta for p in model.parameters())
     assert len(layers(model)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flaw", "differs"),
+    [
+        ({"act_fn": nn.GELU()}, "the output in eval mode"),
+        ({"_apply_gate": lambda gate_up: gate_up.chunk(2, -1)[0]}, "the output in eval mode"),
+    ],
+)
+def test_the_comparison_sees(flaw, differs):
+    """Experts of ours that compute with another function than the family's."""
+    experts = tiny("qwen3_moe").model.layers[0].mlp.experts
+
+    def flawed(module):
+        for name, value in flaw.items():
+            object.__setattr__(module, name, value) if name == "_apply_gate" else setattr(module, name, value)
+        return FusedExperts(module)
+
+    assert experts_differ(experts, FusedExperts) is None
+    assert experts_differ(experts, flawed).startswith(differs)
+
+
+def test_the_comparison_sees_a_gradient_that_is_cut():
+    experts = tiny("qwen3_moe").model.layers[0].mlp.experts
+
+    class Cut(FusedExperts):
+        def down(self, hidden, ends):
+            return super().down(hidden.detach(), ends)
+
+    assert "the gradient of" in experts_differ(experts, Cut)
+
+
+def test_without_the_comparison():
+    expected = tiny("qwen3_moe")(**batch("qwen3_moe")).logits
+    ours = replace_moe(tiny("qwen3_moe"), verify=False)
+    torch.testing.assert_close(ours(**batch("qwen3_moe")).logits, expected)
+    assert replace_moe(minimax_m2(), verify=False)
