@@ -113,11 +113,14 @@ class MoE(nn.Module):
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was checked, in training and in eval
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, routing: Routing | None = None
+    ) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
 
         `mask`: bool (...), False = padding, which goes to no expert, shared ones included, whatever stands in it: y
         and the gradient of x are zero there. `ids`: int64 (...), for gates that route by token id; others ignore them.
+        `routing`: of the T tokens, made elsewhere or before; the gate is then not asked.
         """
         try:
             self._begin()
@@ -126,7 +129,7 @@ class MoE(nn.Module):
             tokens = rearrange(x, "... d -> (...) d")
             if real is not None:  # padding may hold NaN: zeros keep it out of outputs and gradients
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
-            routing = self._route(tokens, real, ids)  # choose experts and weights
+            routing = self._route(tokens, real, ids, routing)  # choose experts and weights
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             kept, padded = self._drop(routed)  # drop assignments over capacity
             plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
@@ -215,12 +218,12 @@ class MoE(nn.Module):
                 f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)} in {described(self)}'
             )
 
-    def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None) -> Routing:
-        """Ask the gate, and check its routing. Values are only checked in the first forward."""
+    def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None, given: Routing | None) -> Routing:
+        """Ask the gate, unless a routing is given, and check the routing. Values are checked in the first forward."""
         more = {"mask": real} if self.gate.takes_mask else {}
         if self.gate.takes_ids:
             more["ids"] = None if ids is None else ids.flatten()
-        routing = self.gate(tokens, **more)
+        routing = self.gate(tokens, **more) if given is None else given
         wrong = wrong_shapes(routing, len(tokens), self._choices)
         if wrong is None and self._loss.penalizes and routing.logits is None:
             wrong = "returns no logits, and Balance(z_loss=) needs the router's logits: set z_loss=0"

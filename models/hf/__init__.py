@@ -4,10 +4,11 @@ from .adapters import load_adapters, merge_adapters, save_adapters
 from .block_experts import FusedExperts, ListedExperts
 from .block_gates import RouterGate
 from .dense_models import replace_dense
-from .replace import BridgedMoE, Parts, replace_moe, restore_moe
+from .replace import BridgedExperts, BridgedMoE, Parts, replace_moe, restore_moe
 from .saving import restored, save_pretrained
 
 __all__ = [
+    "BridgedExperts",
     "BridgedMoE",
     "FusedExperts",
     "ListedExperts",

@@ -20,7 +20,7 @@ from ...moe.experts.low_rank import LowRank
 from ...moe.experts.sharded import held_slice, local, whole
 from ..checkpoint.together import on_first
 from .block_experts import FusedExperts
-from .replace import BridgedMoE
+from .bridged import BridgedMoE
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
 OWN = "adapters.safetensors"  # of experts that PEFT has no format for, by the names of `lora_parameters`

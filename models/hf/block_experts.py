@@ -19,26 +19,38 @@ from ...moe.experts.grouped_mm import grouped_linear
 from ...moe.experts.modules import ModuleExperts
 from ...moe.experts.sharded import local_as
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class FusedExperts(Experts):
-    """Gated perceptrons whose gate and up matrices are one tensor; nothing is copied, parameters stay where they are.
+    """Perceptrons whose matrices are stacked; nothing is copied, parameters stay where they are.
 
     `module` is the family's: it has `gate_up_proj` [E, 2H, D] and `down_proj` [E, D, H], or, `transposed`,
     [E, D, 2H] and [E, H, D]; biases `gate_up_proj_bias` [E, 2H] and `down_proj_bias` [E, D], or neither; and either
-    `_apply_gate`, [R, 2H] -> [R, H], or `act_fn`, then act_fn(first half) * second half is that.
+    `_apply_gate`, [R, 2H] -> [R, H], or `act_fn`, then act_fn(first half) * second half is that. Without a gate, it has
+    `up_proj` [E, H, D] in place of `gate_up_proj`, and `act_fn`.
 
     Args:
+        transposed: None, the default, reads it from the module's `is_transposed`; False if that has none.
         weight_first: the gate's weight multiplies the rows that enter the expert, not those that leave it (Llama 4).
 
     Raises:
-        ValueError: tensors of other names or shapes, as in quantised models.
+        ValueError: tensors of other names, shapes or types, as in quantised models.
     """
 
-    def __init__(self, module: nn.Module, transposed: bool = False, weight_first: bool = False) -> None:
+    def __init__(self, module: nn.Module, transposed: bool | None = None, weight_first: bool = False) -> None:
+        transposed = bool(getattr(module, "is_transposed", False)) if transposed is None else transposed
         self._check(module, transposed)
         num_experts = len(next(module.parameters()))
         super().__init__(num_experts, seed=0)
         self.module, self.transposed, self.weight_first = module, transposed, weight_first
+
+    identities = 0  # experts numbered from E on that return their input
+
+    @property
+    def dim(self) -> int:
+        """Model width D, of what enters an expert and leaves it."""
+        return self.module.get_parameter("down_proj").shape[2 if self.transposed else 1]
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """See `Experts.forward`."""
@@ -49,10 +61,12 @@ class FusedExperts(Experts):
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [R, D], which end at ends int32 [L] -> hidden rows [R, H]."""
-        gate_up = self._linear("gate_up_proj", rows, ends)
+        first = self._linear(self._first, rows, ends)
+        if self._first == "up_proj":
+            return self.module.act_fn(first)  # pyright: ignore[reportCallIssue]
         if hasattr(self.module, "_apply_gate"):
-            return self.module._apply_gate(gate_up)  # pyright: ignore[reportCallIssue]
-        gate, up = gate_up.chunk(2, dim=-1)
+            return self.module._apply_gate(first)  # pyright: ignore[reportCallIssue]
+        gate, up = first.chunk(2, dim=-1)
         return self.module.act_fn(gate) * up  # pyright: ignore[reportCallIssue]
 
     def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
@@ -61,7 +75,11 @@ class FusedExperts(Experts):
 
     def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """See `Experts.matrices`."""
-        return {name: (getattr(self.module, name), not self.transposed) for name in ("gate_up_proj", "down_proj")}
+        return {name: (getattr(self.module, name), not self.transposed) for name in (self._first, "down_proj")}
+
+    @property
+    def _first(self) -> str:
+        return "gate_up_proj" if hasattr(self.module, "gate_up_proj") else "up_proj"
 
     def give_back(self) -> None:
         """Make the family's module whole again, in its own layout; collective where the experts are spread."""
@@ -73,18 +91,28 @@ class FusedExperts(Experts):
 
     @staticmethod
     def _check(module: nn.Module, transposed: bool) -> None:
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        gate_up, down = (shapes.get(name, ()) for name in ("gate_up_proj", "down_proj"))
-        if len(gate_up) == len(down) == 3:
-            (E, wide, dim), (also_E, also_dim, hidden) = gate_up, down
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        odd = {name: t.dtype for name, t in tensors.items() if t.dtype not in FLOATS}
+        if odd:
+            name, dtype = next(iter(odd.items()))
+            raise ValueError(
+                f"{type(module).__name__}.{name} is {dtype}, so the experts are quantised, and only their own code "
+                "knows how: load the model dequantised, in bfloat16 or float32"
+            )
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        first = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
+        known = {f"{name}{kind}" for name in (first, "down_proj") for kind in ("", "_bias")}
+        up, down = (shapes.get(name, ()) for name in (first, "down_proj"))
+        if len(up) == len(down) == 3 and set(shapes) <= known:
+            (E, wide, dim), (also_E, also_dim, hidden) = up, down
             if transposed:
                 dim, wide, hidden, also_dim = wide, dim, also_dim, hidden
-            if (E, dim, wide) == (also_E, also_dim, 2 * hidden):
+            if (E, dim, wide) == (also_E, also_dim, hidden * (2 if first == "gate_up_proj" else 1)):
                 return
         layout = "[E, D, 2H] and [E, H, D]" if transposed else "[E, 2H, D] and [E, D, H]"
         raise ValueError(
-            f"{type(module).__name__} must have gate_up_proj and down_proj, {layout}; it has {shapes}: say "
-            f"transposed={not transposed}, or write Experts of its own (docs/guides/hugging_face.md)"
+            f"{type(module).__name__} must have gate_up_proj and down_proj, {layout}, and at most a bias for each; it "
+            f"has {shapes}: say transposed={not transposed}, or write Experts of its own (docs/guides/hugging_face.md)"
         )
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
@@ -130,6 +158,11 @@ class DbrxExperts(FusedExperts):
     def _check(module: nn.Module, transposed: bool) -> None:
         pass  # unflattened above
 
+    @property
+    def dim(self) -> int:
+        """See `FusedExperts.dim`."""
+        return self.module.get_parameter("mlp.w2").shape[2]
+
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.up`."""
         gate, up = (self._linear(name, rows, ends) for name in ("w1", "v1"))
@@ -152,6 +185,26 @@ class DbrxExperts(FusedExperts):
 
     def _fan_in(self, name: str) -> int:
         return self.module.get_parameter(name).shape[1 if name == "mlp.w2" else 2]
+
+
+class LongcatFlashExperts(FusedExperts):
+    """LongCat-Flash: experts past the last one return their input; the rows of `gate_up_proj` for them lie aside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        first, E = module.get_parameter("gate_up_proj"), len(module.get_parameter("down_proj"))
+        _put(module, "gate_up_proj", first, lambda t: t[:E])
+        super().__init__(module)
+        self.identities = len(first) - E
+        self._aside = (first.detach()[E:],)  # in a tuple: nothing that is spread, or saved
+
+    def give_back(self) -> None:
+        """See `FusedExperts.give_back`; copies."""
+        super().give_back()
+        p, aside = self.module.get_parameter("gate_up_proj"), self._aside[0]
+        _put(self.module, "gate_up_proj", p, lambda t: torch.cat([t, aside.to(t)]))
+        whole = self.module.get_parameter("gate_up_proj")
+        if whole.grad is not None:
+            whole.grad[len(p) :] = 0
 
 
 class ListedExperts(ModuleExperts):

@@ -21,6 +21,7 @@ class Parts:
         shared: what every token visits as well, [T, D] -> [T, D], or None.
         jitter: in training, what the block sees is multiplied by noise from [1 - jitter, 1 + jitter] first.
         pair: the block returned (y, something): so does the layer, with None for what the family's models ignore.
+        flat: the block returned y as [T, D], whatever the shape of x.
     """
 
     gate: Gate
@@ -28,3 +29,4 @@ class Parts:
     shared: nn.Module | None = None
     jitter: float = 0.0
     pair: bool = False
+    flat: bool = False

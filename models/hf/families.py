@@ -1,23 +1,28 @@
-"""Which families of Hugging Face's transformers there is a bridge for: one adapter, block -> `Parts`, each.
+"""How a block of Hugging Face's transformers is taken apart into the `Parts` of a `MoE`.
 
-They are told by the name of the block's class, so that nothing here imports transformers. What each router does
-is in docs/guides/hugging_face.md.
+`plain` reads it off the block, for most families. `FAMILIES` has those whose block does something of its own, by the
+name of its class, so that nothing here imports transformers. All others keep their block, and the experts alone are
+replaced (`recognise.py`). What each router does is in docs/guides/hugging_face.md.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts
+from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts, LongcatFlashExperts
 from .block_gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .block_parts import Parts
+from .block_twins import score_of
 
 Block = Any  # attributes of transformers' modules are not typed
+ROUTERS = ("gate", "router")
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+JITTER = ("jitter_noise", "input_jitter_noise")
 
 
 class GatedShared(nn.Module):
@@ -32,17 +37,25 @@ class GatedShared(nn.Module):
         return torch.sigmoid(self.gate(x)) * self.expert(x)
 
 
-def common(block: Block, router: str = "gate", score: str = "softmax") -> Parts:
-    """What transformers 5 has made of most families: a router with a `weight`, fused experts, maybe shared ones."""
-    own = getattr(block, router)
-    gate = RouterGate(own, own.weight, own.top_k, score)
-    return Parts(gate, FusedExperts(block.experts), getattr(block, "shared_experts", None))
+def plain(block: Block) -> Parts:
+    """Router, stacked experts, and perhaps shared ones, a gate on these, or noise on what enters in training.
 
-
-def mixtral(block: Block) -> Parts:
-    """Noise on what router and experts see, in training."""
-    parts = common(block)
-    return Parts(parts.gate, parts.experts, jitter=block.jitter_noise)
+    Raises:
+        ValueError: the block has something else.
+    """
+    children = {name: child for name, child in block.named_children() if child is not None}
+    own, experts = _only(children, ROUTERS), children.pop("experts", None)
+    shared, gate = _only(children, SHARED), children.pop("shared_expert_gate", None)
+    if len(inspect.signature(type(block).forward).parameters) != 2:
+        raise ValueError(f"{type(block).__name__} is called with more than hidden states")
+    if own is None or experts is None or children:
+        raise ValueError(f"{type(block).__name__} is not a router, experts and shared experts alone")
+    if getattr(own, "weight", None) is None or not hasattr(own, "top_k"):
+        raise ValueError(f"{type(own).__name__}, the router, must have `weight` [E, D] and `top_k`")
+    if gate is not None and shared is not None:
+        shared = GatedShared(shared, gate)
+    jitter = max((getattr(block, name, 0.0) or 0.0 for name in JITTER), default=0.0)
+    return Parts(RouterGate(own, own.weight, own.top_k, score_of(own)), FusedExperts(experts), shared, jitter)
 
 
 def phimoe(block: Block) -> Parts:
@@ -51,29 +64,23 @@ def phimoe(block: Block) -> Parts:
     return Parts(gate, FusedExperts(block.experts), jitter=block.input_jitter_noise)
 
 
-def qwen2_moe(block: Block) -> Parts:
-    """A shared expert with a gate of its own."""
-    parts = common(block)
-    return Parts(parts.gate, parts.experts, GatedShared(block.shared_expert, block.shared_expert_gate))
-
-
 def gpt_oss(block: Block) -> Parts:
-    """Transposed, interleaved, with biases; a pair is returned."""
+    """Interleaved, with biases; a pair is returned."""
     gate = RouterGate(block.router, block.router.weight, block.router.top_k)
-    return Parts(gate, GptOssExperts(block.experts, transposed=True), pair=True)
+    return Parts(gate, GptOssExperts(block.experts), pair=True)
 
 
 def llama4(block: Block) -> Parts:
     """The weight multiplies what enters an expert; a pair is returned."""
     gate = Llama4Gate(block.router, block.router.weight, block.router.top_k, "sigmoid")
     experts = FusedExperts(block.experts, transposed=True, weight_first=True)
-    return Parts(gate, experts, block.shared_expert, pair=True)
+    return Parts(gate, experts, block.shared_expert, pair=True, flat=True)
 
 
 def dbrx(block: Block) -> Parts:
     """The choice is made in the block."""
     gate = DbrxGate(block.router, block.router.layer.weight, block.top_k, block.moe_normalize_expert_weights)
-    return Parts(gate, DbrxExperts(block.experts, gate.num_experts))
+    return Parts(gate, DbrxExperts(block.experts, block.experts.num_experts))
 
 
 def switch_transformers(block: Block) -> Parts:
@@ -84,18 +91,22 @@ def switch_transformers(block: Block) -> Parts:
 
 FAMILIES: dict[str, Callable[[Any], Parts]] = {
     "DbrxFFN": dbrx,
-    "DeepseekV2Moe": common,
-    "DeepseekV3MoE": partial(common, score="sigmoid"),
-    "Ernie4_5_MoeSparseMoeBlock": common,
-    "Glm4MoeMoE": partial(common, score="sigmoid"),
     "GptOssMLP": gpt_oss,
-    "GraniteMoeMoE": partial(common, router="router"),
-    "JambaSparseMoeBlock": partial(common, router="router"),
     "Llama4TextMoe": llama4,
-    "MixtralSparseMoeBlock": mixtral,
-    "OlmoeSparseMoeBlock": common,
     "PhimoeSparseMoeBlock": phimoe,
-    "Qwen2MoeSparseMoeBlock": qwen2_moe,
-    "Qwen3MoeSparseMoeBlock": common,
     "SwitchTransformersSparseMLP": switch_transformers,
 }
+
+# experts that do something of their own, in a block that is kept
+EXPERTS: dict[str, Callable[[Any], FusedExperts]] = {"LongcatFlashExperts": LongcatFlashExperts}
+
+# blocks with a child called `experts` that is no mixture of feed-forward networks: they stay as they are
+NOT_FEED_FORWARD = {
+    "JetMoeAttention": "its experts are projections of an attention",
+    "VitPoseBackboneMoeMLP": "its experts are heads for data sets, chosen by the caller, and not by a router",
+}
+
+
+def _only(children: dict[str, nn.Module], names: tuple[str, ...]) -> Any:
+    """Take the first of these children out; None: there is none."""
+    return next((children.pop(name) for name in names if name in children), None)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint.together import on_first
 from .adapters import has_peft_layers
-from .replace import Model, bridged_layers, restore_moe
+from .bridged import BridgedMoE, Model, bridged_layers, restore_moe
 
 
 @contextmanager
@@ -46,6 +46,7 @@ def restored(model: Model) -> Iterator[Model]:
             module.reshard()  # after an evaluation the root is whole, until `state_dict` shards it, which is too late
     modules = [*model.modules(), *(module for _, _, layer in layers for module in layer.block.modules())]
     before = [(module, name, p) for module in modules for name, p in module.named_parameters(recurse=False)]
+    own_saves = [vars(module).pop("save_pretrained", None) for module in model.modules()]
     try:
         _gather(model)
         yield restore_moe(model)
@@ -54,6 +55,42 @@ def restored(model: Model) -> Iterator[Model]:
             setattr(parent, name, layer)
         for module, name, p in before:
             setattr(module, name, p)
+        if any(isinstance(save, FamilySave) for save in own_saves):
+            saves_its_family(model)
+
+
+class FamilySave:
+    """What `model.save_pretrained` is while the model is bridged: transformers' own would write the bridge's names.
+
+    Called by one process, as `Trainer` and users do; so experts that are spread are refused, before any rank waits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, folder: str | Path, *args: Any, **options: Any) -> None:
+        """`save_pretrained` of the family's own model, in its names.
+
+        Raises:
+            ValueError: experts that are spread over ranks, or a `state_dict` of the bridged model.
+        """
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise ValueError(
+                "model.save_pretrained writes what one process has, and this model is spread over ranks: call "
+                "turnout.models.hf.save_pretrained(model, folder) on every rank, or train with MoETrainer"
+            )
+        if options.pop("state_dict", None) is not None:
+            raise ValueError("a state_dict of a bridged model has other names than its family's: leave state_dict out")
+        with restored(self.model) as own:
+            cast(Any, own).save_pretrained(folder, *args, **options)
+
+
+def saves_its_family(model: nn.Module) -> None:
+    """Let `save_pretrained` of a bridged model, and of the models inside, write the family's names."""
+    for module in model.modules():
+        bridged = any(isinstance(m, BridgedMoE) for m in module.modules())
+        if bridged and callable(getattr(type(module), "save_pretrained", None)):
+            cast(Any, module).save_pretrained = FamilySave(module)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:

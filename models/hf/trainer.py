@@ -26,7 +26,7 @@ from ...moe.parallel.gradients import sync_gradients
 from ..checkpoint import store as checkpoint
 from ..checkpoint.together import on_first, together
 from .adapters import has_peft_layers, save_adapters
-from .replace import bridged_layers
+from .bridged import bridged_layers
 from .saving import restored
 
 SCHEDULER = "scheduler.pt"  # as Trainer calls it

@@ -90,7 +90,7 @@ def parallelize(
     Raises:
         ValueError: an axis is missing or unknown. Experts do not split, or share a parameter with other parts. Layers
             differ between ranks, in options, weights or buffers of a gate. `profile`, `overlap`, `wire` or `timeout`
-            does not fit. Every tp rank would send all tokens. All ranks raise.
+            does not fit. Every tp rank would send all tokens. The model has experts but no MoE layer. All ranks raise.
         TypeError: `wire` is given for a `Dispatcher` that is not a `SteppedDispatcher`.
     """
     _check_options(dispatcher, overlap, wire)
@@ -115,6 +115,12 @@ def parallelize(
         return layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
 
     layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
+    others = [] if layers else [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer, but {len(others)} modules called experts, such as {others[0]}, "
+            "which stay as they are: for a model of Hugging Face call turnout.models.hf.replace_moe(model) first"
+        )
     if not layers and not axes.staged(given):  # a stage of a pipeline may have none
         warnings.warn(
             f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",

@@ -12,13 +12,14 @@ from turnout.models.hf import replace_moe, restore_moe, save_pretrained
 from turnout.moe import fully_shard_experts, parallelize, sync_gradients
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
-from hf_families import batch, tiny
+import hf_walk
+from hf_families import FAMILIES, batch, tiny
 
 IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(5))
 
 
 def step(family: str, ids: torch.Tensor, mesh=None):
-    model = tiny(family)
+    model = tiny(family) if family in FAMILIES else hf_walk.tiny(family)
     if mesh is not None:
         parallelize(replace_moe(model), mesh, dispatcher="flat")
     out = model(input_ids=ids, labels=ids.roll(1, 1))
@@ -39,7 +40,7 @@ def on_a_rank(family: str):
 
 
 @pytest.mark.parametrize(
-    ("family", "number"), [("mixtral", 2), ("mixtral", 4), ("dbrx", 2), ("switch_transformers", 2)]
+    ("family", "number"), [("mixtral", 2), ("mixtral", 4), ("dbrx", 2), ("switch_transformers", 2), ("minimax_m2", 2)]
 )
 def test_spread_experts_equal_one_rank(family, number):
     logits, grads, state = step(family, IDS)

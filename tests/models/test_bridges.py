@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,13 +207,17 @@ def test_an_adapter_of_the_users_own_comes_first():
     model = tiny("qwen3_moe")
     kind = type(model.model.layers[0].mlp)
 
-    def adapter(block):
-        return Parts(
-            RouterGate(block.gate, block.gate.weight, block.gate.top_k), FusedExperts(block.experts), block.experts
-        )
+    def adapter(block, shared=None):
+        gate = RouterGate(block.gate, block.gate.weight, block.gate.top_k, "sigmoid")
+        return Parts(gate, FusedExperts(block.experts), shared)
 
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp .*do not compute the same: the output in eval mode differs by"
+    ):
+        replace_moe(model, {kind: partial(adapter, shared=nn.Linear(16, 16))})
+    assert not layers(model)
     replace_moe(model, {kind: adapter})
-    assert all(layer.shared is not None for layer in layers(model))
+    assert all(layer.gate.score == "sigmoid" for layer in layers(model))
 
 
 def test_one_module_alone_imports_transformers():
