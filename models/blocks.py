@@ -30,25 +30,33 @@ class Config:
     layers: int = 4
     heads: int = 4
     kv_heads: int | None = None  # grouped-query attention (arXiv:2305.13245); None: as many as heads
+    head_dim: int | None = None  # width of one head; None: dim / heads
+    qk_norm: bool = False  # queries and keys are normed, each head for itself (arXiv:2010.04245)
     hidden: int = 256  # width H of one expert; a dense block is top_k * hidden wide: equal FLOPs per token
     seq_len: int = 128  # longest sequence
     moe_every: int = 2  # every n-th block is a mixture of experts; 0: none, the dense twin
     num_experts: int = 8
     top_k: int = 2
     norm: str = "rms"  # or "layer"
+    norm_eps: float | None = None  # added to the mean square or variance; None: torch's default
     dropout: float = 0.0  # of embeddings, of attention's weights, and of what a block adds to the residual stream
     moe: dict = field(default_factory=dict)  # further arguments of `MoE`, by name
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads or self.heads
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, or head_dim be given")
         if self.heads % kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={kv_heads}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head: `head_dim`, or dim / heads."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +66,10 @@ class RotaryConfig(Config):
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        if self.dim % (2 * self.heads):
+        if self.head_dim is None and self.dim % (2 * self.heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: RoPE turns pairs")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         super().__post_init__()
 
 
@@ -118,11 +128,13 @@ class Attention(nn.Module):
     def __init__(self, config: Config, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.causal = config.heads, config.kv_heads or config.heads, causal
-        self.size = size = config.dim // config.heads
+        self.size = size = config.head_size
         self.query = nn.Linear(config.dim, self.heads * size, bias=False)
         self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        self.query_norm = norm(config, size) if config.qk_norm else None
+        self.key_norm = norm(config, size) if config.qk_norm else None
         self.core = Core(config.dropout)
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
@@ -142,15 +154,18 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b s (h d) -> b h s d", d=self.size)
         k = rearrange(self.key(read), "b s (h d) -> b h s d", d=self.size)
         v = rearrange(self.value(read), "b s (h d) -> b h s d", d=self.size)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = self.core(q, k, v, causal=self.causal, grouped=self.kv_heads != self.heads, mask=mask)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
-def norm(config: Config) -> nn.Module:
-    """The norm that a config names, over D."""
-    return NORMS[config.norm](config.dim)
+def norm(config: Config, size: int | None = None) -> nn.Module:
+    """The norm that a config names, over the last axis; its size is D, or another."""
+    options = {} if config.norm_eps is None else {"eps": config.norm_eps}
+    return NORMS[config.norm](config.dim if size is None else size, **options)
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:

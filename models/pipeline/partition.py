@@ -83,7 +83,7 @@ class Stages:
         """The stages of a rank, with the initial values they have in ``GPT(config)`` under the same seed.
 
         Random numbers are drawn for the whole model, from torch's default generator; at any time the blocks of the
-        rank and one more are in memory. Both ends hold the embedding, each a copy of its own.
+        rank and one more are in memory. Both ends hold a tied embedding, each a copy of its own.
         """
         *others, last = self.of_rank(rank)
         parts = []
@@ -97,7 +97,7 @@ def flops(config: GPTConfig) -> list[int]:
     """Forward and backward FLOPs of a token in each block; the head counts to the last one, a look-up costs nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = GPT(config)
-    attention = 12 * config.dim * config.seq_len
+    attention = 12 * config.heads * config.head_size * config.seq_len
     costs = [6 * active_parameters(block) + attention for block in model.blocks]
     costs[-1] += 6 * config.vocab * config.dim
     return costs
