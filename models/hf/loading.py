@@ -81,7 +81,7 @@ def empty_pretrained(
         folder: has `config.json`, and `generation_config.json` if the model can generate.
         auto_class: class of transformers whose `from_config` builds the model.
         dtype: of parameters; None: what the config says, or else that of the first floating-point tensor in the files.
-            Parameters that the family keeps in float32 are in float32.
+            What the family keeps in float32 is in float32.
 
     Raises:
         ValueError: a folder without `config.json`, or quantised weights.
@@ -103,9 +103,9 @@ def empty_pretrained(
     model.tie_weights()
     if exact := model._get_dtype_plan(dtype):
         pattern, names, _ = build_glob_alternation(list(exact))
-        for name, p in model.named_parameters():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if found := pattern.search(name):
-                p.data = p.data.to(exact[names[cast(str, found.lastgroup)]])
+                t.data = t.data.to(exact[names[cast(str, found.lastgroup)]])
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
@@ -172,8 +172,14 @@ def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) ->
             + ", and ".join(f"{verb} {_some(sorted(names))}" for verb, names in both.items() if names)
             + ". Is the model of another class (auto_class) or config?"
         )
+    first: dict[tuple[int, int | None], str] = {}  # of names that are one tensor
     for target, source in sources.items():
-        _read(own, target, source, slots, reader)
+        key = id(slots[target].tensor), slots[target].expert
+        if key in first:
+            _check_tied(first[key], target, source, slots, reader)
+        else:
+            first[key] = target
+            _read(own, target, source, slots, reader)
     vars(own)["_weight_conversions"] = [
         each for each in mapping if each.was_used()
     ]  # for `save_pretrained`, as transformers
@@ -230,6 +236,20 @@ def _read(own: PreTrainedModel, target: str, source: _Source, slots: dict[str, S
         whole = _converted(own, target, converter, source.names, reader)
         for name in needed:
             _put(name, whole[name], slots[name], reader)
+
+
+def _check_tied(first: str, target: str, source: _Source, slots: dict[str, Slot], reader: WeightReader) -> None:
+    """A file that has a tied tensor twice has to say the same."""
+    slot = slots[target]
+    if source.converter is not None or slot.region is None:
+        return
+    (name,) = source.names[""]
+    _check(name, reader.shape(name), slot, reader)
+    if not torch.equal(reader.read(name, slot.region).to(slot.tensor.dtype), slot.held.cpu()):
+        raise ValueError(
+            f"{target} and {first} are one tensor in the model, and differ in {reader.folder}: set "
+            "tie_word_embeddings to false in its config.json"
+        )
 
 
 def _expert_wise(converter: WeightConverter) -> bool:

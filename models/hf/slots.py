@@ -60,6 +60,14 @@ class Slot:
         """Numbers on axis 0 of the parameter that lie here."""
         return range(held_slice(self.tensor)[0].start, held_slice(self.tensor)[0].stop)
 
+    @property
+    def held(self) -> Tensor:
+        """The part of the file's tensor that `region` names, as it is here now."""
+        here = local(self.tensor.detach())
+        part = here if self.expert is None else here[self.expert - held_slice(self.tensor)[0].start]
+        part = part.mT if self.transposed else part
+        return part.flatten(0, 1) if self.flat else part
+
     def of_expert(self, expert: int) -> Slot:
         """The slot of one expert's part of this one."""
         return replace(self, expert=expert)

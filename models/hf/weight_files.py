@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED = 1 << 28  # bytes read from a mapped file before it is let go
+MAPPED = 1 << 26  # bytes read from a mapped file before it is let go
 # names of the format, in the order in which its own writer sorts them
 DTYPES = {
     torch.uint64: "U64",
@@ -107,8 +107,8 @@ class WeightReader:
 class WeightWriter:
     """Writes the tensors of a folder in any order, each as it comes, so that never more than one is in memory.
 
-    Names, shapes and dtypes are given before. Which tensor goes to which file, and every byte, are as transformers'
-    `save_pretrained` has them. Files have another name until `finish`.
+    Names, shapes and dtypes are given before. A file has, byte by byte, what safetensors would write of its tensors.
+    Files have another name until `finish`.
 
     Args:
         folder: is made if it is not there.

@@ -35,7 +35,7 @@ Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the family's tenso
 
 @torch.no_grad()
 def write_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
-    """What transformers' `save_pretrained` writes of the family's model, byte by byte; call it on every rank.
+    """What transformers' `save_pretrained` writes of the family's model, in one file byte by byte; on every rank.
 
     Rank 0 writes. Beside its part of the model it has one tensor in main memory, whole, and a copy of it as the family
     stores it: the largest are one layer's experts. The others need memory for that tensor on their device.
