@@ -18,7 +18,6 @@ from ...moe.adapters.lora import lora_parameters
 from ...moe.experts.sharded import whole
 from ..checkpoint.together import on_first
 from .replace import BridgedMoE, Model, bridged_layers, restore_moe
-from .writing import write_pretrained
 
 ADAPTERS = "adapters.safetensors"
 
@@ -62,6 +61,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
         CheckpointError: on every rank, if rank 0 cannot write.
     """
     if options.keys() <= {"max_shard_size"}:
+        from .writing import write_pretrained  # needs transformers, which this package does not
+
         _check_family(model)
         write_pretrained(model, folder, **options)
         return

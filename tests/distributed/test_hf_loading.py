@@ -128,25 +128,26 @@ def peak() -> dict[str, int]:
     return {name: int(rest[0]) << 10 for name, *rest in lines if name in ("VmRSS:", "VmHWM:")}
 
 
-def grown(folder: Path) -> tuple[int, int]:
+def grown(folder: Path, small: Path) -> tuple[int, int]:
     """By how much loading makes a rank grow, and its part."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    from_pretrained(small, mesh)  # pages of the libraries count as memory when they are first used
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = peak()["VmRSS:"]
     model = from_pretrained(folder, mesh)
     return peak()["VmHWM:"] - before, sum(map(part_of, model.parameters()))
 
 
-def test_the_memory_of_a_rank_is_its_part_and_a_tensor(tmp_path):
+def test_the_memory_of_a_rank_is_its_part_and_a_tensor(tmp_path, folders):
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_local_experts": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
     with torch.random.fork_rng():
         model = replace_moe(MixtralForCausalLM(MixtralConfig(**sizes, **heads)))
     save_pretrained(model, tmp_path, max_shard_size="10MB")
     whole = sum(map(part_of, model.parameters()))
-    expert, mapped = 3 * 1024 * 512 * 4, 10 << 20  # of a file, whose pages the kernel may take back
-    for growth, part in ranks.run(4, grown, tmp_path):
-        assert part + 2 * expert + mapped < 0.6 * whole
+    expert, mapped = 3 * 1024 * 512 * 4, 2 * 10 << 20  # of two files, whose pages the kernel may take back
+    for growth, part in ranks.run(4, grown, tmp_path, folders / "mixtral"):
+        assert part + 2 * expert + mapped < 0.65 * whole
         assert growth < part + 2 * expert + mapped
 
 
