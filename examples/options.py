@@ -28,11 +28,21 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 # 0 or more; other numbers must be positive
-MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
+MAY_BE_ZERO = (
+    "seed",
+    "kv_heads",
+    "warmup",
+    "capacity_factor",
+    "aux_weight",
+    "ep",
+    "micro_batches",
+    "peak_tflops",
+    "profile",
+)
 # What the model computes, and from which data: a run that goes on with other values is another run.
 DEFINES_RUN = (
-    *("seed", "seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor"),
-    *("balance", "aux_weight", "dense", "batch"),
+    *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "tied", "hidden", "experts"),
+    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch"),
 )
 # Where and how it is computed, and for how long.
 MAY_CHANGE = (
@@ -54,8 +64,12 @@ class Job:
     # the model
     seq: Annotated[int, "number of bytes in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
-    layers: Annotated[int, "number of blocks; every second one is a mixture of experts"] = 4
+    layers: Annotated[int, "number of blocks"] = 4
+    moe_every: Annotated[int, "every n-th block is a mixture of experts"] = 2
     heads: Annotated[int, "number of attention heads"] = 4
+    kv_heads: Annotated[int, "number of heads for keys and values; 0 takes as many as --heads"] = 0
+    qk_norm: Annotated[bool, "norm the queries and keys of each head"] = False
+    tied: Annotated[bool, "take the embedding for the head as well"] = True
     hidden: Annotated[int, "width of one expert"] = 256
     experts: Annotated[int, "number of experts in each mixture"] = 8
     top_k: Annotated[int, "number of experts that process each byte"] = 2
@@ -118,6 +132,7 @@ class Job:
         _divides("--eval-size", self.eval_size, "dp", stage // self.tp)
         for what, size in {
             "--heads": self.heads,
+            "--kv-heads": self.kv_heads or self.heads,
             "--seq": self.seq,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():
@@ -146,6 +161,12 @@ class Job:
                 f"{self.steps - BEFORE}"
             )
         _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
+        _divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
+        if self.moe_every > self.layers and not self.dense:
+            raise ValueError(
+                f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
+                "--dense trains without"
+            )
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
@@ -183,9 +204,12 @@ class Job:
             dim=self.dim,
             layers=self.layers,
             heads=self.heads,
+            kv_heads=self.kv_heads or None,
+            qk_norm=self.qk_norm,
+            tied=self.tied,
             hidden=self.hidden,
             seq_len=self.seq,
-            moe_every=0 if self.dense else 2,
+            moe_every=0 if self.dense else self.moe_every,
             num_experts=self.experts,
             top_k=self.top_k,
             moe=moe,

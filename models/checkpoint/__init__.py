@@ -11,7 +11,7 @@ has the parameters of all of them.
 """
 
 from .background import AsyncCheckpointer, Saved
-from .store import Loaded, load, load_newest, newest, prune, save
+from .store import Loaded, described, load, load_newest, newest, prune, save
 from .together import CheckpointError, DamagedError, WriteError
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Loaded",
     "Saved",
     "WriteError",
+    "described",
     "load",
     "load_newest",
     "newest",

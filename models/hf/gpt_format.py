@@ -161,7 +161,8 @@ def load_hf(model: Any, folder: str | Path) -> Any:
     def load() -> None:
         reader, config = WeightReader(folder), parts[0].config
         gates = [layer.gate for part in parts for layer in part.modules() if isinstance(layer, MoE)]
-        if others := {type(gate).__name__ for gate in gates if not isinstance(gate, TopKGate)}:
+        known = [gate for gate in gates if isinstance(gate, TopKGate)]
+        if others := {type(gate).__name__ for gate in gates} - {type(gate).__name__ for gate in known}:
             raise ValueError(f'{kind} routes as gate="topk" does, and the model has {", ".join(others)}')
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             every = dict(GPT(config).named_parameters())
@@ -178,8 +179,8 @@ def load_hf(model: Any, folder: str | Path) -> Any:
                 for file, slot in _files(config, kind, name, p):
                     if slot.region is not None:
                         slot.put(reader.read(file, slot.region))
-        for gate in gates:
-            gate.normalize = getattr(hf, "norm_topk_prob", True)  # Mixtral's always are
+        for gate in known:
+            gate.normalize = bool(getattr(hf, "norm_topk_prob", True))  # Mixtral's always are
 
     for module in (module for part in parts for module in part.modules()):
         if isinstance(module, FSDPModule):
