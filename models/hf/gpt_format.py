@@ -30,6 +30,8 @@ from ..parallel_model import ParallelModel
 from .slots import Slot
 from .weight_files import WeightReader, WeightWriter
 
+__all__ = ["byte_tokenizer", "config_from_hf", "from_hf", "load_hf", "to_hf"]
+
 Model = GPT | ParallelModel | Sequence[GPT]
 OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INSIDE = {

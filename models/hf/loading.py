@@ -34,6 +34,8 @@ from .replace import Adapter, replace_moe
 from .slots import Slot, family_slots, family_view, give_memory
 from .weight_files import WeightReader
 
+__all__ = ["empty_pretrained", "from_pretrained", "load_pretrained"]
+
 
 def from_pretrained(
     folder: str | Path,
