@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,10 +28,9 @@ from transformers.core_model_loading import (
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ...moe.parallel.parallelize import parallelize
-from ..checkpoint.together import together
 from .replace import Adapter, replace_moe
 from .slots import Slot, family_slots, family_view, give_memory
-from .weight_files import WeightReader
+from .weight_files import WeightReader, everywhere
 
 __all__ = ["empty_pretrained", "from_pretrained", "load_pretrained"]
 
@@ -140,10 +138,7 @@ def load_pretrained(model: Any, folder: str | Path, device: torch.device | str =
         with family_view(model):
             _fill(cast(PreTrainedModel, model), slots, WeightReader(folder))
 
-    if dist.is_initialized():
-        together(load)
-    else:
-        load()
+    everywhere(load)
     return model
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ..checkpoint.together import place, together
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAPPED = 1 << 26  # bytes read from a mapped file before it is let go
@@ -165,6 +168,59 @@ class WeightWriter:
         for file, stream in self._streams.items():
             stream.close()
             _incomplete(self.folder / file).unlink(missing_ok=True)
+
+
+class RankZeroWriter:
+    """A `WeightWriter` on rank 0, which all ranks use alike, in a `with`; `finish` raises on all what failed there.
+
+    Until then rank 0 goes on gathering with the others, so that none waits for it.
+
+    Args:
+        make: called on rank 0.
+    """
+
+    def __init__(self, make: Callable[[], WeightWriter]) -> None:
+        self._writer: WeightWriter | None = None
+        self._error: Exception | None = None
+
+        def begin() -> None:
+            if place()[0] == 0:
+                self._writer = make()
+
+        everywhere(begin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """On rank 0, write the tensors that are returned; elsewhere, and after an error, do nothing."""
+        if self._writer is None or self._error is not None:
+            return
+        try:
+            for name, tensor in tensors().items():
+                self._writer.write(name, tensor)
+        except Exception as error:
+            self._error = error
+
+    def finish(self, **metadata: Any) -> None:
+        """See `WeightWriter.finish`; all ranks call it."""
+
+        def end() -> None:
+            if self._error is not None:
+                raise self._error
+            if self._writer is not None:
+                self._writer.finish(**metadata)
+
+        everywhere(end)
+
+
+def everywhere(work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns on each rank. What it raises is raised on all of several as a CheckpointError."""
+    return together(work) if dist.is_initialized() else [work()]
 
 
 def _incomplete(path: Path) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -26,9 +25,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...moe.experts.sharded import whole
-from ..checkpoint.together import place, together
+from ..checkpoint.together import place
 from .slots import Slot, family_slots, family_view
-from .weight_files import WeightWriter
+from .weight_files import RankZeroWriter, WeightWriter
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the family's tensors -> those of its files, by name
 
@@ -44,58 +43,33 @@ def write_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int |
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the root is whole
     slots = family_slots(model)
-    writers: list[WeightWriter] = []  # rank 0 has one
-    errors: list[Exception] = []
     with family_view(model):
         own = cast(PreTrainedModel, model)
         names = _saved_names(own, slots)
+        tensors = revert_weight_conversion(own, {name: _empty(slots[name]) for name in names})
 
-        def begin() -> None:
-            tensors = revert_weight_conversion(own, {name: _empty(slots[name]) for name in names})
-            if place()[0] == 0:
-                type(own).save_pretrained(own, folder, state_dict={})  # all but the weights
-                writers.append(WeightWriter(folder, tensors, max_shard_size))
+        def make() -> WeightWriter:
+            type(own).save_pretrained(own, folder, state_dict={})  # all but the weights
+            return WeightWriter(folder, tensors, max_shard_size)
 
-        def finish() -> None:
-            for error in errors:
-                raise error
-            for writer in writers:
-                writer.finish(total_parameters=own.num_parameters())
-
-        _on_every_rank(begin)
-        try:
-            last, gathered = None, None
+        last, gathered = None, None  # a family's experts may be several tensors of its files
+        with RankZeroWriter(make) as writer:
             for each, convert in _by_tensor(_conversions(own, names), slots):
                 held = {}
                 for name in each:
-                    if slots[name].tensor is not last:  # a family's experts may be several tensors of its files
+                    if slots[name].tensor is not last:
                         gathered = None  # before the next one needs memory
                         last, gathered = slots[name].tensor, _on_cpu(slots[name].tensor)
                     if gathered is not None:
                         held[name] = slots[name].of_file(gathered)
-                for writer in writers if not errors else ():  # after an error this rank gathers on with the others
-                    try:
-                        for name, tensor in convert(held).items():
-                            writer.write(name, tensor)
-                    except Exception as error:
-                        errors.append(error)
-            _on_every_rank(finish)
-        finally:
-            for writer in writers:
-                writer.close()
+                writer.write(partial(convert, held))
+            writer.finish(total_parameters=own.num_parameters())
 
 
 def _on_cpu(tensor: Tensor) -> Tensor | None:
     """All of a tensor, gathered, on rank 0; None on others."""
     gathered = whole(tensor.detach())
     return gathered.cpu() if place()[0] == 0 else None
-
-
-def _on_every_rank(work: Callable[[], None]) -> None:
-    if dist.is_initialized():
-        together(work)
-    else:
-        work()
 
 
 def _saved_names(own: PreTrainedModel, slots: dict[str, Slot]) -> list[str]:

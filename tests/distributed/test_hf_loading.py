@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralCon
 from turnout.models.hf import loading, replace_moe, save_pretrained
 from turnout.models.hf.loading import empty_pretrained, from_pretrained, load_pretrained
 from turnout.models.hf.slots import family_slots
-from turnout.models.hf.weight_files import WeightReader
+from turnout.models.hf.weight_files import WeightReader, WeightWriter
 from turnout.moe import fully_shard_experts, parallelize
 
 
@@ -206,3 +206,23 @@ def test_a_fault_that_one_rank_sees_is_raised_on_all(folders, tmp_path):
     )
     for error in ranks.errors(2, load_on_ranks, folder):  # expert 2 is read by the second rank alone
         assert error.startswith("CheckpointError: rank 1")
+
+
+def save_to_a_full_disk(folder: Path, to: Path) -> None:
+    model = from_pretrained(folder, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+    write = WeightWriter.write
+
+    def full(writer, name, tensor) -> None:
+        if "layers.1" in name:
+            raise OSError(28, "No space left on device")
+        write(writer, name, tensor)
+
+    WeightWriter.write = full
+    save_pretrained(model, to)
+
+
+def test_a_disk_that_is_full_is_told_on_every_rank_and_leaves_no_half_file(folders, tmp_path):
+    for error in ranks.errors(2, save_to_a_full_disk, folders / "mixtral", tmp_path):
+        assert error.startswith("CheckpointError: rank 0")
+        assert "No space left" in error
+    assert not list(tmp_path.glob("*.safetensors*"))
