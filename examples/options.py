@@ -41,7 +41,7 @@ MAY_BE_ZERO = (
 )
 # What the model computes, and from which data: a run that goes on with other values is another run.
 DEFINES_RUN = (
-    *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "tied", "hidden", "experts"),
+    *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
     *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch"),
 )
 # Where and how it is computed, and for how long.
@@ -69,7 +69,7 @@ class Job:
     heads: Annotated[int, "number of attention heads"] = 4
     kv_heads: Annotated[int, "number of heads for keys and values; 0 takes as many as --heads"] = 0
     qk_norm: Annotated[bool, "norm the queries and keys of each head"] = False
-    tied: Annotated[bool, "take the embedding for the head as well"] = True
+    untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "width of one expert"] = 256
     experts: Annotated[int, "number of experts in each mixture"] = 8
     top_k: Annotated[int, "number of experts that process each byte"] = 2
@@ -140,8 +140,13 @@ class Job:
         _divides("the vocabulary", self.config().vocab, "tp", self.tp)
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
+        if self.moe_every > self.layers and not self.dense:
+            raise ValueError(
+                f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
+                "--dense trains without"
+            )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(self.config(), layers=2))  # gates have demands of their own
+            GPT(replace(self.config(), layers=max(2, self.moe_every)))  # gates have demands of their own
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
@@ -162,11 +167,6 @@ class Job:
             )
         _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
         _divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
-        if self.moe_every > self.layers and not self.dense:
-            raise ValueError(
-                f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
-                "--dense trains without"
-            )
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
@@ -206,7 +206,7 @@ class Job:
             heads=self.heads,
             kv_heads=self.kv_heads or None,
             qk_norm=self.qk_norm,
-            tied=self.tied,
+            tied=not self.untied,
             hidden=self.hidden,
             seq_len=self.seq,
             moe_every=0 if self.dense else self.moe_every,

@@ -18,7 +18,7 @@ def to_hf(out, folder, *flags: str):
 
 
 def test_transformers_finds_what_the_job_found(tmp_path, text):
-    out, flags = tmp_path / "run", ["--qk-norm", "--no-tied", "--kv-heads", "1", "--steps", "4", "--data", text]
+    out, flags = tmp_path / "run", ["--qk-norm", "--untied", "--kv-heads", "1", "--steps", "4", "--data", text]
     trained = result(run(out, *flags, ranks=2))
     done = to_hf(out, tmp_path / "model")
     assert done.returncode == 0, done.stderr
