@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.together import place, together
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED = 1 << 26  # bytes read from a mapped file before it is let go
+MAPPED = 1 << 26  # bytes read from mapped files before they are let go
 # names of the format, in the order in which its own writer sorts them
 DTYPES = {
     torch.uint64: "U64",
@@ -50,7 +50,8 @@ class WeightReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.bytes_read = Path(folder), 0
-        self._file, self._handle, self._mapped = "", None, 0
+        self._handles: dict[str, Any] = {}
+        self._mapped = 0
         if (self.folder / INDEX).is_file():
             self._files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
             if missing := sorted({file for file in self._files.values() if not (self.folder / file).is_file()}):
@@ -94,17 +95,18 @@ class WeightReader:
         return self._opened(self._files[name]).get_slice(name)
 
     def _opened(self, file: str) -> Any:
-        """One file at a time, and opened anew now and then: pages that were read count as memory of this process."""
+        """A file, mapped; anew now and then, since pages that were read count as memory of this process."""
         from safetensors import SafetensorError, safe_open
 
-        if self._file != file or self._mapped > MAPPED:
-            self._handle = None  # unmaps it
+        if self._mapped > MAPPED:
+            self._handles.clear()  # unmaps them
+            self._mapped = 0
+        if file not in self._handles:
             try:
-                self._handle = safe_open(str(self.folder / file), framework="pt")
+                self._handles[file] = safe_open(str(self.folder / file), framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"{self.folder / file} is no safetensors file, or torn: {error}") from None
-            self._file, self._mapped = file, 0
-        return self._handle
+        return self._handles[file]
 
 
 class WeightWriter:
