@@ -22,7 +22,7 @@ from turnout.models.hf.slots import family_slots
 from turnout.models.hf.weight_files import WeightReader, WeightWriter
 from turnout.moe import fully_shard_experts, parallelize
 
-MAPPED = 20 << 20  # pages of files that the kernel may take back
+PAGES = 28 << 20  # of files and libraries, which the kernel may take back
 
 
 def auto(family: str):
@@ -139,7 +139,7 @@ def peak() -> dict[str, int]:
 def grown(folder: Path, small: Path) -> tuple[int, int]:
     """By how much loading makes a rank grow, and its part."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
-    weight_files.MAPPED = MAPPED
+    weight_files.MAPPED = 8 << 20
     from_pretrained(small, mesh)  # pages of the libraries count as memory when they are first used
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = peak()["VmRSS:"]
@@ -156,8 +156,8 @@ def test_the_memory_of_a_rank_is_its_part_and_a_tensor(tmp_path, folders):
     whole = sum(map(part_of, model.parameters()))
     expert = 3 * 1024 * 512 * 4
     for growth, part in ranks.run(4, grown, tmp_path, folders / "mixtral"):
-        assert part + 2 * expert + MAPPED < 0.65 * whole
-        assert growth < part + 2 * expert + MAPPED
+        assert part + 2 * expert + PAGES < 0.7 * whole
+        assert growth < part + 2 * expert + PAGES
 
 
 def without(folder: Path, to: Path, change) -> Path:
