@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from ...moe.experts.sharded import whole
 from ...moe.gates.topk import TopKGate
 from ...moe.layer import MoE
 from ..checkpoint.together import place
+from ..data_parallel import reshard
 from ..gpt import GPT
 from ..parallel_model import ParallelModel
-from .gpt_mapping import config_from_hf, files_of, hf_config, routing_of
+from .gpt_mapping import config_from_hf, differences, files_of, hf_config, routing_of
 from .weight_files import RankZeroWriter, WeightReader, WeightWriter, everywhere
 
 __all__ = ["byte_tokenizer", "config_from_hf", "from_hf", "load_hf", "to_hf"]
@@ -47,9 +47,8 @@ def to_hf(model: Model, folder: str | Path, max_shard_size: int | str = "50GB") 
     config = parts[0].config
     routing = everywhere(lambda: routing_of(parts))
     hf = everywhere(lambda: hf_config(config, routing, parts))[0]
-    for module in (module for part in parts for module in part.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation the root is whole
+    for part in parts:
+        reshard(part)  # after an evaluation the root is whole
     held = {name: p for part in parts for name, p in part.named_parameters()}
     everyones = everywhere(lambda: list(held))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -100,15 +99,19 @@ def load_hf(model: Any, folder: str | Path) -> Any:
         folder: as for `from_hf`.
 
     Raises:
-        ValueError: tensors that are missing, left over or of other shapes, by name.
+        ValueError: a model of another config, but for ``seq_len``, ``dropout`` and ``moe``; tensors that are missing,
+            left over or of other shapes, by name.
         CheckpointError: on every rank of several, what is a ValueError on one.
     """
     parts = _parts(model)
+    config = parts[0].config
     hf: Any = AutoConfig.from_pretrained(folder)
     kind = hf.model_type
 
     def load() -> None:
-        reader, config = WeightReader(folder), parts[0].config
+        reader = WeightReader(folder)
+        if wrong := differences(config, config_from_hf(folder)):
+            raise ValueError(f"the model is not the one in {folder}: {', '.join(wrong)}; build it by config_from_hf")
         gates = [layer.gate for part in parts for layer in part.modules() if isinstance(layer, MoE)]
         known = [gate for gate in gates if isinstance(gate, TopKGate)]
         if others := {type(gate).__name__ for gate in gates} - {type(gate).__name__ for gate in known}:
@@ -131,9 +134,8 @@ def load_hf(model: Any, folder: str | Path) -> Any:
         for gate in known:
             gate.normalize = bool(getattr(hf, "norm_topk_prob", True))  # Mixtral's always are
 
-    for module in (module for part in parts for module in part.modules()):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for part in parts:
+        reshard(part)
     everywhere(load)
     return model
 

@@ -88,6 +88,18 @@ def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
     return GPTConfig(**values | settings)
 
 
+def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
+    """Settings of a config that compute something else than another's, in words; not those that a user may choose."""
+
+    def meant(config: GPTConfig) -> dict[str, Any]:
+        eps = torch.finfo(torch.float32).eps if config.norm_eps is None else config.norm_eps
+        alike = {"kv_heads": config.kv_heads or config.heads, "head_dim": config.head_size, "norm_eps": eps}
+        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe"))}
+
+    mine, theirs = meant(config), meant(other)
+    return [f"{name}={mine[name]} ({theirs[name]} there)" for name in mine if mine[name] != theirs[name]]
+
+
 def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tuple[str, Slot]]:
     """The tensors of a family's files that a parameter is in, by its name."""
     own, family = name.removesuffix(".weight"), FAMILIES[kind]

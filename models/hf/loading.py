@@ -177,9 +177,8 @@ def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) ->
         else:
             first[key] = target
             _read(own, target, source, slots, reader)
-    vars(own)["_weight_conversions"] = [
-        each for each in mapping if each.was_used()
-    ]  # for `save_pretrained`, as transformers
+    used = [each for each in mapping if each.was_used()]
+    vars(own)["_weight_conversions"] = used  # as transformers does: `save_pretrained` undoes them
 
 
 def _sources(
@@ -200,6 +199,9 @@ def _sources(
             unexpected.add(name)
             continue
         source = sources.setdefault(target, _Source(None if pattern is None else by_pattern[pattern]))
+        if source.names and (pattern is None or source.converter is None):
+            other = next(iter(source.names.values()))[0]
+            raise ValueError(f"{other} and {name} in {reader.folder} are both {target} of the model: remove one")
         source.names.setdefault(pattern or "", []).append(name)
     return sources, unexpected
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,6 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...moe.experts.sharded import whole
 from ..checkpoint.together import place
+from ..data_parallel import reshard
 from .slots import Slot, family_slots, family_view
 from .weight_files import RankZeroWriter, WeightWriter
 
@@ -39,9 +39,7 @@ def write_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int |
     Rank 0 writes. Beside its part of the model it has one tensor in main memory, whole, and a copy of it as the family
     stores it: the largest are one layer's experts. The others need memory for that tensor on their device.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation the root is whole
+    reshard(model)  # after an evaluation the root is whole
     slots = family_slots(model)
     with family_view(model):
         own = cast(PreTrainedModel, model)

@@ -172,14 +172,27 @@ def test_what_our_gpt_has_not_is_named(family, options, message, tmp_path):
         config_from_hf(tmp_path)
 
 
-def test_files_of_another_model_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 5}, r"num_experts=5 \(4 there\)"),
+        ({"rope_base": 5.0, "top_k": 1}, r"top_k=1 \(2 there\), rope_base=5.0 \(10000.0 there\)"),
+        ({"moe": {"gate": "sigmoid"}}, "the model has SigmoidGate"),
+        ({"moe": {"shared": 1}}, "feed_forward.shared.up.weight of the model has no place in mixtral"),
+    ],
+)
+def test_a_model_that_is_another_is_named(options, message, tmp_path):
     to_hf(build(CONFIG), tmp_path)
-    with pytest.raises(ValueError, match=r"experts\.4"):
-        load_hf(build(replace(CONFIG, num_experts=5)), tmp_path)
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight is \(64, 32\)"):
-        load_hf(build(replace(CONFIG, vocab=65)), tmp_path)
-    with pytest.raises(ValueError, match="the model has SigmoidGate"):
-        load_hf(build(replace(CONFIG, moe={"gate": "sigmoid"})), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_hf(build(replace(CONFIG, **options)), tmp_path)
+
+
+def test_files_that_do_not_fit_their_config_are_named(tmp_path):
+    to_hf(build(CONFIG), tmp_path / "one")
+    to_hf(build(replace(CONFIG, layers=3)), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "one" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"only one of both has model\.layers\.2"):
+        from_hf(tmp_path / "one")
 
 
 def test_bytes_are_tokens(tmp_path):
