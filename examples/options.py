@@ -28,11 +28,13 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 # these numbers may be 0, all others must be positive
-MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
+MAY_BE_ZERO = (
+    *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile"),
+)
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
-    *("seed", "seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor"),
-    *("balance", "aux_weight", "dense", "batch"),
+    *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
+    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
@@ -54,8 +56,12 @@ class Job:
     # the model
     seq: Annotated[int, "number of bytes in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
-    layers: Annotated[int, "number of blocks; every second one has an MoE layer"] = 4
+    layers: Annotated[int, "number of blocks"] = 4
+    moe_every: Annotated[int, "every n-th block has an MoE layer"] = 2
     heads: Annotated[int, "number of attention heads"] = 4
+    kv_heads: Annotated[int, "number of heads for keys and values; 0 takes as many as --heads"] = 0
+    qk_norm: Annotated[bool, "normalise the queries and keys of each head"] = False
+    untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
     top_k: Annotated[int, "number of experts that each byte is routed to"] = 2
@@ -116,6 +122,7 @@ class Job:
         _divides("--eval-size", self.eval_size, "dp", stage // self.tp)
         for what, size in {
             "--heads": self.heads,
+            "--kv-heads": self.kv_heads or self.heads,
             "--seq": self.seq,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():
@@ -123,8 +130,13 @@ class Job:
         _divides("the vocabulary", self.config().vocab, "tp", self.tp)
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
+        if self.moe_every > self.layers and not self.dense:
+            raise ValueError(
+                f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
+                "--dense trains without"
+            )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(self.config(), layers=2))  # lets the gate check its own arguments
+            GPT(replace(self.config(), layers=max(2, self.moe_every)))  # lets the gate check its own arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
@@ -144,6 +156,7 @@ class Job:
                 "before the profile"
             )
         _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
+        _divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
@@ -181,9 +194,12 @@ class Job:
             dim=self.dim,
             layers=self.layers,
             heads=self.heads,
+            kv_heads=self.kv_heads or None,
+            qk_norm=self.qk_norm,
+            tied=not self.untied,
             hidden=self.hidden,
             seq_len=self.seq,
-            moe_every=0 if self.dense else 2,
+            moe_every=0 if self.dense else self.moe_every,
             num_experts=self.experts,
             top_k=self.top_k,
             moe=moe,

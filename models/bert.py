@@ -94,7 +94,7 @@ class BERT(nn.Module):
             raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
         attn_mask = None if mask is None else mask[:, None, None, :]
         config = self.config
-        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
+        cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
         x = self.blocks(self.dropout(x), Context(tokens, mask, cos, sin, attn_mask))
         x = self.head_norm(F.gelu(self.head(self.norm(x))))
         return F.linear(x, self.embed.weight)

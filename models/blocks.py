@@ -32,12 +32,15 @@ class Config:
         heads: number of attention heads, a multiple of `kv_heads`.
         kv_heads: number of heads for keys and values, for grouped-query attention (arXiv:2305.13245). None, the
             default, is as many as `heads`.
+        head_dim: width of one head. None, the default, is dim / heads.
+        qk_norm: whether queries and keys are normalised, each head for itself (arXiv:2010.04245); False by default.
         hidden: hidden width H of one expert. A dense block is top_k * hidden wide: equal FLOPs per token.
         seq_len: number of tokens in the longest sequence.
         moe_every: every n-th block has an MoE layer. 0 makes all blocks dense.
         num_experts: number of experts E in each MoE layer, on all ranks together.
         top_k: number of experts k that a token picks.
         norm: ``"rms"`` (RMSNorm, arXiv:1910.07467) or ``"layer"`` (LayerNorm, arXiv:1607.06450).
+        norm_eps: number that the norm adds to the mean square or variance. None, the default, is torch's.
         dropout: probability, in [0, 1), for embeddings, attention weights, and the output of each attention and
             feed-forward network.
         moe: further arguments of `MoE`, by name.
@@ -51,25 +54,33 @@ class Config:
     layers: int = 4
     heads: int = 4
     kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
     hidden: int = 256
     seq_len: int = 128
     moe_every: int = 2
     num_experts: int = 8
     top_k: int = 2
     norm: str = "rms"
+    norm_eps: float | None = None
     dropout: float = 0.0
     moe: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads or self.heads
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, or head_dim be given")
         if self.heads % kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={kv_heads}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head: `head_dim`, or dim / heads."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +94,10 @@ class RotaryConfig(Config):
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        if self.dim % (2 * self.heads):
+        if self.head_dim is None and self.dim % (2 * self.heads):
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * heads={2 * self.heads}: RoPE rotates pairs")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         super().__post_init__()
 
 
@@ -144,11 +157,13 @@ class Attention(nn.Module):
     def __init__(self, config: Config, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.causal = config.heads, config.kv_heads or config.heads, causal
-        self.size = size = config.dim // config.heads
+        self.size = size = config.head_size
         self.query = nn.Linear(config.dim, self.heads * size, bias=False)
         self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
         self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        self.query_norm = norm(config, size) if config.qk_norm else None
+        self.key_norm = norm(config, size) if config.qk_norm else None
         self.core = Core(config.dropout)
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
@@ -169,15 +184,18 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b s (h d) -> b h s d", d=self.size)
         k = rearrange(self.key(read), "b s (h d) -> b h s d", d=self.size)
         v = rearrange(self.value(read), "b s (h d) -> b h s d", d=self.size)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = self.core(q, k, v, causal=self.causal, grouped=self.kv_heads != self.heads, mask=mask)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
-def norm(config: Config) -> nn.Module:
-    """A new norm over D, of the kind that a config names."""
-    return NORMS[config.norm](config.dim)
+def norm(config: Config, size: int | None = None) -> nn.Module:
+    """The norm that a config names, over the last axis; its size is D, or another."""
+    options = {} if config.norm_eps is None else {"eps": config.norm_eps}
+    return NORMS[config.norm](config.dim if size is None else size, **options)
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:

@@ -16,12 +16,15 @@ from .recompute import Blocks
 class GPTConfig(RotaryConfig):
     """Sizes of a `GPT`. The defaults fit text that is read as bytes.
 
-    All arguments are keywords: `rope_base`, and the fields of `turnout.models.blocks.Config`.
+    All arguments are keywords: `tied`, `rope_base`, and the fields of `turnout.models.blocks.Config`. `tied`, True by
+    default: the embedding is the head's matrix as well. Otherwise the head has its own.
     """
+
+    tied: bool = True
 
 
 class GPT(nn.Module):
-    """Decoder-only language model: pre-norm blocks, rotary positions, fused causal attention, tied embeddings.
+    """Decoder-only language model: pre-norm blocks, rotary positions, fused causal attention.
 
     Block i, counted from 1, has an MoE layer where i is a multiple of ``config.moe_every``. The same
     `torch.manual_seed` gives the same model at every world size.
@@ -30,7 +33,8 @@ class GPT(nn.Module):
         config: sizes of the whole model.
         kept: range of blocks, counted from 0, that this pipeline stage holds. None, the default, is all of them. The
             first block comes with the embedding. The last comes with the norm and the head, which is the embedding
-            again. Parts that are not kept are None, so names and initial values stay as in the whole model.
+            again if ``config.tied``. Parts that are not kept are None, so names and initial values stay as in the whole
+            model.
 
     >>> import torch
     >>> config = GPTConfig(dim=32, layers=2, heads=2, hidden=16, num_experts=4, seq_len=8)
@@ -45,7 +49,7 @@ class GPT(nn.Module):
         kept = range(config.layers) if kept is None else kept
         first, last = 0 in kept, config.layers - 1 in kept
         embed = nn.Embedding(config.vocab, config.dim)
-        self.embed = embed if first or last else None
+        self.embed = embed if first or (last and config.tied) else None
         self.blocks = Blocks()
         for index in range(config.layers):
             # every block is built, kept or not: it draws the random numbers that it would in the whole model
@@ -54,6 +58,10 @@ class GPT(nn.Module):
         self.norm = norm(config) if last else None
         self.dropout = Dropout(config.dropout)
         nn.init.normal_(embed.weight, std=0.02)
+        head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
+        if head is not None:
+            nn.init.normal_(head.weight, std=0.02)
+        self.head = head if last else None
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Compute the logits of each next token.
@@ -80,15 +88,20 @@ class GPT(nn.Module):
                 )
             x = self.dropout(self.embed(x))
         config = self.config
-        cos, sin = rotary(config.seq_len, config.dim // config.heads, config.rope_base, x.device)
+        cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
         x = self.blocks(x, Context(tokens, cos=cos, sin=sin))
-        if self.norm is None or self.embed is None:
+        if self.norm is None:
             return x
+        if self.head is not None:
+            return self.head(self.norm(x))
+        assert self.embed is not None
         return F.linear(self.norm(x), self.embed.weight)
 
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
-        return active_parameters(self)
+        # An embedding that is not the head as well is in no matrix product.
+        table = 0 if self.embed is None or self.config.tied else self.embed.weight.numel()
+        return active_parameters(self) - table
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """FLOPs of one token's forward and backward: 6 per active parameter, plus attention.
@@ -98,4 +111,5 @@ class GPT(nn.Module):
                 ``config.seq_len``.
         """
         seq_len = self.config.seq_len if seq_len is None else seq_len
-        return 6 * self.active_parameters() + 12 * self.config.layers * self.config.dim * seq_len
+        width = self.config.heads * self.config.head_size
+        return 6 * self.active_parameters() + 12 * self.config.layers * width * seq_len

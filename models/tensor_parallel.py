@@ -76,11 +76,13 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
         _apply(model.norm, mesh, SequenceParallel())
         gather = {"output_layouts": Shard(1), "desired_output_layouts": Replicate()}
         _apply(model.norm, mesh, PrepareModuleOutput(**gather, use_local_output=False))  # logits become a DTensor
+    if model.head is not None:
+        _apply(model.head, mesh, ColwiseParallel(input_layouts=Replicate(), use_local_output=False))
     return model
 
 
 class OwnTokens(ParallelStyle):
-    """Parallel style for any module that is whole on every rank and runs on the rank's own tokens.
+    """Parallel style for any module that is whole on every rank and runs on the rank's own tokens or heads.
 
     Parameters become replicated DTensors, so that optimizers, FSDP and checkpoints see one kind. They are plain
     tensors while the module runs. A gradient is this rank's part of a sum (`Partial`), which is reduced once a step,
@@ -129,6 +131,8 @@ def _split_block(block: Block, mesh: DeviceMesh) -> None:
         "attention.out": RowwiseParallel(output_layouts=Shard(1)),
         "feed_forward_norm": SequenceParallel(use_local_output=True),
     }
+    if block.attention.query_norm is not None:  # of the heads that are here
+        plan |= {"attention.query_norm": OwnTokens(), "attention.key_norm": OwnTokens()}
     if isinstance(block.feed_forward, MoE):
         plan["feed_forward.gate"] = OwnTokens()
         for name in ("shared", "free"):

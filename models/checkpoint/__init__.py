@@ -12,7 +12,7 @@ parameters of all stages on the rank.
 """
 
 from .background import AsyncCheckpointer, Saved
-from .store import Loaded, load, load_newest, newest, prune, save
+from .store import Loaded, described, load, load_newest, newest, prune, save
 from .together import CheckpointError, DamagedError, WriteError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Loaded",
     "Saved",
     "WriteError",
+    "described",
     "load",
     "load_newest",
     "newest",

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from .contents import Contents, Model
-from .plain_files import read_values
+from .plain_files import PlainReader, read_values
 from .snapshot import Snapshot
 from .together import CheckpointError, DamagedError, on_first, place, together
 from .verify import is_sound, verify
@@ -69,6 +69,16 @@ def newest(folder: PathLike) -> Path | None:
     return next(iter(_complete(Path(folder))), None)
 
 
+def described(path: PathLike) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint, and the `extra` that it was saved with: what a model is built from. All ranks call it.
+
+    Raises:
+        DamagedError, CheckpointError: as for `load`.
+    """
+    _, reader = verify(Path(path))
+    return _described(Path(path), reader)
+
+
 def load(path: PathLike, model: Model, optimizer: Optimizer, accept: Accept | None = None) -> Loaded:
     """Load a checkpoint into a model and an optimizer, on any mesh. All ranks call it.
 
@@ -96,11 +106,7 @@ def load(path: PathLike, model: Model, optimizer: Optimizer, accept: Accept | No
     rank, ranks = place()
     if {name for name in files if name.startswith("rank-")} == {f"rank-{each}.pt" for each in range(ranks)}:
         together(lambda: own.append(_read_own(path / f"rank-{rank}.pt")))
-    try:
-        said = read_values(reader, {"step": 0, "extra": ""})
-    except CheckpointError as error:
-        raise type(error)(f"{path} does not load: {error}") from None
-    step, extra = said["step"], json.loads(said["extra"])
+    step, extra = _described(path, reader)
     if accept:
         together(lambda: accept(step, extra))
     optimizer.zero_grad()  # the optimizer may make a step to get its state
@@ -165,6 +171,14 @@ def prune(folder: PathLike, keep: int, *, sound: Path | None = None, group: Proc
                 shutil.rmtree(path.rename(path.with_name(f"{path.name}.incomplete")))
         except OSError as error:
             _log.warning("%s is not deleted: %s", path, error)
+
+
+def _described(path: Path, reader: PlainReader) -> tuple[int, dict[str, Any]]:
+    try:
+        said = read_values(reader, {"step": 0, "extra": ""})
+    except CheckpointError as error:
+        raise type(error)(f"{path} does not load: {error}") from None
+    return said["step"], json.loads(said["extra"])
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -31,16 +31,7 @@ def restored(model: Model) -> Iterator[Model]:
         ValueError: nothing there that `replace_moe` put there, adapters (LoRA) of experts or of PEFT that are not
             merged, or experts in 4 bits.
     """
-    layers = bridged_layers(model)
-    if any(layer.experts.adapts for _, _, layer in layers):  # said before anything is gathered
-        raise ValueError("the family's format has no place for adapters: merge_lora(model) first")
-    if has_peft_layers(model):
-        raise ValueError(
-            "the family's format has no place for PEFT's adapters, and PEFT would write them alone: model = "
-            "merge_adapters(model) first, or save_adapters(model, folder)"
-        )
-    if any(layer.experts.in_four_bits for _, _, layer in layers):
-        raise ValueError("the family's format has no place for 4 bits: dequantize_experts(model) first")
+    layers = _check_family(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the root is whole, until `state_dict` shards it, which is too late
@@ -96,16 +87,38 @@ def saves_its_family(model: nn.Module) -> None:
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained` of the family's own model; the bridged one stays as it is, and spread as it is.
 
-    Rank 0 writes, and needs main memory for the whole model. Call it on every rank. `options` are those of
-    transformers' method: max_shard_size, push_to_hub, ...
+    Rank 0 writes, tensor by tensor: beside its part of the model it needs main memory for the largest one, the experts
+    of a layer, twice. Call it on every rank. `options` are those of transformers' method: ``max_shard_size``. With any
+    other, such as ``push_to_hub``, its own code writes, and rank 0 needs main memory for the whole model.
 
     Raises:
         ValueError: as `restored`.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
+    if options.keys() <= {"max_shard_size"}:
+        from .writing import write_pretrained  # needs transformers, which this package does not
+
+        _check_family(model)
+        write_pretrained(model, folder, **options)
+        return
     with restored(model) as own:
         write = partial(cast(Any, own).save_pretrained, folder, **options)
         on_first(write) if dist.is_initialized() else write()
+
+
+def _check_family(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
+    """The bridged layers, or ValueError if the family's format cannot hold them; before anything is gathered."""
+    layers = bridged_layers(model)
+    if any(layer.experts.adapts for _, _, layer in layers):
+        raise ValueError("the family's format has no place for adapters: merge_lora(model) first")
+    if has_peft_layers(model):
+        raise ValueError(
+            "the family's format has no place for PEFT's adapters, and PEFT would write them alone: model = "
+            "merge_adapters(model) first, or save_adapters(model, folder)"
+        )
+    if any(layer.experts.in_four_bits for _, _, layer in layers):
+        raise ValueError("the family's format has no place for 4 bits: dequantize_experts(model) first")
+    return layers
 
 
 @torch.no_grad()

@@ -243,7 +243,9 @@ class Pipeline:
         return list(sums.unbind())
 
     def _embeddings(self) -> list[nn.Parameter]:
-        """This rank's copies of the embedding: the first stage has it for tokens, the last for its head."""
+        """This rank's copies of a tied embedding: the first stage has it for tokens, the last for its head."""
+        if not self.stages.config.tied:
+            return []
         last = len(self.stages.blocks) - 1
         ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]
         return [cast(GPT, part).embed.weight for part in ends] if last else []  # pyright: ignore

@@ -87,7 +87,7 @@ class Stages:
         """Build the stages of a rank, with the initial values that ``GPT(config)`` has under the same seed.
 
         Each stage draws random numbers for the whole model, from torch's default generator. Memory holds the blocks of
-        the rank and one more. The first and the last stage each have a copy of the embedding.
+        the rank and one more. The first and the last stage each have a copy of a tied embedding.
         """
         *others, last = self.of_rank(rank)
         parts = []
@@ -101,7 +101,7 @@ def flops(config: GPTConfig) -> list[int]:
     """FLOPs of a token's forward and backward in each block; the last includes the head, embedding costs nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = GPT(config)
-    attention = 12 * config.dim * config.seq_len
+    attention = 12 * config.heads * config.head_size * config.seq_len
     costs = [6 * active_parameters(block) + attention for block in model.blocks]
     costs[-1] += 6 * config.vocab * config.dim
     return costs

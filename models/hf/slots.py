@@ -1,0 +1,160 @@
+"""Which tensor of a file is which part of a model's: by the family's names, spread over ranks or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ...moe.experts.sharded import held_slice, local
+from .block_experts import DbrxExperts, ListedExperts
+from .replace import BridgedMoE
+
+Region = tuple[slice, ...]  # one slice per axis
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a file, and the parameter or buffer that has it.
+
+    Attributes:
+        tensor: of the model, as it lies here: plain, or a DTensor.
+        expert: the file's tensor is that of one expert, ``tensor[expert]``; None: of all there are.
+        transposed: the file's has the last two axes swapped.
+        flat: the file's has the first two axes as one.
+    """
+
+    tensor: Tensor
+    expert: int | None = None
+    transposed: bool = False
+    flat: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the file's tensor."""
+        return tuple(self.of_file(torch.empty(self.tensor.shape, device="meta")).shape)
+
+    @property
+    def region(self) -> Region | None:
+        """The part of the file's tensor that is needed here; None: nothing of it."""
+        held = held_slice(self.tensor)
+        if any(part.start >= part.stop for part in held):
+            return None
+        if self.expert is not None:
+            if not held[0].start <= self.expert < held[0].stop:
+                return None
+            held = held[1:]
+        if self.transposed:
+            held = (*held[:-2], held[-1], held[-2])
+        if self.flat:
+            height = self.tensor.shape[1]
+            held = (slice(held[0].start * height, held[0].stop * height), *held[2:])
+        return held
+
+    @property
+    def here(self) -> range:
+        """Numbers on axis 0 of the parameter that lie here."""
+        return range(held_slice(self.tensor)[0].start, held_slice(self.tensor)[0].stop)
+
+    @property
+    def held(self) -> Tensor:
+        """The part of the file's tensor that `region` names, as it is here now."""
+        here = local(self.tensor.detach())
+        part = here if self.expert is None else here[self.expert - held_slice(self.tensor)[0].start]
+        part = part.mT if self.transposed else part
+        return part.flatten(0, 1) if self.flat else part
+
+    def of_expert(self, expert: int) -> Slot:
+        """The slot of one expert's part of this one."""
+        return replace(self, expert=expert)
+
+    @torch.no_grad()
+    def put(self, part: Tensor) -> None:
+        """Copy the part of the file's tensor that `region` names to where it belongs, in the dtype there."""
+        held, to = held_slice(self.tensor), local(self.tensor)
+        if self.flat:
+            part = part.unflatten(0, (-1, self.tensor.shape[1]))[:, held[1]]
+        if self.transposed:
+            part = part.mT
+        (to if self.expert is None else to[self.expert - held[0].start]).copy_(part)
+
+    def of_file(self, whole: Tensor) -> Tensor:
+        """The file's tensor, of the whole parameter."""
+        part = whole if self.expert is None else whole[self.expert]
+        part = part.mT if self.transposed else part
+        return part.flatten(0, 1) if self.flat else part
+
+
+@contextmanager
+def family_view(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the `with`, the family's own blocks stand in the model, with the tensors of now, spread as they are.
+
+    They cannot compute: names are what this is for.
+    """
+    layers = bridged(model)
+    for parent, name, layer in layers:
+        setattr(parent, name, layer.block)
+    try:
+        yield model
+    finally:
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
+
+
+def family_slots(model: nn.Module) -> dict[str, Slot]:
+    """All that the family's `state_dict` has, by its names."""
+    places: dict[int, Slot] = {}
+    for _, _, layer in bridged(model):
+        experts = layer.experts
+        if isinstance(experts, ListedExperts):  # the family's modules are empty: the stack has their tensors
+            for expert, module in enumerate(experts._modules_of_family[0].values()):
+                for name, p in module.named_parameters():
+                    places[id(p)] = Slot(experts.module.get_parameter(name), expert)
+        elif isinstance(experts, DbrxExperts):
+            places |= {id(p): Slot(p, flat=True) for p in experts.module.parameters()}
+    with family_view(model):
+        state = model.state_dict(keep_vars=True)
+    return {name: places.get(id(t), Slot(t)) for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def bridged(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
+    """Parent, name in it, and layer, of what `replace_moe` put there; there may be none."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, BridgedMoE)
+    ]
+
+
+def give_memory(model: nn.Module, device: torch.device | str) -> None:
+    """Memory for every parameter on the meta device, undefined; one that is tied or spread stays so."""
+    emptied = {id(m) for _, _, layer in bridged(model) for m in _emptied(layer)}
+    blocks = (module for _, _, layer in bridged(model) for module in layer.block.modules())
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in dict.fromkeys([*model.modules(), *blocks]):
+        for name, p in module._parameters.items() if id(module) not in emptied else ():
+            if p is None or not p.is_meta:
+                continue
+            if p not in new:
+                new[p] = nn.Parameter(_empty(p, device), requires_grad=p.requires_grad)
+            module._parameters[name] = new[p]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != torch.device(device) and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _empty(p: Tensor, device: torch.device | str) -> Tensor:
+    held = torch.empty(local(p).shape, dtype=p.dtype, device=device)
+    if not isinstance(p, DTensor):
+        return held
+    return DTensor.from_local(held, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _emptied(layer: BridgedMoE) -> Iterator[nn.Module]:
+    if isinstance(layer.experts, ListedExperts):
+        yield from layer.experts._modules_of_family[0].modules()

@@ -1,0 +1,43 @@
+"""What the main job has trained, read by transformers: the same bits per byte."""
+
+import json
+
+import pytest
+import torch
+from main_job import ROOT, result, run
+from scripts import script
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
+import corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def to_hf(out, folder, *flags: str):
+    return script(ROOT / "examples" / "to_hf.py", str(out), str(folder), *flags, alone=True)
+
+
+def test_transformers_finds_what_the_job_found(tmp_path, text):
+    out, flags = tmp_path / "run", ["--qk-norm", "--untied", "--kv-heads", "1", "--steps", "4", "--data", text]
+    trained = result(run(out, *flags, ranks=2))
+    done = to_hf(out, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    assert "from_pretrained" in done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    held_out = corpus.read(corpus.text_files([text]), 16)[1]
+    tokens = corpus.held_out(held_out, 4, 16, rank=0, ranks=1)
+    with torch.no_grad():
+        loss = cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(loss) / torch.log(torch.tensor(2.0)) == pytest.approx(trained["val_bpb"], rel=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("fox").input_ids == list(b"fox")
+
+
+def test_a_setting_that_no_family_has_is_named(tmp_path, text):
+    run(tmp_path / "run", "--moe-every", "1", "--capacity-factor", "1.25", "--steps", "1", "--data", text)
+    done = to_hf(tmp_path / "run", tmp_path / "model")
+    assert done.returncode == 1
+    assert "Capacity(factor=1.25" in done.stderr
+    assert not (tmp_path / "model").exists()
+    assert to_hf(tmp_path / "run", tmp_path / "model", "--dropless").returncode == 0
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "mixtral"
