@@ -77,11 +77,19 @@ class Software:
 class Fabric:
     """How nodes are connected, and what is wrong with it."""
 
-    pod: int = 0  # nodes under one leaf or rail group; 0: all of them
-    oversubscription: float = 1.0  # bandwidth inside a pod over bandwidth between pods
-    rails: bool = True  # ranks of equal place in their nodes share a switch; others meet a tier higher
-    slow: tuple[tuple[int, float], ...] = ()  # (node, share of its bandwidth that is left)
+    nodes: int = 0  # that there are; 0: as many as a job asks for
+    pod: int = 0  # neighbours under one leaf or rail group; 0: all of them
+    oversubscription: float = 1.0  # bandwidth of a pod's nodes over that of its links to other pods
+    rails: bool = False  # ranks of equal place in their nodes share a leaf, all others meet above it
+    slow: tuple[tuple[int, float], ...] = ()  # (node, share of its bandwidth that is left), as of 7 of 8 adapters
     down: tuple[int, ...] = ()  # nodes that are lost
+
+    def __post_init__(self) -> None:
+        for node, share in self.slow:
+            if not 0 < share <= 1:
+                raise ValueError(f"[fabric] slow: node {node} has a share in (0, 1] of its bandwidth; got {share}")
+        if self.oversubscription < 1:
+            raise ValueError(f"[fabric] oversubscription must be at least 1; got {self.oversubscription}")
 
 
 @dataclass(frozen=True)

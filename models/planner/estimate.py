@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from .cluster import Cluster
 from .layout import Layout
 from .links import Group
 from .memory import Memory, memory, size_of
+from .placement import Placement
 from .roofline import Kernels
 from .share import Share, bubble, shares
 
@@ -52,7 +53,7 @@ class Estimate:
     model_flops: float  # of a step, each once
     peak: float  # FLOP/s of a rank by the datasheet
     transport: str = ""  # of rows to their experts
-    warnings: tuple[str, ...] = field(default=(), compare=False)
+    placement: Placement | None = None
 
     @property
     def seconds(self) -> float:
@@ -97,8 +98,11 @@ class PerBlock(NamedTuple):
 class Estimator:
     """Estimates layouts of one model on one cluster; what layouts share is computed once."""
 
-    def __init__(self, model: Architecture, cluster: Cluster, batch: int) -> None:
+    def __init__(
+        self, model: Architecture, cluster: Cluster, batch: int, placement: Placement | None = None
+    ) -> None:
         self.model, self.cluster, self.batch = model, cluster, batch
+        self.placement = Placement(cluster) if placement is None else placement
         self.block = cache(self._block)
         self.ends = cache(self._ends)
         self.shares = cache(self._shares)
@@ -123,9 +127,7 @@ class Estimator:
         ranks = self.shares(layout.pp, layout.virtual, layout.schedule)
         sequences = self.sequence_parallel(layout)
         needs = self.memory(layout)
-        halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
-        key = layout.tp, layout.ep, layout.etp, layout.micro_batch, layout.recompute, layout.dtype, halves
-        dense, mixture = self.block(False, *key), self.block(True, *key) if model.moe_blocks else None
+        dense, mixture = self.blocks(layout)
         embedding, head, reduced = self.ends(layout.tp, layout.micro_batch, layout.dtype, sequences)
         m, p, v = layout.micro_batches, layout.pp, layout.virtual
 
@@ -169,25 +171,41 @@ class Estimator:
             model_flops=model.flops(self.batch),
             peak=self.cluster.device.peak(layout.dtype),
             transport=self.transport(layout)[0] if model.moe_blocks else "",
+            placement=self.placement,
         )
 
-    def group(self, size: int, stride: int) -> Group:
-        """Ranks along an axis."""
-        return Group(self.cluster, size, stride, self.slowdown(size * stride))
+    def blocks(self, layout: Layout) -> tuple[PerBlock, PerBlock | None]:
+        """A dense block, and a mixture if there are any."""
+        halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
+        key = layout.tp, layout.ep, layout.etp, layout.micro_batch, layout.recompute, layout.dtype, halves, layout.ranks
+        return self.block(False, *key), self.block(True, *key) if self.model.moe_blocks else None
 
-    def slowdown(self, span: int) -> float:
-        """How much slower than it should be the slowest link is between nodes, for a group that spans so many ranks."""
-        fabric, slow = self.cluster.fabric, 1.0
-        if fabric.pod and span > fabric.pod * self.cluster.ranks_per_node:
-            slow = fabric.oversubscription
-        return slow
+    def stage(self, layout: Layout, blocks: range, first: bool, last: bool) -> tuple[float, float]:
+        """Seconds of a micro-batch in one stage, forward and backward, with what it waits for along tp and ep."""
+        dense, mixture = self.blocks(layout)
+        embedding, head, reduced = self.ends(
+            layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout)
+        )
+        ends = [embedding] * first + [head] * last
+        forward = sum(end.forward + reduced for end in ends)
+        backward = sum(end.backward + reduced for end in ends)
+        passes = 3 if layout.recompute == "full" else 2  # of which one is the forward
+        for index in blocks:
+            block = mixture if mixture is not None and self.model.is_moe(index) else dense
+            forward += block.time.forward + (block.tp + block.ep) / passes
+            backward += block.time.backward + (block.tp + block.ep) * (1 - 1 / passes)
+        return forward, backward
+
+    def group(self, size: int, stride: int, slowdown: float = 1.0) -> Group:
+        """Ranks along an axis."""
+        return Group(self.cluster, size, stride, slowdown)
 
     def send(self, layout: Layout, sequences: bool) -> float:
         """Seconds for the hidden states of a micro-batch to the next stage: `Boundary`."""
         if layout.pp == 1:
             return 0.0
         whole = layout.micro_batch * self.model.seq * self.model.dim * size_of(layout.dtype)
-        there = self.group(layout.pp, layout.dp * layout.tp)
+        there = self.group(layout.pp, layout.dp * layout.tp, self.placement.slowdown("pp", layout))
         if sequences or layout.tp == 1:
             return there.send(whole / layout.tp)
         if not self.cluster.software.scatter_gather:
@@ -199,7 +217,7 @@ class Estimator:
         model, size = self.model, size_of(layout.dtype)
         tokens = layout.micro_batch * model.seq / layout.tp * (model.capacity or model.imbalance)
         row = model.dim * size
-        group = self.group(layout.ep, layout.etp)
+        group = self.group(layout.ep, layout.etp, self.placement.slowdown("ep", layout))
         # etp ranks of an expert share their rows: gathered, and summed again on the way home
         shared = self.group(layout.etp, 1).all_gather(tokens * model.top_k * layout.etp * row)
         message = Message(max(1, round(tokens)), row, model.top_k, model.experts)
@@ -213,9 +231,10 @@ class Estimator:
         dense, experts = fullest.dense_parameters(model, layout.tp), fullest.expert_parameters(model, layout)
         zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
+        slow = self.placement.slowdown("dp", layout)
         for held, group in (
-            (dense, self.group(layout.dp, layout.tp)),
-            (experts, self.group(layout.edp, layout.ep * layout.etp)),
+            (dense, self.group(layout.dp, layout.tp, slow)),
+            (experts, self.group(layout.edp, layout.ep * layout.etp, slow)),
         ):
             if not zero:
                 total += group.all_reduce(wire * held)
@@ -225,7 +244,7 @@ class Estimator:
         tied = 0.0
         if layout.pp > 1:  # both ends have the embedding, and add up its gradients
             matrix = wire * model.vocab * model.dim / layout.tp
-            tied = self.group(2, (layout.pp - 1) * layout.dp * layout.tp).all_reduce(matrix)
+            tied = self.group(2, (layout.pp - 1) * layout.dp * layout.tp, slow).all_reduce(matrix)
         # ZeRO 3 gathers during the whole step; else the first forward and the last backward are beside it
         beside = computing if zero > 1 else one
         exposed = max(total * (1 - software.dp_overlap), total - beside) + tied
@@ -239,7 +258,8 @@ class Estimator:
         return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences)
 
     def _block(
-        self, mixture: bool, tp: int, ep: int, etp: int, micro_batch: int, recompute: str, dtype: str, halves: bool
+        self, mixture: bool, tp: int, ep: int, etp: int, micro_batch: int, recompute: str, dtype: str, halves: bool,
+        ranks: int,
     ) -> PerBlock:
         model = self.model
         sequences = tp > 1 and recompute in self.cluster.software.sequence_parallel
@@ -259,7 +279,7 @@ class Estimator:
         whole = micro_batch * model.seq * model.dim * size_of(dtype)
         # forward and backward, 8 b s h (t - 1) / t numbers of a dense block (PTD-P, section 3.2)
         times = (2 if not mixture else 1) * (3 if recompute == "full" else 2)
-        layout = Layout(tp=tp, ep=ep, etp=etp, micro_batch=micro_batch, recompute=recompute, dtype=dtype)
+        layout = Layout(tp=tp, dp=ranks // tp, ep=ep, etp=etp, micro_batch=micro_batch, dtype=dtype)
         trip = self.transport(layout)[1] * (1.5 if recompute == "full" else 1.0) if mixture else 0.0
         return PerBlock(time, times * self.group(tp, 1).all_reduce(whole), trip)
 

@@ -71,6 +71,11 @@ class Group:
         """Seconds of a trip to the experts and home, and of its backward, with each transport of the runtime."""
         if self.size == 1:
             return {"local": 0.0}
-        profile = self.cluster.profile(self.nodes, self.local, self.slowdown)
-        times = profile.predict(message, 1)
-        return times if min(self.nodes, self.local) > 1 else {"flat": times["flat"]}
+        times = self.cluster.profile(self.nodes, self.local, self.slowdown).predict(message, 1)
+        if min(self.nodes, self.local) == 1:
+            return {"flat": times["flat"]}
+        fabric = self.cluster.fabric
+        if fabric.rails and fabric.oversubscription > self.slowdown:  # flat sends from any rail to any other
+            above = self.cluster.profile(self.nodes, self.local, fabric.oversubscription)
+            times["flat"] = above.predict(message, 1)["flat"]
+        return times

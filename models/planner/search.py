@@ -12,6 +12,7 @@ from .architecture import Architecture
 from .cluster import Cluster
 from .estimate import Estimate, Estimator
 from .layout import Layout, misfit
+from .placement import check_nodes, placements
 
 MICRO_BATCHES = tuple(2**i for i in range(8))  # sequences at a time; larger ones make products no faster
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
@@ -56,10 +57,12 @@ def search(
     """
     fixed = dict(fixed or {})
     _check(fixed, cluster, gpus, batch)
-    estimator, found = Estimator(model, cluster, batch), Found()
+    check_nodes(cluster, gpus)
+    found = Found()
+    estimators = [Estimator(model, cluster, batch, placement) for placement in placements(cluster)]
     for family in _families(model, cluster, gpus, batch, fixed, found):
         for micro_batch in _micro_batches(batch // family["dp"], fixed):
-            if not _estimate(estimator, found, family | {"micro_batch": micro_batch, "dtype": dtype}, fixed):
+            if not _estimate(estimators, found, family | {"micro_batch": micro_batch, "dtype": dtype}, fixed):
                 break  # larger micro-batches need more still
     if not found.plans:
         raise ValueError(_nothing(found, cluster, gpus))
@@ -67,8 +70,9 @@ def search(
     return found
 
 
-def _estimate(estimator: Estimator, found: Found, given: dict[str, Any], fixed: Mapping[str, Any]) -> bool:
-    """Estimate a layout with the least recomputation that fits; False if none does."""
+def _estimate(estimators: list[Estimator], found: Found, given: dict[str, Any], fixed: Mapping[str, Any]) -> bool:
+    """Estimate a layout with the least recomputation that fits, on the best nodes for it; False if none does."""
+    estimator = estimators[0]
     given["micro_batches"] = estimator.batch // (given["dp"] * given["micro_batch"])
     modes = [fixed["recompute"]] if "recompute" in fixed else estimator.cluster.software.recompute
     for recompute in sorted(modes, key=ORDER.index):
@@ -79,7 +83,7 @@ def _estimate(estimator: Estimator, found: Found, given: dict[str, Any], fixed: 
             return True
         held = estimator.memory(layout)
         if estimator.fits(held):
-            found.plans.append(estimator(layout))
+            found.plans.append(min((each(layout) for each in estimators), key=lambda plan: plan.seconds))
             return True
         found.does_not_fit += 1
         if found.too_large is None or held.total < found.too_large.memory.total:
@@ -131,7 +135,8 @@ def _schedules(
                 yield schedule, fixed["virtual"]
             continue
         even = [v for v in range(least, model.layers // pp + 1) if model.layers % (pp * v) == 0]
-        yield from ((schedule, v) for v in (even or [least]) if v <= (most or v))
+        fallback = [least] if pp * least <= model.layers else []
+        yield from ((schedule, v) for v in (even or fallback) if v <= (most or v))
 
 
 def _micro_batches(sequences: int, fixed: Mapping[str, Any]) -> list[int]:

@@ -36,7 +36,7 @@ class Share(NamedTuple):
 def shares(model: Architecture, layout: Layout) -> list[Share]:
     """Of each rank along pp, in order; stages are cut as `Stages` cuts them."""
     p, v = layout.pp, layout.virtual
-    stages = _stages(model, p * v)
+    stages = stage_blocks(model, p * v)
     ranks = []
     for rank in range(p):
         own = [rank, 2 * p - 1 - rank] if layout.schedule == "zbv" else list(range(rank, p * v, p))
@@ -48,7 +48,8 @@ def shares(model: Architecture, layout: Layout) -> list[Share]:
     return ranks
 
 
-def _stages(model: Architecture, number: int) -> list[range]:
+def stage_blocks(model: Architecture, number: int) -> list[range]:
+    """The blocks of each stage, as `Stages.of` cuts a model into so many."""
     head = model.vocab * model.dim
     block = (model.active_parameters - head) // model.layers
     size, rest = divmod(model.layers, number)
