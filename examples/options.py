@@ -28,7 +28,10 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }
 # 0 or more; other numbers must be positive
-MAY_BE_ZERO = ("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile")
+MAY_BE_ZERO = (
+    *("seed", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops", "profile"),
+    "ranks",
+)
 # What the model computes, and from which data: a run that goes on with other values is another run.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor"),
@@ -36,8 +39,8 @@ DEFINES_RUN = (
 )
 # Where and how it is computed, and for how long.
 MAY_CHANGE = (
-    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "data_parallel", "recompute", "bf16", "fp16"),
-    *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
+    *("fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -73,6 +76,7 @@ class Job:
         int, "number of micro-batches that each rank cuts its part of the batch into; 0 takes one for each stage"
     ] = 0
     schedule: Annotated[str, "order in which the pipeline runs its micro-batches"] = "1f1b"
+    virtual: Annotated[int, "number of pipeline stages on each rank; 0 takes as few as the schedule allows"] = 0
     data_parallel: Annotated[str, "what data-parallel ranks share out between them"] = "replicate"
     recompute: Annotated[str, "activations that the backward computes again, to save memory"] = "none"
     bf16: Annotated[bool, "compute in bfloat16"] = False
@@ -98,6 +102,14 @@ class Job:
     peak_tflops: Annotated[float, "peak TFLOP/s of one device, for the share in use, MFU; 0 leaves it out"] = 0.0
     profile: Annotated[int, f"number of steps to trace with torch's profiler, after {BEFORE} others; 0 traces none"] = 0
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
+    # what is planned
+    plan: Annotated[bool, "say what the job would take on --ranks of a --cluster, and start nothing"] = False
+    ranks: Annotated[int, "number of ranks to plan for; 0 takes those that are here"] = 0
+    cluster: Annotated[str, "cluster to plan for: a preset of turnout.models.planner, or a TOML file"] = "laptop"
+    links: Annotated[str, "links and products of that cluster as turnout.dispatch.autoselect.probe measured them"] = ""
+    elastic: Annotated[
+        bool, "take the layout that the planner finds for the ranks that are here, also at a restart"
+    ] = False
 
     def fit(self, ranks: int) -> Job:
         """This job on so many ranks, with `ep` and `micro_batches` filled in.
@@ -140,6 +152,8 @@ class Job:
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 or --fp16, not both")
+        if self.ranks and not self.plan:
+            raise ValueError(f"--ranks ({self.ranks}) is what --plan plans for; torchrun says how many ranks a job has")
         if self.profile and self.profile > self.steps - BEFORE:
             raise ValueError(
                 f"--profile ({self.profile}) must be at most --steps less {BEFORE}, which come before the profile: "
@@ -150,7 +164,12 @@ class Job:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
     def _fit_pipeline(self, micro_batches: int) -> None:
-        stages = self.pp * PER_RANK[self.schedule][0]
+        least, most = PER_RANK[self.schedule]
+        virtual = self.virtual or least
+        if virtual < least or virtual > (most or virtual):
+            some = least if most == least else f"{least} or more"
+            raise ValueError(f"--virtual ({self.virtual}): --schedule {self.schedule} runs {some} stages on each rank")
+        stages = self.pp * virtual
         if self.layers < stages:
             raise ValueError(
                 f"--layers ({self.layers}) must be at least {stages}: --schedule {self.schedule} cuts the model into "

@@ -26,8 +26,10 @@ from .tensor_parallel import tensor_parallel
 
 def parallel_model(
     config: GPTConfig,
-    meshes: Meshes,
+    meshes: Meshes | None = None,
     *,
+    layout: Literal["auto"] | None = None,
+    batch: int | None = None,
     micro_batches: int = 1,
     schedule: str = "1f1b",
     stages_per_rank: int | None = None,
@@ -53,7 +55,10 @@ def parallel_model(
 
     Args:
         config: the whole model's.
-        meshes: `Meshes.of`.
+        meshes: `Meshes.of`; None with `layout`.
+        layout: "auto": the planner chooses the meshes, and all that is said of micro-batches, schedule, data
+            parallelism and recomputation is overruled by what it finds (`turnout.models.planner.automatic.planned`).
+        batch: sequences of a step on all ranks together, which `layout` needs.
         micro_batches: in which a rank's part of the batch is cut, m.
         schedule, stages_per_rank: of the pipeline, as for `Stages.of`; without effect where pp = 1.
         data, bf16, cpu_offload: as for `data_parallel`.
@@ -62,6 +67,16 @@ def parallel_model(
         dtype: of the parameters.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout.
     """
+    if layout is not None:
+        from .planner.automatic import planned  # models are imported without the planner
+
+        if layout != "auto" or meshes is not None or batch is None:
+            raise ValueError(f'layout="auto" takes batch=, and no meshes; got layout={layout!r}, batch={batch}')
+        meshes, chosen, _ = planned(config, batch, dtype="bf16" if bf16 else "fp32")
+        micro_batches, schedule, stages_per_rank = (chosen[k] for k in ("micro_batches", "schedule", "stages_per_rank"))
+        data, recompute = chosen["data"], chosen["recompute"]
+    if meshes is None:
+        raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]

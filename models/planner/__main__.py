@@ -104,7 +104,7 @@ def architecture(given: argparse.Namespace) -> Architecture:
 
 
 def _of_sizes(sizes: dict[str, int], activation: str | None) -> Architecture:
-    base = {"vocab": 51200, "seq": 2048, "kv_heads": sizes["heads"], "experts": 0} | sizes
+    base: dict[str, Any] = {"vocab": 51200, "seq": 2048, "kv_heads": sizes["heads"], "experts": 0} | sizes
     if not base["experts"]:
         if unused := sorted({"top_k", "hidden", "moe_every", "shared"} & sizes.keys()):
             raise ValueError(f"{', '.join(map(flag, unused))} describe experts; give --experts as well")

@@ -98,9 +98,7 @@ class PerBlock(NamedTuple):
 class Estimator:
     """Estimates layouts of one model on one cluster; what layouts share is computed once."""
 
-    def __init__(
-        self, model: Architecture, cluster: Cluster, batch: int, placement: Placement | None = None
-    ) -> None:
+    def __init__(self, model: Architecture, cluster: Cluster, batch: int, placement: Placement | None = None) -> None:
         self.model, self.cluster, self.batch = model, cluster, batch
         self.placement = Placement(cluster) if placement is None else placement
         self.block = cache(self._block)
@@ -147,7 +145,9 @@ class Estimator:
         # communication hides behind computing of the same micro-batch, and each axis only so far as the software can
         hidden = software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep
         exposed = max(tp + pp + ep - compute, tp + pp + ep - hidden)
-        mean = sum(ranks.count(share) * sum(time) for share, time in times.items()) / p  # of a micro-batch on a rank, with what it waits for
+        mean = (
+            sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
+        )  # of a micro-batch on a rank, with what it waits for
         idle = bubble(layout) * m * (mean - min(hidden, compute)) if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
@@ -227,7 +227,9 @@ class Estimator:
     def data(self, layout: Layout, ranks: list[Share], computing: float, one: float) -> tuple[float, float, float]:
         """Seconds along dp in a step, those of them that nothing hides, and seconds of the optimizer's step."""
         model, software, m = self.model, self.cluster.software, layout.micro_batches
-        fullest = max(set(ranks), key=lambda s: s.dense_parameters(model, layout.tp) + s.expert_parameters(model, layout))
+        fullest = max(
+            set(ranks), key=lambda s: s.dense_parameters(model, layout.tp) + s.expert_parameters(model, layout)
+        )
         dense, experts = fullest.dense_parameters(model, layout.tp), fullest.expert_parameters(model, layout)
         zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
@@ -258,7 +260,15 @@ class Estimator:
         return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences)
 
     def _block(
-        self, mixture: bool, tp: int, ep: int, etp: int, micro_batch: int, recompute: str, dtype: str, halves: bool,
+        self,
+        mixture: bool,
+        tp: int,
+        ep: int,
+        etp: int,
+        micro_batch: int,
+        recompute: str,
+        dtype: str,
+        halves: bool,
         ranks: int,
     ) -> PerBlock:
         model = self.model

@@ -17,6 +17,7 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
+    "links",
 )
 
 
@@ -37,7 +38,9 @@ class JobFile(NamedTuple):
             raise ValueError(f"--config {path}: {error}") from None
         known = {*MODEL, *LAYOUT, *OTHERS, "batch", "bf16", "fp16"}
         if unknown := sorted(given.keys() - known):
-            raise ValueError(f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py")
+            raise ValueError(
+                f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
+            )
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in MODEL[:7] if key in given}
         moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
@@ -91,7 +94,11 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
     if model.experts and model.moe_every != 2:
         differs.append(f"a mixture in every {model.moe_every}. block: GPTConfig(moe_every={model.moe_every})")
-    return ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)] if differs else []
+    return (
+        ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)]
+        if differs
+        else []
+    )
 
 
 def _toml(value: Any) -> str:

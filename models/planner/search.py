@@ -121,9 +121,7 @@ def _families(
                             yield axes | {"schedule": schedule, "virtual": virtual, "zero": zero}
 
 
-def _schedules(
-    model: Architecture, cluster: Cluster, pp: int, fixed: Mapping[str, Any]
-) -> Iterator[tuple[str, int]]:
+def _schedules(model: Architecture, cluster: Cluster, pp: int, fixed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Schedules and stages on each rank; uneven stages only where there are no even ones."""
     if pp == 1:
         yield fixed.get("schedule", "1f1b"), fixed.get("virtual", 1)
@@ -159,8 +157,8 @@ def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) ->
         product *= size
     if gpus % product or (len(split) == 3 and product != gpus):
         raise ValueError(
-            f"{words} = {product} does not divide --gpus {gpus}; choose --gpus as a multiple of {product}, or leave one "
-            "of them to the search"
+            f"{words} = {product} does not divide --gpus {gpus}; choose --gpus as a multiple of {product}, or leave "
+            "one of them to the search"
         )
 
 

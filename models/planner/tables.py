@@ -33,9 +33,7 @@ def describe(model: Architecture, cluster: Cluster, batch: int) -> str:
 
 def why(plan: Estimate, best: Estimate) -> tuple[str, float]:
     """The part of the step that a slower layout loses most by, and how many seconds."""
-    losses = {
-        name: getattr(plan.breakdown, part) - getattr(best.breakdown, part) for part, name in REASONS.items()
-    }
+    losses = {name: getattr(plan.breakdown, part) - getattr(best.breakdown, part) for part, name in REASONS.items()}
     if plan.layout.recompute != best.layout.recompute and losses["computing"] > 0:
         losses[f"recompute {plan.layout.recompute}"] = losses.pop("computing")
     name = max(losses, key=lambda reason: losses[reason])
@@ -45,7 +43,8 @@ def why(plan: Estimate, best: Estimate) -> tuple[str, float]:
 def table(plans: list[Estimate]) -> str:
     """Layouts, the first of which is the fastest, in markdown."""
     lines = [
-        "| # | pp x tp x dp | ep x etp | b x m | v, schedule | recompute, zero | s a step | TFLOP/s | MFU | GB | loses by |",
+        "| # | pp x tp x dp | ep x etp | b x m | v, schedule | recompute, zero | s a step | TFLOP/s | MFU | GB "
+        "| loses by |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, plan in enumerate(plans, 1):
@@ -70,8 +69,8 @@ def lost(found: Found, cluster: Cluster, leaves_node: Estimate | None) -> list[s
     if found.too_large is not None:
         at, held = found.too_large.layout, found.too_large.memory
         lines.append(
-            f"do not fit into {cluster.device.memory_gb:g} GB: {found.does_not_fit}, the nearest pp {at.pp} x tp {at.tp} "
-            f"x dp {at.dp}, micro-batch {at.micro_batch}, recompute {at.recompute}: {held.total / 1e9:.1f} GB"
+            f"do not fit into {cluster.device.memory_gb:g} GB: {found.does_not_fit}, the nearest pp {at.pp} x "
+            f"tp {at.tp} x dp {at.dp}, micro-batch {at.micro_batch}, recompute {at.recompute}: {held.total / 1e9:.1f} GB"
         )
     if leaves_node is not None:
         lines.append(
