@@ -26,8 +26,8 @@ def describe(model: Architecture, cluster: Cluster, batch: int) -> str:
     if model.moe_blocks:
         kind = f"{model.experts} experts, top {model.top_k}, in {model.moe_blocks} of {model.layers} blocks"
     return (
-        f"{cluster.about}\n{model.parameters / 1e9:,.2f} billion parameters ({kind}), "
-        f"{model.active_parameters / 1e9:,.2f} a token meets; {batch * model.seq:,} tokens a step"
+        f"{cluster.about}\n{model.parameters:,} parameters ({kind}), of which a token meets "
+        f"{model.active_parameters:,}; {batch * model.seq:,} tokens a step"
     )
 
 
@@ -70,7 +70,8 @@ def lost(found: Found, cluster: Cluster, leaves_node: Estimate | None) -> list[s
         at, held = found.too_large.layout, found.too_large.memory
         lines.append(
             f"do not fit into {cluster.device.memory_gb:g} GB: {found.does_not_fit}, the nearest pp {at.pp} x "
-            f"tp {at.tp} x dp {at.dp}, micro-batch {at.micro_batch}, recompute {at.recompute}: {held.total / 1e9:.1f} GB"
+            f"tp {at.tp} x dp {at.dp}, micro-batch {at.micro_batch}, recompute {at.recompute}: "
+            f"{held.total / 1e9:.1f} GB"
         )
     if leaves_node is not None:
         lines.append(

@@ -36,8 +36,9 @@ def _mean(ranks: list[Share], of) -> float:
 def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> float:
     """Sequences are gathered before attention and a dense network and scattered after, forward and backward."""
     whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size
-    passes = 3 if layout.recompute == "full" else 2
-    exchanges = passes * 2 * (2 * share.dense + share.mixtures)
+    full = layout.recompute == "full"
+    exchanges = (3 if full else 2) * 2 * (2 * share.dense + share.mixtures)
+    exchanges -= full * share.dense  # a recomputation stops where all is there again, before a block's last exchange
     exchanges += 2 * share.first + 2 * share.last  # the embedding's output, and the norm's before the head
     loss = 12 * layout.micro_batch * layout.micro_batches * model.seq * share.last  # largest, sum and target's logit
     return (exchanges * whole + 2 * loss) * (layout.tp - 1) / layout.tp
@@ -76,5 +77,5 @@ def _experts(model: Architecture, layout: Layout, share: Share, size: int) -> fl
     """Rows to their experts and home, forward and backward."""
     tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.tp
     rows = tokens * model.top_k * (model.capacity or 1.0) * model.dim * size
-    passes = 6 if layout.recompute == "full" else 4
+    passes = 5 if layout.recompute == "full" else 4  # of a recomputation the way home is left out
     return share.mixtures * passes * rows * (layout.ep - 1) / layout.ep

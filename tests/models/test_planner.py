@@ -43,7 +43,7 @@ def test_parameters_are_those_of_the_module(config):
 
 
 @pytest.mark.parametrize(("l", "h", "a"), [(24, 2304, 24), (96, 12288, 96), (128, 25600, 160)])
-def test_formulas_of_the_paper(l, h, a):
+def test_formulas_of_the_paper(l, h, a):  # noqa: E741
     """PTD-P (arXiv:2104.04473), sections 5.1 and appendix: P and F; its P leaves out the last norm."""
     V, s, B = 51200, 2048, 512
     model = Architecture.dense(layers=l, dim=h, heads=a, vocab=V, seq=s)
@@ -180,7 +180,7 @@ def test_misfits_name_the_flag_and_the_remedy():
     model = Architecture.of(GPTConfig(layers=4))
     for layout, words in {
         Layout(tp=3): r"--heads \(4\) must be a multiple of --tp \(3\)",
-        Layout(ep=3, dp=3): r"--experts \(8\) must be a multiple of --ep",
+        Layout(ep=3, dp=4): r"--experts \(8\) must be a multiple of --ep",
         Layout(dp=3): r"--batch \(32\) must be a multiple of --dp x --micro-batch \(3\)",
         Layout(pp=8, micro_batches=32): r"--layers \(4\) cannot fill",
         Layout(pp=4, micro_batches=2): r"needs at least --pp \(4\) micro-batches",
