@@ -60,6 +60,7 @@ class Software:
     recompute: tuple[str, ...]  # what a search may choose from
     zero: tuple[int, ...]  # what a search may choose from
     schedules: tuple[str, ...]  # what a search may choose from
+    micro_batches: tuple[int, ...]  # sequences at a time that a search may choose from
     weight_bytes: float  # of a parameter in a step
     gradient_bytes: float
     optimizer_bytes: float  # of a parameter, moments and master weights

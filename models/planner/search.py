@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from ..pipeline.partition import PER_RANK
@@ -14,7 +15,7 @@ from .estimate import Estimate, Estimator
 from .layout import Layout, misfit
 from .placement import check_nodes, placements
 
-MICRO_BATCHES = tuple(2**i for i in range(8))  # sequences at a time; larger ones make products no faster
+WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
 ORDER = ("none", "selective", "full")  # each computes more twice than the one before, and holds less
 
@@ -61,9 +62,15 @@ def search(
     found = Found()
     estimators = [Estimator(model, cluster, batch, placement) for placement in placements(cluster)]
     for family in _families(model, cluster, gpus, batch, fixed, found):
-        for micro_batch in _micro_batches(batch // family["dp"], fixed):
+        fastest = inf
+        for micro_batch in _micro_batches(batch // family["dp"], cluster, fixed):
+            known = len(found.plans)
             if not _estimate(estimators, found, family | {"micro_batch": micro_batch, "dtype": dtype}, fixed):
                 break  # larger micro-batches need more still
+            for plan in found.plans[known:]:
+                if WORTH * fastest < plan.seconds < fastest:
+                    found.plans.pop()
+                fastest = min(fastest, plan.seconds)
     if not found.plans:
         raise ValueError(_nothing(found, cluster, gpus))
     found.plans.sort(key=lambda plan: plan.seconds)
@@ -133,14 +140,14 @@ def _schedules(model: Architecture, cluster: Cluster, pp: int, fixed: Mapping[st
                 yield schedule, fixed["virtual"]
             continue
         even = [v for v in range(least, model.layers // pp + 1) if model.layers % (pp * v) == 0]
-        fallback = [least] if pp * least <= model.layers else []
-        yield from ((schedule, v) for v in (even or fallback) if v <= (most or v))
+        uneven = [v for v in (least, 2 * least, 4 * least) if pp * v <= model.layers and (v == 1 or least > 1)]
+        yield from ((schedule, v) for v in (even or uneven) if v <= (most or v))
 
 
-def _micro_batches(sequences: int, fixed: Mapping[str, Any]) -> list[int]:
+def _micro_batches(sequences: int, cluster: Cluster, fixed: Mapping[str, Any]) -> list[int]:
     if "micro_batch" in fixed:
         return [fixed["micro_batch"]]
-    return [size for size in MICRO_BATCHES if sequences % size == 0]
+    return [size for size in sorted(cluster.software.micro_batches) if sequences % size == 0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,6 +1,8 @@
 """The planner against published runs: one set of constants a cluster, what is not published chosen by the search."""
 
+import published
 import pytest
+from published import tflops
 from turnout.dispatch.autoselect.profile import Message
 from turnout.models.planner import Architecture, Cluster, Estimate, search
 from turnout.models.planner.links import Group
@@ -17,67 +19,30 @@ def best(model: Architecture, gpus: int, batch: int, cluster: Cluster = SELENE, 
     return search(model, cluster, gpus, batch, fixed, "fp16").plans[0]
 
 
-def tflops(plan: Estimate) -> float:
-    return plan.to_json()["tflops_per_gpu"]
-
-
-# a, h, l, t, p, n, B, TFLOP/s a GPU: PTD-P (arXiv:2104.04473), table 1
-TABLE_1 = [
-    (24, 2304, 24, 1, 1, 32, 512, 137),
-    (32, 3072, 30, 2, 1, 64, 512, 138),
-    (32, 4096, 36, 4, 1, 128, 512, 142),
-    (48, 6144, 40, 8, 1, 256, 1024, 135),
-    (64, 8192, 48, 8, 2, 512, 1536, 138),
-    (80, 10240, 60, 8, 4, 1024, 1792, 140),
-    (96, 12288, 80, 8, 8, 1536, 2304, 148),
-    (128, 16384, 96, 8, 16, 1920, 2160, 155),
-    (128, 20480, 105, 8, 35, 2520, 2520, 163),
-    (160, 25600, 128, 8, 64, 3072, 3072, 163),
-]
-# ... table 2, PTD parallelism: 174.6 and 529.6 billion parameters
-TABLE_2 = [
-    (96, 12288, 96, 8, 12, 384, 1536, 153),
-    (96, 12288, 96, 8, 12, 768, 1536, 149),
-    (96, 12288, 96, 8, 12, 1536, 1536, 141),
-    (128, 20480, 105, 8, 35, 560, 2240, 171),
-    (128, 20480, 105, 8, 35, 1120, 2240, 167),
-    (128, 20480, 105, 8, 35, 2240, 2240, 159),
-]
-
-
-@pytest.mark.parametrize(("a", "h", "l", "t", "p", "n", "B", "published"), TABLE_1 + TABLE_2)
-def test_tables_of_ptdp(a, h, l, t, p, n, B, published):  # noqa: E741
-    plan = best(gpt(l, h, a), n, B, pp=p, tp=t)
-    assert tflops(plan) == pytest.approx(published, rel=0.10)
+@pytest.mark.parametrize("row", [*published.TABLE_1, *published.TABLE_2, published.GPT3], ids=str)
+def test_tables_of_ptdp(row):
+    plan = published.best(row, SELENE)
+    assert tflops(plan) == pytest.approx(row.published, rel=0.10)
     assert plan.memory.total <= 80e9
 
 
 def test_gpt3_takes_a_month():
     """PTD-P, section 5.1: 300 billion tokens on 1,024 GPUs at 140 TFLOP/s a GPU, 34 days by 8 T P / (n X)."""
-    plan = best(gpt(96, 12288, 96), 1024, 1536, pp=8, tp=8)
+    plan = published.best(published.GPT3, SELENE)
     days = 300e9 / plan.tokens * plan.seconds / 86400
     assert days == pytest.approx(34, rel=0.10)
     assert days == pytest.approx(8 * 300e9 * 174.6e9 / (1024 * tflops(plan) * 1e12) / 86400, rel=0.05)
 
 
-# h, a, l, p, v, n, B, seconds with all recomputed, and with attention alone: arXiv:2205.05198, table 5; t = 8
-LATER = [
-    (6144, 64, 48, 1, 1, 8, 4, 1.42, 1.10),
-    (12288, 96, 96, 8, 3, 64, 64, 18.13, 13.75),
-    (20480, 128, 105, 35, 3, 280, 280, 49.05, 37.83),
-    (25600, 160, 128, 64, 1, 512, 512, 94.42, 71.49),
-]
-
-
-@pytest.mark.parametrize(("h", "a", "l", "p", "v", "n", "B", "full", "selective"), LATER)
-def test_selective_recomputation_saves_as_much_as_published(h, a, l, p, v, n, B, full, selective):  # noqa: E741
+@pytest.mark.parametrize(("row", "selective", "virtual"), published.LATER, ids=str)
+def test_selective_recomputation_saves_as_much_as_published(row, selective, virtual):
     """The software of a year later, on the same machine: steps within 15 %, what is saved within 6 points."""
     seconds = {
-        mode: best(gpt(l, h, a), n, B, pp=p, tp=8, virtual=v, recompute=mode).seconds for mode in ("full", "selective")
+        mode: published.best(row, SELENE, virtual=virtual, recompute=mode).seconds for mode in ("full", "selective")
     }
-    assert seconds["full"] == pytest.approx(full, rel=0.15)
+    assert seconds["full"] == pytest.approx(row.published, rel=0.15)
     assert seconds["selective"] == pytest.approx(selective, rel=0.15)
-    assert 1 - seconds["selective"] / seconds["full"] == pytest.approx(1 - selective / full, abs=0.06)
+    assert 1 - seconds["selective"] / seconds["full"] == pytest.approx(1 - selective / row.published, abs=0.06)
 
 
 @pytest.mark.parametrize("batch", [32, 128])
@@ -148,9 +113,9 @@ def test_scatter_gather_gains_with_interleaving():
 def test_fused_operators_gain():
     """Section 5.8: 113 to 135 TFLOP/s (19 %) at 175 billion parameters, 133 to 148 (11 %) at 530 billion."""
     plain = SELENE.changed(["software.fused=false"])
-    for sizes, p, n, batch, published in (((96, 12288, 96), 12, 96, 96, 0.19), ((105, 20480, 128), 35, 280, 280, 0.11)):
+    for sizes, p, n, batch, gain in (((96, 12288, 96), 12, 96, 96, 0.19), ((105, 20480, 128), 35, 280, 280, 0.11)):
         fused, apart = (tflops(best(gpt(*sizes), n, batch, c, pp=p, tp=8)) for c in (SELENE, plain))
-        assert fused / apart - 1 == pytest.approx(published, abs=0.08)
+        assert fused / apart - 1 == pytest.approx(gain, abs=0.08)
 
 
 def test_2dh_against_linear_all_to_all():
