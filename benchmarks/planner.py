@@ -4,9 +4,9 @@
     python benchmarks/planner.py --measured runs.json      # compares once more, without starting anything
 
 One constant each is fitted to the first two runs: how fast a core computes, to one rank alone, and what its links
-cost, to two ranks of data parallelism. Memory that no tensor has is what the first run has beside them. All else is
-`clusters/laptop.toml`. Where there are more ranks than cores, a bubble costs nothing, since another rank computes
-meanwhile: a step then takes the work of all ranks over the cores.
+cost, to two ranks of data parallelism. So are the memory of a process without tensors, and what it holds beside each
+byte of activations. All else is `clusters/laptop.toml`. Where there are more ranks than cores, a bubble costs nothing,
+since another rank computes meanwhile: a step then takes the work of all ranks over the cores.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def measure(ranks: int, flags: str, steps: int) -> Run:
     sent: dict[str, float] = {}
     for key, size in found["sent_bytes"].items():
         axis, kind = key.split()
-        axis = "ep" if kind == "all_to_all" else axis.split("=")[0].split("_")[0]
+        if kind == "all_to_all":
+            axis = "ep"
+        elif "edp" in axis.split("=") and kind == "all_reduce":  # gradients of experts, along tp where dp is 1
+            axis = "dp"
+        axis = axis.split("=")[0].split("_")[0]
         sent[axis] = sent.get(axis, 0.0) + size
     seconds = parsed.batch * parsed.seq / found["tokens_per_s"]
     return Run(ranks, flags, seconds, found["memory_bytes"], sent)
@@ -119,9 +123,19 @@ def fit(runs: list[Run], cores: int) -> Cluster:
         return replace(computing, inside=wire)
 
     linked = links(_root(lambda speed: step(links(speed), cores, runs[1]) - runs[1].seconds))
-    held = estimate(linked, runs[0]).memory
-    reserve = (runs[0].memory - held.total) / 1e9 + linked.software.reserve_gb
-    return replace(linked, software=replace(linked.software, reserve_gb=max(0.0, reserve)))
+    return _with_memory(linked, runs[:2])
+
+
+def _with_memory(cluster: Cluster, runs: list[Run]) -> Cluster:
+    """What a process has beside tensors, and what it holds beside each byte of activations, from two runs."""
+    software = replace(cluster.software, reserve_gb=0.0, fragmentation=0.0)
+    bare = replace(cluster, software=software)
+    held = [estimate(bare, run).memory for run in runs]
+    kept = [memory.activations + memory.head for memory in held]
+    rest = [run.memory - memory.total for run, memory in zip(runs, held, strict=True)]  # a x + b for a bytes kept
+    slope = max(0.0, (rest[0] - rest[1]) / (kept[0] - kept[1]))
+    reserve = max(0.0, rest[0] - slope * kept[0]) / 1e9
+    return replace(cluster, software=replace(software, reserve_gb=reserve, fragmentation=slope))
 
 
 def _root(excess: Callable[[float], float]) -> float:
@@ -174,7 +188,7 @@ def main() -> None:
     print(
         f"{args.cores} cores; fitted: {1e3 * device.single_tflops:.1f} GFLOP/s and {device.memory_gbs:.2f} GB/s a "
         f"core, {device.kernel_us:.1f} us a kernel; links {inside.gbs:.3f} GB/s, {inside.step_us:.0f} us a collective; "
-        f"{cluster.software.reserve_gb:.3f} GB a process\n"
+        f"{cluster.software.reserve_gb:.3f} GB a process, {cluster.software.fragmentation:.2f} beside activations\n"
     )
     print(table(runs, cluster, args.cores))
 

@@ -54,6 +54,10 @@ LATER = [  # arXiv:2205.05198, table 5: seconds with full and with selective rec
     (Row(128, 25600, 160, 8, 64, 512, 512, 94.42), 71.49, 1),
 ]
 
+# Megatron-LM's README of 2024: GPT-3 with a vocabulary of 131,072 on H100, 1,152 sequences of 4,096 tokens: GPUs, MFU
+STRONG_SCALING = [(96, 0.47), (4608, 0.42)]
+GPT3_LONG = Architecture.dense(layers=96, dim=12288, heads=96, vocab=131072, seq=4096)
+
 
 def model(row: Row) -> Architecture:
     return Architecture.dense(layers=row.layers, dim=row.dim, heads=row.heads, vocab=51200, seq=2048)
@@ -100,11 +104,24 @@ def later(cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
+def strong_scaling() -> str:
+    lines = ["| GPUs | published MFU | planned | | layout |", "|---|---|---|---|---|"]
+    for gpus, published in STRONG_SCALING:
+        plan = search(GPT3_LONG, Cluster.load("h100"), gpus, 1152, {"tp": 8}).plans[0]
+        at = plan.layout
+        lines.append(
+            f"| {gpus} | {published:.0%} | {plan.mfu:.1%} | {plan.mfu / published - 1:+.1%} "
+            f"| p {at.pp}, d {at.dp}, v {at.virtual}, micro-batch {at.micro_batch}, {at.data} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     selene = Cluster.load("selene")
     print(f"PTD-P, table 1\n\n{rates(TABLE_1, selene)}\n")
     print(f"PTD-P, table 2 and GPT-3\n\n{rates([*TABLE_2, GPT3], selene)}\n")
-    print(f"Megatron-LM a year later\n\n{later(selene)}")
+    print(f"Megatron-LM a year later\n\n{later(selene)}\n")
+    print(f"Megatron-Core on H100\n\n{strong_scaling()}")
 
 
 if __name__ == "__main__":

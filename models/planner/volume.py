@@ -13,7 +13,7 @@ from .share import Share, shares
 
 
 def traffic(model: Architecture, layout: Layout) -> dict[str, float]:
-    """Bytes a step for each axis with more than one rank.
+    """Bytes a step for each axis along which something is sent; "dp" is "edp" as well, where experts are repeated.
 
     >>> gpt = Architecture.dense(layers=4, dim=128, heads=4, vocab=256, seq=128)
     >>> round(traffic(gpt, Layout(dp=2, dtype="fp32"))["dp"]) == 4 * gpt.parameters  # an all-reduce of two ranks
@@ -26,7 +26,7 @@ def traffic(model: Architecture, layout: Layout) -> dict[str, float]:
         "dp": _mean(ranks, lambda share: _data(model, layout, share, size)),
         "ep": _mean(ranks, lambda share: _experts(model, layout, share, size)),
     }
-    return {axis: sent[axis] for axis in sent if getattr(layout, axis) > 1 and sent[axis]}
+    return {axis: size for axis, size in sent.items() if size}
 
 
 def _mean(ranks: list[Share], of) -> float:

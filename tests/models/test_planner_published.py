@@ -45,6 +45,12 @@ def test_selective_recomputation_saves_as_much_as_published(row, selective, virt
     assert 1 - seconds["selective"] / seconds["full"] == pytest.approx(1 - selective / row.published, abs=0.06)
 
 
+@pytest.mark.parametrize(("gpus", "mfu"), published.STRONG_SCALING)
+def test_strong_scaling_on_h100(gpus, mfu):
+    plan = search(published.GPT3_LONG, Cluster.load("h100"), gpus, 1152, {"tp": 8}).plans[0]
+    assert plan.mfu == pytest.approx(mfu, rel=0.10)
+
+
 @pytest.mark.parametrize("batch", [32, 128])
 def test_takeaway_1_tensor_parallel_up_to_the_node_then_pipeline(batch):
     """Section 5.4.1: 162 billion parameters on 64 GPUs; best with t = 8, the node, and p = 8."""
