@@ -81,6 +81,8 @@ def _estimate(estimators: list[Estimator], found: Found, given: dict[str, Any], 
     """Estimate a layout with the least recomputation that fits, on the best nodes for it; False if none does."""
     estimator = estimators[0]
     given["micro_batches"] = estimator.batch // (given["dp"] * given["micro_batch"])
+    if given["schedule"] == "gpipe" and "schedule" not in fixed and given["micro_batches"] >= given["pp"] > 1:
+        return True  # 1f1b takes as long and holds less
     modes = [fixed["recompute"]] if "recompute" in fixed else estimator.cluster.software.recompute
     for recompute in sorted(modes, key=ORDER.index):
         layout = Layout(**given, recompute=recompute)

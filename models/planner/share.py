@@ -26,7 +26,8 @@ class Share(NamedTuple):
         """On a rank, of all that is no routed expert: split over tp, but for routers and shared experts."""
         split = self.blocks * model.attention_parameters + self.dense * model.ffn_parameters
         split += model.embedding_parameters * max(self.first, self.last)
-        return split / tp + self.mixtures * model.router_parameters
+        norm = self.last * model.dim * (2 if model.plain else 1)
+        return split / tp + norm + self.mixtures * model.router_parameters
 
     def expert_parameters(self, model: Architecture, layout: Layout) -> float:
         """On a rank, of routed experts."""
