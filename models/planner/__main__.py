@@ -190,6 +190,7 @@ def page(
         tables.memory_table(best, cluster),
         f"{save}, for examples/pretrain.py:\n\n{toml(model, best.layout, batch)}\nstart it with\n"
         + "\n".join(f"  {line}" for line in start_commands(best.layout, cluster.ranks_per_node, save)),
+        *tables.node_order(best),
     ]
     return "\n\n".join(parts)
 

@@ -145,9 +145,8 @@ class Estimator:
         # communication hides behind computing of the same micro-batch, and each axis only so far as the software can
         hidden = software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep
         exposed = max(tp + pp + ep - compute, tp + pp + ep - hidden)
-        mean = (
-            sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
-        )  # of a micro-batch on a rank, with what it waits for
+        # what a rank computes and waits for in a micro-batch, the mean over the pipeline
+        mean = sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
         idle = bubble(layout) * m * (mean - min(hidden, compute)) if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)

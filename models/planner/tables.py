@@ -98,6 +98,14 @@ def time_table(plan: Estimate) -> str:
     return "\n".join(["| part of a step | s |", "|---|---|", *rows, f"| the step | {plan.seconds:.4g} |"])
 
 
+def node_order(plan: Estimate) -> list[str]:
+    """The nodes to start and their order, where it is not simply the first ones."""
+    nodes = plan.placement.nodes(plan.layout) if plan.placement else []
+    if nodes == list(range(len(nodes))):
+        return []
+    return [f"on these nodes, in the order of torchrun's --node-rank: {', '.join(map(str, nodes))}"]
+
+
 def warnings(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]:
     """What is wrong, or unusual, with a layout."""
     at, per_node, found = plan.layout, cluster.ranks_per_node, []

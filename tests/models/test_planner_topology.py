@@ -4,6 +4,7 @@ import pytest
 from turnout.dispatch.autoselect.profile import Message
 from turnout.models import GPTConfig
 from turnout.models.planner import Architecture, Cluster, Estimator, Layout, search
+from turnout.models.planner.__main__ import main
 from turnout.models.planner.links import Group
 from turnout.models.planner.placement import Placement
 
@@ -58,6 +59,15 @@ def test_the_order_of_nodes_follows_the_pods():
     assert times[0].dp < times[1].dp
     found = search(MODEL, cluster, 128, 32, {"pp": 4, "tp": 8, "zero": 1}).plans[0]
     assert found.seconds <= min(Estimator(MODEL, cluster, 32, each)(found.layout).seconds for each in (stage, replica))
+
+
+def test_the_page_names_the_nodes(capsys):
+    flags = "--cluster h100 --layers 48 --dim 8192 --heads 64 --gpus 24 --batch 96 --tp 8"
+    lost = ["--set", "fabric.nodes=4", "--set", "fabric.down=[1]"]
+    assert main([*flags.split(), *lost]) == 0
+    assert "--node-rank: 0, 2, 3" in capsys.readouterr().out
+    assert main(flags.split()) == 0
+    assert "--node-rank" not in capsys.readouterr().out
 
 
 def test_rails_speak_for_2dh():
