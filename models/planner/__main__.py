@@ -187,7 +187,7 @@ def page(
         tables.table(found.plans[:top]),
         "why others lost:\n" + "\n".join(f"- {line}" for line in tables.lost(found, cluster, leaves)),
         tables.time_table(best),
-        tables.memory_table(best, cluster),
+        "\n\n".join([tables.memory_table(best, cluster), *tables.segments(model, cluster, best)]),
         f"{save}, for examples/pretrain.py:\n\n{toml(model, best.layout, batch)}\nstart it with\n"
         + "\n".join(f"  {line}" for line in start_commands(best.layout, cluster.ranks_per_node, save)),
         *tables.node_order(best),

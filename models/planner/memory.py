@@ -70,6 +70,22 @@ def memory(
     )
 
 
+def best_segment(blocks: int, kept: float, inside: float, in_flight: float = 1.0) -> int:
+    """Blocks in a segment of full recomputation with which a rank holds least: `recompute(every=...)`.
+
+    With c blocks in each, the micro-batches in flight keep blocks / c inputs each, and the segment in its backward all
+    that is inside: smallest at c = sqrt(l A_in / A_mid) for one in flight (PTD-P, section 3.5).
+
+    >>> best_segment(blocks=64, kept=1.0, inside=1.0)  # sqrt(l)
+    8
+    """
+
+    def held(size: int) -> float:
+        return in_flight * -(-blocks // size) * kept + size * inside
+
+    return min(range(1, blocks + 1), key=held)
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes that one block keeps of one micro-batch for its backward, on one rank.

@@ -7,7 +7,9 @@ from collections import Counter
 from .architecture import Architecture
 from .cluster import Cluster
 from .estimate import Estimate
+from .memory import Activations, best_segment
 from .search import Found
+from .share import in_flight
 
 REASONS = {  # what a part of the step is called where it is what a layout loses by
     "compute": "computing",
@@ -104,6 +106,22 @@ def node_order(plan: Estimate) -> list[str]:
     if nodes == list(range(len(nodes))):
         return []
     return [f"on these nodes, in the order of torchrun's --node-rank: {', '.join(map(str, nodes))}"]
+
+
+def segments(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]:
+    """What longer segments of full recomputation would hold, where they hold less."""
+    layout = plan.layout
+    if layout.recompute != "full" or model.moe_blocks:
+        return []
+    sequences = layout.tp > 1 and "full" in cluster.software.sequence_parallel
+    each = Activations(model, cluster, layout, sequences)
+    blocks, flying = -(-model.layers // layout.pp), in_flight(layout)
+    size = best_segment(blocks, each.kept(False), each.whole(False), flying)
+    if size == 1:
+        return []
+    held = flying * -(-blocks // size) * each.kept(False) + size * each.whole(False)
+    now = plan.memory.activations / 1e9
+    return [f'recompute(model, "full", every={size}) would hold {held / 1e9:.1f} GB of activations, not {now:.1f}']
 
 
 def warnings(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]:

@@ -1,11 +1,14 @@
 """The planner's parts: formulas against the modules that run, and against the papers they are from."""
 
 import dataclasses
+import math
 import re
 import tomllib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from turnout.dispatch.autoselect.profile import Flop, Link, Profile
 from turnout.models import GPT, GPTConfig, Stages
 from turnout.models.pipeline.partition import PER_RANK
@@ -13,7 +16,7 @@ from turnout.models.planner import Architecture, Cluster, Estimator, Layout, sea
 from turnout.models.planner.cluster import PRESETS, presets
 from turnout.models.planner.layout import misfit
 from turnout.models.planner.links import Group
-from turnout.models.planner.memory import Activations
+from turnout.models.planner.memory import Activations, best_segment
 from turnout.models.planner.roofline import Kernels
 from turnout.models.planner.share import bubble, in_flight, shares, stage_blocks
 from turnout.models.planner.simulator import StageTimes
@@ -68,6 +71,17 @@ def test_activations_of_the_papers(t):
     assert selective.kept(False) == pytest.approx(34 * sbh / t)
     full = Activations(GPT3, SELENE, dataclasses.replace(layout, recompute="full"), False)
     assert full.kept(False) == 2 * sbh
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kept", "inside", "flying"), [(96, 1.0, 34.0, 1), (64, 2.0, 2.0, 1), (48, 1, 10, 8)]
+)
+def test_segments_of_recomputation(blocks, kept, inside, flying):
+    """PTD-P, section 3.5: c = sqrt(l A_in / A_mid), a whole number near it."""
+    size = best_segment(blocks, kept, inside, flying)
+    assert abs(size - math.sqrt(flying * blocks * kept / inside)) < 2
+    held = [flying * -(-blocks // c) * kept + c * inside for c in range(1, blocks + 1)]
+    assert held[size - 1] == min(held)
 
 
 SCHEDULES = [
@@ -237,3 +251,39 @@ def test_a_probed_cluster_keeps_its_links():
     assert cluster.between.gbs == pytest.approx(1)
     assert cluster.inside.step_us == pytest.approx(10)
     assert cluster.device.peak("bf16") * cluster.device.product_share == pytest.approx(2e12)
+
+
+@given(
+    layers=st.integers(1, 24),
+    heads=st.sampled_from([1, 4, 12, 16]),
+    experts=st.sampled_from([0, 4, 6, 16]),
+    every=st.integers(1, 3),
+    gpus=st.sampled_from([1, 2, 6, 24]),
+    batch=st.sampled_from([1, 24, 64]),
+    cluster=st.sampled_from(["selene", "h100", "laptop"]),
+)
+@settings(max_examples=10)
+def test_any_search_finds_layouts_that_run_or_says_why(layers, heads, experts, every, gpus, batch, cluster):
+    config = GPTConfig(
+        layers=layers, dim=32 * heads, heads=heads, hidden=128, num_experts=experts or 8, moe_every=experts and every
+    )
+    model = Architecture.of(config)
+    plans, said = [], ""
+    try:
+        plans = search(model, Cluster.load(cluster), gpus, batch).plans
+    except ValueError as error:
+        said = str(error)
+    assert plans or "--" in said
+    seconds = [plan.seconds for plan in plans]
+    assert seconds == sorted(seconds)
+    for number, plan in enumerate(plans[:20]):
+        at, parts = plan.layout, plan.breakdown
+        assert at.ranks == gpus
+        assert at.micro_batch * at.micro_batches * at.dp == batch
+        assert misfit(at, model, batch) is None
+        assert plan.fits
+        assert 0 < plan.mfu < 1
+        assert min(dataclasses.astuple(parts)) >= 0
+        assert parts.exposed <= parts.tp + parts.pp + parts.dp + parts.ep + 1e-9
+        if at.pp > 1 and number < 2:  # the runtime cuts it as well
+            assert len(Stages.of(config, at.schedule, at.pp, at.virtual).blocks) == at.pp * at.virtual
