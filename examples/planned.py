@@ -7,6 +7,7 @@ from dataclasses import replace
 from options import Job
 from turnout.dispatch.autoselect.profile import Profile
 from turnout.models.planner import Architecture, Cluster, Estimate, Estimator, Layout, search, tables
+from turnout.models.planner.automatic import runnable
 from turnout.models.planner.layout import ZERO
 from turnout.models.planner.volume import traffic
 
@@ -49,9 +50,8 @@ def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
     Raises:
         ValueError: there is none, in the planner's words.
     """
-    found = search(
-        Architecture.of(job.config()), cluster_of(job, ranks_per_node), ranks, job.batch, dtype=dtype_of(job)
-    )
+    cluster = runnable(cluster_of(job, ranks_per_node))
+    found = search(Architecture.of(job.config()), cluster, ranks, job.batch, dtype=dtype_of(job))
     at = found.plans[0].layout
     return replace(
         job,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from .architecture import Architecture
 from .cluster import Cluster
 from .estimate import Estimate
 from .search import search
+
+DEVICES = {"H200": "h200", "H100": "h100", "B200": "gb200", "A100": "selene"}  # a part of a GPU's name: its preset
 
 
 class Planned(NamedTuple):
@@ -36,27 +39,34 @@ def planned(
 ) -> Planned:
     """Meshes over all ranks of the default group in the best layout; every rank must call it.
 
-    The search is the same on all ranks, so nothing is exchanged.
+    Rank 0 searches, and tells the others.
 
     Args:
         config: of the whole model.
         batch: sequences of a step, on all ranks together.
-        cluster: a preset, a file or a `Cluster`; None: "h100" on GPUs and "laptop" without.
+        cluster: a preset, a file or a `Cluster`; None: the preset of this GPU, "laptop" without, with the memory that
+            there is.
         ranks_per_node: torchrun's LOCAL_WORLD_SIZE; None: as the cluster has it.
         fixed: fields of a `Layout` that are not to be searched.
         dtype: "bf16", "fp16" or "fp32".
 
     Raises:
-        ValueError: no layout runs, or none fits into memory.
+        ValueError: no layout runs, or none fits into memory; on every rank.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = (
-        cluster if isinstance(cluster, Cluster) else Cluster.load(cluster or ("h100" if device == "cuda" else "laptop"))
-    )
-    if ranks_per_node:
-        found = replace(found, ranks_per_node=ranks_per_node)
-    plan = search(Architecture.of(config), found, dist.get_world_size(), batch, fixed, dtype).plans[0]
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = cluster if isinstance(cluster, Cluster) else Cluster.load(cluster) if cluster else here()
+            found = runnable(replace(found, ranks_per_node=ranks_per_node or found.ranks_per_node))
+            told = [search(Architecture.of(config), found, dist.get_world_size(), batch, fixed, dtype).plans[0]]
+        except ValueError as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    (plan,) = told
+    if isinstance(plan, ValueError):
+        raise plan
     at = plan.layout
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     meshes = Meshes.of(device, pp=at.pp, tp=at.tp, ep=at.ep, etp=at.etp, ranks_per_node=ranks_per_node)
     options = {
         "micro_batches": at.micro_batches,
@@ -66,3 +76,23 @@ def planned(
         "recompute": at.recompute,
     }
     return Planned(meshes, options, plan)
+
+
+def here() -> Cluster:
+    """The preset of this machine's devices, with the memory that one has."""
+    if not torch.cuda.is_available():
+        cluster = Cluster.load("laptop")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cluster.ranks_per_node
+    else:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name = next((preset for part, preset in DEVICES.items() if part in properties.name), "h100")
+        cluster, memory = Cluster.load(name), properties.total_memory
+    return replace(cluster, device=replace(cluster.device, memory_gb=memory / 1e9))
+
+
+def runnable(cluster: Cluster) -> Cluster:
+    """A cluster whose searches leave out the schedules that this torch does not run: those that `Pipeline` refuses."""
+    if torch.__version__ >= "2.13":
+        return cluster
+    schedules = tuple(name for name in cluster.software.schedules if name not in ("interleaved_zb", "zbv"))
+    return replace(cluster, software=replace(cluster.software, schedules=schedules))
