@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...moe.capacity import Capacity
 from ...moe.experts.activation import ACTIVATIONS
 from ..gpt import GPTConfig
 
@@ -78,7 +79,7 @@ class Architecture:
         """What a `GPT` of the library has."""
         moe = config.moe_every > 0
         name = config.moe.get("experts", "swiglu")
-        capacity = config.moe.get("capacity")
+        capacity = Capacity.of(config.moe.get("capacity"))
         shared = config.moe.get("shared", 0)
         return cls(
             layers=config.layers,
@@ -94,7 +95,7 @@ class Architecture:
             shared=shared if isinstance(shared, int) else 0,
             moe_every=config.moe_every,
             gated=ACTIVATIONS[name].gated if isinstance(name, str) else True,
-            capacity=capacity if isinstance(capacity, int | float) else 0.0,
+            capacity=(capacity.factor or 0.0) if capacity is not None and capacity.pad else 0.0,
         )
 
     @property

@@ -92,6 +92,8 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append(f"{model.kv_heads} heads of keys and values: GPTConfig(kv_heads={model.kv_heads})")
     if model.shared:
         differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
+    if model.capacity:
+        differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
     if model.experts and model.moe_every != 2:
         differs.append(f"a mixture in every {model.moe_every}. block: GPTConfig(moe_every={model.moe_every})")
     return (

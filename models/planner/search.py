@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
 from .cluster import Cluster
 from .estimate import Estimate, Estimator
-from .layout import Layout, misfit
+from .layout import DTYPES, RECOMPUTE, Layout, misfit
 from .placement import check_nodes, placements
 
 WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
@@ -57,6 +57,7 @@ def search(
         ValueError: nothing runs, or nothing fits into memory; the message says what does.
     """
     fixed = dict(fixed or {})
+    _check_names(fixed, dtype)
     _check(fixed, cluster, gpus, batch)
     check_nodes(cluster, gpus)
     found = Found()
@@ -70,7 +71,8 @@ def search(
             for plan in found.plans[known:]:
                 if WORTH * fastest < plan.seconds < fastest:
                     found.plans.pop()
-                fastest = min(fastest, plan.seconds)
+                else:
+                    fastest = min(fastest, plan.seconds)
     if not found.plans:
         raise ValueError(_nothing(found, cluster, gpus))
     found.plans.sort(key=lambda plan: plan.seconds)
@@ -154,6 +156,16 @@ def _micro_batches(sequences: int, cluster: Cluster, fixed: Mapping[str, Any]) -
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _check_names(fixed: Mapping[str, Any], dtype: str) -> None:
+    names = {field.name for field in fields(Layout)} - {"micro_batches", "dtype"}
+    if unknown := sorted(fixed.keys() - names):
+        raise ValueError(f"a layout has no {', '.join(unknown)}; fixed may have {', '.join(sorted(names))}")
+    choices = {"schedule": tuple(PER_RANK), "recompute": RECOMPUTE, "zero": (0, 1, 2, 3), "dtype": DTYPES}
+    for name, value in {**fixed, "dtype": dtype}.items():
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"--{name} must be one of {', '.join(map(str, choices[name]))}; got {value!r}")
 
 
 def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) -> None:

@@ -20,6 +20,7 @@ from turnout.models.planner.memory import Activations, best_segment
 from turnout.models.planner.roofline import Kernels
 from turnout.models.planner.share import bubble, in_flight, shares, stage_blocks
 from turnout.models.planner.simulator import StageTimes
+from turnout.moe import Capacity
 
 SELENE = Cluster.load("selene")
 GPT3 = Architecture.dense(layers=96, dim=12288, heads=96, vocab=51200, seq=2048)
@@ -43,6 +44,11 @@ def test_parameters_are_those_of_the_module(config):
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.active_parameters == model.active_parameters()
     assert planned.flops(1) == config.seq_len * model.flops_per_token()
+
+
+def test_only_padding_computes_more_rows():
+    for capacity, rows in ((None, 0.0), (1.25, 0.0), (Capacity(1.25, pad=True), 1.25)):
+        assert Architecture.of(GPTConfig(moe={"capacity": capacity})).capacity == rows
 
 
 @pytest.mark.parametrize(("l", "h", "a"), [(24, 2304, 24), (96, 12288, 96), (128, 25600, 160)])
@@ -210,6 +216,9 @@ def test_misfits_name_the_flag_and_the_remedy():
         search(GPT3, SELENE, 24, 24, {"pp": 5, "tp": 2})
     with pytest.raises(ValueError, match="--micro-batch must be positive"):
         search(GPT3, SELENE, 64, 64, {"micro_batch": 0})
+    for fixed, words in (({"schedule": "2f2b"}, "--schedule must be one of gpipe"), ({"vp": 2}, "a layout has no vp")):
+        with pytest.raises(ValueError, match=words):
+            search(GPT3, SELENE, 64, 64, fixed)
 
 
 @pytest.mark.parametrize("name", presets())
