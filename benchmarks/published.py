@@ -58,6 +58,28 @@ LATER = [  # arXiv:2205.05198, table 5: seconds with full and with selective rec
 STRONG_SCALING = [(96, 0.47), (4608, 0.42)]
 GPT3_LONG = Architecture.dense(layers=96, dim=12288, heads=96, vocab=131072, seq=4096)
 
+# Megatron-MoE-ModelZoo (github.com/yanring), best_practice/Qwen3: Qwen3-235B-A22B on 256 H100, 2,048 sequences: axes,
+# seconds. Its queries are twice as wide as its model, which `Architecture` does not have.
+QWEN3 = Architecture(
+    layers=94,
+    dim=4096,
+    heads=64,
+    kv_heads=4,
+    vocab=151936,
+    seq=4096,
+    ffn=12288,
+    experts=128,
+    top_k=8,
+    hidden=1536,
+    moe_every=1,
+)
+MIXTURES = [
+    ({"tp": 2, "ep": 32, "pp": 8, "virtual": 4, "micro_batch": 1}, 19.7),
+    ({"tp": 2, "ep": 8, "pp": 1, "zero": 3, "micro_batch": 4, "recompute": "full"}, 17.6),
+    ({"tp": 2, "ep": 8, "pp": 32, "micro_batch": 1}, 24.2),
+    ({"tp": 4, "ep": 8, "pp": 8, "micro_batch": 1}, 29.0),
+]
+
 
 def model(row: Row) -> Architecture:
     return Architecture.dense(layers=row.layers, dim=row.dim, heads=row.heads, vocab=51200, seq=2048)
@@ -116,12 +138,25 @@ def strong_scaling() -> str:
     return "\n".join(lines)
 
 
+def mixtures() -> str:
+    lines = ["| layout | published s | planned | | computing | all-to-all |", "|---|---|---|---|---|---|"]
+    for axes, published in MIXTURES:
+        plan = search(QWEN3, Cluster.load("h100"), 256, 2048, {"etp": 1, **axes}).plans[0]
+        given = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in axes.items())
+        lines.append(
+            f"| {given} | {published} | {plan.seconds:.1f} | {plan.seconds / published - 1:+.0%} "
+            f"| {plan.breakdown.compute:.1f} | {plan.breakdown.ep:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     selene = Cluster.load("selene")
     print(f"PTD-P, table 1\n\n{rates(TABLE_1, selene)}\n")
     print(f"PTD-P, table 2 and GPT-3\n\n{rates([*TABLE_2, GPT3], selene)}\n")
     print(f"Megatron-LM a year later\n\n{later(selene)}\n")
-    print(f"Megatron-Core on H100\n\n{strong_scaling()}")
+    print(f"Megatron-Core on H100\n\n{strong_scaling()}\n")
+    print(f"Qwen3-235B-A22B on H100\n\n{mixtures()}")
 
 
 if __name__ == "__main__":
