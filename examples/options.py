@@ -29,7 +29,8 @@ CHOICES = {
 }
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
-    *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "peak_tflops", "profile"),
+    *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
+    *("profile", "ranks"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
@@ -38,8 +39,8 @@ DEFINES_RUN = (
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
-    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "data_parallel", "recompute", "bf16", "fp16"),
-    *("overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
+    *("fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -79,6 +80,7 @@ class Job:
         int, "number of micro-batches that each rank cuts its part of the batch into; 0 takes one for each stage"
     ] = 0
     schedule: Annotated[str, "order in which the pipeline runs its micro-batches"] = "1f1b"
+    virtual: Annotated[int, "number of pipeline stages on each rank; 0 takes as few as the schedule allows"] = 0
     data_parallel: Annotated[str, "kind of data parallelism; all but replicate split states over ranks"] = "replicate"
     recompute: Annotated[str, "activations that the backward computes again, to save memory"] = "none"
     bf16: Annotated[bool, "compute in bfloat16"] = False
@@ -102,6 +104,14 @@ class Job:
     peak_tflops: Annotated[float, "peak TFLOP/s of one device, to log model FLOPs utilisation (MFU); 0 does not"] = 0.0
     profile: Annotated[int, f"number of steps to trace with torch's profiler, after {BEFORE} others; 0 traces none"] = 0
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
+    # what is planned
+    plan: Annotated[bool, "say what the job would take on --ranks of a --cluster, and start nothing"] = False
+    ranks: Annotated[int, "number of ranks to plan for; 0 takes those that are here"] = 0
+    cluster: Annotated[str, "cluster to plan for: a preset of turnout.models.planner, or a TOML file"] = "laptop"
+    links: Annotated[str, "links and products of that cluster as turnout.dispatch.autoselect.probe measured them"] = ""
+    elastic: Annotated[
+        bool, "take the layout that the planner finds for the ranks that are here, also at a restart"
+    ] = False
 
     def fit(self, ranks: int) -> Job:
         """Check the flags for this number of ranks, and return the job with `ep` and `micro_batches` filled in.
@@ -150,6 +160,8 @@ class Job:
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
+        if self.ranks and not self.plan:
+            raise ValueError(f"--ranks ({self.ranks}) is what --plan plans for; torchrun says how many ranks a job has")
         if self.profile and self.profile > self.steps - BEFORE:
             raise ValueError(
                 f"--profile ({self.profile}) must be at most {self.steps - BEFORE}: --steps less the {BEFORE} steps "
@@ -161,7 +173,12 @@ class Job:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
     def _fit_pipeline(self, micro_batches: int) -> None:
-        stages = self.pp * PER_RANK[self.schedule][0]
+        least, most = PER_RANK[self.schedule]
+        virtual = self.virtual or least
+        if virtual < least or virtual > (most or virtual):
+            some = least if most == least else f"{least} or more"
+            raise ValueError(f"--virtual ({self.virtual}): --schedule {self.schedule} runs {some} stages on each rank")
+        stages = self.pp * virtual
         if self.layers < stages:
             raise ValueError(
                 f"--layers ({self.layers}) must be at least {stages}: --schedule {self.schedule} cuts the model into "

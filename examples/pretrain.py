@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --config examples/configs/one_node.toml
+    python examples/pretrain.py --config examples/configs/cluster.toml --plan --ranks 512 --cluster h100
     python examples/pretrain.py --dense          # one rank, and a dense model of equal FLOPs per token
 
 The text is the source of Python's standard library, or the files of --data. Batches do not depend on the mesh, so the
@@ -24,6 +25,7 @@ from typing import Any
 import corpus
 import launch
 import options
+import planned
 import steps
 import torch
 import torch.distributed as dist
@@ -236,8 +238,15 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
         with redirect_stdout(None) if launch.RANK else nullcontext():  # only rank 0 prints --help
-            job = options.parse(about=__doc__).fit(launch.RANKS)
+            job = options.parse(about=__doc__)
+        if job.elastic:
+            job = planned.elastic(job, launch.RANKS, launch.RANKS_PER_NODE)
+        job = job.fit(ranks := job.ranks or launch.RANKS)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
+        if job.plan:
+            if launch.RANK == 0:
+                print(planned.plan(job, ranks, len(text[0])))
+            return 0
     except ValueError as error:
         launch.once(str(error))
         return REFUSED

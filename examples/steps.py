@@ -28,6 +28,7 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         meshes,
         micro_batches=job.micro_batches,
         schedule=job.schedule,
+        stages_per_rank=job.virtual or None,
         data=job.data_parallel,  # pyright: ignore[reportArgumentType]
         bf16=job.bf16,
         recompute=job.recompute,  # pyright: ignore[reportArgumentType]

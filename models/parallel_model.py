@@ -26,8 +26,10 @@ from .tensor_parallel import tensor_parallel
 
 def parallel_model(
     config: GPTConfig,
-    meshes: Meshes,
+    meshes: Meshes | None = None,
     *,
+    layout: Literal["auto"] | None = None,
+    batch: int | None = None,
     micro_batches: int = 1,
     schedule: str = "1f1b",
     stages_per_rank: int | None = None,
@@ -53,7 +55,11 @@ def parallel_model(
 
     Args:
         config: sizes of the whole model.
-        meshes: ranks of each kind of parallelism, from `Meshes.of`.
+        meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
+        layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
+            recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
+            takes what is given.
+        batch: number of sequences in a step, on all ranks together, which `layout` needs; None by default.
         micro_batches: number of micro-batches that each rank cuts its part of the batch into; 1 by default.
         schedule: pipeline schedule, ``"1f1b"`` by default (`Stages.of`). It has no effect with pp = 1.
         stages_per_rank: number of pipeline stages on each rank. None, the default, is the fewest for the schedule.
@@ -68,6 +74,16 @@ def parallel_model(
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
     """
+    if layout is not None:
+        from .planner.automatic import planned  # models are imported without the planner
+
+        if layout != "auto" or meshes is not None or batch is None:
+            raise ValueError(f'layout="auto" takes batch=, and no meshes; got layout={layout!r}, batch={batch}')
+        meshes, chosen, _ = planned(config, batch, dtype="bf16" if bf16 else "fp32")
+        micro_batches, schedule, stages_per_rank = (chosen[k] for k in ("micro_batches", "schedule", "stages_per_rank"))
+        data, recompute = chosen["data"], chosen["recompute"]
+    if meshes is None:
+        raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]

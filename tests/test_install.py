@@ -46,7 +46,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     info = f"turnout-{turnout.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"turnout", info}
     assert f"{info}/licenses/LICENSE" in names
-    sources = [path for room in ROOMS for kind in ("*.py", "*.cu", "*.cuh") for path in (ROOT / room).rglob(kind)]
+    sources = [
+        path for room in ROOMS for kind in ("*.py", "*.cu", "*.cuh", "*.toml") for path in (ROOT / room).rglob(kind)
+    ]
     expected = {f"turnout/{path.relative_to(ROOT).as_posix()}" for path in sources}
     expected |= {"turnout/__init__.py", "turnout/py.typed", "turnout/cuda/README.md"}
     assert {name for name in names if name.startswith("turnout/")} == expected

@@ -29,6 +29,7 @@ from turnout.models import checkpoint
 ANNOUNCED_BY_NOTHING = {
     *("out", "data", "resume", "allow_changes", "timeout"),
     *("eval_every", "eval_size", "save_every", "keep", "log_every", "peak_tflops", "tensorboard", "profile"),
+    *("plan", "ranks", "cluster", "links", "elastic"),
 }
 
 

@@ -1,0 +1,186 @@
+"""The sizes of a model, its parameters and its FLOPs: all that the planner knows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ...moe.capacity import Capacity
+from ...moe.experts.activation import ACTIVATIONS
+from ..gpt import GPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A decoder-only transformer, dense or with experts.
+
+    As a plain GPT (`dense`) it is the one of PTD-P: LayerNorm, biases, learned positions, GELU. Otherwise it is the
+    library's `GPT`: RMSNorm, no biases, rotary positions, gated activations. Embedding and head are one matrix.
+
+    Args:
+        layers, dim, heads: blocks l, model width D, attention heads.
+        kv_heads: heads of keys and values.
+        vocab, seq: tokens in the vocabulary, tokens in a sequence.
+        ffn: width of a dense block's feed-forward network.
+        experts: E of a mixture; 0: there is none.
+        top_k: experts that a token picks.
+        hidden: width H of one expert.
+        shared: experts of that width that every token visits.
+        moe_every: every n-th block is a mixture; 0: none.
+        gated: whether feed-forward networks have a gate projection.
+        plain: LayerNorm, biases and learned positions.
+        imbalance: tokens of the busiest rank's experts over the mean.
+        capacity: capacity factor with padding, so that an expert computes as many rows whatever comes; 0: dropless.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    seq: int
+    ffn: int
+    experts: int = 0
+    top_k: int = 0
+    hidden: int = 0
+    shared: int = 0
+    moe_every: int = 0
+    gated: bool = True
+    plain: bool = False
+    imbalance: float = 1.0
+    capacity: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "kv_heads", "vocab", "seq", "ffn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"--dim ({self.dim}) must be a multiple of --heads ({self.heads})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"--heads ({self.heads}) must be a multiple of --kv-heads ({self.kv_heads})")
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"--top-k ({self.top_k}) must lie between 1 and --experts ({self.experts})")
+        if self.experts and self.hidden < 1:
+            raise ValueError(f"--hidden, the width of an expert, must be positive; got {self.hidden}")
+
+    @classmethod
+    def dense(cls, *, layers: int, dim: int, heads: int, vocab: int, seq: int, ffn: int | None = None) -> Architecture:
+        """The GPT of PTD-P (arXiv:2104.04473), with a feed-forward width of 4 D unless it is given.
+
+        >>> gpt3 = Architecture.dense(layers=96, dim=12288, heads=96, vocab=51200, seq=2048)
+        >>> round(gpt3.parameters / 1e9, 1)
+        174.6
+        """
+        sizes = {"layers": layers, "dim": dim, "heads": heads, "kv_heads": heads, "vocab": vocab, "seq": seq}
+        return cls(**sizes, ffn=ffn or 4 * dim, gated=False, plain=True)
+
+    @classmethod
+    def of(cls, config: GPTConfig) -> Architecture:
+        """What a `GPT` of the library has."""
+        moe = config.moe_every > 0
+        name = config.moe.get("experts", "swiglu")
+        capacity = Capacity.of(config.moe.get("capacity"))
+        shared = config.moe.get("shared", 0)
+        return cls(
+            layers=config.layers,
+            dim=config.dim,
+            heads=config.heads,
+            kv_heads=config.kv_heads or config.heads,
+            vocab=config.vocab,
+            seq=config.seq_len,
+            ffn=config.top_k * config.hidden,
+            experts=config.num_experts if moe else 0,
+            top_k=config.top_k if moe else 0,
+            hidden=config.hidden if moe else 0,
+            shared=shared if isinstance(shared, int) else 0,
+            moe_every=config.moe_every,
+            gated=ACTIVATIONS[name].gated if isinstance(name, str) else True,
+            capacity=(capacity.factor or 0.0) if capacity is not None and capacity.pad else 0.0,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.dim // self.heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all keys."""
+        return self.head_dim * self.kv_heads
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of a feed-forward network."""
+        return 3 if self.gated else 2
+
+    @cached_property
+    def moe_blocks(self) -> int:
+        """Blocks that are mixtures of experts."""
+        return self.layers // self.moe_every if self.experts and self.moe_every else 0
+
+    def is_moe(self, index: int) -> bool:
+        """Whether a block, counted from 0, is a mixture of experts: the rule of `Block`."""
+        return bool(self.moe_blocks) and (index + 1) % self.moe_every == 0
+
+    @cached_property
+    def attention_parameters(self) -> int:
+        """Of a block: attention and both norms."""
+        matrices = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
+        return matrices + (2 * self.dim + 2 * self.kv_dim + 4 * self.dim if self.plain else 2 * self.dim)
+
+    @cached_property
+    def ffn_parameters(self) -> int:
+        """Of a dense block's feed-forward network."""
+        return self.matrices * self.dim * self.ffn + ((self.matrices - 1) * self.ffn + self.dim if self.plain else 0)
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Of the routed experts of one mixture."""
+        return self.experts * self.matrices * self.dim * self.hidden
+
+    @cached_property
+    def router_parameters(self) -> int:
+        """Of a mixture, what is no routed expert: the router and the shared experts."""
+        return self.dim * self.experts + self.matrices * self.dim * self.hidden * self.shared
+
+    @cached_property
+    def embedding_parameters(self) -> int:
+        """Of the embedding, which is the head as well, and of learned positions."""
+        return (self.vocab + (self.seq if self.plain else 0)) * self.dim
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        dense = self.layers - self.moe_blocks
+        mixtures = self.moe_blocks * (self.expert_parameters + self.router_parameters)
+        norm = self.dim * (2 if self.plain else 1)
+        blocks = self.layers * self.attention_parameters + dense * self.ffn_parameters + mixtures
+        return blocks + self.embedding_parameters + norm
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """That a token meets in matrix products, as `GPT.active_parameters` counts them, biases apart."""
+        ffn = self.matrices * self.dim * self.ffn
+        mixture = self.router_parameters + self.expert_parameters // max(self.experts, 1) * self.top_k
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
+        blocks = self.layers * attention + (self.layers - self.moe_blocks) * ffn + self.moe_blocks * mixture
+        return blocks + self.vocab * self.dim
+
+    def flops(self, sequences: float, recompute: str = "none") -> float:
+        """FLOPs of a step on so many sequences, attention unmasked as in `GPT.flops_per_token`.
+
+        With recompute "full" the blocks' forward counts twice: F = 96 B s l h^2 (1 + s / (6 h) + V / (16 l h)) of
+        PTD-P for its GPT. With "selective" the core of attention does (arXiv:2205.05198). "none" are the FLOPs of the
+        model, which `mfu` is made from.
+        """
+        core = 4 * self.layers * self.dim * self.seq  # forward, a token
+        head = 2 * self.vocab * self.dim
+        blocks = 2 * self.active_parameters - head + core
+        again = {"none": 0, "selective": core, "full": blocks}[recompute]
+        return sequences * self.seq * (3 * (blocks + head) + again)
+
+    def with_load(self, imbalance: float) -> Architecture:
+        """The same model, the busiest rank's experts having so many times the mean."""
+        if imbalance < 1:
+            raise ValueError(f"--imbalance is a largest load over the mean, and so at least 1; got {imbalance}")
+        return replace(self, imbalance=imbalance)

@@ -1,0 +1,302 @@
+"""A step of a layout: what it takes, where the time goes, and what a rank holds. The cost model, put together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from ...dispatch.autoselect.profile import Message
+from .architecture import Architecture
+from .block_time import Blocks, Time
+from .cluster import Cluster
+from .layout import Layout
+from .links import Group
+from .memory import Memory, memory, size_of
+from .placement import Placement
+from .roofline import Kernels
+from .share import Share, bubble, shares
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of a step: compute + pipeline_bubble + optimizer + exposed are the step.
+
+    Communication counts whole along each axis; `exposed` is the part of all axes that hides behind no computing.
+    """
+
+    compute: float = 0.0  # on the rank that has most to do
+    pipeline_bubble: float = 0.0
+    tp: float = 0.0
+    pp: float = 0.0
+    dp: float = 0.0
+    ep: float = 0.0
+    optimizer: float = 0.0
+    exposed: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.compute + self.pipeline_bubble + self.optimizer + self.exposed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is expected of a layout."""
+
+    layout: Layout
+    breakdown: Breakdown
+    memory: Memory
+    fits: bool
+    tokens: int  # of a step
+    flops: float  # of a step, with what is computed twice
+    model_flops: float  # of a step, each once
+    peak: float  # FLOP/s of a rank by the datasheet
+    transport: str = ""  # of rows to their experts
+    placement: Placement | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.breakdown.total
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak, each FLOP of the model counted once."""
+        return self.model_flops / self.seconds / self.layout.ranks / self.peak
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        layout = asdict(self.layout)
+        return {
+            "seconds_per_step": self.seconds,
+            "tflops_per_gpu": 1e-12 * self.flops / self.seconds / self.layout.ranks,
+            "mfu": self.mfu,
+            "tokens_per_s": self.tokens / self.seconds,
+            "memory_bytes": round(self.memory.total),
+            "bubble": bubble(self.layout) if self.layout.pp > 1 else 0.0,
+            "micro_batch": layout.pop("micro_batch"),
+            "virtual": layout.pop("virtual"),
+            "schedule": layout.pop("schedule"),
+            "breakdown": asdict(self.breakdown),
+        }
+
+
+class PerBlock(NamedTuple):
+    """Of one block and one micro-batch: seconds of computing, and of communication along tp and ep."""
+
+    time: Time
+    tp: float
+    ep: float
+
+    @property
+    def compute(self) -> float:
+        """Forward, backward and what is computed twice."""
+        return self.time.forward + self.time.backward
+
+
+class Estimator:
+    """Estimates layouts of one model on one cluster; what layouts share is computed once."""
+
+    def __init__(self, model: Architecture, cluster: Cluster, batch: int, placement: Placement | None = None) -> None:
+        self.model, self.cluster, self.batch = model, cluster, batch
+        self.placement = Placement(cluster) if placement is None else placement
+        self.block = cache(self._block)
+        self.ends = cache(self._ends)
+        self.shares = cache(self._shares)
+
+    def sequence_parallel(self, layout: Layout) -> bool:
+        """Whether norms and dropout run on parts of the sequences."""
+        return layout.tp > 1 and (layout.recompute in self.cluster.software.sequence_parallel)
+
+    def memory(self, layout: Layout) -> Memory:
+        """Of the rank that needs most: the first, with most in flight, or the last, with the head."""
+        ranks, sequences = self.shares(layout.pp, layout.virtual, layout.schedule), self.sequence_parallel(layout)
+        ends = [memory(self.model, self.cluster, layout, ranks[r], r, sequences) for r in {0, layout.pp - 1}]
+        return max(ends, key=lambda held: held.total)
+
+    def fits(self, held: Memory) -> bool:
+        """Whether a device has so much memory."""
+        return held.total <= 1e9 * self.cluster.device.memory_gb
+
+    def __call__(self, layout: Layout) -> Estimate:
+        """What a valid layout comes to."""
+        model, software = self.model, self.cluster.software
+        ranks = self.shares(layout.pp, layout.virtual, layout.schedule)
+        sequences = self.sequence_parallel(layout)
+        needs = self.memory(layout)
+        dense, mixture = self.blocks(layout)
+        embedding, head, reduced = self.ends(layout.tp, layout.micro_batch, layout.dtype, sequences)
+        m, p, v = layout.micro_batches, layout.pp, layout.virtual
+
+        def of(share: Share) -> tuple[float, float, float]:
+            """Seconds of a micro-batch on a rank: computing, and communication along tp and ep."""
+            compute = share.dense * dense.compute + share.first * sum(embedding) + share.last * sum(head)
+            tp, ep = share.dense * dense.tp + 2 * reduced * (share.first + share.last), 0.0
+            if mixture is not None:
+                compute += share.mixtures * mixture.compute
+                tp, ep = tp + share.mixtures * mixture.tp, share.mixtures * mixture.ep
+            return compute, tp, ep
+
+        times = {share: of(share) for share in set(ranks)}
+        compute, tp, ep = max(times.values(), key=sum)
+        send = self.send(layout, sequences)
+        pp = 2 * v * send if p > 1 else 0.0  # each stage on a rank sends its output, and gradients back
+        # communication hides behind computing of the same micro-batch, and each axis only so far as the software can
+        hidden = software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep
+        exposed = max(tp + pp + ep - compute, tp + pp + ep - hidden)
+        # what a rank computes and waits for in a micro-batch, the mean over the pipeline
+        mean = sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
+        idle = bubble(layout) * m * (mean - min(hidden, compute)) if p > 1 else 0.0
+        idle += 2 * (p - 1) * send  # first and last message of the way through the stages
+        dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
+        breakdown = Breakdown(
+            compute=m * compute,
+            pipeline_bubble=idle,
+            tp=m * tp,
+            pp=m * pp,
+            dp=dp,
+            ep=m * ep,
+            optimizer=optimizer,
+            exposed=m * exposed + dp_exposed,
+        )
+        return Estimate(
+            layout=layout,
+            breakdown=breakdown,
+            memory=needs,
+            fits=self.fits(needs),
+            tokens=self.batch * model.seq,
+            flops=model.flops(self.batch, layout.recompute),
+            model_flops=model.flops(self.batch),
+            peak=self.cluster.device.peak(layout.dtype),
+            transport=self.transport(layout)[0] if model.moe_blocks else "",
+            placement=self.placement,
+        )
+
+    def blocks(self, layout: Layout) -> tuple[PerBlock, PerBlock | None]:
+        """A dense block, and a mixture if there are any."""
+        halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
+        key = layout.tp, layout.ep, layout.etp, layout.micro_batch, layout.recompute, layout.dtype, halves, layout.ranks
+        return self.block(False, *key), self.block(True, *key) if self.model.moe_blocks else None
+
+    def stage(self, layout: Layout, blocks: range, first: bool, last: bool) -> tuple[float, float]:
+        """Seconds of a micro-batch in one stage, forward and backward, with what it waits for along tp and ep."""
+        dense, mixture = self.blocks(layout)
+        embedding, head, reduced = self.ends(
+            layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout)
+        )
+        ends = [embedding] * first + [head] * last
+        forward = sum(end.forward + reduced for end in ends)
+        backward = sum(end.backward + reduced for end in ends)
+        passes = 3 if layout.recompute == "full" else 2  # of which one is the forward
+        for index in blocks:
+            block = mixture if mixture is not None and self.model.is_moe(index) else dense
+            forward += block.time.forward + (block.tp + block.ep) / passes
+            backward += block.time.backward + (block.tp + block.ep) * (1 - 1 / passes)
+        return forward, backward
+
+    def group(self, size: int, stride: int, slowdown: float = 1.0) -> Group:
+        """Ranks along an axis."""
+        return Group(self.cluster, size, stride, slowdown)
+
+    def send(self, layout: Layout, sequences: bool) -> float:
+        """Seconds for the hidden states of a micro-batch to the next stage: `Boundary`."""
+        if layout.pp == 1:
+            return 0.0
+        whole = layout.micro_batch * self.model.seq * self.model.dim * size_of(layout.dtype)
+        there = self.group(layout.pp, layout.dp * layout.tp, self.placement.slowdown("pp", layout))
+        if sequences or layout.tp == 1:
+            return there.send(whole / layout.tp)
+        if not self.cluster.software.scatter_gather:
+            return there.send(whole)
+        return there.send(whole / layout.tp) + self.group(layout.tp, 1).all_gather(whole)
+
+    def transport(self, layout: Layout) -> tuple[str, float]:
+        """The transport that the runtime would take in a mixture, and seconds of its trips, forward and backward."""
+        model, size = self.model, size_of(layout.dtype)
+        tokens = layout.micro_batch * model.seq / layout.tp * (model.capacity or model.imbalance)
+        row = model.dim * size
+        group = self.group(layout.ep, layout.etp, self.placement.slowdown("ep", layout))
+        # etp ranks of an expert share their rows: gathered, and summed again on the way home
+        shared = self.group(layout.etp, 1).all_gather(tokens * model.top_k * layout.etp * row)
+        message = Message(max(1, round(tokens)), row, model.top_k, model.experts)
+        name, seconds = min(group.all_to_all(message).items(), key=lambda entry: entry[1])
+        return name, seconds + 4 * shared
+
+    def data(self, layout: Layout, ranks: list[Share], computing: float, one: float) -> tuple[float, float, float]:
+        """Seconds along dp in a step, those of them that nothing hides, and seconds of the optimizer's step."""
+        model, software, m = self.model, self.cluster.software, layout.micro_batches
+        fullest = max(
+            set(ranks), key=lambda s: s.dense_parameters(model, layout.tp) + s.expert_parameters(model, layout)
+        )
+        dense, experts = fullest.dense_parameters(model, layout.tp), fullest.expert_parameters(model, layout)
+        zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+        total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
+        slow = self.placement.slowdown("dp", layout)
+        for held, group in (
+            (dense, self.group(layout.dp, layout.tp, slow)),
+            (experts, self.group(layout.edp, layout.ep * layout.etp, slow)),
+        ):
+            if not zero:
+                total += group.all_reduce(wire * held)
+            else:  # reduce-scattered once a step, or after each micro-batch; gathered once, or twice a micro-batch
+                total += (m if zero > 1 else 1) * group.all_gather(wire * held)
+                total += (2 * m if zero > 2 else 1) * group.all_gather(size * held)
+        tied = 0.0
+        if layout.pp > 1:  # both ends have the embedding, and add up its gradients
+            matrix = wire * model.vocab * model.dim / layout.tp
+            tied = self.group(2, (layout.pp - 1) * layout.dp * layout.tp, slow).all_reduce(matrix)
+        # ZeRO 3 gathers during the whole step; else the first forward and the last backward are beside it
+        beside = computing if zero > 1 else one
+        exposed = max(total * (1 - software.dp_overlap), total - beside) + tied
+        own = dense / layout.dp + experts / layout.edp if zero else dense + experts
+        kernels = Kernels(self.cluster.device, self.cluster.device.peak(layout.dtype), size)
+        return total + tied, exposed, kernels.moved(software.step_bytes * own)
+
+    def parts(self, tp: int, micro_batch: int, dtype: str, sequences: bool) -> Blocks:
+        """The times of a micro-batch's parts."""
+        kernels = Kernels(self.cluster.device, self.cluster.device.peak(dtype), size_of(dtype))
+        return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences)
+
+    def _block(
+        self,
+        mixture: bool,
+        tp: int,
+        ep: int,
+        etp: int,
+        micro_batch: int,
+        recompute: str,
+        dtype: str,
+        halves: bool,
+        ranks: int,
+    ) -> PerBlock:
+        model = self.model
+        sequences = tp > 1 and recompute in self.cluster.software.sequence_parallel
+        parts = self.parts(tp, micro_batch, dtype, sequences)
+        core = parts.core()
+        inside = parts.mixture(ep, etp) if mixture else parts.feed_forward()
+        time = parts.attention() + core + inside
+        if recompute == "full":
+            time += (0.0, time.forward * (2 if halves else 1))  # in both halves of a backward
+        elif recompute == "selective":
+            again = core.forward
+            if mixture:
+                rows = micro_batch * model.seq / tp * model.top_k * etp * (model.capacity or model.imbalance)
+                experts = model.experts / ep
+                again += parts.experts(experts, rows / experts, model.hidden / etp, model.matrices - 1).forward
+            time += (0.0, again)
+        whole = micro_batch * model.seq * model.dim * size_of(dtype)
+        # forward and backward, 8 b s h (t - 1) / t numbers of a dense block (PTD-P, section 3.2)
+        times = (2 if not mixture else 1) * (3 if recompute == "full" else 2)
+        layout = Layout(tp=tp, dp=ranks // tp, ep=ep, etp=etp, micro_batch=micro_batch, dtype=dtype)
+        trip = self.transport(layout)[1] * (1.5 if recompute == "full" else 1.0) if mixture else 0.0
+        return PerBlock(time, times * self.group(tp, 1).all_reduce(whole), trip)
+
+    def _ends(self, tp: int, micro_batch: int, dtype: str, sequences: bool) -> tuple[Time, Time, float]:
+        """Embedding, head, and an all-reduce between tensor-parallel ranks at either."""
+        parts = self.parts(tp, micro_batch, dtype, sequences)
+        whole = micro_batch * self.model.seq * self.model.dim * size_of(dtype)
+        return parts.embedding(), parts.head(), self.group(tp, 1).all_reduce(whole)
+
+    def _shares(self, pp: int, virtual: int, schedule: str) -> list[Share]:
+        return shares(self.model, Layout(pp=pp, virtual=virtual, schedule=schedule))

@@ -1,0 +1,121 @@
+"""The TOML file of `examples/pretrain.py`: read for its model, written for a layout."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...moe import Balance
+from ..gpt import GPTConfig
+from .architecture import Architecture
+from .layout import Layout
+
+MODEL = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor", "dense")
+LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
+OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
+    *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
+    *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
+    *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
+    "links",
+)
+
+
+class JobFile(NamedTuple):
+    """What a file says of a job."""
+
+    model: Architecture
+    batch: int  # sequences of a step
+    dtype: str
+    layout: tuple[str, ...]  # keys of a layout that it gives as well
+
+    @classmethod
+    def read(cls, path: str | Path) -> JobFile:
+        """ValueError if the file is no TOML, or has keys that are no flags of the job."""
+        try:
+            given = {name.replace("-", "_"): value for name, value in tomllib.loads(Path(path).read_text()).items()}
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"--config {path}: {error}") from None
+        known = {*MODEL, *LAYOUT, *OTHERS, "batch", "bf16", "fp16"}
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(
+                f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
+            )
+        names = {"seq": "seq_len", "experts": "num_experts"}
+        sizes = {names.get(key, key): given[key] for key in MODEL[:7] if key in given}
+        moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
+        config = GPTConfig(**sizes, moe_every=0 if given.get("dense") else 2, moe=moe)
+        dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
+        stated = tuple(key for key in LAYOUT if key in given)
+        return cls(Architecture.of(config), given.get("batch", 32), dtype, stated)
+
+
+def toml(model: Architecture, layout: Layout, batch: int) -> str:
+    """A file for the job, with what it has no flag for in comments."""
+    values: dict[str, Any] = {
+        "batch": batch,
+        "seq": model.seq,
+        "dim": model.dim,
+        "layers": model.layers,
+        "heads": model.heads,
+        "hidden": model.hidden or model.ffn,
+        "experts": model.experts or None,
+        "top-k": model.top_k or None,
+        "dense": None if model.experts else True,
+        "capacity-factor": model.capacity or None,
+        "pp": layout.pp,
+        "tp": layout.tp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+        "micro-batches": layout.micro_batches,
+        "schedule": layout.schedule,
+        "virtual": layout.virtual if layout.pp > 1 else None,
+        "data-parallel": layout.data,
+        "recompute": layout.recompute,
+        "bf16": layout.dtype == "bf16" or None,
+        "fp16": layout.dtype == "fp16" or None,
+    }
+    if not model.experts:  # the job's dense model is top_k * hidden wide
+        values["top-k"] = 1
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    return "\n".join([*_not_in_the_job(model), *lines]) + "\n"
+
+
+def _not_in_the_job(model: Architecture) -> list[str]:
+    """Comments on what of the model examples/pretrain.py would build otherwise."""
+    differs = []
+    if model.vocab != 256:
+        differs.append(f"a vocabulary of {model.vocab:,}: the job reads bytes, 256")
+    if model.plain:
+        differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
+    if model.kv_heads != model.heads:
+        differs.append(f"{model.kv_heads} heads of keys and values: GPTConfig(kv_heads={model.kv_heads})")
+    if model.shared:
+        differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
+    if model.capacity:
+        differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
+    if model.experts and model.moe_every != 2:
+        differs.append(f"a mixture in every {model.moe_every}. block: GPTConfig(moe_every={model.moe_every})")
+    return (
+        ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)]
+        if differs
+        else []
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def start_commands(layout: Layout, ranks_per_node: int, file: str) -> list[str]:
+    """Shell commands that start the job on a layout: torchrun, and SLURM where there are several nodes."""
+    per_node = min(layout.ranks, ranks_per_node)
+    nodes = -(-layout.ranks // per_node)
+    if nodes == 1:
+        return [f"torchrun --standalone --nproc-per-node {per_node} examples/pretrain.py --config {file}"]
+    return [
+        f"NODES={nodes} GPUS={per_node} HEAD=node0:29500 bash examples/multi_node.sh --config {file}  # on each node",
+        f"GPUS={per_node} sbatch --nodes={nodes} --gpus-per-node={per_node} examples/slurm.sh --config {file}",
+    ]

@@ -1,0 +1,111 @@
+"""A layout: how a step is spread over the ranks, and whether it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data_parallel import Data
+from ..pipeline.partition import PER_RANK
+from .architecture import Architecture
+
+ZERO: tuple[Data, ...] = ("replicate", "zero1", "zero2", "fsdp")  # by ZeRO's stage
+RECOMPUTE = ("none", "selective", "full")
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the axes, as for `Meshes.of`, and the options of a step.
+
+    Attributes:
+        pp, tp, dp, ep, etp: ranks along each axis; dp * tp * pp are all, and edp * ep * etp = dp * tp.
+        micro_batch: sequences that a rank takes at a time, b.
+        micro_batches: of a step, m.
+        virtual: stages on each rank, v.
+        schedule: a name of `SCHEDULES`.
+        recompute: "none", "selective" or "full".
+        zero: stage of ZeRO, 0 to 3.
+        dtype: "bf16", "fp16" or "fp32".
+    """
+
+    pp: int = 1
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+    micro_batch: int = 1
+    micro_batches: int = 1
+    virtual: int = 1
+    schedule: str = "1f1b"
+    recompute: str = "none"
+    zero: int = 0
+    dtype: str = "bf16"
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.pp * self.tp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Ranks that repeat the same experts."""
+        return self.dp * self.tp // (self.ep * self.etp)
+
+    @property
+    def data(self) -> Data:
+        """The name of the ZeRO stage in `data_parallel`."""
+        return ZERO[self.zero]
+
+
+def misfit(layout: Layout, model: Architecture, batch: int) -> str | None:
+    """What keeps a layout from running, naming the flag and the remedy; None if nothing does."""
+    # a generator, so that the first problem is all that is computed in a search
+    return next(_misfits(layout, model, batch), None)
+
+
+def _misfits(layout: Layout, model: Architecture, batch: int):
+    at = layout
+
+    def divides(what: str, whole: int, by: str, part: int):
+        if whole % part:
+            yield f"{what} ({whole}) must be a multiple of {by} ({part}); choose a divisor of {whole}"
+
+    yield from divides("--heads", model.heads, "--tp", at.tp)
+    yield from divides("--kv-heads", model.kv_heads, "--tp", at.tp)
+    yield from divides("--vocab", model.vocab, "--tp", at.tp)
+    yield from divides("--seq", model.seq, "--tp", at.tp)
+    if model.layers > model.moe_blocks:
+        yield from divides("--ffn", model.ffn, "--tp", at.tp)
+    yield from divides("--batch", batch, "--dp x --micro-batch", at.dp * at.micro_batch)
+    if model.experts:
+        yield from divides("--experts", model.experts, "--ep", at.ep)
+        yield from divides("--hidden", model.hidden, "--etp", at.etp)
+        yield from divides("dp x tp", at.dp * at.tp, "--ep x --etp", at.ep * at.etp)
+    elif at.ep * at.etp > 1:
+        yield f"--ep ({at.ep}) and --etp ({at.etp}) split experts, and the model has none; leave them at 1"
+    least, most = PER_RANK[at.schedule]
+    if at.pp == 1:
+        if at.virtual > 1:
+            yield f"--virtual ({at.virtual}) needs a pipeline; with --pp 1 leave it at 1"
+        return
+    if at.virtual < least or (most and at.virtual > most):
+        some = least if most == least else f"{least} or more"
+        yield f"--virtual ({at.virtual}): --schedule {at.schedule} runs {some} stages on each rank"
+    if model.layers < at.pp * at.virtual:
+        yield (
+            f"--layers ({model.layers}) cannot fill --pp x --virtual = {at.pp * at.virtual} stages; "
+            "use a smaller --pp or --virtual"
+        )
+    if at.schedule == "gpipe":
+        return
+    if at.micro_batches < at.pp:
+        yield (
+            f"--schedule {at.schedule} needs at least --pp ({at.pp}) micro-batches, and --batch {batch} / (dp {at.dp} "
+            f"x --micro-batch {at.micro_batch}) is {at.micro_batches}; use a larger --batch, a smaller --pp, or gpipe"
+        )
+    elif at.schedule.startswith("interleaved") and at.micro_batches % (at.micro_batches // at.pp):
+        yield (
+            f"--schedule {at.schedule} runs {at.micro_batches} micro-batches on --pp {at.pp} in "
+            f"{at.micro_batches // at.pp} equal rounds; choose --batch and --micro-batch so that they are a multiple "
+            f"of {at.pp}"
+        )

@@ -1,0 +1,90 @@
+"""What one rank has of a model: blocks, parameters, and the micro-batches it holds at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..pipeline.partition import cut
+from .architecture import Architecture
+from .layout import Layout
+
+
+class Share(NamedTuple):
+    """Of the rank that has most of a kind; with pp = 1 all ranks have the same."""
+
+    dense: int  # blocks with a dense feed-forward network
+    mixtures: int  # blocks with experts
+    first: bool  # has the embedding
+    last: bool  # has the head
+
+    @property
+    def blocks(self) -> int:
+        """All of them."""
+        return self.dense + self.mixtures
+
+    def dense_parameters(self, model: Architecture, tp: int) -> float:
+        """On a rank, of all that is no routed expert: split over tp, but for routers and shared experts."""
+        split = self.blocks * model.attention_parameters + self.dense * model.ffn_parameters
+        split += model.embedding_parameters * max(self.first, self.last)
+        norm = self.last * model.dim * (2 if model.plain else 1)
+        return split / tp + norm + self.mixtures * model.router_parameters
+
+    def expert_parameters(self, model: Architecture, layout: Layout) -> float:
+        """On a rank, of routed experts."""
+        return self.mixtures * model.expert_parameters / (layout.ep * layout.etp)
+
+
+def shares(model: Architecture, layout: Layout) -> list[Share]:
+    """Of each rank along pp, in order; stages are cut as `Stages` cuts them."""
+    p, v = layout.pp, layout.virtual
+    stages = stage_blocks(model, p * v)
+    ranks = []
+    for rank in range(p):
+        own = [rank, 2 * p - 1 - rank] if layout.schedule == "zbv" else list(range(rank, p * v, p))
+        if p == 1:
+            own = list(range(len(stages)))
+        blocks = [block for stage in own for block in stages[stage]]
+        mixtures = sum(map(model.is_moe, blocks))
+        ranks.append(Share(len(blocks) - mixtures, mixtures, 0 in own, len(stages) - 1 in own))
+    return ranks
+
+
+def stage_blocks(model: Architecture, number: int) -> list[range]:
+    """The blocks of each stage, as `Stages.of` cuts a model into so many."""
+    head = model.vocab * model.dim
+    block = (model.active_parameters - head) // model.layers
+    size, rest = divmod(model.layers, number)
+    if not rest and head <= block:  # equal stages are what `cut` finds, in much less time
+        return [range(size * index, size * (index + 1)) for index in range(number)]
+    costs = [block] * model.layers
+    costs[-1] += head
+    return list(cut(costs, number))
+
+
+def in_flight(layout: Layout, rank: int = 0) -> float:
+    """Micro-batches, each of all the layers of a rank, whose activations it holds at its fullest.
+
+    The table of docs/explanations/pipeline.md; the simulator counts the same from the schedules' actions.
+    """
+    p, m, v = layout.pp, layout.micro_batches, layout.virtual
+    if p == 1:
+        return 1.0
+    if layout.schedule == "gpipe":
+        return float(m)
+    if layout.schedule == "1f1b":
+        return float(min(m, p - rank))
+    if layout.schedule == "interleaved1f1b":
+        return min(float(m), p + (p - 1 - 2 * rank) / v)
+    return float(min(m, p))
+
+
+def bubble(layout: Layout) -> float:
+    """Time that a rank waits for others in a step, over the time it computes (PTD-P, section 2.2).
+
+    Zero-bubble schedules fill a third of it from either half of the backward (arXiv:2401.10241); from the first
+    rank's start to the last one's end they keep a third.
+    """
+    p, m, v = layout.pp, layout.micro_batches, layout.virtual
+    if layout.schedule in ("gpipe", "1f1b"):
+        return (p - 1) / m
+    return (p - 1) / (m * v * (1 if layout.schedule == "interleaved1f1b" else 3))

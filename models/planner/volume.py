@@ -1,0 +1,81 @@
+"""Bytes that a rank sends in a step, by axis: what the library's own layers and wrappers exchange.
+
+Collectives count as `examples/traffic.py` counts them: (n - 1) / n of the whole for an all-gather, a reduce-scatter or
+an all-to-all, twice that for an all-reduce; a message whole. The mean over ranks, with an even load.
+"""
+
+from __future__ import annotations
+
+from .architecture import Architecture
+from .layout import Layout
+from .memory import size_of
+from .share import Share, shares
+
+
+def traffic(model: Architecture, layout: Layout) -> dict[str, float]:
+    """Bytes a step for each axis along which something is sent; "dp" is "edp" as well, where experts are repeated.
+
+    >>> gpt = Architecture.dense(layers=4, dim=128, heads=4, vocab=256, seq=128)
+    >>> round(traffic(gpt, Layout(dp=2, dtype="fp32"))["dp"]) == 4 * gpt.parameters  # an all-reduce of two ranks
+    True
+    """
+    ranks, size = shares(model, layout), size_of(layout.dtype)
+    sent = {
+        "tp": _mean(ranks, lambda share: _tensor(model, layout, share, size)),
+        "pp": _pipeline(model, layout, size),
+        "dp": _mean(ranks, lambda share: _data(model, layout, share, size)),
+        "ep": _mean(ranks, lambda share: _experts(model, layout, share, size)),
+    }
+    return {axis: size for axis, size in sent.items() if size}
+
+
+def _mean(ranks: list[Share], of) -> float:
+    return sum(map(of, ranks)) / len(ranks)
+
+
+def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> float:
+    """Sequences are gathered before attention and a dense network and scattered after, forward and backward."""
+    whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size
+    full = layout.recompute == "full"
+    exchanges = (3 if full else 2) * 2 * (2 * share.dense + share.mixtures)
+    exchanges -= full * share.dense  # a recomputation stops where all is there again, before a block's last exchange
+    exchanges += 2 * share.first + 2 * share.last  # the embedding's output, and the norm's before the head
+    loss = 12 * layout.micro_batch * layout.micro_batches * model.seq * share.last  # largest, sum and target's logit
+    return (exchanges * whole + 2 * loss) * (layout.tp - 1) / layout.tp
+
+
+def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
+    """Each boundary between ranks is crossed forward and backward; both ends add up the embedding's gradient."""
+    p, v = layout.pp, layout.virtual
+    whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size / layout.tp
+    crossed = 2 * (p - 1) if layout.schedule == "zbv" else p * v - 1
+    tied = 0 if layout.schedule == "zbv" else 2 * 4 * model.vocab * model.dim / layout.tp
+    return (2 * crossed * whole + tied) / p if p > 1 else 0.0
+
+
+def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float:
+    """Gradients travel in float32, gathered parameters in the computing dtype."""
+    total = 0.0
+    zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+    root = (model.vocab * model.dim / layout.tp + model.dim) * max(share.first, share.last)
+    for held, number, whole in (
+        (share.dense_parameters(model, layout.tp), layout.dp, root),
+        (share.expert_parameters(model, layout), layout.edp, 0.0),
+    ):
+        if not zero:
+            sent = 2 * 4 * held
+        else:
+            m = layout.micro_batches
+            # a block is gathered before its forward and its backward; what is not in a block, once
+            gathers = m * (2 * held - whole) if zero == 3 else held
+            sent = 4 * held * (m if zero > 1 else 1) + size * gathers
+        total += sent * (number - 1) / number
+    return total
+
+
+def _experts(model: Architecture, layout: Layout, share: Share, size: int) -> float:
+    """Rows to their experts and home, forward and backward."""
+    tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.tp
+    rows = tokens * model.top_k * (model.capacity or 1.0) * model.dim * size
+    passes = 5 if layout.recompute == "full" else 4  # of a recomputation the way home is left out
+    return share.mixtures * passes * rows * (layout.ep - 1) / layout.ep
