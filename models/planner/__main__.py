@@ -18,7 +18,7 @@ from .cluster import Cluster, presets
 from .estimate import Estimate
 from .job_file import JobFile, start_commands, toml
 from .layout import DTYPES, RECOMPUTE, ZERO
-from .replay import replay
+from .timeline import replay
 from .search import Found, search
 
 AXES = {

@@ -119,7 +119,7 @@ def test_sending_takes_time_in_the_simulator():
 
 
 def test_the_step_agrees_with_a_replay_of_its_schedule():
-    from turnout.models.planner.replay import replay
+    from turnout.models.planner.timeline import replay
 
     for schedule, v in (("1f1b", 1), ("interleaved1f1b", 3)):
         plan = search(GPT3, SELENE, 64, 32, {"pp": 8, "tp": 8, "schedule": schedule, "virtual": v}).plans[0]
