@@ -34,11 +34,13 @@ class Note:
     """One rank's view of the exchange to come: everything that must be equal, and whether it takes part."""
 
     state: int  # 0 takes part, 1 has NaN among its weights, 2 raised an error of its own
-    model: int  # these five are the `Visit`: which layer, which forward; -1 if the layer has no place
+    model: int  # these seven are the `Visit`: which layer, which forward; -1 if the layer has no place
     layer: int
     forward: int
     training: int
     chunks: int
+    parallelism: int  # which weights are gathered
+    shadow: int
     dim: int
     dtype: int
     grad: int  # 1 where a backward will follow: the way back has collectives as well
@@ -47,7 +49,7 @@ class Note:
 
     @classmethod
     def tensor(cls, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """The note for x [T, D] and weight [T, k], int64 [11] on x's device, without a host sync."""
+        """The note for x [T, D] and weight [T, k], int64 [13] on x's device, without a host sync."""
         padded = -1 if plan.capacity is None else plan.capacity
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
@@ -66,8 +68,9 @@ NOTE = len(Note.__dataclass_fields__)  # int64 numbers a note takes
 
 def _which(visit: Visit | None) -> list[int]:
     if visit is None:
-        return [-1] * 5
-    return [visit.place.model, visit.place.layer, visit.forward, int(visit.training), visit.chunks]
+        return [-1] * 7
+    here = [visit.place.model, visit.place.layer, visit.forward, int(visit.training), visit.chunks]
+    return [*here, visit.parallelism, visit.shadow]
 
 
 def _copied(numbers: list[int], device: torch.device) -> Tensor:
@@ -95,7 +98,7 @@ def agree(notes: list[list[int]], visit: Visit | None = None, equal_tokens: bool
         if note.met >= 0:
             why = f"in {_layer(note, visit)} met a rank in {_layer(replace(note, layer=note.met), visit)}"
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
-    if len({(note.model, note.layer, note.forward, note.training, note.chunks) for note in ranks}) > 1:
+    if len({replace(note, state=0, dim=0, dtype=0, grad=0, capacity=0, met=0) for note in ranks}) > 1:
         _check_visits(ranks, visit)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
         raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
@@ -154,6 +157,16 @@ def _check_visits(ranks: list[Note], visit: Visit | None) -> None:
         lambda note: note.chunks,
         lambda note: f"{_layer(note, visit)}, in {note.chunks} chunks",
         "Give OverlapDispatcher the same degree on all ranks",
+    )
+    differ(
+        lambda note: note.parallelism,
+        lambda note: f"{_layer(note, visit)}, parallelism {note.parallelism}",
+        "Set layer.parallelism to the same number on all ranks",
+    )
+    differ(
+        lambda note: note.shadow,
+        lambda note: f"{_layer(note, visit)}, {f'shadow set {note.shadow}' if note.shadow else 'without shadow'}",
+        "Set layer.shadow to the same experts on all ranks",
     )
 
 

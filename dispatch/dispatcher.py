@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .place import Place, Visit
 from .plan import Plan
-from .steps import Ready, Steps, finish, refuse
+from .steps import Ready, Steps, announce, finish, refuse
 from .torch_internals import mark_dynamic
 from .traced import Sealed, outside
 
@@ -80,6 +80,13 @@ class Dispatcher(ABC):
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
         return self._combine(rows, *receipt.content)
 
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """Agree with the other ranks on a forward in which no rows travel: experts come here (`WeightTravel`).
+
+        Ranks exchange what they exchange before rows leave, so that all of them hear of one that fails or disagrees.
+        """
+        self.dispatch(x, plan.without_rows(), weight)
+
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:  # noqa: B027
         """Tell the other ranks that this one has failed before its dispatch, so that none waits for it."""
 
@@ -120,6 +127,10 @@ class SteppedDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Rows [R, D] from all ranks for the experts of this one; raises DispatchError on every rank."""
         return finish(self.dispatch_steps(x, plan, weight), plan.visit)
+
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """Exchange notes and sizes, and stop where rows would leave."""
+        announce([self.dispatch_steps(x, plan.without_rows(), weight)], plan.visit)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         """Rows [R, D] back by the way they came, summed per token -> [T, D]."""

@@ -42,6 +42,9 @@ class TensorParallelDispatcher(SteppedDispatcher):
     The order of rows, (expert, rank of the group, as from `inner`), is the same on all its ranks. Each dispatch
     costs a second host sync, for the sizes inside the group.
 
+    A layer's `parallelism` r below t gathers slices: t / r ranks next to each other then have the same, wider one, and
+    rows visit one rank of each such block (`WeightTravel`). Sizes and notes go to all t ranks whatever r is.
+
     Args:
         inner: exchanges over the ranks that hold the same slice (axis "ep").
         group: the t ranks whose slices make up the same experts.
@@ -70,9 +73,11 @@ class TensorParallelDispatcher(SteppedDispatcher):
         yield Ready(came.sum(0), sum(recv))
 
         batch = yield from inner
-        slices = torch.arange(len(recv), device=x.device).expand(ready.rows, -1)
-        visit = Leg(Plan.of(slices, len(recv)), self.group, [ready.rows] * len(recv), recv)
-        weights = batch.weight.unsqueeze(1).expand(-1, len(recv))
+        visited = self._visited(plan.visit)
+        slices = torch.tensor(visited, device=x.device).expand(ready.rows, -1)
+        send = [ready.rows if slot in visited else 0 for slot in range(len(recv))]
+        visit = Leg(Plan.of(slices, len(recv)), self.group, send, recv)
+        weights = batch.weight.unsqueeze(1).expand(-1, len(visited))
         rows, weights = yield visit.out(encode(batch.rows, visit.plan), encode_weight(weights, visit.plan))
         order, counts = reorder(came, "s l -> l s", rows=sum(recv))
         receipt = _Receipt(batch.receipt, visit, order, invert(order))
@@ -96,6 +101,16 @@ class TensorParallelDispatcher(SteppedDispatcher):
         """Those of `inner`, and the one of the slices: one after the other they reach all ranks."""
         return *self.inner.groups, self.group
 
+    def _visited(self, visit: Visit | None) -> list[int]:
+        """The ranks of the group that rows of this one visit: one of each block of ranks with the same slice.
+
+        It is at this rank's place in its block. So the ranks that it sends to are those that send to it.
+        """
+        size = dist.get_world_size(self.group)
+        blocks = size if visit is None or visit.parallelism < 1 else visit.parallelism
+        each = size // blocks
+        return list(range(dist.get_rank(self.group) % each, size, each))
+
     def _pass_on(
         self, num_experts: int, device: torch.device, visit: Visit | None = None, met: int = -1
     ) -> Steps[None]:
@@ -108,10 +123,13 @@ class TensorParallelDispatcher(SteppedDispatcher):
     def _exchange_sizes(
         self, counts: Tensor, note: Tensor, visit: Visit | None = None
     ) -> Steps[tuple[Tensor, list[int]]]:
-        """counts int64 [L] of this rank -> those of every rank of the group [t, L], and their sums."""
+        """counts int64 [L] of this rank -> those of every rank that sends rows to it [t, L], else 0; and their sums."""
         size = dist.get_world_size(self.group)
         came = yield Sizes(repeat(torch.cat([note, counts]), "n -> s n", s=size), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
+        if len(visited := self._visited(visit)) < size:
+            sends = torch.tensor([slot in visited for slot in range(size)], device=came.device)
+            came = came * sends.unsqueeze(1)
         host = yield Read(torch.cat([came.sum(1), notes.flatten()]))
         agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], visit)
         return came, host[:size]

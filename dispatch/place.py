@@ -19,6 +19,8 @@ class Place:
         training: whether the layer is training, which `MoE.train` keeps.
         widest: the largest number of experts among the model's layers if they differ in it, else 0.
         forwards: how many forwards of the layer have started, recomputed ones too.
+        parallelism: the layer's `parallelism`, -1 where all weights stay; ranks compare it.
+        shadow: a number made of the layer's `shadow`, 0 without; ranks compare it.
     """
 
     model: int
@@ -27,6 +29,8 @@ class Place:
     training: bool
     widest: int = 0
     forwards: int = 0
+    parallelism: int = -1
+    shadow: int = 0
 
     @property
     def name(self) -> str:
@@ -36,7 +40,7 @@ class Place:
     def visit(self) -> Visit:
         """Start a forward. A rank that fails before its dispatch starts one as well, so that all ranks count alike."""
         self.forwards += 1
-        return Visit(self, self.forwards, self.training)
+        return Visit(self, self.forwards, self.training, parallelism=self.parallelism, shadow=self.shadow)
 
 
 class Visit(NamedTuple):
@@ -47,12 +51,15 @@ class Visit(NamedTuple):
         forward: the number of this forward, from 1.
         training: whether the layer is training.
         chunks: how many exchanges of sizes it makes together (`OverlapDispatcher`).
+        parallelism, shadow: those of the place when the forward started.
     """
 
     place: Place
     forward: int
     training: bool
     chunks: int = 1
+    parallelism: int = -1
+    shadow: int = 0
 
     @property
     def tag(self) -> int:

@@ -80,6 +80,11 @@ class Plan:
         visit = self.place.visit() if self.visit is None else self.visit
         return replace(self, visit=visit._replace(chunks=chunks))
 
+    def without_rows(self) -> Plan:
+        """The plan of the same forward in which no assignment is kept, ragged."""
+        none, counts = torch.full_like(self.expert, -1), torch.zeros_like(self.counts)
+        return Plan(none, none.flatten(), none, counts, None, self.place, self.visit)
+
     def padded(self, capacity: int) -> Plan:
         """The same assignments with `capacity` rows for every expert, at least as many as now.
 

@@ -150,6 +150,13 @@ def interleave(trips: Sequence[Steps[Result]], visit: Visit | None = None) -> li
     return [done[place] for place in range(len(trips))]
 
 
+def announce(trips: Sequence[Steps], visit: Visit | None = None) -> None:
+    """What ranks do in place of trips whose rows stay where they are: agree with the others, and go no further."""
+    prepare(trips, visit)
+    for trip in trips:
+        trip.close()
+
+
 def refuse(refusals: Sequence[Steps[None]], visit: Visit | None = None) -> None:
     """What ranks do that cannot take part: where trips ask for sizes, the others learn of it there.
 

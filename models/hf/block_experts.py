@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class FusedExperts(Experts):
         )
 
     def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
-        matrix, bias = local_as(self.module.get_parameter(name), rows), getattr(self.module, f"{name}_bias", None)
+        matrix, bias = local_as(attrgetter(name)(self.module), rows), getattr(self.module, f"{name}_bias", None)
         matrix = matrix if self.transposed else matrix.mT
         y = grouped_linear(rows, ends, matrix, None if bias is None else local_as(bias, rows))
         return self.adapted(name.rpartition(".")[2], y, rows, ends)
@@ -133,7 +134,7 @@ class DbrxExperts(FusedExperts):
 
     def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.down`."""
-        y = grouped_linear(hidden, ends, local_as(self.module.get_parameter("mlp.w2"), hidden), None)
+        y = grouped_linear(hidden, ends, local_as(attrgetter("mlp.w2")(self.module), hidden), None)
         return self.adapted("w2", y, hidden, ends)
 
     def matrices(self) -> dict[str, tuple[Tensor, bool]]:

@@ -29,6 +29,7 @@ class Experts(nn.Module, ABC):
     experts again, which saves their activations' memory; False by default.
     """
 
+    output_parts: frozenset[str] = frozenset()  # of `split_axes`, tensors whose parts are parts of the output
     recompute: bool = False  # compute what is inside again in the backward, instead of keeping it
     lora: nn.ModuleDict | None
 

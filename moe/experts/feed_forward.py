@@ -36,6 +36,8 @@ class FeedForwardExperts(Experts):
             (gpt-oss, arXiv:2508.10925). The table is `ACTIVATIONS` in `moe/experts/activation.py`.
     """
 
+    output_parts = frozenset({"b_down"})
+
     def __init__(
         self, dim: int, hidden: int, num_experts: int, activation: str = "swiglu", bias: bool = False, seed: int = 0
     ) -> None:

@@ -1,0 +1,281 @@
+"""Experts that come to their tokens: `parallelism` (Tutel's r) and `shadow` (FasterMoE).
+
+For each expert and forward, either its tokens travel to its weights, or its weights to the tokens. Parameters,
+gradients and optimizer state stay where `parallelize` has put them: a gather makes copies for one forward, and its
+backward sums the copies' gradients where the parameter lies. See docs/explanations/adaptive.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from ...dispatch import mesh as axes
+from ...dispatch.collectives import all_to_all_start
+from ...dispatch.dispatcher import Dispatcher
+from ...dispatch.dispatcher import Experts as Compute
+from ...dispatch.local import LocalDispatcher
+from ...dispatch.place import Place, Visit
+from ...dispatch.plan import Plan
+from ...dispatch.traced import outside
+from ..build import called
+from ..experts.base import Experts
+from ..experts.sharded import local
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WeightTravel:
+    """Which experts' weights a layer gathers in each forward, and over which ranks.
+
+    Every rank that shares the experts has the same one; ranks compare what is chosen before anything travels.
+
+    Args:
+        ep: the ranks that hold other experts, in the order of the experts; None: this one alone.
+        etp: the ranks that hold other slices of the same experts, in the order of the slices; None: this one alone.
+        parallelism: r. 0: all experts are gathered. Else a divisor of the s slices: groups of s / r ranks next to
+            each other gather their slices into one, and each token visits r ranks of each of its experts.
+        shadow: global ids of experts that are gathered whole, in ascending order, while tokens of others travel.
+    """
+
+    ep: ProcessGroup | None
+    etp: ProcessGroup | None
+    parallelism: int
+    shadow: tuple[int, ...] = ()
+    idle: bool = field(init=False)  # nothing is gathered
+
+    def __post_init__(self) -> None:
+        alone = self.ep is None and self.etp is None
+        idle = alone or (self.parallelism == _size(self.etp) and not self.shadow)
+        object.__setattr__(self, "idle", idle)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> WeightTravel:
+        """Over the axes "ep" (or "node" and "local") and "etp" of a mesh, with nothing gathered."""
+        ep, etp = (_ascending(axes.axis(mesh, name)) for name in (axes.EP, axes.ETP))
+        return cls(ep, etp, _size(etp))
+
+    def choose(
+        self, num_experts: int, layer: str, parallelism: int | None = None, shadow: Sequence[int] | None = None
+    ) -> WeightTravel:
+        """The same ranks with another choice; `layer` names the layer in errors.
+
+        Raises:
+            ValueError: an r that is none of those allowed, or ids that are not distinct experts.
+        """
+        chosen = self
+        if parallelism is not None:
+            slices = _size(self.etp)
+            allowed = [r for r in range(slices + 1) if r == 0 or slices % r == 0]
+            if isinstance(parallelism, bool) or parallelism not in allowed:
+                raise ValueError(
+                    f"parallelism of {layer} must be one of {', '.join(map(str, allowed))} on this mesh, which splits "
+                    f"each expert into {slices} (etp={slices}); got {parallelism!r}"
+                )
+            chosen = replace(chosen, parallelism=parallelism)
+        if shadow is not None:
+            ids = sorted(shadow) if all(type(e) is int for e in shadow) else []
+            if len(set(ids)) < len(shadow) or not all(0 <= e < num_experts for e in ids):
+                raise ValueError(
+                    f"shadow of {layer} must be None or different experts, of 0 to {num_experts - 1}; got {shadow!r}"
+                )
+            chosen = replace(chosen, shadow=tuple(ids))
+        return chosen
+
+    @property
+    def shadow_number(self) -> int:
+        """A number by which ranks tell their sets of shadowed experts apart; 0: none."""
+        digest = hashlib.blake2b(repr(self.shadow).encode(), digest_size=4).digest()
+        return 1 + int.from_bytes(digest) if self.shadow else 0
+
+    def __call__(self, dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+        """x [T, D] -> y [T, D], as `dispatcher` alone would compute it."""
+        if torch.compiler.is_compiling():
+            return outside(self, dispatcher, x, plan, weight, experts)
+        _check_gatherable(experts, self)
+        plan = plan.visiting()
+        if self.parallelism == 0:
+            dispatcher.announce(x, plan, weight)  # a rank that disagrees, or has failed, is heard before the gather
+            return _at_home(x, plan, weight, self.gathered(experts, plan.visit))
+        travels = self._sliced(experts, plan.visit)
+        if not self.shadow:
+            return dispatcher(x, plan, weight, travels)
+        here = torch.full((plan.counts.numel(),), -1, device=plan.expert.device)  # expert -> its place in `shadow`
+        here[list(self.shadow)] = torch.arange(len(self.shadow), device=here.device)
+        stays = torch.where(plan.expert < 0, -1, here[plan.expert])
+        rest = Plan.of(plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place)
+        y = dispatcher(x, replace(rest, visit=plan.visit), weight, travels)
+        copies = self.gathered(experts, plan.visit, self.shadow)
+        return y + _at_home(x, Plan.of(stays, len(self.shadow)), weight, copies)
+
+    def gathered(self, experts: Experts, visit: Visit | None, ids: Sequence[int] | None = None) -> Experts:
+        """All experts whole, or those of `ids`, computed with copies on this rank; differentiable.
+
+        In the backward each rank sends the copies' gradients to the ranks that own the parameters, which add them up in
+        the order of the ranks.
+        """
+        tensors = self._whole_slices(experts, 1, visit)
+        ranks, held = _size(self.ep), len(experts.owned)
+        places = [[e % held for e in range(experts.num_experts) if e // held == w] for w in range(ranks)]
+        if ids is not None:
+            places = [[e % held for e in ids if e // held == w] for w in range(ranks)]
+            mine = torch.tensor(places[_rank(self.ep)], dtype=torch.int64)
+            tensors = {name: t.index_select(0, mine.to(t.device)) for name, t in tensors.items()}
+        if self.ep is not None:
+            recv = [len(each) for each in places]
+            tensors = _exchange(tensors, [True] * ranks, recv, self.ep, visit)
+        return _with(experts, tensors)
+
+    def _sliced(self, experts: Experts, visit: Visit | None) -> Compute:
+        """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
+        if self.parallelism == _size(self.etp):
+            return experts
+        made: list[Experts] = []
+
+        def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+            if not made:
+                made.append(_with(experts, self._whole_slices(experts, self.parallelism, visit)))
+            return made[0](rows, weight, counts)
+
+        return compute
+
+    def _whole_slices(self, experts: Experts, blocks: int, visit: Visit | None) -> Tensors:
+        """The tensors of the experts held here, with the slices of all ranks of this rank's block."""
+        stacked = dict(experts.named_parameters()) | dict(experts.named_buffers())
+        held = {name: local(t) for name, t in stacked.items()}
+        slices, place = _size(self.etp), _rank(self.etp)
+        each = slices // blocks  # ranks of a block
+        if self.etp is None or each == 1:
+            return held
+        mine = [slot // each == place // each for slot in range(slices)]
+        arrived = _exchange({n: t.unsqueeze(0) for n, t in held.items()}, mine, [*map(int, mine)], self.etp, visit)
+        whole = {}
+        for name, parts in arrived.items():
+            axis = _sliced_axis(stacked[name])
+            if name in experts.output_parts:  # it is added to the output where it belongs, on one block alone
+                parts = _in_place(parts, place // each * each, slices)
+            whole[name] = torch.cat(parts.unbind(0), axis)
+        return whole
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightTravel:
+        return self  # immutable, and process groups cannot be copied
+
+
+def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, **choice: Any) -> WeightTravel:
+    """What a layer gathers from now on; its place learns of it, for ranks to compare.
+
+    Args:
+        travel, place, experts: the layer's.
+        choice: `parallelism` or `shadow`, as in `WeightTravel.choose`.
+
+    Raises:
+        ValueError: a layer on one rank, a choice that is not allowed, or experts that cannot be gathered.
+    """
+    if travel is None or place is None:
+        raise ValueError(f"{next(iter(choice))} is of a layer that is spread over ranks: call parallelize first")
+    travel = travel.choose(experts.num_experts, called(place.name), **choice)
+    _check_gatherable(experts, travel)
+    place.parallelism, place.shadow = travel.parallelism, travel.shadow_number
+    return travel
+
+
+def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:
+    names = {name for p in experts.parameters() if isinstance(p, DTensor) for name in axes.names(p.device_mesh)}
+    if not travel.idle and (isinstance(experts, FSDPModule) or names - {axes.EP, axes.NODE, axes.LOCAL, axes.ETP}):
+        raise ValueError(
+            f"parallelism={travel.parallelism} and shadow={travel.shadow or None} gather experts, which FSDP2 has "
+            "sharded once more: leave fully_shard_experts out, pass "
+            "ignored_params=set(expert_parameters(model).values()) to fully_shard, and call "
+            "sync_gradients(model, mesh, dense=False) after the backward"
+        )
+
+
+def _exchange(tensors: Tensors, to: list[bool], recv: list[int], group: ProcessGroup, visit: Visit | None) -> Tensors:
+    """Each tensor [n, ...] to the ranks of a group named by `to`; what comes from all of them, in the order of ranks.
+
+    The backward sends gradients home, where autograd adds them up in the order of the ranks, in float32 or wider. It is
+    an all-to-all and a sum in place of a reduce-scatter, whose order depends on the backend.
+    """
+    came: Tensors = {}
+    for learns in (True, False):  # gradients of frozen tensors need not travel
+        some = {name: t for name, t in tensors.items() if t.requires_grad == learns}
+        if not some:
+            continue
+        copies = [t.expand(sum(to), *t.shape).flatten(0, 1) for t in some.values()]
+        rows = len(next(iter(some.values())))
+        send = [rows if reached else 0 for reached in to]
+        arrived = all_to_all_start(*copies, send=send, recv=recv, group=group, visit=visit).wait()
+        came |= dict(zip(some, arrived, strict=True))
+    return came
+
+
+def _at_home(x: Tensor, plan: Plan, weight: Tensor, copies: Experts) -> Tensor:
+    """The tokens of this rank through copies of experts."""
+    versions = [buffer._version for buffer in copies.buffers()]
+    y = LocalDispatcher()(x, plan, weight, copies)
+    if versions != [buffer._version for buffer in copies.buffers()]:
+        raise ValueError(
+            "experts change their buffers in a forward, and the change of a copy would be lost: leave parallelism and "
+            "shadow as parallelize sets them"
+        )
+    return y
+
+
+def _with(experts: Experts, tensors: Tensors) -> Experts:
+    """A shallow copy that computes with other tensors, by name, in place of its parameters and buffers.
+
+    `functional_call` would put the old ones back before a backward that computes activations again.
+    """
+
+    def twin(module: nn.Module, prefix: str) -> Any:
+        made = object.__new__(type(module))
+        made.__dict__ = dict(vars(module))
+        made._parameters = {n: tensors.get(prefix + n, p) for n, p in module._parameters.items()}
+        made._buffers = {n: tensors.get(prefix + n, b) for n, b in module._buffers.items()}
+        made._modules = {n: None if m is None else twin(m, f"{prefix}{n}.") for n, m in module._modules.items()}
+        made._compiled_call_impl = None  # it is bound to the module itself
+        return made
+
+    return twin(experts, "")
+
+
+def _in_place(parts: Tensor, first: int, slices: int) -> Tensor:
+    """Some slices [n, ...] out of `slices`, from `first` on: zeros in the place of the others [slices, ...]."""
+    before, after = first, slices - first - len(parts)
+    return torch.cat([parts.new_zeros(before, *parts.shape[1:]), parts, parts.new_zeros(after, *parts.shape[1:])])
+
+
+def _sliced_axis(tensor: Tensor) -> int:
+    """The axis of a stacked tensor that is split over "etp"."""
+    assert isinstance(tensor, DTensor)
+    placed = tensor.placements[axes.names(tensor.device_mesh).index(axes.ETP)]
+    assert isinstance(placed, Shard)
+    return placed.dim
+
+
+def _ascending(axis: DeviceMesh | None) -> ProcessGroup | None:
+    """The group of an axis; None if it is of one rank. Its order must be that of the mesh."""
+    if axis is None or axis.size() == 1:
+        return None
+    if (ranks := axis.mesh.flatten().tolist()) != sorted(ranks):
+        raise ValueError(f"ranks must ascend along {axes.names(axis)}; got {ranks}; init_device_mesh makes it so")
+    return axis.get_group()
+
+
+def _size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
