@@ -9,25 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import WIDTH, close, perceptron, tokens, whole
-from ranks import errors, run
+from ranks import run
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint
-from turnout.dispatch import CompressedDispatcher, DispatchError, OverlapDispatcher
-from turnout.moe import (
-    Balance,
-    Capacity,
-    MoE,
-    aux_loss,
-    expert_parameters,
-    fully_shard_experts,
-    parallelize,
-    param_groups,
-    sync_gradients,
-)
-from turnout.moe.adapters import add_lora
+from torch.distributed.device_mesh import init_device_mesh
+from turnout.dispatch import OverlapDispatcher
+from turnout.moe import Balance, Capacity, MoE, aux_loss, expert_parameters, parallelize, param_groups, sync_gradients
 
 SHARDS = {2: [6, 3], 4: [5, 0, 9, 3], 8: [5, 0, 9, 3, 2, 2, 0, 4]}
 STEPS = 5
@@ -126,6 +112,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_a_choice_in_every_step_computes_what_one_rank_computes(case):
     (shape, names), experts, kind, options, dispatcher, wrap, masked = CASES[case]
