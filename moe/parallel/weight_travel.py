@@ -78,7 +78,7 @@ class WeightTravel:
         if parallelism is not None:
             slices = _size(self.etp)
             allowed = [r for r in range(slices + 1) if r == 0 or slices % r == 0]
-            if isinstance(parallelism, bool) or parallelism not in allowed:
+            if type(parallelism) is not int or parallelism not in allowed:
                 raise ValueError(
                     f"parallelism of {layer} must be one of {', '.join(map(str, allowed))} on this mesh, which splits "
                     f"each expert into {slices} (etp={slices}); got {parallelism!r}"
@@ -240,11 +240,14 @@ def _with(experts: Experts, tensors: Tensors) -> Experts:
 
     def twin(module: nn.Module, prefix: str) -> Any:
         made = object.__new__(type(module))
-        made.__dict__ = dict(vars(module))
-        made._parameters = {n: tensors.get(prefix + n, p) for n, p in module._parameters.items()}
-        made._buffers = {n: tensors.get(prefix + n, b) for n, b in module._buffers.items()}
-        made._modules = {n: None if m is None else twin(m, f"{prefix}{n}.") for n, m in module._modules.items()}
-        made._compiled_call_impl = None  # it is bound to the module itself
+        made.__dict__ = vars(module) | {
+            "_parameters": {name: tensors.get(prefix + name, p) for name, p in module._parameters.items()},
+            "_buffers": {name: tensors.get(prefix + name, b) for name, b in module._buffers.items()},
+            "_modules": {
+                name: None if m is None else twin(m, f"{prefix}{name}.") for name, m in module._modules.items()
+            },
+            "_compiled_call_impl": None,  # it would call the module itself
+        }
         return made
 
     return twin(experts, "")

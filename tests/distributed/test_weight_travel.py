@@ -9,24 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import EXPERTS, WIDTH, close, tokens, whole
-from ranks import errors, run
+from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
-from turnout.dispatch import DispatchError, FlatDispatcher, OverlapDispatcher
+from turnout.dispatch import DispatchError, OverlapDispatcher
 from turnout.moe import (
     Capacity,
     MoE,
-    expert_parameters,
-    fully_shard_experts,
     load,
     parallelize,
     param_groups,
-    sync_gradients,
 )
-from turnout.moe.adapters import add_lora
 
 SLICED = ((2, 2), ("ep", "etp"))
 
@@ -35,8 +29,8 @@ def mesh_of(shape=(2,), names=("ep",)):
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
-def layer_on(mesh, experts=EXPERTS, **options) -> MoE:
-    layer = MoE(WIDTH, 24, experts, top_k=min(2, experts), balance=0.0, seed=0, **options).double()
+def layer_on(mesh, experts=EXPERTS, kind="swiglu", **options) -> MoE:
+    layer = MoE(WIDTH, 24, experts, experts=kind, top_k=min(2, experts), balance=0.0, seed=0, **options).double()
     with torch.no_grad():
         layer.gate.weight.copy_(tokens(experts))
     return parallelize(nn.ModuleList([layer]), mesh)[0]
@@ -86,7 +80,7 @@ def counting():
 
 
 def bytes_of_steps() -> None:
-    """W ranks, s slices: r gathers P (W - 1) / W, or P / E / r (1 - r / s) for each expert held; nothing on a switch."""
+    """Of W ranks and s slices, r = 0 gathers P (W - 1) / W, others P / E / r (1 - r / s) for each expert held."""
     for shape, names, experts in [((4,), ("ep",), EXPERTS), (*SLICED, 2), ((1, 4), ("ep", "etp"), 1)]:
         layer = layer_on(mesh_of(shape, names), experts)
         slices = shape[-1] if names[-1] == "etp" else 1
