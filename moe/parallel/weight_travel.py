@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from ...dispatch import mesh as axes
-from ...dispatch.collectives import all_to_all_start
 from ...dispatch.dispatcher import Dispatcher
 from ...dispatch.dispatcher import Experts as Compute
 from ...dispatch.local import LocalDispatcher
@@ -31,8 +30,7 @@ from ...dispatch.traced import outside
 from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
-
-Tensors = dict[str, Tensor]
+from .weight_copies import Tensors, computing_with, copy_in_pieces, copy_to
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,11 @@ class WeightTravel:
             tensors = {name: t.index_select(0, mine.to(t.device)) for name, t in tensors.items()}
         if self.ep is not None:
             recv = [len(each) for each in places]
-            tensors = _exchange(tensors, [True] * ranks, recv, self.ep, visit)
-        return _with(experts, tensors)
+            if max(recv) * (ranks - 1) > sum(recv):  # one rank has most of it
+                tensors = copy_in_pieces(tensors, recv, self.ep, visit)
+            else:
+                tensors = copy_to(tensors, [True] * ranks, recv, self.ep, visit)
+        return computing_with(experts, tensors)
 
     def _sliced(self, experts: Experts, visit: Visit | None) -> Compute:
         """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
@@ -145,7 +146,7 @@ class WeightTravel:
 
         def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
             if not made:
-                made.append(_with(experts, self._whole_slices(experts, self.parallelism, visit)))
+                made.append(computing_with(experts, self._whole_slices(experts, self.parallelism, visit)))
             return made[0](rows, weight, counts)
 
         return compute
@@ -159,7 +160,7 @@ class WeightTravel:
         if self.etp is None or each == 1:
             return held
         mine = [slot // each == place // each for slot in range(slices)]
-        arrived = _exchange({n: t.unsqueeze(0) for n, t in held.items()}, mine, [*map(int, mine)], self.etp, visit)
+        arrived = copy_to({n: t.unsqueeze(0) for n, t in held.items()}, mine, [*map(int, mine)], self.etp, visit)
         whole = {}
         for name, parts in arrived.items():
             axis = _sliced_axis(stacked[name])
@@ -201,25 +202,6 @@ def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:
         )
 
 
-def _exchange(tensors: Tensors, to: list[bool], recv: list[int], group: ProcessGroup, visit: Visit | None) -> Tensors:
-    """Each tensor [n, ...] to the ranks of a group named by `to`; what comes from all of them, in the order of ranks.
-
-    The backward sends gradients home, where autograd adds them up in the order of the ranks, in float32 or wider. It is
-    an all-to-all and a sum in place of a reduce-scatter, whose order depends on the backend.
-    """
-    came: Tensors = {}
-    for learns in (True, False):  # gradients of frozen tensors need not travel
-        some = {name: t for name, t in tensors.items() if t.requires_grad == learns}
-        if not some:
-            continue
-        copies = [t.expand(sum(to), *t.shape).flatten(0, 1) for t in some.values()]
-        rows = len(next(iter(some.values())))
-        send = [rows if reached else 0 for reached in to]
-        arrived = all_to_all_start(*copies, send=send, recv=recv, group=group, visit=visit).wait()
-        came |= dict(zip(some, arrived, strict=True))
-    return came
-
-
 def _at_home(x: Tensor, plan: Plan, weight: Tensor, copies: Experts) -> Tensor:
     """The tokens of this rank through copies of experts."""
     versions = [buffer._version for buffer in copies.buffers()]
@@ -230,27 +212,6 @@ def _at_home(x: Tensor, plan: Plan, weight: Tensor, copies: Experts) -> Tensor:
             "shadow as parallelize sets them"
         )
     return y
-
-
-def _with(experts: Experts, tensors: Tensors) -> Experts:
-    """A shallow copy that computes with other tensors, by name, in place of its parameters and buffers.
-
-    `functional_call` would put the old ones back before a backward that computes activations again.
-    """
-
-    def twin(module: nn.Module, prefix: str) -> Any:
-        made = object.__new__(type(module))
-        made.__dict__ = vars(module) | {
-            "_parameters": {name: tensors.get(prefix + name, p) for name, p in module._parameters.items()},
-            "_buffers": {name: tensors.get(prefix + name, b) for name, b in module._buffers.items()},
-            "_modules": {
-                name: None if m is None else twin(m, f"{prefix}{name}.") for name, m in module._modules.items()
-            },
-            "_compiled_call_impl": None,  # it would call the module itself
-        }
-        return made
-
-    return twin(experts, "")
 
 
 def _in_place(parts: Tensor, first: int, slices: int) -> Tensor:
