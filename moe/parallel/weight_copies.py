@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from ...dispatch.collectives import all_to_all_start
+from ...dispatch.dispatcher import Experts as Compute
 from ...dispatch.place import Visit
 from ..experts.base import Experts
 
@@ -55,7 +61,35 @@ def _exchange(tensors: Tensors, send: list[int], recv: list[int], group: Process
     return came
 
 
-def computing_with(experts: Experts, tensors: Tensors) -> Experts:
+def with_copies(experts: Experts, gather: Callable[[], Tensors]) -> Compute:
+    """What computes with the tensors that `gather` returns, in place of the experts' own.
+
+    FSDP2 has its parts of the experts together only while `experts.forward` runs, and reduces gradients after the
+    backward of that: so there, in each call, the tensors are gathered. Elsewhere once, now.
+    """
+    if not isinstance(experts, FSDPModule):
+        return _twin(experts, gather())
+
+    def forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        twin = _twin(experts, gather())
+        return _check_buffers(twin, (rows, weight, counts), twin.forward(rows, weight, counts))
+
+    def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        before = {name: vars(experts)[name] for name in ("forward", "recompute") if name in vars(experts)}
+        vars(experts).update(forward=forward, recompute=False)
+        try:
+            return experts(rows, weight, counts)
+        finally:
+            del vars(experts)["forward"], vars(experts)["recompute"]
+            vars(experts).update(before)
+
+    def recomputed(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return checkpoint(compute, rows, weight, counts, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+    return recomputed if experts.recompute and torch.is_grad_enabled() else compute
+
+
+def _twin(experts: Experts, tensors: Tensors) -> Experts:
     """A shallow copy that computes with other tensors, by name, in place of its parameters and buffers.
 
     `functional_call` would put the old ones back before a backward that computes activations again.
@@ -66,11 +100,24 @@ def computing_with(experts: Experts, tensors: Tensors) -> Experts:
         made.__dict__ = vars(module) | {
             "_parameters": {name: tensors.get(prefix + name, p) for name, p in module._parameters.items()},
             "_buffers": {name: tensors.get(prefix + name, b) for name, b in module._buffers.items()},
-            "_modules": {
-                name: None if m is None else twin(m, f"{prefix}{name}.") for name, m in module._modules.items()
-            },
+            "_modules": {n: None if m is None else twin(m, f"{prefix}{n}.") for n, m in module._modules.items()},
             "_compiled_call_impl": None,  # it would call the module itself
         }
         return made
 
-    return twin(experts, "")
+    copied = twin(experts, "")
+    vars(copied).pop("forward", None)  # of `with_copies`
+    copied._forward_hooks = OrderedDict(experts._forward_hooks)
+    copied.register_forward_hook(_check_buffers)
+    vars(copied)["versions"] = [buffer._version for buffer in copied.buffers()]
+    return copied
+
+
+def _check_buffers(copied: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    """A forward hook of copies: buffers that have changed would be lost."""
+    if vars(copied)["versions"] != [buffer._version for buffer in copied.buffers()]:
+        raise ValueError(
+            "experts change their buffers in a forward, and the change of a copy would be lost: leave parallelism and "
+            "shadow as parallelize sets them"
+        )
+    return y

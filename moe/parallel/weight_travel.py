@@ -30,7 +30,7 @@ from ...dispatch.traced import outside
 from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
-from .weight_copies import Tensors, computing_with, copy_in_pieces, copy_to
+from .weight_copies import Tensors, copy_in_pieces, copy_to, with_copies
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class WeightTravel:
         plan = plan.visiting()
         if self.parallelism == 0:
             dispatcher.announce(x, plan, weight)  # a rank that disagrees, or has failed, is heard before the gather
-            return _at_home(x, plan, weight, self.gathered(experts, plan.visit))
+            return LocalDispatcher()(x, plan, weight, self.gathered(experts, plan.visit))
         travels = self._sliced(experts, plan.visit)
         if not self.shadow:
             return dispatcher(x, plan, weight, travels)
@@ -115,46 +115,50 @@ class WeightTravel:
         rest = Plan.of(plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place)
         y = dispatcher(x, replace(rest, visit=plan.visit), weight, travels)
         copies = self.gathered(experts, plan.visit, self.shadow)
-        return y + _at_home(x, Plan.of(stays, len(self.shadow)), weight, copies)
+        return y + LocalDispatcher()(x, Plan.of(stays, len(self.shadow)), weight, copies)
 
-    def gathered(self, experts: Experts, visit: Visit | None, ids: Sequence[int] | None = None) -> Experts:
+    def gathered(self, experts: Experts, visit: Visit | None, ids: Sequence[int] | None = None) -> Compute:
         """All experts whole, or those of `ids`, computed with copies on this rank; differentiable.
 
         In the backward each rank sends the copies' gradients to the ranks that own the parameters, which add them up in
         the order of the ranks.
         """
-        tensors = self._whole_slices(experts, 1, visit)
+        return with_copies(experts, lambda: self._whole_experts(experts, visit, ids))
+
+    def _whole_experts(self, experts: Experts, visit: Visit | None, ids: Sequence[int] | None) -> Tensors:
         ranks, held = _size(self.ep), len(experts.owned)
-        places = [[e % held for e in range(experts.num_experts) if e // held == w] for w in range(ranks)]
-        if ids is not None:
-            places = [[e % held for e in ids if e // held == w] for w in range(ranks)]
-            mine = torch.tensor(places[_rank(self.ep)], dtype=torch.int64)
-            tensors = {name: t.index_select(0, mine.to(t.device)) for name, t in tensors.items()}
-        if self.ep is not None:
-            recv = [len(each) for each in places]
-            if max(recv) * (ranks - 1) > sum(recv):  # one rank has most of it
-                tensors = copy_in_pieces(tensors, recv, self.ep, visit)
-            else:
-                tensors = copy_to(tensors, [True] * ranks, recv, self.ep, visit)
-        return computing_with(experts, tensors)
+        wanted = range(experts.num_experts) if ids is None else ids
+        places = [[e % held for e in wanted if e // held == w] for w in range(ranks)]
+        tensors = self._whole_slices(experts, 1, visit, None if ids is None else places[_rank(self.ep)])
+        if self.ep is None:
+            return tensors
+        recv = [len(each) for each in places]
+        if max(recv) * (ranks - 1) > sum(recv):  # one rank has most of it
+            return copy_in_pieces(tensors, recv, self.ep, visit)
+        return copy_to(tensors, [True] * ranks, recv, self.ep, visit)
 
     def _sliced(self, experts: Experts, visit: Visit | None) -> Compute:
         """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
         if self.parallelism == _size(self.etp):
             return experts
-        made: list[Experts] = []
+        made: list[Compute] = []
 
         def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
             if not made:
-                made.append(computing_with(experts, self._whole_slices(experts, self.parallelism, visit)))
+                made.append(with_copies(experts, lambda: self._whole_slices(experts, self.parallelism, visit)))
             return made[0](rows, weight, counts)
 
         return compute
 
-    def _whole_slices(self, experts: Experts, blocks: int, visit: Visit | None) -> Tensors:
-        """The tensors of the experts held here, with the slices of all ranks of this rank's block."""
+    def _whole_slices(
+        self, experts: Experts, blocks: int, visit: Visit | None, places: list[int] | None = None
+    ) -> Tensors:
+        """The tensors of the experts held here, or some of them, with the slices of all ranks of this rank's block."""
         stacked = dict(experts.named_parameters()) | dict(experts.named_buffers())
         held = {name: local(t) for name, t in stacked.items()}
+        if places is not None:
+            some = torch.tensor(places, dtype=torch.int64)
+            held = {name: t.index_select(0, some.to(t.device)) for name, t in held.items()}
         slices, place = _size(self.etp), _rank(self.etp)
         each = slices // blocks  # ranks of a block
         if self.etp is None or each == 1:
@@ -193,25 +197,11 @@ def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, *
 
 def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:
     names = {name for p in experts.parameters() if isinstance(p, DTensor) for name in axes.names(p.device_mesh)}
-    if not travel.idle and (isinstance(experts, FSDPModule) or names - {axes.EP, axes.NODE, axes.LOCAL, axes.ETP}):
+    if not travel.idle and not isinstance(experts, FSDPModule) and names - {axes.EP, axes.NODE, axes.LOCAL, axes.ETP}:
         raise ValueError(
             f"parallelism={travel.parallelism} and shadow={travel.shadow or None} gather experts, which FSDP2 has "
-            "sharded once more: leave fully_shard_experts out, pass "
-            "ignored_params=set(expert_parameters(model).values()) to fully_shard, and call "
-            "sync_gradients(model, mesh, dense=False) after the backward"
+            "sharded as a part of something larger: call fully_shard_experts(model, mesh) before fully_shard(model)"
         )
-
-
-def _at_home(x: Tensor, plan: Plan, weight: Tensor, copies: Experts) -> Tensor:
-    """The tokens of this rank through copies of experts."""
-    versions = [buffer._version for buffer in copies.buffers()]
-    y = LocalDispatcher()(x, plan, weight, copies)
-    if versions != [buffer._version for buffer in copies.buffers()]:
-        raise ValueError(
-            "experts change their buffers in a forward, and the change of a copy would be lost: leave parallelism and "
-            "shadow as parallelize sets them"
-        )
-    return y
 
 
 def _in_place(parts: Tensor, first: int, slices: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +14,13 @@ from ranks import run
 from test_weight_travel import alike, layer_on, mesh_of, outcome, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from turnout.moe import MoE, aux_loss, check, expert_parameters, fully_shard_experts, parallelize, sync_gradients
 from turnout.moe.adapters import add_lora
 
 CHOICES = [(0, None), (1, (1, 4, 6)), (0, (3,))]
-SHARDS = [6, 3]
+SHARDS = {2: [6, 3], 4: [5, 0, 9, 3]}
 
 
 def gradients(model: nn.Module, call, x, scale: float, sync=lambda: None) -> dict[str, torch.Tensor]:
@@ -38,48 +40,48 @@ def with_ddp(model, mesh):
     return DDP(model)
 
 
-def wrapped(wrap) -> None:
+def with_all_in_fsdp(model, mesh):
+    options = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float64)}
+    return fully_shard(fully_shard_experts(model, mesh, **options), mesh=mesh._flatten("all"), **options)
+
+
+def wrapped(wrap, shape) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh, x = init_device_mesh("cpu", (1, 2), mesh_dim_names=("edp", "ep")), tokens(9)
-    one = build()
-    expected = gradients(one, one, x, 1 / 9)
-    model = parallelize(build(), mesh)
+    mesh, sizes = init_device_mesh("cpu", shape, mesh_dim_names=("edp", "ep")), SHARDS[math.prod(shape)]
+    one, x, ranks = build(), tokens(sum(sizes)), math.prod(shape)
+    expected = gradients(one, one, x, 1 / len(x))
+    model = parallelize(build(), mesh, parallelism=0)
     call = wrap(model, mesh)
     check(call, mesh, torch.optim.SGD(model.parameters()))
     for r, ids in CHOICES:
         for layer in (model[1], model[3]):
-            layer.parallelism, layer.shadow = r, ids
-        mine = x.split(SHARDS)[dist.get_rank()]
-        found = gradients(model, call, mine, 2 / 9, lambda: sync_gradients(model, mesh, dense=False))
+            layer.parallelism, layer.shadow, layer.experts.recompute = r, ids, layer is model[1] and r == 1
+        mine = x.split(sizes)[dist.get_rank()]
+        sync = partial(sync_gradients, model, mesh, dense=False) if wrap is not with_all_in_fsdp else lambda: None
+        found = gradients(model, call, mine, ranks / len(x), sync)
         for name, grad in found.items():
             close(grad, expected[name], 1e-10, name)
 
 
-@pytest.mark.parametrize("wrap", [with_fsdp, with_ddp])
-def test_dense_gradients_may_be_reduced_by_others(wrap):
-    run(2, wrapped, wrap)
+@pytest.mark.parametrize(
+    ("wrap", "shape"), [(with_fsdp, (1, 2)), (with_ddp, (1, 2)), (with_all_in_fsdp, (2, 2))], ids=["fsdp", "ddp", "all"]
+)
+def test_gradients_may_be_reduced_by_others(wrap, shape):
+    run(math.prod(shape), wrapped, wrap, shape)
 
 
-def sharded_once_more() -> None:
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("edp", "ep"))
-    model = nn.Sequential(MoE(WIDTH, 12, EXPERTS))
-    fully_shard_experts(parallelize(model, mesh), mesh)
-    model[0].parallelism = 0  # on one rank of the axis "ep" nothing travels
+def sharded_with_more() -> None:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("edp", "ep"))
-    model = parallelize(nn.Sequential(MoE(WIDTH, 12, EXPERTS)), mesh, parallelism=0)
-    model[0].parallelism = 1
-    fully_shard_experts(model, mesh)
+    model = parallelize(nn.Sequential(MoE(WIDTH, 12, EXPERTS)), mesh)
+    fully_shard(model, mesh=mesh["edp"])
     for choice in ({"parallelism": 0}, {"shadow": [1]}):
-        with pytest.raises(ValueError, match="which FSDP2 has sharded once more: leave fully_shard_experts out"):
+        with pytest.raises(ValueError, match=r"as a part of something larger: call fully_shard_experts\(model, mesh\)"):
             setattr(model[0], *next(iter(choice.items())))
-    late = parallelize(nn.Sequential(MoE(WIDTH, 12, EXPERTS)), mesh, parallelism=0)
-    fully_shard_experts(late, mesh)
-    with pytest.raises(ValueError, match="parallelism=0 and shadow=None gather experts, which FSDP2 has sharded"):
-        late(tokens(3, torch.float32))
+    assert (model[0].parallelism, model[0].shadow) == (1, None)
 
 
-def test_experts_that_fsdp_shards_are_refused():
-    run(2, sharded_once_more)
+def test_experts_that_fsdp_shards_with_the_rest_are_refused():
+    run(2, sharded_with_more)
 
 
 class Counting(nn.Module):
