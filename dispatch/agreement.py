@@ -34,11 +34,13 @@ class Note:
     """One rank's description of the coming exchange: what must be equal on all ranks, and whether it takes part."""
 
     state: int  # 0: takes part, 1: has NaN among its weights, 2: has raised an error
-    model: int  # this field and the next four come from the `LayerCall`; -1 if the layer has no `Place`
+    model: int  # this field and the next six come from the `LayerCall`; -1 if the layer has no `Place`
     layer: int
     forward: int
     training: int
     chunks: int
+    parallelism: int  # which weights are gathered
+    shadow: int
     dim: int
     dtype: int
     grad: int  # 1 if a backward follows, because its collectives need all ranks as well
@@ -47,7 +49,7 @@ class Note:
 
     @classmethod
     def tensor(cls, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [11] on x's device, no host sync."""
+        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [13] on x's device, no host sync."""
         padded = -1 if plan.capacity is None else plan.capacity
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
@@ -66,8 +68,9 @@ NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 def _ids(call: LayerCall | None) -> list[int]:
     if call is None:
-        return [-1] * 5
-    return [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
+        return [-1] * 7
+    here = [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
+    return [*here, call.parallelism, call.shadow]
 
 
 def _to_device(numbers: list[int], device: torch.device) -> Tensor:
@@ -98,7 +101,7 @@ def agree(notes: list[list[int]], call: LayerCall | None = None, equal_tokens: b
         if note.met >= 0:
             why = f"in {_layer(note, call)} met a rank in {_layer(replace(note, layer=note.met), call)}"
         raise DispatchError(f"{where}{told(refused)} of the expert group {why}")
-    if len({(note.model, note.layer, note.forward, note.training, note.chunks) for note in ranks}) > 1:
+    if len({replace(note, state=0, dim=0, dtype=0, grad=0, capacity=0, met=0) for note in ranks}) > 1:
         _check_calls(ranks, call)
     if nan := [rank for rank, note in enumerate(ranks) if note.state == _NAN]:
         raise DispatchError(f"{where}{told(nan)} of the expert group: {NAN_MESSAGE}")
@@ -158,6 +161,16 @@ def _check_calls(ranks: list[Note], call: LayerCall | None) -> None:
         lambda note: note.chunks,
         lambda note: f"{_layer(note, call)}, in {note.chunks} chunks",
         "Give OverlapDispatcher the same degree on all ranks",
+    )
+    differ(
+        lambda note: note.parallelism,
+        lambda note: f"{_layer(note, call)}, parallelism {note.parallelism}",
+        "Set layer.parallelism to the same number on all ranks",
+    )
+    differ(
+        lambda note: note.shadow,
+        lambda note: f"{_layer(note, call)}, {f'shadow set {note.shadow}' if note.shadow else 'without shadow'}",
+        "Set layer.shadow to the same experts on all ranks",
     )
 
 

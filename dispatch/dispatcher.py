@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .place import LayerCall, Place
 from .plan import Plan
-from .steps import Ready, Steps, finish, refuse
+from .steps import Ready, Steps, announce, finish, refuse
 from .torch_internals import mark_dynamic
 from .traced import Sealed, outside
 
@@ -116,6 +116,13 @@ class Dispatcher(ABC):
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
         return self._combine(rows, *receipt.content)
 
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """Agree with the other ranks on a forward in which no rows travel: experts come here (`WeightTravel`).
+
+        Ranks exchange what they exchange before rows leave, so that all of them hear of one that fails or disagrees.
+        """
+        self.dispatch(x, plan.without_rows(), weight)
+
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:  # noqa: B027
         """Tell the other ranks that this rank failed before its dispatch, so that none of them waits.
 
@@ -164,6 +171,10 @@ class SteppedDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Bring tokens to the ranks that own their experts, as in `Dispatcher.dispatch`."""
         return finish(self.dispatch_steps(x, plan, weight), plan.call)
+
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """Exchange notes and sizes, and stop where rows would leave."""
+        announce([self.dispatch_steps(x, plan.without_rows(), weight)], plan.call)
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         """Bring rows back to their ranks and sum the rows of each token, as in `Dispatcher.combine`."""

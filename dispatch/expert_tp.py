@@ -41,6 +41,9 @@ class TensorParallelDispatcher(SteppedDispatcher):
     All ranks of the group have the same rows in the same order: by expert, then by rank of the group, then as from
     `inner`. Each dispatch costs a second host sync, for the sizes inside the group.
 
+    A layer's `parallelism` r below t gathers slices: t / r ranks next to each other then have the same, wider one, and
+    rows visit one rank of each such block (`WeightTravel`). Sizes and notes go to all t ranks whatever r is.
+
     Args:
         inner: the dispatcher over the ranks that hold the same slice (axis "ep").
         group: the t ranks whose slices make up the same experts.
@@ -75,9 +78,11 @@ class TensorParallelDispatcher(SteppedDispatcher):
         yield Ready(came.sum(0), sum(recv))
 
         batch = yield from inner
-        slices = torch.arange(len(recv), device=x.device).expand(ready.rows, -1)
-        hop = Hop(Plan.of(slices, len(recv)), self.group, [ready.rows] * len(recv), recv)
-        weights = batch.weight.unsqueeze(1).expand(-1, len(recv))
+        visited = self._visited(plan.call)
+        slices = torch.tensor(visited, device=x.device).expand(ready.rows, -1)
+        send = [ready.rows if slot in visited else 0 for slot in range(len(recv))]
+        hop = Hop(Plan.of(slices, len(recv)), self.group, send, recv)
+        weights = batch.weight.unsqueeze(1).expand(-1, len(visited))
         rows, weights = yield hop.dispatch(encode(batch.rows, hop.plan), encode_weight(weights, hop.plan))
         order, counts = reorder(came, "s l -> l s", rows=sum(recv))
         receipt = _Receipt(batch.receipt, hop, order, invert(order))
@@ -101,6 +106,16 @@ class TensorParallelDispatcher(SteppedDispatcher):
         """The groups of `inner`, and the group of the slices. Together they connect all ranks."""
         return *self.inner.groups, self.group
 
+    def _visited(self, call: LayerCall | None) -> list[int]:
+        """The ranks of the group that rows of this one visit: one of each block of ranks with the same slice.
+
+        It is at this rank's place in its block. So the ranks that it sends to are those that send to it.
+        """
+        size = dist.get_world_size(self.group)
+        blocks = size if call is None or call.parallelism < 1 else call.parallelism
+        each = size // blocks
+        return list(range(dist.get_rank(self.group) % each, size, each))
+
     def _pass_on(
         self, num_experts: int, device: torch.device, call: LayerCall | None = None, met: int = -1
     ) -> Steps[None]:
@@ -113,10 +128,17 @@ class TensorParallelDispatcher(SteppedDispatcher):
     def _exchange_sizes(
         self, counts: Tensor, note: Tensor, call: LayerCall | None = None
     ) -> Steps[tuple[Tensor, list[int]]]:
-        """Exchange counts int64 [L] in the group -> counts of every rank [t, L], and their sum for each rank."""
+        """Exchange counts int64 [L] in the group.
+
+        Returns:
+            Counts of every rank [t, L], 0 for ranks that send no rows to this one, and their sum for each rank.
+        """
         size = dist.get_world_size(self.group)
         came = yield Sizes(repeat(torch.cat([note, counts]), "n -> s n", s=size), self.group)
         notes, came = came[:, :NOTE], came[:, NOTE:]
+        if len(visited := self._visited(call)) < size:
+            sends = torch.tensor([slot in visited for slot in range(size)], device=came.device)
+            came = came * sends.unsqueeze(1)
         host = yield Read(torch.cat([came.sum(1), notes.flatten()]))
         agree([host[i : i + NOTE] for i in range(size, len(host), NOTE)], call)
         return came, host[:size]

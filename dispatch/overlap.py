@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
-from .steps import Steps, interleave, prepare, refuse
+from .steps import Steps, announce, interleave, prepare, refuse
 from .torch_internals import in_backward
 from .traced import outside
 
@@ -82,6 +82,14 @@ class OverlapDispatcher(Dispatcher):
         if self.degree == "auto":
             self._trial.watch(y)
         return y
+
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """For as many chunks as would travel: ranks that send them read these notes."""
+        degree = self._degree_now(x.device)
+        if degree == 1:
+            return self.inner.announce(x, plan, weight)
+        plan = plan.started(degree).without_rows()
+        return announce([self.inner.dispatch_steps(x, plan, weight) for _ in range(degree)], plan.call)
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Dispatch of `inner`, without chunks."""

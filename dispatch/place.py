@@ -19,6 +19,8 @@ class Place:
         training: whether the layer is in training mode. `MoE.train` keeps it up to date.
         widest: the largest number of experts in any layer, or 0 if all layers have the same number.
         forwards: how many forwards of the layer have started. Recomputed forwards count too.
+        parallelism: the layer's `parallelism`, or -1 if all weights stay where they are. Ranks compare it.
+        shadow: number computed from the layer's `shadow`, 0 without. Ranks compare it.
     """
 
     model: int
@@ -27,6 +29,8 @@ class Place:
     training: bool
     widest: int = 0
     forwards: int = 0
+    parallelism: int = -1
+    shadow: int = 0
 
     @property
     def name(self) -> str:
@@ -36,7 +40,7 @@ class Place:
     def start_call(self) -> LayerCall:
         """Count one more forward. A rank that fails before its dispatch counts it too, so that ranks stay in step."""
         self.forwards += 1
-        return LayerCall(self, self.forwards, self.training)
+        return LayerCall(self, self.forwards, self.training, parallelism=self.parallelism, shadow=self.shadow)
 
 
 class LayerCall(NamedTuple):
@@ -47,12 +51,15 @@ class LayerCall(NamedTuple):
         forward: number of this forward, from 1.
         training: whether the layer is in training mode.
         chunks: number of chunks that exchange their sizes together (`OverlapDispatcher`).
+        parallelism, shadow: those of the place when the forward started.
     """
 
     place: Place
     forward: int
     training: bool
     chunks: int = 1
+    parallelism: int = -1
+    shadow: int = 0
 
     @property
     def tag(self) -> int:

@@ -96,6 +96,11 @@ class Plan:
         call = self.place.start_call() if self.call is None else self.call
         return replace(self, call=call._replace(chunks=chunks))
 
+    def without_rows(self) -> Plan:
+        """The plan of the same forward in which no assignment is kept, ragged."""
+        none, counts = torch.full_like(self.expert, -1), torch.zeros_like(self.counts)
+        return Plan(none, none.flatten(), none, counts, None, self.place, self.call)
+
     def padded(self, capacity: int) -> Plan:
         """The same assignments with `capacity` rows for each expert, at least as many as any expert has now.
 

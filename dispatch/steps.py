@@ -161,6 +161,13 @@ def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -
     return [done[number] for number in range(len(chunks))]
 
 
+def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
+    """Agree with the other ranks in place of a dispatch whose rows stay where they are, and stop there."""
+    prepare(chunks, call)
+    for chunk in chunks:
+        chunk.close()
+
+
 def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
     """Send refusals where the other ranks expect sizes, one for each of their chunks.
 

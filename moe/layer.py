@@ -25,6 +25,7 @@ from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
+from .parallel.weight_travel import WeightTravel, chosen
 from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
 
@@ -106,6 +107,7 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         # `parallelize` sets these: the layer's place in the model, ranks that share the batch, or the same sequences
         self.place: Place | None = None
+        self.weights: WeightTravel | None = None  # and this: experts whose weights come to the tokens
         self.balance_group: ProcessGroup | None = None
         self.sequence_group: ProcessGroup | None = None
         self.tap: Tap | None = None  # records or replays routings
@@ -139,7 +141,10 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
-        y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # dispatch, experts, combine
+        if self.weights is None or self.weights.idle:
+            y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # dispatch, experts, combine
+        else:  # weights of some or all experts come here
+            y = self.weights(self.dispatcher, tokens, plan, kept.weight, self.experts)
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
@@ -188,6 +193,24 @@ class MoE(nn.Module):
     @balance.setter
     def balance(self, balance: float | Balance) -> None:
         self._loss = LayerLoss(Balance.of(balance, self.balance))
+
+    @property
+    def parallelism(self) -> int | None:
+        """Tutel's r, see `WeightTravel`; may be set between steps, alike on all ranks. 0: experts come to tokens."""
+        return None if self.weights is None else self.weights.parallelism
+
+    @parallelism.setter
+    def parallelism(self, parallelism: int) -> None:
+        self.weights = chosen(self.weights, self.place, self.experts, parallelism=parallelism)
+
+    @property
+    def shadow(self) -> tuple[int, ...] | None:
+        """Ids of experts that come to their tokens, None if none does; may be set between steps, alike on all ranks."""
+        return None if self.weights is None else self.weights.shadow or None
+
+    @shadow.setter
+    def shadow(self, shadow: Sequence[int] | None) -> None:
+        self.weights = chosen(self.weights, self.place, self.experts, shadow=() if shadow is None else shadow)
 
     @property
     def stats(self) -> Stats:

@@ -102,6 +102,10 @@ class AutoDispatcher(SteppedDispatcher):
             return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
 
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+        """Take part in the choice, if it is still to be made, and announce every chunk then."""
+        self._in_chunks(x, plan.expert.shape[1], plan.counts.numel()).announce(x, plan, weight)
+
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Take part in the choice if it is not made yet, then refuse every chunk."""
         self._in_chunks(torch.empty(0, 0, device=device), 0, num_experts).refuse(num_experts, device, place)

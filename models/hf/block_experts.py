@@ -50,7 +50,7 @@ class FusedExperts(Experts):
     @property
     def dim(self) -> int:
         """Model width D, of what enters an expert and leaves it."""
-        return self.module.get_parameter("down_proj").shape[2 if self.transposed else 1]
+        return self.matrices()["down_proj"][0].shape[2 if self.transposed else 1]
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """See `Experts.forward`."""
@@ -161,7 +161,7 @@ class DbrxExperts(FusedExperts):
     @property
     def dim(self) -> int:
         """See `FusedExperts.dim`."""
-        return self.module.get_parameter("mlp.w2").shape[2]
+        return self.matrices()["w2"][0].shape[2]
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
         """See `FusedExperts.up`."""

@@ -110,7 +110,7 @@ class BridgedExperts(BridgedMoE):
         return None
 
     @capacity.setter
-    def capacity(self, capacity: float | Capacity | None) -> None:
+    def capacity(self, capacity: float | str | Capacity | None) -> None:
         if capacity is not None:
             raise ValueError(_outside("capacity", "leave it None, which drops no token"))
 

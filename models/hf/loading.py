@@ -28,7 +28,8 @@ from transformers.core_model_loading import (
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ...moe.parallel.parallelize import parallelize
-from .replace import Adapter, replace_moe
+from .recognise import Adapter
+from .replace import replace_moe
 from .slots import Slot, family_slots, family_view, give_memory
 from .weight_files import WeightReader, everywhere
 

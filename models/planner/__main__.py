@@ -18,8 +18,8 @@ from .cluster import Cluster, presets
 from .estimate import Estimate
 from .job_file import JobFile, start_commands, toml
 from .layout import DTYPES, RECOMPUTE, ZERO
-from .timeline import replay
 from .search import Found, search
+from .timeline import replay
 
 AXES = {
     "pp": "pipeline stages",

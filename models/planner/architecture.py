@@ -76,7 +76,13 @@ class Architecture:
 
     @classmethod
     def of(cls, config: GPTConfig) -> Architecture:
-        """What a `GPT` of the library has."""
+        """Architecture of a `GPT`.
+
+        Raises:
+            ValueError: a head of its own, or heads whose width is not dim / heads.
+        """
+        if not config.tied or config.head_size * config.heads != config.dim:
+            raise ValueError("the planner knows tied heads of width dim / heads only: set tied=True and head_dim=None")
         moe = config.moe_every > 0
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
@@ -95,7 +101,7 @@ class Architecture:
             shared=shared if isinstance(shared, int) else 0,
             moe_every=config.moe_every,
             gated=ACTIVATIONS[name].gated if isinstance(name, str) else True,
-            capacity=(capacity.factor or 0.0) if capacity is not None and capacity.pad else 0.0,
+            capacity=capacity.factor if capacity and capacity.pad and isinstance(capacity.factor, float) else 0.0,
         )
 
     @property

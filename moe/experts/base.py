@@ -34,6 +34,7 @@ class Experts(nn.Module, ABC):
         seed: seed of the initial values, the same on all ranks.
     """
 
+    output_parts: frozenset[str] = frozenset()  # of `split_axes`, tensors whose parts are parts of the output
     recompute: bool = False
     lora: nn.ModuleDict | None
 

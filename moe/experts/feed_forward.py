@@ -48,6 +48,8 @@ class FeedForwardExperts(Experts):
     torch.Size([3, 4])
     """
 
+    output_parts = frozenset({"b_down"})
+
     def __init__(
         self, dim: int, hidden: int, num_experts: int, activation: str = "swiglu", bias: bool = False, seed: int = 0
     ) -> None:

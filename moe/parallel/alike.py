@@ -102,7 +102,7 @@ def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
 
 def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
     """Arguments of a layer, its gate, its experts and its other parts, each with its name."""
-    for option in ("num_experts", "capacity", "balance"):
+    for option in ("num_experts", "capacity", "balance", "parallelism", "shadow"):
         yield f"{option} of {called(name)}", repr(getattr(layer, option))
     yield f"experts.weight_on of {called(name)}", repr(layer.experts.weight_on)
     for own, module in layer.named_modules():

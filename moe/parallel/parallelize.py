@@ -38,6 +38,7 @@ from ..experts.sharded import local
 from ..layer import MoE
 from .alike import agree
 from .sharding import shares, spread
+from .weight_travel import WeightTravel
 
 BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
 DISPATCHERS = ("auto", "flat", *BY_NODE)
@@ -52,6 +53,7 @@ def parallelize(
     overlap: int | Literal["auto"] | None = None,
     wire: Wire | None = None,
     timeout: timedelta | float | None = None,
+    parallelism: int | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place (expert parallelism). Call it on every rank.
 
@@ -83,6 +85,9 @@ def parallelize(
         timeout: longest time that a collective of the mesh's groups waits for a rank, positive, in seconds or as a
             timedelta. None, the default, keeps the timeout of `Meshes.of` or `init_process_group`. torch's default for
             groups of a mesh is 30 minutes.
+        parallelism: r of every layer at first (`WeightTravel`, `MoE.parallelism`). 0 brings experts to their tokens. On
+            a mesh with "etp" = s > 1, r may be any divisor of s. Each token then visits r ranks of an expert, and s / r
+            ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then.
 
     Returns:
         The model.
@@ -126,15 +131,19 @@ def parallelize(
             f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
             stacklevel=2,
         )
-    planned, fault = [], None
+    planned, fault, weights = [], None, WeightTravel(None, None, 1)
     dispatchers: dict[float, Dispatcher] = {}  # layers whose experts cost the same share an `AutoDispatcher`
     try:
         if holders is not None:
             planned = shares(model, layers, holders)
+            weights = WeightTravel.of(mesh)
             dispatchers = {work: _equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
+        for name, layer in layers.items():
+            weights = weights.choose(layer.num_experts, called(name), parallelism)
     except (ValueError, TypeError) as error:
         fault = error
     options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
+    options["parallelism"] = repr(parallelism)
     agree(layers, options, fault, everyone, "before parallelize, which every rank calls with the same arguments")
 
     for share in planned:
@@ -144,6 +153,9 @@ def parallelize(
         if holders is not None:
             layer.dispatcher = dispatchers[work_of(layer)]
     _number(layers, everyone)
+    for layer in layers.values():
+        layer.weights = weights
+        layer.parallelism = weights.parallelism
     return model
 
 

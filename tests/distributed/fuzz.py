@@ -89,6 +89,7 @@ class Case:
     optimizer: str
     clip: float | None
     flaw: str | None = None  # see flaws.py
+    gathers: bool = False  # layers choose another parallelism, and experts to shadow, for every batch
 
     @property
     def tp(self) -> int:
@@ -168,7 +169,7 @@ def drawn(seed: int) -> Case:
         case = replace(case, layers=wide)
     if case.wrapper == "fsdp" and case.edp == 1:  # which FSDP2 cannot do in float64
         case = replace(case, dtype=torch.float32, layers=case.layers[:1], sizes=case.sizes[-2:], micro_batches=1)
-    return case
+    return replace(case, gathers=random.Random(f"{seed}/gathers").random() < 0.4)  # other draws are left alone
 
 
 def layer(r: random.Random, ep: int = 1, etp: int = 1) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import Any
 
@@ -75,6 +76,7 @@ def trained(case: Case, wanted: Record | None, change: Any = None) -> None:
     found: dict[str, Tensor] = {}
     update = optimizer(case, model.parameters() if case.wrapper == "fsdp" else param_groups(model))
     for number in range(len(case.sizes) - 1):
+        choose(case, model, number)
         x, y, toward = forward(case, run_it, number)
         tokens = max(sum(case.sizes[number]) * case.length * case.tp, 1)
         aux = evaluated(case, model, found, number, y)
@@ -94,11 +96,21 @@ def trained(case: Case, wanted: Record | None, change: Any = None) -> None:
         update_expert_biases(model)
         found |= {f"batch {number}: {name} afterwards": whole(t) for name, t in model.state_dict().items()}
     model.eval()
+    choose(case, model, len(case.sizes) - 1)
     with torch.no_grad():
         _, y, _ = forward(case, run_it, len(case.sizes) - 1)
         evaluated(case, model, found, len(case.sizes) - 1, y)
     assert wanted is not None, "a flaw has passed"
     compare(case, found, wanted.all | wanted.ranks[rank])
+
+
+def choose(case: Case, model: Model, number: int) -> None:
+    """For this batch, whether experts come to their tokens, alike on all ranks."""
+    drawn, slices = random.Random(f"{case.seed}/{number}"), case.axes.get("etp", 1)
+    for layer in model.layers if case.gathers else ():
+        layer.parallelism = drawn.choice([r for r in range(slices + 1) if r == 0 or slices % r == 0])
+        some = drawn.sample(range(layer.num_experts), drawn.randint(1, layer.num_experts))
+        layer.shadow = drawn.choice([None, some])
 
 
 def forward(case: Case, run_it: Any, number: int) -> tuple[Tensor, Tensor, Tensor]:

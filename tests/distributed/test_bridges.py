@@ -18,10 +18,10 @@ from hf_families import FAMILIES, batch, tiny
 IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(5))
 
 
-def step(family: str, ids: torch.Tensor, mesh=None):
+def step(family: str, ids: torch.Tensor, mesh=None, parallelism: int | None = None):
     model = tiny(family) if family in FAMILIES else hf_walk.tiny(family)
     if mesh is not None:
-        parallelize(replace_moe(model), mesh, dispatcher="flat")
+        parallelize(replace_moe(model), mesh, dispatcher="flat", parallelism=parallelism)
     out = model(input_ids=ids, labels=ids.roll(1, 1))
     out.loss.backward()
     if mesh is not None:
@@ -34,17 +34,18 @@ def step(family: str, ids: torch.Tensor, mesh=None):
     return out.logits.detach(), grads, model.state_dict()
 
 
-def on_a_rank(family: str):
+def on_a_rank(family: str, parallelism: int | None):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
-    return step(family, IDS.chunk(mesh.size())[mesh.get_local_rank()], mesh)
+    return step(family, IDS.chunk(mesh.size())[mesh.get_local_rank()], mesh, parallelism)
 
 
 @pytest.mark.parametrize(
-    ("family", "number"), [("mixtral", 2), ("mixtral", 4), ("dbrx", 2), ("switch_transformers", 2), ("minimax_m2", 2)]
+    ("family", "number", "parallelism"),
+    [("mixtral", 2, None), ("mixtral", 4, 0), ("dbrx", 2, 0), ("switch_transformers", 2, 0), ("minimax_m2", 2, None)],
 )
-def test_spread_experts_equal_one_rank(family, number):
+def test_spread_experts_equal_one_rank(family, number, parallelism):
     logits, grads, state = step(family, IDS)
-    results = ranks.run(number, on_a_rank, family)
+    results = ranks.run(number, on_a_rank, family, parallelism)
     torch.testing.assert_close(torch.cat([part for part, _, _ in results]), logits, rtol=1e-5, atol=1e-5)
     for _, theirs, weights in results:
         assert theirs.keys() == grads.keys()

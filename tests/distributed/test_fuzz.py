@@ -69,6 +69,7 @@ def test_seeds_reach_everything():
     assert {case.wire for case in cases} >= {None, "bf16", "fp8"}
     assert {case.adapters for case in cases} == {None, "early", "late"}
     assert any(0 in sizes for case in cases for sizes in case.sizes)
+    assert {case.gathers for case in cases} == {False, True}
 
 
 LAYER = Layer(Settings(4, "topk", 2, aux_loss_weight=0.2), hidden=12, bias=True, shared=0, pad=False, recompute=False)

@@ -188,7 +188,10 @@ def test_a_rate_may_become_a_tensor_and_a_number_again(tmp_path):
     [
         (lambda m: SGD(m.parameters(), momentum=0.9), r"another kind of optimizer\? rank 0: the optimizer keeps no "),
         (lambda m: AdamW(m.parameters(), amsgrad=True), r"the checkpoint has no .*\.max_exp_avg_sq"),
-        (lambda m: AdamW(m.parameters()), r"one group for what was saved with two: .*\.lr is 0\.1, and .*\.lr is 0\.2"),
+        (
+            lambda m: AdamW(m.parameters()),
+            r"one parameter group where two were saved: .*\.lr is 0\.1, and .*\.lr is 0\.2",
+        ),
     ],
     ids=["kind", "more state", "groups"],
 )

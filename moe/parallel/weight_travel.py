@@ -1,0 +1,235 @@
+"""Experts that come to their tokens: `parallelism` (Tutel's r) and `shadow` (FasterMoE).
+
+For each expert and forward, either its tokens travel to its weights, or its weights to the tokens. Parameters,
+gradients and optimizer state stay where `parallelize` has put them: a gather makes copies for one forward, and its
+backward sums the copies' gradients where the parameter lies. See docs/explanations/adaptive.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from ...dispatch import mesh as axes
+from ...dispatch.dispatcher import Dispatcher
+from ...dispatch.dispatcher import Experts as Compute
+from ...dispatch.local import LocalDispatcher
+from ...dispatch.place import LayerCall, Place
+from ...dispatch.plan import Plan
+from ...dispatch.traced import outside
+from ..build import called
+from ..experts.base import Experts
+from ..experts.sharded import local
+from .weight_copies import Tensors, copy_in_pieces, copy_to, with_copies
+
+
+@dataclass(frozen=True)
+class WeightTravel:
+    """Which experts' weights a layer gathers in each forward, and over which ranks.
+
+    Every rank that shares the experts has the same one; ranks compare what is chosen before anything travels.
+
+    Args:
+        ep: the ranks that hold other experts, in the order of the experts; None: this one alone.
+        etp: the ranks that hold other slices of the same experts, in the order of the slices; None: this one alone.
+        parallelism: r. 0: all experts are gathered. Else a divisor of the s slices: groups of s / r ranks next to
+            each other gather their slices into one, and each token visits r ranks of each of its experts.
+        shadow: global ids of experts that are gathered whole, in ascending order, while tokens of others travel.
+    """
+
+    ep: ProcessGroup | None
+    etp: ProcessGroup | None
+    parallelism: int
+    shadow: tuple[int, ...] = ()
+    idle: bool = field(init=False)  # nothing is gathered
+
+    def __post_init__(self) -> None:
+        alone = self.ep is None and self.etp is None
+        idle = alone or (self.parallelism == _size(self.etp) and not self.shadow)
+        object.__setattr__(self, "idle", idle)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> WeightTravel:
+        """Over the axes "ep" (or "node" and "local") and "etp" of a mesh, with nothing gathered."""
+        ep, etp = (_ascending(axes.axis(mesh, name)) for name in (axes.EP, axes.ETP))
+        return cls(ep, etp, _size(etp))
+
+    def choose(
+        self, num_experts: int, layer: str, parallelism: int | None = None, shadow: Sequence[int] | None = None
+    ) -> WeightTravel:
+        """The same ranks with another choice; `layer` names the layer in errors.
+
+        Raises:
+            ValueError: an r that is none of those allowed, or ids that are not distinct experts.
+        """
+        chosen = self
+        if parallelism is not None:
+            slices = _size(self.etp)
+            allowed = [r for r in range(slices + 1) if r == 0 or slices % r == 0]
+            if type(parallelism) is not int or parallelism not in allowed:
+                raise ValueError(
+                    f"parallelism of {layer} must be one of {', '.join(map(str, allowed))} on this mesh, which splits "
+                    f"each expert into {slices} (etp={slices}); got {parallelism!r}"
+                )
+            chosen = replace(chosen, parallelism=parallelism)
+        if shadow is not None:
+            ids = sorted(shadow) if all(type(e) is int for e in shadow) else []
+            if len(set(ids)) < len(shadow) or not all(0 <= e < num_experts for e in ids):
+                raise ValueError(
+                    f"shadow of {layer} must be None or different experts, of 0 to {num_experts - 1}; got {shadow!r}"
+                )
+            chosen = replace(chosen, shadow=tuple(ids))
+        return chosen
+
+    @property
+    def shadow_number(self) -> int:
+        """A number by which ranks tell their sets of shadowed experts apart; 0: none."""
+        digest = hashlib.blake2b(repr(self.shadow).encode(), digest_size=4).digest()
+        return 1 + int.from_bytes(digest) if self.shadow else 0
+
+    def __call__(self, dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+        """x [T, D] -> y [T, D], as `dispatcher` alone would compute it."""
+        if torch.compiler.is_compiling():
+            return outside(self, dispatcher, x, plan, weight, experts)
+        _check_gatherable(experts, self)
+        plan = plan.started()
+        if self.parallelism == 0:
+            dispatcher.announce(x, plan, weight)  # a rank that disagrees, or has failed, is heard before the gather
+            return LocalDispatcher()(x, plan, weight, self.gathered(experts, plan.call))
+        travels = self._sliced(experts, plan.call)
+        if not self.shadow:
+            return dispatcher(x, plan, weight, travels)
+        here = torch.full((plan.counts.numel(),), -1, device=plan.expert.device)  # expert -> its place in `shadow`
+        here[list(self.shadow)] = torch.arange(len(self.shadow), device=here.device)
+        stays = torch.where(plan.expert < 0, -1, here[plan.expert])
+        rest = Plan.of(plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place)
+        y = dispatcher(x, replace(rest, call=plan.call), weight, travels)
+        copies = self.gathered(experts, plan.call, self.shadow)
+        return y + LocalDispatcher()(x, Plan.of(stays, len(self.shadow)), weight, copies)
+
+    def gathered(self, experts: Experts, call: LayerCall | None, ids: Sequence[int] | None = None) -> Compute:
+        """All experts whole, or those of `ids`, computed with copies on this rank; differentiable.
+
+        In the backward each rank sends the copies' gradients to the ranks that own the parameters, which add them up in
+        the order of the ranks.
+        """
+        return with_copies(experts, lambda: self._whole_experts(experts, call, ids))
+
+    def _whole_experts(self, experts: Experts, call: LayerCall | None, ids: Sequence[int] | None) -> Tensors:
+        ranks, held = _size(self.ep), len(experts.owned)
+        wanted = range(experts.num_experts) if ids is None else ids
+        places = [[e % held for e in wanted if e // held == w] for w in range(ranks)]
+        tensors = self._whole_slices(experts, 1, call, None if ids is None else places[_rank(self.ep)])
+        if self.ep is None:
+            return tensors
+        recv = [len(each) for each in places]
+        if max(recv) * (ranks - 1) > sum(recv):  # one rank has most of it
+            return copy_in_pieces(tensors, recv, self.ep, call)
+        return copy_to(tensors, [True] * ranks, recv, self.ep, call)
+
+    def _sliced(self, experts: Experts, call: LayerCall | None) -> Compute:
+        """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
+        if self.parallelism == _size(self.etp):
+            return experts
+        made: list[Compute] = []
+
+        def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+            if not made:
+                made.append(with_copies(experts, lambda: self._whole_slices(experts, self.parallelism, call)))
+            return made[0](rows, weight, counts)
+
+        return compute
+
+    def _whole_slices(
+        self, experts: Experts, blocks: int, call: LayerCall | None, places: list[int] | None = None
+    ) -> Tensors:
+        """The tensors of the experts held here, or some of them, with the slices of all ranks of this rank's block."""
+        stacked = dict(experts.named_parameters()) | dict(experts.named_buffers())
+        held = {name: local(t) for name, t in stacked.items()}
+        if places is not None:
+            some = torch.tensor(places, dtype=torch.int64)
+            held = {name: t.index_select(0, some.to(t.device)) for name, t in held.items()}
+        slices, place = _size(self.etp), _rank(self.etp)
+        each = slices // blocks  # ranks of a block
+        if self.etp is None or each == 1:
+            return held
+        mine = [slot // each == place // each for slot in range(slices)]
+        arrived = copy_to({n: t.unsqueeze(0) for n, t in held.items()}, mine, [*map(int, mine)], self.etp, call)
+        whole = {}
+        for name, parts in arrived.items():
+            axis = _sliced_axis(stacked[name])
+            if name in experts.output_parts:  # it is added to the output where it belongs, on one block alone
+                parts = _in_place(parts, place // each * each, slices)
+            whole[name] = torch.cat(parts.unbind(0), axis)
+        return whole
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightTravel:
+        return self  # immutable, and process groups cannot be copied
+
+
+def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, **choice: Any) -> WeightTravel:
+    """What a layer gathers from now on; its place learns of it, for ranks to compare.
+
+    Args:
+        travel, place, experts: the layer's.
+        choice: `parallelism` or `shadow`, as in `WeightTravel.choose`.
+
+    Raises:
+        ValueError: a layer on one rank, a choice that is not allowed, or experts that cannot be gathered.
+    """
+    if travel is None or place is None:
+        raise ValueError(f"{next(iter(choice))} is of a layer that is spread over ranks: call parallelize first")
+    travel = travel.choose(experts.num_experts, called(place.name), **choice)
+    _check_gatherable(experts, travel)
+    place.parallelism, place.shadow = travel.parallelism, travel.shadow_number
+    return travel
+
+
+def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:
+    names = {name for p in experts.parameters() if isinstance(p, DTensor) for name in axes.names(p.device_mesh)}
+    if not travel.idle and not isinstance(experts, FSDPModule) and names - {axes.EP, axes.NODE, axes.LOCAL, axes.ETP}:
+        raise ValueError(
+            f"parallelism={travel.parallelism} and shadow={travel.shadow or None} gather experts, which FSDP2 has "
+            "sharded as a part of something larger: call fully_shard_experts(model, mesh) before fully_shard(model)"
+        )
+
+
+def _in_place(parts: Tensor, first: int, slices: int) -> Tensor:
+    """Some slices [n, ...] out of `slices`, from `first` on: zeros in the place of the others [slices, ...]."""
+    before, after = first, slices - first - len(parts)
+    return torch.cat([parts.new_zeros(before, *parts.shape[1:]), parts, parts.new_zeros(after, *parts.shape[1:])])
+
+
+def _sliced_axis(tensor: Tensor) -> int:
+    """The axis of a stacked tensor that is split over "etp"."""
+    assert isinstance(tensor, DTensor)
+    placed = tensor.placements[axes.names(tensor.device_mesh).index(axes.ETP)]
+    assert isinstance(placed, Shard)
+    return placed.dim
+
+
+def _ascending(axis: DeviceMesh | None) -> ProcessGroup | None:
+    """The group of an axis; None if it is of one rank. Its order must be that of the mesh."""
+    if axis is None or axis.size() == 1:
+        return None
+    if (ranks := axis.mesh.flatten().tolist()) != sorted(ranks):
+        raise ValueError(f"ranks must ascend along {axes.names(axis)}; got {ranks}; init_device_mesh makes it so")
+    return axis.get_group()
+
+
+def _size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
