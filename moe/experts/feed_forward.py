@@ -115,14 +115,14 @@ class FeedForwardExperts(Experts):
             check_triton(x, self.activation)
             self._check_plain()
             compute = fused
-        elif self._in_blocks(x, len(weight) if plan is None else len(plan.token)):
+        elif isinstance(up[0], Tensor) and self._in_blocks(x, len(weight) if plan is None else len(plan.token)):
             compute = perceptrons
         else:
             compute = self._at_once
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
     def _in_blocks(self, x: Tensor, rows: int) -> bool:
-        plain = self.lora is None and not self.in_four_bits and not torch.compiler.is_compiling() and not transformed()
+        plain = self.lora is None and not torch.compiler.is_compiling() and not transformed()
         return plain and pays(x, rows, max(self.dim, self.hidden))
 
     def _at_once(

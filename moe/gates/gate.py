@@ -98,8 +98,9 @@ class Gate(nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Router logits of x: [T, D] -> [T, E], in float32 or float64 whatever the model's dtype and autocast are."""
         logits = projected(x, self.weight, self.bias)
-        for _, adapter in self.adapters():
-            logits = adapter.beside(logits, x, lambda x, a: projected(x, a.T))
+        if self.lora is not None:
+            for _, adapter in self.adapters():
+                logits = adapter.beside(logits, x, lambda x, a: projected(x, a.T))
         return logits
 
     def scaled(self, weight: Tensor) -> Tensor:
