@@ -119,7 +119,7 @@ def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="mixtral", help="model_type of a model in docs/guides/hugging_face.md")
+    parser.add_argument("--family", default="mixtral", help="model_type of a model in docs/guides/hf_families.md")
     parser.add_argument("--model", help="a checkpoint of transformers, in place of a new model; its tokens are bytes")
     parser.add_argument("--out", default="runs/finetune_hf", help="folder of the trained model")
     parser.add_argument("--data", nargs="+", help="text files and folders; none: the standard library's source")
