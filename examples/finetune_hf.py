@@ -122,7 +122,7 @@ def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
 
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="mixtral", help="model_type of a family in docs/guides/hugging_face.md")
+    parser.add_argument("--family", default="mixtral", help="model_type of a model in docs/guides/hf_families.md")
     parser.add_argument("--model", help="folder of a saved model to start from, with bytes as tokens")
     parser.add_argument("--out", default="runs/finetune_hf", help="folder to save the trained model to")
     parser.add_argument("--data", nargs="+", help="text files and folders to train on (default: Python's own source)")

@@ -153,9 +153,8 @@ def batch(model: nn.Module) -> dict[str, Any]:
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "hf_families.md"
 # families whose blocks cannot be replaced, and why
 REFUSED = {
-    "doge": "its experts are single rows of an embedding, found by product keys: nothing to multiply in groups",
-    "jetmoe": "its block has no stack of experts that is called with a routing, and half of them are attention's",
-    "muse_spark": "a norm, shared by all experts, stands behind each: no part of ours holds it",
+    "doge": "its experts are single rows of an embedding, found by product keys: there is no product to spread",
+    "muse_spark": "a norm whose weight all experts share stands in each, and no part of ours would hold that weight",
     "nllb_moe": "in transformers 5.23 its block passes a mask where expert numbers are expected, and uses two experts",
     "vitpose_backbone": "no mixture: the caller names the one head, and all are computed",
 }

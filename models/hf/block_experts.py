@@ -207,6 +207,49 @@ class LongcatFlashExperts(FusedExperts):
             whole.grad[len(p) :] = 0
 
 
+class JetMoeExperts(FusedExperts):
+    """JetMoE: `input_linear.weight` [E, 2H, D] and `output_linear.weight` [E, D, H] are the block's own."""
+
+    def __init__(self, block: Any) -> None:
+        module: Any = nn.Module()
+        module.input_linear, module.output_linear, module.act_fn = (
+            block.input_linear,
+            block.output_linear,
+            block.activation,
+        )
+        super().__init__(module)
+
+    @staticmethod
+    def _check(module: nn.Module, transposed: bool) -> None:
+        pass  # of one layout, and compared
+
+    @property
+    def dim(self) -> int:
+        """See `FusedExperts.dim`."""
+        return self.module.get_parameter("output_linear.weight").shape[1]
+
+    def up(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.up`."""
+        gate, up = self._linear("input_linear", rows, ends).chunk(2, dim=-1)
+        return self.module.get_submodule("act_fn")(gate) * up
+
+    def down(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """See `FusedExperts.down`."""
+        return self._linear("output_linear", hidden, ends)
+
+    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+        """See `Experts.matrices`."""
+        names = ("input_linear", "output_linear")
+        return {name: (self.module.get_parameter(f"{name}.weight"), True) for name in names}
+
+    def _linear(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+        matrix = local_as(self.module.get_parameter(f"{name}.weight"), rows).mT
+        return self.adapted(name, grouped_linear(rows, ends, matrix, None), rows, ends)
+
+    def _fan_in(self, name: str) -> int:
+        return self.module.get_parameter(name).shape[2]
+
+
 class ListedExperts(ModuleExperts):
     """Experts that a family keeps as one module each: their tensors are copied into one stack, theirs are freed.
 

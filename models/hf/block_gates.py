@@ -107,6 +107,16 @@ class DbrxGate(RouterGate):
     top_k, check_top_k = Gate.top_k, Gate.check_top_k  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
+class JetMoeGate(RouterGate):
+    """JetMoE: the k highest logits, softmax over them; the router returns a plan of its own, and the logits last."""
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `RouterGate.choose`."""
+        *_, logits = self.router(x)
+        chosen, expert = logits.topk(self.top_k, dim=1)
+        return logits, chosen.softmax(1).type_as(x), expert
+
+
 class SwitchTransformersGate(RouterGate):
     """Switch Transformers: the best expert, if fewer than `expert_capacity` tokens before in its sequence chose it.
 

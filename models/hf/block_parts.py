@@ -17,7 +17,7 @@ class Parts:
     Attributes:
         gate: routes as the family does; most often a `RouterGate`.
         experts: most often `FusedExperts`. What has to happen to them when the block is put back is in their
-            `give_back()`, if they have one.
+            `give_back()`, if they have one; and so with `shared`.
         shared: what every token visits as well, [T, D] -> [T, D], or None.
         jitter: in training, what the block sees is multiplied by noise from [1 - jitter, 1 + jitter] first.
         pair: the block returned (y, something): so does the layer, with None for what the family's models ignore.

@@ -62,7 +62,9 @@ def _cut(experts: nn.Module, few: int) -> Iterator[tuple[Tensor, tuple[int, ...]
     down = held.get("down_proj")
     width = None if down is None or down.ndim != 3 else down.shape[inner["down_proj"]]
     for name, t in held.items():
-        shape = [len(t) * few // number, *t.shape[1:]]
+        shape = list(t.shape)
+        if t.ndim > 1 or len(t) == number:  # others are shared
+            shape[0] = len(t) * few // number
         if width is not None and name in inner and t.ndim > inner[name]:
             shape[inner[name]] = shape[inner[name]] // width * min(width, NARROW)
         yield t, tuple(shape)

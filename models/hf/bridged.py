@@ -59,6 +59,7 @@ class BridgedMoE(MoE):
     def give_back(self) -> nn.Module:
         """The family's block, with the weights of now; where experts are spread, call it on every rank of theirs."""
         getattr(self.experts, "give_back", lambda: gather(self.experts))()
+        getattr(self.shared, "give_back", lambda: None)()
         return self.block.train(self.training)
 
     @property

@@ -14,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block_experts import DbrxExperts, FusedExperts, GptOssExperts, ListedExperts, LongcatFlashExperts
-from .block_gates import DbrxGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
+from .block_experts import (
+    DbrxExperts,
+    FusedExperts,
+    GptOssExperts,
+    JetMoeExperts,
+    ListedExperts,
+    LongcatFlashExperts,
+    gather,
+)
+from .block_gates import DbrxGate, JetMoeGate, Llama4Gate, PhimoeGate, RouterGate, SwitchTransformersGate
 from .block_parts import Parts
 from .block_twins import score_of
 
@@ -35,6 +43,23 @@ class GatedShared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         return torch.sigmoid(self.gate(x)) * self.expert(x)
+
+
+class Bias(nn.Module):
+    """What a block adds to every token: its own parameter `bias` [D] (JetMoE)."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.bias, self._block = block.bias, (block,)  # in a tuple: not a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.bias.expand_as(x)
+
+    def give_back(self) -> None:
+        """Let the block have the bias of now; collective where that is spread."""
+        gather(self)
+        self._block[0].bias = self.bias
 
 
 def plain(block: Block) -> Parts:
@@ -83,6 +108,12 @@ def dbrx(block: Block) -> Parts:
     return Parts(gate, DbrxExperts(block.experts, block.experts.num_experts))
 
 
+def jetmoe(block: Block) -> Parts:
+    """Two stacks in the block itself; a bias is added to what its experts return."""
+    gate = JetMoeGate(block.router, block.router.layer.weight, block.router.top_k)
+    return Parts(gate, JetMoeExperts(block), Bias(block))
+
+
 def switch_transformers(block: Block) -> Parts:
     """Capacity per sequence, one module per expert."""
     gate = SwitchTransformersGate(block.router, block.router.classifier.weight, 1)
@@ -92,6 +123,7 @@ def switch_transformers(block: Block) -> Parts:
 FAMILIES: dict[str, Callable[[Any], Parts]] = {
     "DbrxFFN": dbrx,
     "GptOssMLP": gpt_oss,
+    "JetMoeMoE": jetmoe,
     "Llama4TextMoe": llama4,
     "PhimoeSparseMoeBlock": phimoe,
     "SwitchTransformersSparseMLP": switch_transformers,
