@@ -196,7 +196,10 @@ class MoE(nn.Module):
 
     @property
     def parallelism(self) -> int | None:
-        """Tutel's r, see `WeightTravel`; may be set between steps, alike on all ranks. 0: experts come to tokens."""
+        """Tutel's r; may be set between steps, alike on all ranks. See `WeightTravel`.
+
+        0: experts come to their tokens. A divisor of the mesh's "etp", or 1: each is computed in r slices.
+        """
         return None if self.weights is None else self.weights.parallelism
 
     @parallelism.setter
