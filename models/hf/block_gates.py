@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
-from ...moe.gates import Gate
+from ...moe.gates.gate import Gate, normalised, taken
 from ...moe.routing import Routing
 
 SCORES = ("softmax", "sigmoid")
@@ -49,6 +49,22 @@ class RouterGate(Gate):
         logits = wide(logits)
         scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
         return Routing(expert, wide(weight), scores, logits)
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`. The family's rule is read off its own weights, for which the host waits.
+
+        Raises:
+            TypeError: weights that are neither the scores of the chosen experts nor their shares, times a factor.
+        """
+        own = taken(routing.scores, routing.expert).detach()
+        for share in (lambda weight: weight, normalised):
+            ratio = (routing.weight.detach() / share(own))[routing.expert >= 0]
+            if not len(ratio) or float(ratio.max() - ratio.min()) <= 0.02 * float(ratio.max()):  # bfloat16 rounds
+                return share(taken(routing.scores, expert)) * (ratio.mean() if len(ratio) else 1.0)
+        raise TypeError(
+            f"{type(self.router).__name__} weighs experts by a rule that router replay does not know: neither "
+            "scores nor their shares, times a factor"
+        )
 
     @property
     def top_k(self) -> int:

@@ -125,6 +125,10 @@ class ModelsOwnGate(Gate):
         """ValueError: there is nothing to ask."""
         raise ValueError(_outside("a routing", "call the layer with (x, expert, weight)"))
 
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """TypeError: weights of other experts are the block's to compute."""
+        raise TypeError(_outside("router replay", "replay in the family's router"))
+
     @property
     def top_k(self) -> int:
         """Experts a token picks, k."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from turnout.models.hf import BridgedMoE, FusedExperts, Parts, RouterGate, replace_moe, restore_moe
+from turnout.moe.replay import record, replay
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
 from hf_families import FAMILIES, LOSSLESS, batch, tiny
@@ -228,3 +229,25 @@ def test_the_package_does_not_import_transformers():
     for path in folder.glob("*.py"):
         if path.stem not in needing:  # what imports one of them does so inside a function
             assert not re.search(rf"^(import|from) .*({'|'.join(needing)})", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_router_replay(family):
+    """Tokens go where another model's router sent them, with weights of this model's."""
+    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
+    model, other = (replace_moe(tiny(family)).eval() for _ in range(2))
+    with record(model) as routings:
+        logits = model(ids).logits
+    with replay(model, routings):
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-6)
+    for layer in [m for m in other.modules() if isinstance(m, BridgedMoE)]:
+        torch.nn.init.normal_(layer.gate.router.weight, generator=torch.Generator().manual_seed(9))
+    with record(other) as own:
+        other(ids)
+    assert not torch.equal(own.ids, routings.ids)
+    with replay(other, routings):
+        other(ids).logits.square().mean().backward()
+    for name, layer in other.named_modules():
+        if isinstance(layer, BridgedMoE):
+            assert torch.equal(layer._last[0], routings.by_layer[name])
+            assert layer.gate.router.weight.grad.any()
