@@ -178,11 +178,13 @@ def _lost(block: Any, parts: Parts) -> list[str]:
     return [name for name, t in tensors(block).items() if id(t) not in held]
 
 
-def scalars(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What tells kinds of modules apart: classes, sizes, and attributes that are numbers, names or configs."""
+def marks(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What tells kinds of modules apart: classes, sizes, and attributes that are numbers, names, functions, configs."""
     for name, m in module.named_modules():
-        own = {k: v for k, v in vars(m).items() if isinstance(v, int | float | bool | str | None)}
-        own = {k: v for k, v in own.items() if k not in ("training", "layer_idx", "layer_id")}
-        yield name, type(m), tuple(sorted(own.items())), id(getattr(m, "config", None))
+        own = {k: v for k, v in vars(m).items() if k not in ("training", "layer_idx", "layer_id")}
+        plain = {k: v for k, v in own.items() if isinstance(v, int | float | bool | str | None)}
+        lists = {k: repr(v) for k, v in own.items() if isinstance(v, list | tuple) and not k.startswith("_")}
+        functions = {k: id(v) for k, v in own.items() if callable(v)}
+        yield name, type(m), *(tuple(sorted(d.items())) for d in (plain, lists, functions)), id(own.get("config"))
     for name, t in tensors(module).items():
         yield name, t.shape, t.dtype

@@ -14,7 +14,7 @@ from .block_experts import FusedExperts
 from .block_parts import Parts
 from .block_twins import HOOKS, tensors
 from .bridged import BridgedExperts, BridgedMoE
-from .compare_blocks import block_differs, experts_differ, scalars, takes_routing
+from .compare_blocks import block_differs, experts_differ, marks, takes_routing
 from .families import EXPERTS, FAMILIES, NOT_FEED_FORWARD, ROUTERS, plain
 
 Adapter = Callable[[Any], Parts]
@@ -64,7 +64,7 @@ def blocks(module: nn.Module, adapters: Adapters, prefix: str = "") -> Iterator[
 
 def kind(block: nn.Module) -> tuple[Any, ...]:
     """Blocks of one kind compute the same function of their input and their weights."""
-    return tuple(scalars(block))
+    return tuple(marks(block))
 
 
 def rule(found: Found, adapters: Adapters, verify: bool) -> Rule:

@@ -262,3 +262,11 @@ def test_without_the_comparison():
     ours = replace_moe(tiny("qwen3_moe"), verify=False)
     torch.testing.assert_close(ours(**batch("qwen3_moe")).logits, expected)
     assert replace_moe(minimax_m2(), verify=False)
+
+
+def test_layers_that_differ_are_compared_one_by_one():
+    model = tiny("qwen3_moe")
+    model.model.layers[1].mlp.experts._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]  # unlike its own forward
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp .*the output in eval mode differs"):
+        replace_moe(model)
+    assert not layers(model)

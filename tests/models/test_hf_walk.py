@@ -1,6 +1,7 @@
 """Every family of the installed transformers with a mixture of experts: computed as before, or refused by name."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from turnout.models.hf import BridgedMoE, replace_moe, restore_moe
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
-from hf_walk import PAGE, REFUSED, batch, families, row, tiny
+from hf_walk import PAGE, REFUSED, batch, families, row, shrunk, tiny
 
 TOLERANCE = 1e-5
 
@@ -63,3 +64,31 @@ def test_family(family, tmp_path):
 def test_the_page_has_all_families():
     rows = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     assert rows[1:] == families()  # without the table's head
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "more", "block"),
+    [
+        (
+            "qwen3_omni_moe",
+            "Qwen3OmniMoeTalkerModel",
+            {"shared_expert_intermediate_size": 16},
+            "Qwen3OmniMoeTalkerTextSparseMoeBlock",
+        ),
+        (
+            "dots3_note",
+            "Dots3NoteVisionModel",
+            {
+                "adapter_in_dim": 32,
+                "router_scaling_factor": 1.5,
+                "mlp_layer_types": ["dense", "dense", "dense", "sparse"],
+                "per_layer_config": {3: {"num_local_experts": 8}},
+            },
+            "Dots3NoteExperts",
+        ),
+    ],
+)
+def test_a_model_beside_the_one_that_writes_text(family, name, more, block):
+    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    model = replace_moe(kind(shrunk(kind.config_class, more)))
+    assert {type(m.block).__name__ for m in model.modules() if isinstance(m, BridgedMoE)} == {block}
