@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .place import LayerCall, Place
 from .plan import Plan
-from .steps import Ready, Steps, announce, finish, refuse
+from .steps import Beside, Ready, Steps, announce, finish, refuse
 from .torch_internals import mark_dynamic
 from .traced import Sealed, outside
 
@@ -87,19 +87,24 @@ class Dispatcher(ABC):
             y [T, D], in the dtype of rows.
         """
 
-    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts, beside: Beside | None = None) -> Tensor:
         """Dispatch, experts and combine: x [T, D] -> y [T, D].
 
         Args:
             x, plan, weight: as in `dispatch`.
             experts: function (rows [R, D], weight [R], counts [L]) -> weighted rows [R, D].
+            beside: computation that a dispatcher may run while rows travel, such as shared experts; None by default.
         """
         if torch.compiler.is_compiling() and not self.is_static(plan):
             batch = outside(self._dispatch_sealed, x, plan, weight)
             return outside(self._combine_sealed, experts(batch.rows, batch.weight, batch.counts), batch.receipt)
         plan = plan.started()
-        batch = self.dispatch(x, plan, weight)
+        batch = self._dispatch(x, plan, weight, beside)
         return self._combine(experts(batch.rows, batch.weight, batch.counts), batch.receipt, plan.call)
+
+    def _dispatch(self, x: Tensor, plan: Plan, weight: Tensor, beside: Beside | None) -> Batch:
+        """`dispatch`, with what may be computed beside it."""
+        return self.dispatch(x, plan, weight)
 
     def _combine(self, rows: Tensor, receipt: Any, call: LayerCall | None) -> Tensor:
         """`combine`, with the forward that it belongs to."""
@@ -170,7 +175,10 @@ class SteppedDispatcher(Dispatcher):
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Bring tokens to the ranks that own their experts, as in `Dispatcher.dispatch`."""
-        return finish(self.dispatch_steps(x, plan, weight), plan.call)
+        return self._dispatch(x, plan, weight, None)
+
+    def _dispatch(self, x: Tensor, plan: Plan, weight: Tensor, beside: Beside | None) -> Batch:
+        return finish(self.dispatch_steps(x, plan, weight), plan.call, beside)
 
     def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
         """Exchange notes and sizes, and stop where rows would leave."""

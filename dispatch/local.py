@@ -11,6 +11,7 @@ from .agreement import NAN_MESSAGE
 from .dispatcher import Batch, Dispatcher, Experts
 from .plan import Plan, Tokens
 from .reorder import decode, encode, encode_weight
+from .steps import Beside
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class LocalDispatcher(Dispatcher):
     [[1.0], [2.0], [0.0]]
     """
 
-    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
-        """Permute, experts, unpermute: x [T, D] -> y [T, D]."""
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts, beside: Beside | None = None) -> Tensor:
+        """Permute, experts, unpermute: x [T, D] -> y [T, D]. Nothing travels, so nothing runs beside it."""
         if not getattr(experts, "gathers", False):
             return super().__call__(x, plan, weight, experts)
         _check_weight(weight)

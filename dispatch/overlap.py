@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
-from .steps import Steps, announce, interleave, prepare, refuse
+from .steps import Beside, Steps, announce, interleave, prepare, refuse
 from .torch_internals import in_backward
 from .traced import outside
 
@@ -65,19 +65,19 @@ class OverlapDispatcher(Dispatcher):
         if self.degree != "auto" and (not isinstance(self.degree, int) or self.degree < 1):
             raise ValueError(f'degree must be a positive integer or "auto"; got {self.degree!r}')
 
-    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts, beside: Beside | None = None) -> Tensor:
         """Dispatch, experts and combine, with chunks interleaved: x [T, D] -> y [T, D]."""
         if torch.compiler.is_compiling():
             return outside(self, x, plan, weight, experts)
         degree = self._degree_now(x.device)
         if degree == 1:
-            y = self.inner(x, plan, weight, experts)
+            y = self.inner(x, plan, weight, experts, beside)
         else:
             plan = plan.started(degree)
             xs, plans, weights = _cut(x, plan, weight, degree)
             chunks = [self._chunk(*chunk, experts) for chunk in zip(xs, plans, weights, strict=True)]
             prepare(chunks, plan.call)
-            ys = interleave(chunks, plan.call)
+            ys = interleave(chunks, plan.call, beside)
             y = torch.cat(ys) if plan.capacity is None else torch.stack(ys).sum(0)
         if self.degree == "auto":
             self._trial.watch(y)

@@ -7,7 +7,7 @@ share the exchanges of sizes, and rows of one chunk travel while the experts com
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -80,12 +80,31 @@ Ask: TypeAlias = Sizes | Read | Rows | Ready
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
-def finish(steps: Steps[Result], call: LayerCall | None = None) -> Result:
+class Beside:
+    """A computation that needs nothing from other ranks. It runs once, as soon as rows travel or its result is asked.
+
+    Args:
+        compute: function of no arguments.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._result: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Compute it now, unless that is done."""
+        if self._result is None:
+            self._result = self._compute()
+        return self._result
+
+
+def finish(steps: Steps[Result], call: LayerCall | None = None, beside: Beside | None = None) -> Result:
     """Run one generator by itself: answer every request at once.
 
     Args:
         steps: the generator.
         call: the forward it belongs to; None, the default, if there is no `Place`.
+        beside: computed while the first rows travel, and in the backward while their gradients do; None, the default.
 
     Returns:
         What the generator returns.
@@ -99,7 +118,10 @@ def finish(steps: Steps[Result], call: LayerCall | None = None) -> Result:
         if isinstance(ask, Ready):
             answer = None
         elif isinstance(ask, Rows):
-            answer = ask.start(call).wait()
+            travel = ask.start(call)
+            if beside is not None:
+                beside()
+            answer = travel.wait()
         else:
             (answer,) = ask.answer([ask], call)  # pyright: ignore[reportArgumentType]
 
@@ -126,7 +148,9 @@ def until_ready(steps: Steps) -> Steps[Ready]:
     return ask
 
 
-def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -> list[Result]:
+def interleave(
+    chunks: Sequence[Steps[Result]], call: LayerCall | None = None, beside: Beside | None = None
+) -> list[Result]:
     """Run the generators of several prepared chunks, so that rows of one travel while another computes.
 
     In each round one more chunk starts. Every other chunk makes one step: it waits for its rows, computes, and sends
@@ -138,6 +162,7 @@ def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -
         0: wait h                  after  1: wait o, E, start h      after  2: start o
 
     Autograd runs the backward in reverse, with starts in place of waits, so the backward is interleaved as well.
+    `beside` is computed before the first wait.
 
     Returns:
         What the generators return, in the order of chunks.
@@ -158,6 +183,8 @@ def interleave(chunks: Sequence[Steps[Result]], call: LayerCall | None = None) -
             assert isinstance(ask, Rows)
             still.append((number, ask.start(call)))
         under_way = still[::-1]
+        if beside is not None:
+            beside()
     return [done[number] for number in range(len(chunks))]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
+from ..dispatch.steps import Beside
 from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
@@ -141,16 +143,19 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = _autocast(tokens)
+        beside = []  # shared experts may run while rows travel
+        if self.shared is not None and not isinstance(self.shared, ResidualExperts):
+            beside = [Beside(partial(self.shared, tokens))]
         if self.weights is None or self.weights.idle:
-            y = self.dispatcher(tokens, plan, kept.weight, self.experts)  # dispatch, experts, combine
+            y = self.dispatcher(tokens, plan, kept.weight, self.experts, *beside)  # dispatch, experts, combine
         else:  # weights of some or all experts come here
             y = self.weights(self.dispatcher, tokens, plan, kept.weight, self.experts)
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
             y = self.shared(tokens, y)
-        elif self.shared is not None:
-            y = y + self.shared(tokens)
+        elif beside:
+            y = y + beside[0]()
         if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)

@@ -23,7 +23,7 @@ from ..node import NodeDispatcher
 from ..overlap import OverlapDispatcher
 from ..place import Place
 from ..plan import Plan
-from ..steps import Steps
+from ..steps import Beside, Steps
 from ..traced import Sealed, outside
 from ..wire import Wire, row_bytes
 from .measure import measure
@@ -96,11 +96,11 @@ class AutoDispatcher(SteppedDispatcher):
         """The transport and the number of chunks in use; None before the first batch."""
         return self._choice.content
 
-    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
+    def __call__(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts, beside: Beside | None = None) -> Tensor:
         """Dispatch, experts and combine in the chosen number of chunks: x [T, D] -> y [T, D]."""
         if torch.compiler.is_compiling():
             return outside(self, x, plan, weight, experts)
-        return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts)
+        return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts, beside)
 
     def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
         """Take part in the choice, if it is still to be made, and announce every chunk then."""

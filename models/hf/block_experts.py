@@ -237,7 +237,7 @@ class JetMoeExperts(FusedExperts):
         """See `FusedExperts.down`."""
         return self._linear("output_linear", hidden, ends)
 
-    def matrices(self) -> dict[str, tuple[Tensor, bool]]:
+    def matrices(self) -> dict[str, tuple[Matrix, bool]]:
         """See `Experts.matrices`."""
         names = ("input_linear", "output_linear")
         return {name: (self.module.get_parameter(f"{name}.weight"), True) for name in names}

@@ -21,6 +21,8 @@ from turnout.dispatch import (
     all_to_all,
     all_to_all_start,
 )
+from turnout.dispatch.steps import Beside
+from turnout.moe import MoE, aux_loss, parallelize
 
 
 class Log:
@@ -147,3 +149,52 @@ def halves() -> None:
 
 def test_the_halves_of_an_exchange_are_the_whole():
     run(4, halves)
+
+
+def with_shared_experts(kind, degree: int) -> tuple[list[str], list[str]]:
+    x, plan, weight = plan_of(6 + dist.get_rank())
+    dispatcher = OverlapDispatcher(inner_of(kind), degree) if degree > 1 else inner_of(kind)
+    with Log() as log:
+
+        def shared() -> Tensor:
+            log.events.append("shared")
+            out = x * 2
+            out.register_hook(lambda grad: log.events.append("shared"))
+            return out
+
+        beside = Beside(shared)
+        y = dispatcher(x, plan, weight, log.experts, beside) + beside()
+        forward, log.events, log.phase = log.events, [], "backward"
+        y.sum().backward()
+    return forward, log.events
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_shared_experts_run_while_rows_travel(degree):
+    for forward, backward in run(2, with_shared_experts, FlatDispatcher, degree):
+        for events in (forward, backward):
+            assert events.count("shared") == 1
+            place = events.index("shared")
+            begun, over = ({e for e in events[:place] if e.startswith(word)} for word in ("start", "wait"))
+            assert {e.replace("start", "wait") for e in begun} - over, f"nothing is under way: {events}"
+
+
+def layer_with_shared_experts():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    torch.manual_seed(0)
+    models = [MoE(WIDTH, 8, EXPERTS, shared=1, seed=0).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    parallelize(models[0], mesh)
+    x = tokens(6).double()[3 * dist.get_rank() :][:3]
+    results = []
+    for model in models:
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        (y.square().sum() + aux_loss(model) * 0).backward()
+        results.append((y, leaf.grad))
+    for mine, theirs in zip(*results, strict=True):
+        assert close(mine, theirs, 1e-12)
+
+
+def test_a_layer_with_shared_experts_equals_one_rank():
+    run(2, layer_with_shared_experts)
