@@ -60,7 +60,7 @@ def parallel_model(
         recompute: as for `recompute`.
         activations_on_cpu: what the backward needs, weights apart, waits in the host's memory.
         dtype: of the parameters.
-        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout.
+        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout, parallelism.
     """
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
