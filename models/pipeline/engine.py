@@ -224,7 +224,7 @@ class Pipeline:
     def _check_backward(self) -> None:
         """Refuse experts that are gathered where the backward is in halves, on all ranks, whose stages may differ.
 
-        torch computes gradients of weights group by group, and takes weights that meet in one node for one group (2.13).
+        torch computes gradients of weights by groups, and takes weights that meet in one node for one group (2.13).
         A gather joins all weights of the experts; their nodes then follow one another, and torch runs some twice.
         """
         if self.stages.schedule not in ("interleaved_zb", "zbv"):
