@@ -69,7 +69,7 @@ def parallel_model(
         recompute: activations to compute again in the backward, ``"none"`` by default (`recompute`).
         activations_on_cpu: whether activations wait for their backward in host memory; False by default.
         dtype: dtype of the parameters, float32 by default.
-        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout.
+        experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout, parallelism.
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ...moe.experts.sharded import local
 from ...moe.parallel.gradients import clip_grad_norm_
+from ...moe.parallel.parallelize import moe_layers
 from ..gpt import GPT
 from ..loss import next_token_loss
 from .boundary import Boundary
@@ -125,6 +126,7 @@ class Pipeline:
             ValueError: a batch that does not split into `micro_batches`.
         """
         check_batch(tokens, self.micro_batches)
+        self._check_backward()
         schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
         self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
@@ -234,6 +236,23 @@ class Pipeline:
         loss = self.loss_fn(logits, targets)
         self._losses.append(loss.detach())
         return loss * self._weight
+
+    def _check_backward(self) -> None:
+        """Refuse experts that are gathered where the backward is in halves, on all ranks, whose stages may differ.
+
+        torch computes gradients of weights by groups, and takes weights that meet in one node for one group (2.13).
+        A gather joins all weights of the experts; their nodes then follow one another, and torch runs some twice.
+        """
+        if self.stages.schedule not in ("interleaved_zb", "zbv"):
+            return
+        gathers = [not (layer.weights is None or layer.weights.idle) for layer in moe_layers(self.parts).values()]
+        (found,) = self._everywhere([torch.tensor(float(any(gathers)))])
+        if found:
+            raise ValueError(
+                f"schedule {self.stages.schedule!r} takes the backward in halves, which does not get through experts "
+                "that are gathered: leave layer.parallelism and layer.shadow as parallelize sets them, or take "
+                "interleaved1f1b"
+            )
 
     def _everywhere(self, *losses: list[Tensor]) -> list[Tensor]:
         """Sum of each list of scalars, over all ranks of the pipeline."""

@@ -3,17 +3,18 @@
 import pytest
 import torch
 from cases import runnable
-from ranks import run
+from ranks import errors, run
 from torch.distributed.tensor import DTensor
 from turnout.dispatch.mesh import Meshes
 from turnout.models import GPT, Boundary, GPTConfig, Pipeline, Stages, next_token_loss, tensor_parallel
 from turnout.moe import Balance, aux_loss, clip_grad_norm_, parallelize, sync_gradients
+from turnout.moe.parallel.parallelize import moe_layers
 
 LOSSES = {"balance": Balance(0.3, over="global")}
 CONFIG = GPTConfig(vocab=24, dim=8, layers=4, heads=2, hidden=8, seq_len=6, num_experts=4, moe=LOSSES)
 
 
-def stepped(schedule):
+def stepped(schedule, parallelism):
     meshes = Meshes.of("cpu", pp=2, tp=2, ep=2)
     group = meshes.dense.get_group("pp")
     torch.manual_seed(0)
@@ -21,7 +22,9 @@ def stepped(schedule):
     parts = [part.double() for part in stages.build(meshes.dense.get_local_rank("pp"))]
     for part in parts:
         tensor_parallel(part, meshes.dense["tp"])
-        parallelize(part, meshes)
+        parallelize(part, meshes, parallelism=parallelism)
+        for layer in moe_layers(part).values() if parallelism == 1 else ():
+            layer.shadow = [0, 3]
     pipeline = Pipeline(parts, stages, group, 4, next_token_loss, Boundary(8, meshes.dense.get_group("tp")))
     tokens = torch.randint(24, (8, 7), generator=torch.Generator().manual_seed(0))
     tokens, targets = tokens[:, :-1], tokens[:, 1:]
@@ -50,6 +53,25 @@ def stepped(schedule):
     )
 
 
-@pytest.mark.parametrize("schedule", runnable(["1f1b", "zbv"]))
-def test_a_step_is_that_of_one_rank(schedule):
-    run(4, stepped, schedule)
+@pytest.mark.parametrize(
+    ("schedule", "parallelism"), runnable([("1f1b", None), ("zbv", None), ("1f1b", 0), ("1f1b", 1)])
+)
+def test_a_step_is_that_of_one_rank(schedule, parallelism):
+    run(4, stepped, schedule, parallelism)
+
+
+def gathered_in_halves(schedule):
+    meshes = Meshes.of("cpu", pp=2, ep=2)
+    torch.manual_seed(0)
+    stages = Stages.of(CONFIG, schedule, 2)
+    parts = [parallelize(part, meshes) for part in stages.build(meshes.dense.get_local_rank("pp"))]
+    if meshes.dense.get_local_rank("pp"):  # the other stages' ranks must hear of it
+        next(iter(moe_layers(parts[0]).values())).parallelism = 0
+    tokens = torch.zeros(4, 6, dtype=torch.int64)
+    Pipeline(parts, stages, meshes.dense.get_group("pp"), 4).step(tokens, tokens)
+
+
+@pytest.mark.parametrize("schedule", runnable(["zbv"]))
+def test_a_backward_in_halves_refuses_experts_that_are_gathered(schedule):
+    for error in errors(4, gathered_in_halves, schedule):
+        assert error.startswith(f"ValueError: schedule {schedule!r} takes the backward in halves")
