@@ -69,7 +69,14 @@ class Plan:
     follows_load: bool = False
 
     @classmethod
-    def of(cls, expert: Tensor, num_experts: int, capacity: int | None = None, place: Place | None = None) -> Plan:
+    def of(
+        cls,
+        expert: Tensor,
+        num_experts: int,
+        capacity: int | None = None,
+        place: Place | None = None,
+        follows_load: bool = False,
+    ) -> Plan:
         """Make the plan of a routing.
 
         Args:
@@ -78,6 +85,7 @@ class Plan:
             capacity: rows for each expert. No expert may have more assignments (`moe.capacity` drops them before).
                 None, the default, makes a ragged plan.
             place: the layer that the plan belongs to; None, the default, outside of `parallelize`.
+            follows_load: whether `capacity` comes from the load of this rank; False by default.
 
         Raises:
             ValueError: `expert` is not int64 [T, k].
@@ -87,7 +95,7 @@ class Plan:
         kernel = expert.device.type in backends and kernels.can_plan(expert, num_experts)
         make = _plan if kernel or torch.compiler.is_compiling() else _sorted
         token, slot, counts = make(expert, num_experts, capacity)
-        return cls(expert, token, slot, counts, capacity, place)
+        return cls(expert, token, slot, counts, capacity, place, follows_load=follows_load)
 
     def started(self, chunks: int = 1) -> Plan:
         """The same plan, as its rows leave in `chunks` chunks: this starts a forward of its layer."""

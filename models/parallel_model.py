@@ -18,7 +18,8 @@ from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
-from .pipeline.engine import Losses, Pipeline, check_batch
+from .pipeline.checks import check_batch
+from .pipeline.engine import Losses, Pipeline
 from .pipeline.partition import Stages
 from .recompute import recompute as recomputing
 from .tensor_parallel import tensor_parallel

@@ -197,6 +197,28 @@ def drop_over_capacity(routing: Routing, limit: int, drop: str = "score") -> Rou
     return routing.keep(kept)
 
 
+def over_capacity(
+    routing: Routing, capacity: Capacity | None, top_k: int, num_experts: int, training: bool
+) -> tuple[Routing, int | None, bool]:
+    """Apply a layer's capacity rule.
+
+    Returns:
+        The routing after capacity, the number of rows that each expert is padded to (None without padding), and whether
+        that number follows the load of this rank.
+    """
+    if capacity is None:
+        return routing, None, False
+    sizes = top_k, len(routing.expert), num_experts, training
+    if capacity.follows_load[training]:
+        load = largest_load(routing.expert, num_experts)
+        limit = capacity.needed(load, *sizes)
+        return routing if load <= limit else drop_over_capacity(routing, limit, capacity.drop), limit, True
+    limit = capacity.limit(*sizes)
+    if limit is None:
+        return routing, None, False
+    return drop_over_capacity(routing, limit, capacity.drop), limit if capacity.pad else None, False
+
+
 @torch.compiler.disable(reason="the host reads the load")
 def largest_load(expert: Tensor, num_experts: int) -> int:
     """The most assignments that any expert has, of int64 [T, k]. The host waits for it."""

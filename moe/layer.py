@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from ..dispatch.steps import Beside
 from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
-from .capacity import Capacity, drop_over_capacity, largest_load
+from .capacity import Capacity, over_capacity
 from .experts.base import Experts
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
@@ -135,10 +134,9 @@ class MoE(nn.Module):
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
             routing = self._route(tokens, real, ids, routing)  # choose experts and weights
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
-            kept, padded = self._drop(routed)  # drop assignments over capacity
-            plan = Plan.of(kept.expert, self.num_experts, padded, self.place)  # which token fills which row
-            if self.capacity is not None and self.capacity.follows_load[self.training]:
-                plan = replace(plan, follows_load=True)
+            # drop assignments over capacity, then lay out which token fills which row
+            kept, padded, by_load = over_capacity(routed, self.capacity, self.top_k, self.num_experts, self.training)
+            plan = Plan.of(kept.expert, self.num_experts, padded, self.place, by_load)
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
@@ -201,10 +199,7 @@ class MoE(nn.Module):
 
     @property
     def parallelism(self) -> int | None:
-        """Tutel's r; may be set between steps, alike on all ranks. See `WeightTravel`.
-
-        0: experts come to their tokens. A divisor of the mesh's "etp", or 1: each is computed in r slices.
-        """
+        """Tutel's r; 0 brings experts to tokens (`WeightTravel`). It may be set between steps, alike on all ranks."""
         return None if self.weights is None else self.weights.parallelism
 
     @parallelism.setter
@@ -238,12 +233,11 @@ class MoE(nn.Module):
             raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {given}")
         if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype} in {described(self)}")
-        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            given = f"{mask.dtype} {tuple(mask.shape)} in {described(self)}"
-            raise ValueError(f"mask must be bool {tuple(x.shape[:-1])}; got {given}")
-        if ids is not None and (ids.shape != x.shape[:-1] or ids.dtype != torch.int64):
-            given = f"{ids.dtype} {tuple(ids.shape)} in {described(self)}"
-            raise ValueError(f"ids must be int64 {tuple(x.shape[:-1])}; got {given}")
+        for name, given, dtype in (("mask", mask, torch.bool), ("ids", ids, torch.int64)):
+            if given is not None and (given.shape != x.shape[:-1] or given.dtype != dtype):
+                wanted = f"{str(dtype).removeprefix('torch.')} {tuple(x.shape[:-1])}"
+                got = f"{given.dtype} {tuple(given.shape)} in {described(self)}"
+                raise ValueError(f"{name} must be {wanted}; got {got}")
         if "sequence" in self.balance.shares and x.ndim < 2:
             raise ValueError(
                 f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)} in {described(self)}'
@@ -266,20 +260,6 @@ class MoE(nn.Module):
             raise ValueError(f"{type(self.gate).__name__}, the gate of {described(self)}, {wrong}")
         routing = routing if real is None else routing.masked(real)
         return routing if self.tap is None else outside(self.tap, self.gate, tokens, routing)
-
-    def _drop(self, routing: Routing) -> tuple[Routing, int | None]:
-        """The routing after capacity, and the number of rows that each expert is padded to (None without padding)."""
-        if self.capacity is None:
-            return routing, None
-        sizes = self.top_k, len(routing.expert), self.num_experts, self.training
-        if self.capacity.follows_load[self.training]:
-            load = largest_load(routing.expert, self.num_experts)
-            limit = self.capacity.needed(load, *sizes)
-            return routing if load <= limit else drop_over_capacity(routing, limit, self.capacity.drop), limit
-        limit = self.capacity.limit(*sizes)
-        if limit is None:
-            return routing, None
-        return drop_over_capacity(routing, limit, self.capacity.drop), limit if self.capacity.pad else None
 
     def _begin(self) -> None:
         """Free the losses of a step that has ended, except while compiling or in activation recomputation."""

@@ -29,6 +29,7 @@ from ...moe.parallel.parallelize import moe_layers
 from ..gpt import GPT
 from ..loss import next_token_loss
 from .boundary import Boundary
+from .checks import check_batch, check_sizes
 from .partition import Stages
 from .stage import Stage, keep_gathered
 
@@ -87,7 +88,7 @@ class Pipeline:
         boundary: Boundary | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check(stages, group, micro_batches)
+        check_sizes(stages, group, micro_batches)
         self.parts = nn.ModuleList(parts)
         self.stages, self.group, self.micro_batches = stages, group, micro_batches
         self.indices = stages.of_rank(dist.get_rank(group))
@@ -292,40 +293,3 @@ class Pipeline:
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
         grads[0].add_(theirs)
-
-
-def check_batch(tokens: Tensor, micro_batches: int) -> None:
-    """Raise a ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
-    if len(tokens) % micro_batches or not len(tokens):
-        raise ValueError(
-            f"a batch of {len(tokens)} sequences does not split into {micro_batches} micro-batches; use a multiple of "
-            f"{micro_batches}"
-        )
-
-
-def _check(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:
-    if stages.schedule in ("interleaved_zb", "zbv") and torch.__version__ < "2.13":
-        raise ValueError(
-            f"schedule {stages.schedule!r} needs torch 2.13: in torch {torch.__version__} a backward in two halves "
-            "fails at custom autograd functions, which experts use; use interleaved1f1b, or update torch"
-        )
-    ranks = dist.get_world_size(group)
-    if stages.ranks != ranks:
-        raise ValueError(
-            f"the model was cut for {stages.ranks} ranks, but the group has {ranks}; use Stages.of(..., ranks={ranks})"
-        )
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be positive; got {micro_batches}")
-    if stages.schedule == "gpipe":
-        return
-    if micro_batches < ranks:
-        raise ValueError(
-            f"{stages.schedule} needs at least as many micro-batches as ranks, {ranks}; got {micro_batches}; use "
-            "more of them, or use gpipe"
-        )
-    rounds = micro_batches // ranks
-    if stages.schedule.startswith("interleaved") and micro_batches % rounds:
-        raise ValueError(
-            f"{stages.schedule} runs {micro_batches} micro-batches on {ranks} ranks in {rounds} rounds, which must "
-            f"have equal sizes; use a multiple of {ranks}"
-        )
