@@ -138,16 +138,19 @@ class Estimator:
                 tp, ep = tp + share.mixtures * mixture.tp, share.mixtures * mixture.ep
             return compute, tp, ep
 
-        times = {share: of(share) for share in set(ranks)}
-        compute, tp, ep = max(times.values(), key=sum)
         send = self.send(layout, sequences)
         pp = 2 * v * send if p > 1 else 0.0  # each stage on a rank sends its output, and gradients back
-        # communication hides behind computing of the same micro-batch, and each axis only so far as the software can
-        hidden = software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep
-        exposed = max(tp + pp + ep - compute, tp + pp + ep - hidden)
-        # what a rank computes and waits for in a micro-batch, the mean over the pipeline
-        mean = sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
-        idle = bubble(layout) * m * (mean - min(hidden, compute)) if p > 1 else 0.0
+
+        def hidden(compute: float, tp: float, ep: float) -> float:
+            """Communication behind computing of the same micro-batch, of each axis as much as the software can."""
+            return min(compute, software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep)
+
+        times = {share: of(share) for share in set(ranks)}
+        # what a rank computes and waits for in a micro-batch, messages between stages apart
+        busy = {share: sum(time) - hidden(*time) for share, time in times.items()}
+        compute, tp, ep = fullest = times[max(busy, key=busy.__getitem__)]
+        exposed = tp + pp + ep - hidden(*fullest)
+        idle = bubble(layout) * m * sum(busy[share] for share in ranks) / p if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
         breakdown = Breakdown(
