@@ -94,7 +94,10 @@ class Architecture:
             ValueError: a head of its own, or heads whose width is not dim / heads.
         """
         if not config.tied or config.head_size * config.heads != config.dim:
-            raise ValueError("the planner knows tied heads of width dim / heads only: set tied=True and head_dim=None")
+            raise ValueError(
+                "the planner knows tied heads of width dim / heads only: set tied=True, in a job no --untied, and "
+                "head_dim=None"
+            )
         moe = 0 < config.moe_every <= config.layers
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
