@@ -103,7 +103,7 @@ def replay(model: nn.Module, routings: Routings | Mapping[str, Any] | Tensor | n
 
     Raises:
         ValueError: layers, expert ids or numbers of tokens do not fit. The message names the layer.
-        TypeError: a gate cannot weigh experts that it has not chosen.
+        TypeError: a gate cannot weigh experts that it has not chosen, or routings are of another type.
     """
     layers = named_layers(model)
     if isinstance(routings, Tensor | np.ndarray):
@@ -114,6 +114,11 @@ def replay(model: nn.Module, routings: Routings | Mapping[str, Any] | Tensor | n
             )
         routings = dict(zip(layers, given, strict=True))
     by_layer = routings.by_layer if isinstance(routings, Routings) else routings
+    if not isinstance(by_layer, Mapping):
+        raise TypeError(
+            "routings must be Routings, a mapping by names of layers, or a tensor or array [layers, tokens, k]; got "
+            f"{type(by_layer).__name__}"
+        )
     if missing := [name for name in layers if name not in by_layer]:
         raise ValueError(f"routings have no layer {missing[0]!r}; they have {', '.join(map(repr, by_layer)) or 'none'}")
     taps = {name: _Player(name, layer.gate, by_layer[name]) for name, layer in layers.items()}
@@ -170,9 +175,10 @@ class _Player:
 
     def __init__(self, name: str, gate: Gate, given: Any) -> None:
         self.name, ids = name, torch.as_tensor(given)
-        if ids.ndim != 2 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        if ids.ndim != 2 or not ids.shape[1] or ids.dtype.is_floating_point or ids.dtype == torch.bool:
             raise ValueError(
-                f"routings of layer {name!r} must be integers [tokens, k]; got {ids.dtype} {tuple(ids.shape)}"
+                f"routings of layer {name!r} must be integers [tokens, k], k of at least 1; got "
+                f"{ids.dtype} {tuple(ids.shape)}"
             )
         ids = ids.to(torch.int64)
         if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < gate.num_experts:
@@ -184,7 +190,7 @@ class _Player:
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
             raise ValueError(f"routings of layer {name!r} name an expert twice for one token")
         self.ids, self.next, self.ended = ids, 0, False
-        self.forwards: list[tuple[Tensor, Tensor]] = []  # `_mark` and expert ids of the tokens of each forward
+        self.forwards: list[tuple[Tensor, Tensor]] = []  # `_marks` and expert ids of the tokens of each forward
 
     def __call__(self, gate: Gate, tokens: Tensor, routing: Routing) -> Routing:
         if self.ids.device != tokens.device:
@@ -201,16 +207,18 @@ class _Player:
             )
         expert = self.ids[self.next : self.next + T]
         self.next += T
-        self.forwards.append((_mark(tokens), expert))
+        self.forwards.append((_marks(tokens), expert))
         return _sent(gate, routing, expert)
 
     def _again(self, gate: Gate, tokens: Tensor, routing: Routing) -> Routing:
         """The routing of the forward that had these tokens, or the gate's own if none had. The host waits for it."""
-        mark = _mark(tokens)
-        for other, expert in self.forwards:
-            if len(expert) == len(tokens) and torch.allclose(other, mark, rtol=1e-4):  # a GPU may round differently
-                return _sent(gate, routing, expert)
-        return routing
+        marks = _marks(tokens)
+        same = [(torch.dist(other, marks), expert) for other, expert in self.forwards if len(expert) == len(tokens)]
+        if not same:
+            return routing
+        distance, expert = min(same, key=lambda forward: float(forward[0]))
+        # a GPU may round differently; marks of other tokens are further apart than they are long
+        return _sent(gate, routing, expert) if bool(distance <= 0.1 * marks.norm()) else routing
 
     def check_end(self) -> None:
         """Raise ValueError if rows of the record are left."""
@@ -226,9 +234,11 @@ def _sent(gate: Gate, routing: Routing, expert: Tensor) -> Routing:
     return sent if routing.mask is None else sent.masked(routing.mask)
 
 
-def _mark(tokens: Tensor) -> Tensor:
-    """Two sums over tokens [T, D], as float64 [2], that recognise the same tokens in a recomputed forward."""
-    wide = tokens.detach().double()
-    place = torch.arange(1, len(wide) + 1, device=wide.device, dtype=torch.float64)
-    by_token = wide.abs().sum(1)
-    return torch.stack([by_token.sum(), (by_token * place).sum()])
+def _marks(tokens: Tensor) -> Tensor:
+    """A number for each of the tokens [T, D], float32 [T], by which a recomputed forward knows them again.
+
+    It is the token along one direction. Sums of sizes would not do: they are nearly the same for any normalised tokens.
+    """
+    D = tokens.shape[1]
+    direction = torch.arange(1, D + 1, device=tokens.device, dtype=torch.float32).cos() / D**0.5
+    return (tokens.detach() @ direction.to(tokens.dtype)).float()

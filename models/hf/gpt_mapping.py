@@ -159,7 +159,7 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
     qwen = config.qk_norm
     refused = {
         f"norm={config.norm!r}": config.norm != "rms",
-        "moe_every=0, no experts": config.moe_every == 0,
+        f"moe_every={config.moe_every}, no experts in {config.layers} layers": not kinds,
         f"moe_every={config.moe_every} without qk_norm (Mixtral has experts in each block)": config.moe_every > 1
         and not qwen,
         "another top_k or gate in each layer": len(kinds) > 1,

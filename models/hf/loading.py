@@ -229,6 +229,8 @@ def _read(own: PreTrainedModel, target: str, source: _Source, slots: dict[str, S
                     f"{reader.folder} has {len(names)} tensors {pattern} for {target}, which is of "
                     f"{slot.tensor.shape[0]} experts"
                 )
+            if (numbers := _numbers(pattern, names)) != list(range(len(names))):
+                raise ValueError(f"{reader.folder} has {pattern} for {target} of experts {numbers}, not 0 and on")
         for expert in slot.here:
             part = _converted(own, target, converter, {k: [v[expert]] for k, v in source.names.items()}, reader)[target]
             _put(target, part[0], slot.of_expert(expert), reader)
@@ -250,6 +252,13 @@ def _check_tied(first: str, target: str, source: _Source, slots: dict[str, Slot]
             f"{target} and {first} are one tensor in the model, and differ in {reader.folder}: set "
             "tie_word_embeddings to false in its config.json"
         )
+
+
+def _numbers(pattern: str, names: list[str]) -> list[int]:
+    """The experts that tensors are of: the number in the place of the pattern's star."""
+    star = re.escape(pattern.strip("^$")).replace(r"\*", r"(\d+)")
+    found = [re.search(star, name) for name in names]
+    return [int(match[1]) if match and match.re.groups else place for place, match in enumerate(found)]
 
 
 def _expert_wise(converter: WeightConverter) -> bool:

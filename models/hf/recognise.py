@@ -105,7 +105,7 @@ def refuse(found: Found, rule: Rule) -> None:
                 f"{called}: {name} is spread over ranks already: load the model without tp_plan, ep_plan or "
                 "distributed_config, and let parallelize spread the experts"
             )
-    if len({t.device for t in held.values()}) > 1:
+    if len({t.device for t in held.values() if not t.is_meta}) > 1:  # a model without weights may have buffers
         raise ValueError(f"{called} lies on several devices: load the model with a device_map that keeps blocks whole")
     for name, m in found.block.named_modules():
         hook: Any = getattr(m, "_hf_hook", None)

@@ -66,7 +66,7 @@ def parser() -> Parser:
         model.add_argument(flag(name), type=int, help=about)
     model.add_argument("--activation", choices=("gelu", "swiglu"), help="(default: gelu, with experts swiglu)")
     model.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest rank over the mean")
-    model.add_argument("--capacity", type=float, default=0.0, help="capacity factor, padded (default: dropless)")
+    model.add_argument("--capacity", type=float, help="capacity factor, padded; 0 (default): dropless")
     layout = made.add_argument_group("the layout: what is not given is searched")
     for name, about in AXES.items():
         layout.add_argument(flag(name), type=int, help=about)
@@ -93,14 +93,26 @@ def architecture(given: argparse.Namespace) -> Architecture:
     """The model that flags describe, with those of `--config` for what they leave out."""
     sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
     if given.config:
-        model = replace(JobFile.read(given.config).model, **sizes)
+        model = _changed(JobFile.read(given.config).model, sizes, given.activation)
     else:
         if missing := [flag(name) for name in ("layers", "dim", "heads") if name not in sizes]:
             raise ValueError(f"{', '.join(missing)}: give the model's sizes, or --config FILE.toml")
         model = _of_sizes(sizes, given.activation)
-    if given.capacity:
+    if given.capacity is not None:
         model = replace(model, capacity=given.capacity)
+    if not model.experts and (given.capacity or given.imbalance != 1):
+        raise ValueError("--capacity and --imbalance describe experts; give --experts as well")
     return model.with_load(given.imbalance)
+
+
+def _changed(model: Architecture, sizes: dict[str, int], activation: str | None) -> Architecture:
+    """The model of a job with other sizes; a dense block of a job is as wide as the experts of a token."""
+    before = model
+    gated = model.gated if activation is None else activation == "swiglu"
+    model = replace(model, **sizes, gated=gated)
+    if "ffn" not in sizes and before.experts:
+        model = replace(model, ffn=model.top_k * model.hidden)
+    return model
 
 
 def _of_sizes(sizes: dict[str, int], activation: str | None) -> Architecture:

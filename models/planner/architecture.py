@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 from ...moe.capacity import Capacity
 from ...moe.experts.activation import ACTIVATIONS
@@ -62,6 +63,17 @@ class Architecture:
             raise ValueError(f"--top-k ({self.top_k}) must lie between 1 and --experts ({self.experts})")
         if self.experts and self.hidden < 1:
             raise ValueError(f"--hidden, the width of an expert, must be positive; got {self.hidden}")
+        if self.experts and not 1 <= self.moe_every <= self.layers:
+            raise ValueError(
+                f"--moe-every ({self.moe_every}) must lie between 1 and --layers ({self.layers}): else no block is a "
+                "mixture"
+            )
+        if self.shared < 0:
+            raise ValueError(f"--shared must be at least 0; got {self.shared}")
+        if not 1 <= self.imbalance < inf:
+            raise ValueError(f"--imbalance is a largest load over the mean, and so at least 1; got {self.imbalance}")
+        if not 0 <= self.capacity < inf:
+            raise ValueError(f"--capacity is a factor, or 0 for dropless; got {self.capacity}")
 
     @classmethod
     def dense(cls, *, layers: int, dim: int, heads: int, vocab: int, seq: int, ffn: int | None = None) -> Architecture:
@@ -82,8 +94,11 @@ class Architecture:
             ValueError: a head of its own, or heads whose width is not dim / heads.
         """
         if not config.tied or config.head_size * config.heads != config.dim:
-            raise ValueError("the planner knows tied heads of width dim / heads only: set tied=True and head_dim=None")
-        moe = config.moe_every > 0
+            raise ValueError(
+                "the planner knows tied heads of width dim / heads only: set tied=True, in a job no --untied, and "
+                "head_dim=None"
+            )
+        moe = 0 < config.moe_every <= config.layers
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
         shared = config.moe.get("shared", 0)
@@ -187,6 +202,4 @@ class Architecture:
 
     def with_load(self, imbalance: float) -> Architecture:
         """The same model, the busiest rank's experts having so many times the mean."""
-        if imbalance < 1:
-            raise ValueError(f"--imbalance is a largest load over the mean, and so at least 1; got {imbalance}")
         return replace(self, imbalance=imbalance)

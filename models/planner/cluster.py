@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from ...dispatch.autoselect.profile import Flop, Link, Profile
+from ..pipeline.partition import PER_RANK
+from .layout import RECOMPUTE, ZERO
 
 PRESETS = Path(__file__).parent / "clusters"
 
@@ -29,6 +32,9 @@ class Device:
     memory_share: float  # of that, what element-wise kernels reach
     kernel_us: float  # a kernel that does nothing
 
+    def __post_init__(self) -> None:
+        _check_positive("device", self, "kernel_us")
+
     def peak(self, dtype: str) -> float:
         """FLOP/s by the datasheet; dtype is "bf16", "fp16" or "fp32"."""
         return 1e12 * (self.single_tflops if dtype == "fp32" else self.half_tflops)
@@ -41,6 +47,9 @@ class Wire:
     gbs: float  # bandwidth of a rank, one direction
     step_us: float  # a collective, however small
     message_us: float  # each further message of it
+
+    def __post_init__(self) -> None:
+        _check_positive("inside and between", self, "step_us", "message_us")
 
     def link(self) -> Link:
         """In seconds, as the transports' cost model takes it."""
@@ -73,6 +82,20 @@ class Software:
     reserve_gb: float  # memory that no tensor has
     fragmentation: float  # of activations
 
+    def __post_init__(self) -> None:
+        options = {"recompute": RECOMPUTE, "zero": range(len(ZERO)), "schedules": tuple(PER_RANK)}
+        for name, known in {**options, "sequence_parallel": RECOMPUTE}.items():
+            given = getattr(self, name)
+            if (unknown := [each for each in given if each not in known]) or not (given or name == "sequence_parallel"):
+                raise ValueError(f"[software] {name} must be some of {list(known)}; got {unknown or 'none'}")
+        if self.attention not in ("fused", "unfused"):
+            raise ValueError(f'[software] attention must be "fused" or "unfused"; got {self.attention!r}')
+        if not self.micro_batches or not all(isinstance(n, int) and n > 0 for n in self.micro_batches):
+            raise ValueError(f"[software] micro_batches must be positive integers; got {list(self.micro_batches)}")
+        for name in ("tp_overlap", "pp_overlap", "dp_overlap", "ep_overlap"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"[software] {name} is a share in [0, 1]; got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Fabric:
@@ -86,6 +109,8 @@ class Fabric:
     down: tuple[int, ...] = ()  # nodes that are lost
 
     def __post_init__(self) -> None:
+        if wrong := [each for each in self.slow if not isinstance(each, tuple) or len(each) != 2]:
+            raise ValueError(f"[fabric] slow: write pairs [node, share of its bandwidth]; got {wrong[0]}")
         for node, share in self.slow:
             if not 0 < share <= 1:
                 raise ValueError(f"[fabric] slow: node {node} has a share in (0, 1] of its bandwidth; got {share}")
@@ -108,6 +133,10 @@ class Cluster:
     between: Wire
     software: Software
     fabric: Fabric = Fabric()
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node must be positive; got {self.ranks_per_node}")
 
     @classmethod
     def load(cls, name: str | Path) -> Cluster:
@@ -181,6 +210,13 @@ def presets() -> list[str]:
 Made = TypeVar("Made")
 
 
+def _check_positive(table: str, constants: Any, *may_be_zero: str) -> None:
+    for field in fields(constants):
+        value = getattr(constants, field.name)
+        if field.name not in may_be_zero and not value > 0:
+            raise ValueError(f"[{table}] {field.name} must be positive; got {value}")
+
+
 def _filled(kind: type[Made], given: dict[str, Any], where: str) -> Made:
     hints = get_type_hints(kind)
     if unknown := sorted(given.keys() - hints.keys()):
@@ -199,8 +235,10 @@ def _filled(kind: type[Made], given: dict[str, Any], where: str) -> Made:
 
 def _value(hint: Any, given: Any, where: str) -> Any:
     if hint in (int, float):
-        if isinstance(given, bool) or not isinstance(given, int | float) or given < 0:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < inf:
             raise ValueError(f"{where} must be a number of at least 0; got {given!r}")
+        if hint is int and given != int(given):
+            raise ValueError(f"{where} must be a whole number; got {given!r}")
         return hint(given)
     if hint in (str, bool):
         if not isinstance(given, hint):

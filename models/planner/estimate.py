@@ -126,7 +126,7 @@ class Estimator:
         sequences = self.sequence_parallel(layout)
         needs = self.memory(layout)
         dense, mixture = self.blocks(layout)
-        embedding, head, reduced = self.ends(layout.tp, layout.micro_batch, layout.dtype, sequences)
+        embedding, head, reduced = self.ends(layout.tp, layout.micro_batch, layout.dtype, sequences, layout.ranks)
         m, p, v = layout.micro_batches, layout.pp, layout.virtual
 
         def of(share: Share) -> tuple[float, float, float]:
@@ -138,16 +138,19 @@ class Estimator:
                 tp, ep = tp + share.mixtures * mixture.tp, share.mixtures * mixture.ep
             return compute, tp, ep
 
-        times = {share: of(share) for share in set(ranks)}
-        compute, tp, ep = max(times.values(), key=sum)
         send = self.send(layout, sequences)
         pp = 2 * v * send if p > 1 else 0.0  # each stage on a rank sends its output, and gradients back
-        # communication hides behind computing of the same micro-batch, and each axis only so far as the software can
-        hidden = software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep
-        exposed = max(tp + pp + ep - compute, tp + pp + ep - hidden)
-        # what a rank computes and waits for in a micro-batch, the mean over the pipeline
-        mean = sum(ranks.count(share) * sum(time) for share, time in times.items()) / p
-        idle = bubble(layout) * m * (mean - min(hidden, compute)) if p > 1 else 0.0
+
+        def hidden(compute: float, tp: float, ep: float) -> float:
+            """Communication behind computing of the same micro-batch, of each axis as much as the software can."""
+            return min(compute, software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep)
+
+        times = {share: of(share) for share in set(ranks)}
+        # what a rank computes and waits for in a micro-batch, messages between stages apart
+        busy = {share: sum(time) - hidden(*time) for share, time in times.items()}
+        compute, tp, ep = fullest = times[max(busy, key=busy.__getitem__)]
+        exposed = tp + pp + ep - hidden(*fullest)
+        idle = bubble(layout) * m * sum(busy[share] for share in ranks) / p if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
         breakdown = Breakdown(
@@ -183,7 +186,7 @@ class Estimator:
         """Seconds of a micro-batch in one stage, forward and backward, with what it waits for along tp and ep."""
         dense, mixture = self.blocks(layout)
         embedding, head, reduced = self.ends(
-            layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout)
+            layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout), layout.ranks
         )
         ends = [embedding] * first + [head] * last
         forward = sum(end.forward + reduced for end in ends)
@@ -195,30 +198,30 @@ class Estimator:
             backward += block.time.backward + (block.tp + block.ep) * (1 - 1 / passes)
         return forward, backward
 
-    def group(self, size: int, stride: int, slowdown: float = 1.0) -> Group:
-        """Ranks along an axis."""
-        return Group(self.cluster, size, stride, slowdown)
+    def group(self, size: int, stride: int, ranks: int, slowdown: float = 1.0) -> Group:
+        """Ranks along an axis of a job with so many ranks."""
+        return Group(self.cluster, size, stride, slowdown, ranks)
 
     def send(self, layout: Layout, sequences: bool) -> float:
         """Seconds for the hidden states of a micro-batch to the next stage: `Boundary`."""
         if layout.pp == 1:
             return 0.0
         whole = layout.micro_batch * self.model.seq * self.model.dim * size_of(layout.dtype)
-        there = self.group(layout.pp, layout.dp * layout.tp, self.placement.slowdown("pp", layout))
+        there = self.group(layout.pp, layout.dp * layout.tp, layout.ranks, self.placement.slowdown("pp", layout))
         if sequences or layout.tp == 1:
             return there.send(whole / layout.tp)
         if not self.cluster.software.scatter_gather:
             return there.send(whole)
-        return there.send(whole / layout.tp) + self.group(layout.tp, 1).all_gather(whole)
+        return there.send(whole / layout.tp) + self.group(layout.tp, 1, layout.ranks).all_gather(whole)
 
     def transport(self, layout: Layout) -> tuple[str, float]:
         """The transport that the runtime would take in a mixture, and seconds of its trips, forward and backward."""
         model, size = self.model, size_of(layout.dtype)
         tokens = layout.micro_batch * model.seq / layout.tp * (model.capacity or model.imbalance)
         row = model.dim * size
-        group = self.group(layout.ep, layout.etp, self.placement.slowdown("ep", layout))
+        group = self.group(layout.ep, layout.etp, layout.ranks, self.placement.slowdown("ep", layout))
         # etp ranks of an expert share their rows: gathered, and summed again on the way home
-        shared = self.group(layout.etp, 1).all_gather(tokens * model.top_k * layout.etp * row)
+        shared = self.group(layout.etp, 1, layout.ranks).all_gather(tokens * model.top_k * layout.etp * row)
         message = Message(max(1, round(tokens)), row, model.top_k, model.experts)
         name, seconds = min(group.all_to_all(message).items(), key=lambda entry: entry[1])
         return name, seconds + 4 * shared
@@ -234,8 +237,8 @@ class Estimator:
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
         slow = self.placement.slowdown("dp", layout)
         for held, group in (
-            (dense, self.group(layout.dp, layout.tp, slow)),
-            (experts, self.group(layout.edp, layout.ep * layout.etp, slow)),
+            (dense, self.group(layout.dp, layout.tp, layout.ranks, slow)),
+            (experts, self.group(layout.edp, layout.ep * layout.etp, layout.ranks, slow)),
         ):
             if not zero:
                 total += group.all_reduce(wire * held)
@@ -245,7 +248,8 @@ class Estimator:
         tied = 0.0
         if layout.pp > 1:  # both ends have the embedding, and add up its gradients
             matrix = wire * model.vocab * model.dim / layout.tp
-            tied = self.group(2, (layout.pp - 1) * layout.dp * layout.tp, slow).all_reduce(matrix)
+            together = layout.ranks <= self.cluster.ranks_per_node
+            tied = self.group(2, 1 if together else self.cluster.ranks_per_node, 2, slow).all_reduce(matrix)
         # ZeRO 3 gathers during the whole step; else the first forward and the last backward are beside it
         beside = computing if zero > 1 else one
         exposed = max(total * (1 - software.dp_overlap), total - beside) + tied
@@ -290,13 +294,13 @@ class Estimator:
         times = (2 if not mixture else 1) * (3 if recompute == "full" else 2)
         layout = Layout(tp=tp, dp=ranks // tp, ep=ep, etp=etp, micro_batch=micro_batch, dtype=dtype)
         trip = self.transport(layout)[1] * (1.5 if recompute == "full" else 1.0) if mixture else 0.0
-        return PerBlock(time, times * self.group(tp, 1).all_reduce(whole), trip)
+        return PerBlock(time, times * self.group(tp, 1, ranks).all_reduce(whole), trip)
 
-    def _ends(self, tp: int, micro_batch: int, dtype: str, sequences: bool) -> tuple[Time, Time, float]:
+    def _ends(self, tp: int, micro_batch: int, dtype: str, sequences: bool, ranks: int) -> tuple[Time, Time, float]:
         """Embedding, head, and an all-reduce between tensor-parallel ranks at either."""
         parts = self.parts(tp, micro_batch, dtype, sequences)
         whole = micro_batch * self.model.seq * self.model.dim * size_of(dtype)
-        return parts.embedding(), parts.head(), self.group(tp, 1).all_reduce(whole)
+        return parts.embedding(), parts.head(), self.group(tp, 1, ranks).all_reduce(whole)
 
     def _shares(self, pp: int, virtual: int, schedule: str) -> list[Share]:
         return shares(self.model, Layout(pp=pp, virtual=virtual, schedule=schedule))

@@ -11,7 +11,8 @@ from ..gpt import GPTConfig
 from .architecture import Architecture
 from .layout import Layout
 
-MODEL = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "gate", "capacity_factor", "dense")
+SIZES = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm")
+MODEL = (*SIZES, "untied", "gate", "capacity_factor", "dense")
 LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
@@ -42,9 +43,13 @@ class JobFile(NamedTuple):
                 f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
             )
         names = {"seq": "seq_len", "experts": "num_experts"}
-        sizes = {names.get(key, key): given[key] for key in MODEL[:7] if key in given}
+        sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
+        sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads
+        sizes["tied"] = not given.get("untied")
+        if given.get("dense"):
+            sizes["moe_every"] = 0
         moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
-        config = GPTConfig(**sizes, moe_every=0 if given.get("dense") else 2, moe=moe)
+        config = GPTConfig(**sizes, moe=moe)
         dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
         stated = tuple(key for key in LAYOUT if key in given)
         return cls(Architecture.of(config), given.get("batch", 32), dtype, stated)
@@ -58,7 +63,9 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
         "dim": model.dim,
         "layers": model.layers,
         "heads": model.heads,
-        "hidden": model.hidden or model.ffn,
+        "kv-heads": model.kv_heads if model.kv_heads != model.heads else None,
+        "moe-every": model.moe_every if model.experts else None,
+        "hidden": model.hidden if model.experts else model.ffn,
         "experts": model.experts or None,
         "top-k": model.top_k or None,
         "dense": None if model.experts else True,
@@ -88,14 +95,14 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append(f"a vocabulary of {model.vocab:,}: the job reads bytes, 256")
     if model.plain:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
-    if model.kv_heads != model.heads:
-        differs.append(f"{model.kv_heads} heads of keys and values: GPTConfig(kv_heads={model.kv_heads})")
+    elif not model.gated:
+        differs.append('GELU without a gate: GPTConfig(moe=dict(experts="gelu"))')
+    if 0 < model.moe_blocks < model.layers and model.ffn != model.top_k * model.hidden:
+        differs.append(f"dense blocks {model.ffn:,} wide: the job's are top-k x hidden, {model.top_k * model.hidden:,}")
     if model.shared:
         differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
     if model.capacity:
         differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
-    if model.experts and model.moe_every != 2:
-        differs.append(f"a mixture in every {model.moe_every}. block: GPTConfig(moe_every={model.moe_every})")
     return (
         ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)]
         if differs

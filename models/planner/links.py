@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, log2
+from functools import cache, cached_property
+from math import ceil, lcm, log2
 
 from ...dispatch.autoselect.profile import Message
 from .cluster import Cluster
+
+
+@cache
+def _on_nodes(size: int, stride: int, per_node: int, ranks: int) -> tuple[int, int]:
+    """Fewest and most ranks of a group that are on one node, over all groups of `ranks` ranks.
+
+    >>> _on_nodes(6, 1, 8, 24), _on_nodes(6, 1, 8, 6)  # ranks 6 to 11 are on two nodes; a job of 6 ranks has but one
+    ((2, 6), (6, 6))
+    """
+    span = size * stride
+    counts = set()
+    for first in range(0, min(ranks, lcm(span, per_node)) or lcm(span, per_node), span):
+        for rank in range(first, first + stride):
+            counts.update(Counter(each // per_node for each in range(rank, rank + span, stride)).values())
+    return min(counts), max(counts)
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class Group:
     size: int
     stride: int = 1
     slowdown: float = 1.0  # the slowest link of the group has so many times less than its bandwidth between nodes
+    ranks: int = 0  # of the job; 0: so many that such groups fill whole nodes
 
     @cached_property
     def nodes(self) -> int:
@@ -31,8 +48,12 @@ class Group:
 
     @cached_property
     def local(self) -> int:
-        """Ranks on one node."""
-        return min(self.size, max(1, self.cluster.ranks_per_node // self.stride))
+        """Ranks on one node, the fewest of any such group: some lie across nodes where sizes do not divide."""
+        return self._on_nodes[0]
+
+    @cached_property
+    def _on_nodes(self) -> tuple[int, int]:
+        return _on_nodes(self.size, self.stride, self.cluster.ranks_per_node, self.ranks)
 
     @cached_property
     def _byte(self) -> float:
@@ -63,7 +84,7 @@ class Group:
         """Seconds for `size` bytes from each rank to the next one, `stride` ranks away, all at the same time."""
         if self.size == 1:
             return 0.0
-        away = self.stride * self.size > self.cluster.ranks_per_node
+        away = self.local < self.size
         wire = self.cluster.between if away else self.cluster.inside
         return 1e-6 * wire.step_us + size * (self.slowdown if away else 1.0) * 1e-9 / wire.gbs
 
@@ -72,7 +93,8 @@ class Group:
         if self.size == 1:
             return {"local": 0.0}
         times = self.cluster.profile(self.nodes, self.local, self.slowdown).predict(message, 1)
-        if min(self.nodes, self.local) == 1:
+        fewest, most = self._on_nodes
+        if self.nodes == 1 or most == 1 or fewest != most:  # the others need as many ranks on each node
             return {"flat": times["flat"]}
         fabric = self.cluster.fabric
         if fabric.rails and fabric.oversubscription > self.slowdown:  # flat sends from any rail to any other

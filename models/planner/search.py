@@ -123,7 +123,7 @@ def _families(
             eps = [e for e in _divisors(stage) if model.experts % e == 0] if model.moe_blocks else [1]
             for ep in values("ep", eps):
                 etps = [e for e in SLICES if stage % (ep * e) == 0 and e <= cluster.ranks_per_node] if ep > 1 else [1]
-                for etp in values("etp", [e for e in etps if model.hidden % e == 0]):
+                for etp in values("etp", [e for e in etps if model.hidden % e == 0] or [1]):  # or `misfit` says why
                     axes = {"pp": pp, "tp": tp, "dp": dp, "ep": ep, "etp": etp}
                     for schedule, virtual in _schedules(model, cluster, pp, fixed):
                         # in a pipeline ZeRO 2 and 3 do as 1
@@ -140,7 +140,7 @@ def _schedules(model: Architecture, cluster: Cluster, pp: int, fixed: Mapping[st
     for schedule in [fixed["schedule"]] if "schedule" in fixed else cluster.software.schedules:
         least, most = PER_RANK[schedule]
         if "virtual" in fixed:
-            if "schedule" in fixed or (least <= fixed["virtual"] <= (most or model.layers)):
+            if "schedule" in fixed or (least <= fixed["virtual"] <= (most or inf)):
                 yield schedule, fixed["virtual"]
             continue
         even = [v for v in range(least, model.layers // pp + 1) if model.layers % (pp * v) == 0]

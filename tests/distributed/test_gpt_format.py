@@ -123,6 +123,7 @@ def swapped(config: GPTConfig) -> GPT:
 REFUSED = {
     "norm='layer'": {"norm": "layer"},
     "moe_every=0": {"moe_every": 0},
+    "moe_every=3, no experts in 2 layers": {"moe_every": 3, "qk_norm": True},
     "moe_every=2 without qk_norm": {"moe_every": 2},
     "gate=SigmoidGate": {"moe": {"gate": "sigmoid"}},
     "experts=gelu": {"moe": {"experts": "gelu"}},

@@ -173,9 +173,11 @@ def without(folder: Path, to: Path, change) -> Path:
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+GAP = EXPERT.replace("experts.2", "experts.9")
 FAULTS = {
     "it has no model.norm.weight": lambda tensors, config: tensors.pop("model.norm.weight"),
     "3 tensors .experts": lambda tensors, config: tensors.pop(EXPERT),
+    "of experts .0, 1, 3, 9.": lambda tensors, config: tensors.update({GAP: tensors.pop(EXPERT)}),
     "the model has no surplus": lambda tensors, config: tensors.update(surplus=torch.ones(1)),
     "and \\(16,\\) in the model": lambda tensors, config: tensors.update({"model.norm.weight": torch.ones(15)}),
     "tie_word_embeddings to false": lambda tensors, config: config.update(tie_word_embeddings=True),

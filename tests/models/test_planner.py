@@ -183,6 +183,22 @@ def test_the_parts_are_the_step():
     assert volume == pytest.approx(ring, rel=0.15)  # latencies, and the ends
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_faster_links_never_make_a_step_slower(recompute):
+    """Also where one end of a pipeline computes more, and the other communicates more."""
+    model = Architecture.dense(layers=8, dim=1536, heads=12, vocab=51200, seq=1024)
+    layout = Layout(pp=2, tp=2, dp=6, micro_batch=2, micro_batches=20, recompute=recompute)
+    for cluster in map(Cluster.load, ("gb200", "h100", "selene")):
+        seconds = Estimator(model, cluster, 240)(layout).seconds
+        inside, between = cluster.inside, cluster.between
+        for part in (
+            f"inside.gbs={2 * inside.gbs}",
+            f"between.gbs={2 * between.gbs}",
+            f"inside.step_us={inside.step_us / 2}",
+        ):
+            assert Estimator(model, cluster.changed([part]), 240)(layout).seconds <= seconds * (1 + 1e-9), part
+
+
 def test_zero_splits_what_it_says():
     estimate = Estimator(GPT3, Cluster.load("h100"), 1024)
     held = [

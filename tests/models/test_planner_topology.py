@@ -20,6 +20,25 @@ def test_three_nodes_of_eight():
     assert 3 in (plan.layout.pp, plan.layout.dp) or plan.layout.pp % 3 == 0 or plan.layout.dp % 3 == 0
 
 
+def test_groups_that_lie_across_nodes_use_the_links_between_them():
+    """Of the tensor-parallel groups of 6 on nodes of 8, ranks 6 to 11 have two on the first node."""
+    assert Group(H100, 6, 1, ranks=24).local == 2
+    assert Group(H100, 6, 1, ranks=24).all_reduce(1e9) > 3 * Group(H100, 4, 1, ranks=24).all_reduce(1e9)
+    assert Group(H100, 6, 1, ranks=6).nodes == 1
+    assert list(Group(H100, 12, 1, ranks=24).all_to_all(Message(1024, 4096, 2, 24))) == ["flat"]  # 8 and 4 on a node
+    assert Group(H100, 3, 8, ranks=24).local == 1
+    model = Architecture.dense(layers=24, dim=3072, heads=24, vocab=51264, seq=2304)
+    axes = {each.layout.tp: each.breakdown.tp for each in reversed(search(model, H100, 24, 96, {"pp": 1}).plans)}
+    assert axes[6] > 2 * axes[8]
+
+
+def test_both_ends_of_a_pipeline_in_one_node_share_its_links():
+    model = Architecture.dense(layers=8, dim=1024, heads=8, vocab=51200, seq=1024)
+    slow = H100.changed(["between.gbs=0.001"])
+    layout = {"pp": 8, "tp": 1}
+    assert search(model, slow, 8, 64, layout).plans[0].seconds == search(model, H100, 8, 64, layout).plans[0].seconds
+
+
 def test_a_lost_node_leaves_the_best_of_what_is_left():
     cluster = H100.changed(["fabric.nodes=4", "fabric.down=[2]"])
     with pytest.raises(ValueError, match="3 of 4 nodes are up, with 24 ranks"):

@@ -161,6 +161,23 @@ def test_recomputed_forwards_take_their_own_rows(together, inside):
     assert all(close(a, b, 1e-10) for a, b in zip(again, plain, strict=True) if b is not None)
 
 
+def test_recomputed_forwards_know_tokens_of_the_same_sizes_apart():
+    """Normalised tokens are all as large; the second micro-batch must not take the rows of the first."""
+    model, x = Twice().layers[0], drawn(T, D)
+    ids = torch.stack([torch.tensor([e, (e + 1) % E]) for e in range(E)] * (2 * T // E)).roll(1, 0)[None]
+    ids[:, T:] = (ids[:, T:] + 1) % E
+
+    def grads(forward):
+        model.zero_grad()
+        with replay(model, ids):
+            for each in (x, -x):
+                forward(each).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    again, plain = grads(lambda x: checkpoint(model, x, use_reentrant=False)), grads(model)
+    assert all(close(a, b, 1e-12) for a, b in zip(again, plain, strict=True))
+
+
 def test_a_plain_forward_after_a_replay_is_its_own():
     model, x = Twice(), drawn(T, D)
     with record(model) as routings:
@@ -208,7 +225,8 @@ def test_to_numpy_and_back():
         (torch.zeros(2, T, 2, dtype=torch.int64), r"\[layers, tokens, k\] for 1 MoE layers; got \(2, 12, 2\)"),
         (torch.full((1, T, 1), E), "layer '' name experts from 4 to 4, but the layer has 0 to 3"),
         (torch.zeros(1, T, 2, dtype=torch.int64), "name an expert twice for one token"),
-        (torch.zeros(1, T, 1), r"must be integers \[tokens, k\]; got torch.float32"),
+        (torch.zeros(1, T, 0, dtype=torch.int64), r"must be integers \[tokens, k\], k of at least 1; got torch.int64"),
+        (torch.zeros(1, T, 1), r"must be integers \[tokens, k\], k of at least 1; got torch.float32"),
         ({"other": torch.zeros(T, 1)}, "have no layer ''; they have 'other'"),
         (torch.zeros(1, T - 1, 1, dtype=torch.int64), "have 11 tokens, of which 0 are replayed; this forward has 12"),
         (torch.zeros(1, T + 1, 1, dtype=torch.int64), "have 13 tokens, but only 12 were replayed"),
@@ -231,6 +249,8 @@ def test_more_that_is_refused():
     model = MoE(D, 5, E, gate=Own(D, E))
     with record(model) as routings:
         model(drawn(T, D).float())
+    with pytest.raises(TypeError, match=r"must be Routings, a mapping .* got list"), replay(model, [[[0]] * T]):
+        pass
     with pytest.raises(TypeError, match=r"Own cannot weigh .* define weigh"), replay(model, routings):
         model(drawn(T, D).float())
     with pytest.raises(ValueError, match="Linear has no MoE layer"), record(nn.Linear(2, 2)):
