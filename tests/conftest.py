@@ -13,14 +13,15 @@ import torch.distributed.tensor  # with _dynamo: ranks started by fork must find
 
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile(
-    "turnout",
-    deadline=None,
-    derandomize=True,
-    max_examples=50,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("turnout")
+for profile, examples in (("sampled", 20), ("all", 100)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        derandomize=True,
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("sampled")
 
 
 @pytest.fixture(params=[True, False], ids=["half-precision units", "half precision emulated"])
@@ -34,7 +35,9 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="all cases of tests marked `sampled`, not every third")
+    parser.addoption(
+        "--all", action="store_true", help="all cases of tests marked `sampled`, not every fourth; more random examples"
+    )
     parser.addoption("--fuzz", type=int, help="so many seeds, or examples, of tests that draw at random")
     parser.addoption("--fuzz-seed", type=int, help="this seed alone of test_fuzz.py, or with --fuzz the first one")
 
@@ -45,20 +48,22 @@ def pytest_configure(config: pytest.Config) -> None:
     So that it counts none, the first backward is here. Later it could count eight: a fake tensor, in a build for CUDA
     that sees no GPU, puts so many imagined ones in their place.
     """
+    if config.getoption("--all"):
+        hypothesis.settings.load_profile("all")
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases of each test marked `sampled`, keep the first, the fourth and so on, unless all are asked for."""
+    """Of the cases of each test marked `sampled`, keep the first, the fifth and so on, unless all are asked for."""
     if config.getoption("--all"):
         return
     seen: Counter[tuple[str, str]] = Counter()
     kept, left = [], []
     for item in items:
         test = str(item.path), getattr(item, "originalname", item.name)
-        (left if item.get_closest_marker("sampled") and seen[test] % 3 else kept).append(item)
+        (left if item.get_closest_marker("sampled") and seen[test] % 4 else kept).append(item)
         seen[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left)

@@ -65,12 +65,14 @@ def same(profile: Profile, choice: str, degree: int, options: dict) -> list[Choi
 OPTIONS = pytest.mark.parametrize("options", [{}, {"capacity": Capacity(1.0, pad=True)}], ids=["ragged", "padded"])
 
 
+@pytest.mark.sampled
 @CHOICES
 @OPTIONS
 def test_results_are_those_of_the_transport(choice, options):
     assert run(4, same, PROFILES[choice], choice, 1, options) == [[(choice, 1)] * 2] * 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("choice", CHUNKS)
 @OPTIONS
 def test_results_in_chunks(choice, options):

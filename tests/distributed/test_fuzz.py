@@ -22,7 +22,7 @@ from turnout.moe.capacity import POLICIES
 from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.gates import GATES
 
-SEEDS = 40
+SEEDS = 16
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -84,6 +84,7 @@ def same_bits(shape):
     return signal
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_bit_is_that_of_the_flat_exchange(shape):
     signal = run(shape[0] * shape[1], same_bits, shape)
@@ -107,6 +108,7 @@ def model_bits(shape, names, options):
     assert all(grad.any() for grad in found[0][2:])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, {"capacity": 1.0}, {"capacity": Capacity(1.0, pad=True)}], ids=str)
 @pytest.mark.parametrize(
     ("shape", "names"),
@@ -156,6 +158,7 @@ def messages(shape, pad):
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3), (4, 1), (1, 4)], ids=str)
 def test_between_nodes_a_rank_sends_one_message_for_each_node(shape, pad):
@@ -189,6 +192,7 @@ def plain(shape):
         all_to_all_2d(wrong, mesh)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_to_all_2d_is_the_flat_all_to_all(shape):
     run(shape[0] * shape[1], plain, shape)
