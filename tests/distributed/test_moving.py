@@ -133,7 +133,7 @@ def test_an_export_is_read_by_one_rank(tmp_path, name, file_bytes):
     assert {own for file in files for own in load_file(file)} == set(model.state_dict())  # for readers of others
     assert (len(files) > 3) == (file_bytes == 5000)
     for sizes, message in [
-        ({"layers": 2}, r"only one of both has \['blocks\.2"),
+        ({"layers": 2}, r"only one of the two has \['blocks\.2"),
         ({"hidden": 8}, r"down.weight is \(16, 24\) in"),
     ]:
         with pytest.raises(checkpoint.CheckpointError, match=message):
