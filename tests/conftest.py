@@ -36,7 +36,7 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all", action="store_true", help="all cases of tests marked `sampled`, not every fourth; more random examples"
+        "--all", action="store_true", help="all cases of sampled tests, not every fourth; more random examples"
     )
     parser.addoption("--fuzz", type=int, help="so many seeds, or examples, of tests that draw at random")
     parser.addoption("--fuzz-seed", type=int, help="this seed alone of test_fuzz.py, or with --fuzz the first one")
@@ -56,14 +56,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases of each test marked `sampled`, keep the first, the fifth and so on, unless all are asked for."""
+    """Of the cases of each sampled test, keep the first, the fifth and so on, unless all are asked for.
+
+    Sampled are tests that are marked so, and all that start ranks: those in tests/distributed.
+    """
     if config.getoption("--all"):
         return
     seen: Counter[tuple[str, str]] = Counter()
     kept, left = [], []
     for item in items:
         test = str(item.path), getattr(item, "originalname", item.name)
-        (left if item.get_closest_marker("sampled") and seen[test] % 4 else kept).append(item)
+        sampled = item.get_closest_marker("sampled") is not None or item.path.parent.name == "distributed"
+        (left if sampled and seen[test] % 4 else kept).append(item)
         seen[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left)

@@ -22,7 +22,7 @@ from turnout.moe.capacity import POLICIES
 from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.gates import GATES
 
-SEEDS = 16
+SEEDS = 40
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
