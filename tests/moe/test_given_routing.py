@@ -19,5 +19,5 @@ def test_a_routing_made_elsewhere():
 
 def test_a_routing_of_other_tokens_is_refused():
     layer = MoE(dim=8, hidden=16, num_experts=4)
-    with pytest.raises(ValueError, match=r"returned expert \(9, 2\) for 10 tokens"):
+    with pytest.raises(ValueError, match=r"returned expert of shape \(9, 2\) for 10 tokens"):
         layer(torch.randn(10, 8), routing=layer.gate(torch.randn(9, 8)))
