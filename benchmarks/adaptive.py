@@ -62,7 +62,7 @@ def megabytes(layer: MoE, tokens: int, choice: tuple[int, tuple[int, ...] | None
     dist.all_reduce(counts)
     hot = list(shadow or ())
     counts[hot] = 0
-    others = (ranks - slices) / ranks  # of the rows for an expert, those of ranks on other places of "ep"
+    others = (ranks - slices) / ranks  # share of an expert's rows that ranks elsewhere on "ep" send
     arrive = counts.view(ranks // slices, -1).sum(1).max() / slices * others * row
     home = tokens * k * row * others
     inside = 2 * (r - 1) * counts.view(ranks // slices, -1).sum(1).max() / slices * row  # to r slices, and their sums

@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/four_bits.py --loss      # a small GPT: its loss in 4 bits, and after adapters
     python benchmarks/four_bits.py --device cuda
 
-Frozen experts with adapters of rank 16, of one layer; each row is a fresh process. `experts` are the bytes of their
-matrices; `peak` is what a step has beyond the layer, gradients of the adapters included (CPU: resident memory, GPU:
-allocated); `step` is the median of forward and backward (CPU: processor time). `error` is that of the layer's output,
-relative to the layer's own in `dtype`, in the 2-norm. Weights are normal.
+One layer has frozen experts with adapters of rank 16, and each row is a fresh process. `experts` counts the bytes of
+the experts' matrices. `peak` counts what a step allocates beyond the layer, gradients of the adapters included (resident
+memory on a CPU). `step` is the median time of forward and backward (processor time on a CPU). `error` compares the
+layer's output with its output in `dtype`, relative, in the 2-norm. Weights are normal.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 for ever, or SIGSTOP followed by SIGCONT after some seconds. They go to a random rank or to torchrun, at a random moment
 while the job starts, trains, evaluates or saves. torchrun restarts its ranks if it can (--max-restarts). If torchrun
 ends, a watchdog starts the job again with --resume, and kills processes that do not end. A shell script could do the
-same. All losses, in training and of held-out text, must equal those of the undisturbed job to the bit.
+same. All training losses, and the held-out loss, must equal the undisturbed job's to the bit.
 """
 
 from __future__ import annotations

@@ -98,12 +98,7 @@ class FlatDispatcher(SteppedDispatcher):
 
     def is_static(self, plan: Plan) -> bool:
         """Whether the plan is padded and equal tokens are promised."""
-        if self.equal_tokens is True and plan.follows_load:
-            raise ValueError(
-                'Capacity("as needed") differs between ranks, which equal_tokens=True leaves them no exchange to agree '
-                "on: set equal_tokens=False"
-            )
-        return self.equal_tokens is True and plan.capacity is not None
+        return plan.has_equal_blocks(promised=self.equal_tokens is True)
 
     def refuse_steps(self, num_experts: int, device: torch.device) -> Steps[None]:
         """Send a refusal in place of sizes."""

@@ -51,7 +51,7 @@ class LayerCall(NamedTuple):
         forward: number of this forward, from 1.
         training: whether the layer is in training mode.
         chunks: number of chunks that exchange their sizes together (`OverlapDispatcher`).
-        parallelism, shadow: those of the place when the forward started.
+        parallelism, shadow: values that the place had when the forward started.
     """
 
     place: Place

@@ -104,6 +104,19 @@ class Plan:
         call = self.place.start_call() if self.call is None else self.call
         return replace(self, call=call._replace(chunks=chunks))
 
+    def has_equal_blocks(self, promised: bool) -> bool:
+        """Whether all ranks send equal blocks without exchanging sizes: it is padded, and equal tokens are `promised`.
+
+        Raises:
+            ValueError: they are promised, but ranks have to agree on a capacity that follows their loads.
+        """
+        if promised and self.follows_load:
+            raise ValueError(
+                'Capacity("as needed") differs between ranks, which equal_tokens=True leaves them no exchange to agree '
+                "on: set equal_tokens=False"
+            )
+        return promised and self.capacity is not None
+
     def without_rows(self) -> Plan:
         """The plan of the same forward in which no assignment is kept, ragged."""
         none, counts = torch.full_like(self.expert, -1), torch.zeros_like(self.counts)

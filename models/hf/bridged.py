@@ -146,14 +146,19 @@ def _outside(name: str, instead: str) -> str:
     return f"{name} is not to be had in a layer whose router is the model's own and outside of it: {instead}"
 
 
-def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
-    """Parent, name in it, and layer: what `replace_moe` put there, or ValueError if that is nothing."""
-    layers = [
+def find_bridged(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
+    """Parent, name in it, and layer, of what `replace_moe` put there; there may be none."""
+    return [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, BridgedMoE)
     ]
+
+
+def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
+    """As `find_bridged`, or ValueError if there is nothing that `replace_moe` put there."""
+    layers = find_bridged(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that replace_moe put there")
     return layers

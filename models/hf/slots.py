@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ...moe.experts.sharded import held_slice, local
 from .block_experts import DbrxExperts, ListedExperts
-from .replace import BridgedMoE
+from .bridged import BridgedMoE, find_bridged
 
 Region = tuple[slice, ...]  # one slice per axis
 
@@ -95,7 +95,7 @@ def family_view(model: nn.Module) -> Iterator[nn.Module]:
 
     They cannot compute: names are what this is for.
     """
-    layers = bridged(model)
+    layers = find_bridged(model)
     for parent, name, layer in layers:
         setattr(parent, name, layer.block)
     try:
@@ -108,7 +108,7 @@ def family_view(model: nn.Module) -> Iterator[nn.Module]:
 def family_slots(model: nn.Module) -> dict[str, Slot]:
     """All that the family's `state_dict` has, by its names."""
     places: dict[int, Slot] = {}
-    for _, _, layer in bridged(model):
+    for _, _, layer in find_bridged(model):
         experts = layer.experts
         if isinstance(experts, ListedExperts):  # the family's modules are empty: the stack has their tensors
             for expert, module in enumerate(experts._modules_of_family[0].values()):
@@ -121,20 +121,10 @@ def family_slots(model: nn.Module) -> dict[str, Slot]:
     return {name: places.get(id(t), Slot(t)) for name, t in state.items() if isinstance(t, Tensor)}
 
 
-def bridged(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
-    """Parent, name in it, and layer, of what `replace_moe` put there; there may be none."""
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, BridgedMoE)
-    ]
-
-
 def give_memory(model: nn.Module, device: torch.device | str) -> None:
     """Memory for every parameter on the meta device, undefined; one that is tied or spread stays so."""
-    emptied = {id(m) for _, _, layer in bridged(model) for m in _emptied(layer)}
-    blocks = (module for _, _, layer in bridged(model) for module in layer.block.modules())
+    emptied = {id(m) for _, _, layer in find_bridged(model) for m in _emptied(layer)}
+    blocks = (module for _, _, layer in find_bridged(model) for module in layer.block.modules())
     new: dict[nn.Parameter, nn.Parameter] = {}
     for module in dict.fromkeys([*model.modules(), *blocks]):
         for name, p in module._parameters.items() if id(module) not in emptied else ():
