@@ -5,7 +5,7 @@
     python benchmarks/four_bits.py --device cuda
 
 One layer has frozen experts with adapters of rank 16, and each row is a fresh process. `experts` counts the bytes of
-the experts' matrices. `peak` counts what a step allocates beyond the layer, gradients of the adapters included (resident
+the experts' matrices. `peak` counts what a step allocates beyond the layer, adapters' gradients included (resident
 memory on a CPU). `step` is the median time of forward and backward (processor time on a CPU). `error` compares the
 layer's output with its output in `dtype`, relative, in the 2-norm. Weights are normal.
 """

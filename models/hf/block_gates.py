@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
-from ...moe.gates.gate import Gate, normalised, taken
+from ...moe.gates.gate import Gate, taken
 from ...moe.routing import Routing
 
 SCORES = ("softmax", "sigmoid")
@@ -56,11 +56,11 @@ class RouterGate(Gate):
         Raises:
             TypeError: weights that are neither the scores of the chosen experts nor their shares, times a factor.
         """
-        own = taken(routing.scores, routing.expert).detach()
-        for share in (lambda weight: weight, normalised):
-            ratio = (routing.weight.detach() / share(own))[routing.expert >= 0]
+        for normalize in (False, True):
+            own = taken(routing.scores, routing.expert, normalize)
+            ratio = (routing.weight / own).detach()[routing.expert >= 0]
             if not len(ratio) or float(ratio.max() - ratio.min()) <= 0.02 * float(ratio.max()):  # bfloat16 rounds
-                return share(taken(routing.scores, expert)) * (ratio.mean() if len(ratio) else 1.0)
+                return taken(routing.scores, expert, normalize) * (ratio.mean() if len(ratio) else 1.0)
         raise TypeError(
             f"{type(self.router).__name__} weighs experts by a rule that router replay does not know: neither "
             "scores nor their shares, times a factor"

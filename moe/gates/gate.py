@@ -187,9 +187,13 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     return Routing(expert, weight, scores)
 
 
-def taken(scores: Tensor, expert: Tensor) -> Tensor:
-    """The scores of some experts: scores [T, E], expert ids int64 [T, k] -> [T, k], 0 where the id is -1."""
-    return torch.where(expert < 0, 0.0, scores.gather(1, expert.clamp(min=0)))
+def taken(scores: Tensor, expert: Tensor, normalize: bool = False) -> Tensor:
+    """The scores of some experts: scores [T, E], expert ids int64 [T, k] -> [T, k], 0 where the id is -1.
+
+    With `normalize`, False by default, each token's scores are divided by their sum.
+    """
+    weight = torch.where(expert < 0, 0.0, scores.gather(1, expert.clamp(min=0)))
+    return normalised(weight) if normalize else weight
 
 
 def normalised(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..losses import cv_squared
 from ..routing import Routing
-from .gate import Gate, best, normalised, projected, taken
+from .gate import Gate, best, projected, taken
 
 
 class NoisyTopKGate(Gate):
@@ -79,8 +79,7 @@ class NoisyTopKGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`. Weights have no noise."""
-        weight = taken(routing.scores, expert)
-        return self.scaled(normalised(weight) if self.top_k > 1 else weight)
+        return self.scaled(taken(routing.scores, expert, self.top_k > 1))
 
 
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .biased import BiasedGate
-from .gate import normalised, taken
+from .gate import taken
 from .router import check_groups, check_room, route_in_groups
 
 
@@ -68,5 +68,4 @@ class SigmoidGate(BiasedGate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        weight = taken(routing.scores, expert)
-        return self.scaled(normalised(weight) if self.normalize else weight)
+        return self.scaled(taken(routing.scores, expert, self.normalize))

@@ -58,5 +58,4 @@ class SinkhornGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        weight = taken(routing.scores, expert)
-        return self.scaled(normalised(weight) if self.top_k > 1 else weight)
+        return self.scaled(taken(routing.scores, expert, self.top_k > 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, jittered, normalised, taken
+from .gate import Gate, jittered, taken
 from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")
@@ -69,6 +69,5 @@ class TopKGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        weight = taken(routing.scores, expert)
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
-        return self.scaled(normalised(weight) if normalize else weight)
+        return self.scaled(taken(routing.scores, expert, normalize))
