@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from ...moe.parallel.parallelize import parallelize
 from .recognise import Adapter
 from .replace import replace_moe
 from .slots import Slot, family_slots, family_view, give_memory
-from .weight_files import WeightReader, everywhere
+from .weight_files import WeightReader, converted, everywhere
 
 __all__ = ["empty_pretrained", "from_pretrained", "load_pretrained"]
 
@@ -272,12 +271,8 @@ def _expert_wise(converter: WeightConverter) -> bool:
 def _converted(
     own: PreTrainedModel, target: str, converter: WeightConverter, names: dict[str, list[str]], reader: WeightReader
 ) -> dict[str, torch.Tensor]:
-    converter = deepcopy(converter)
-    for pattern, each in names.items():
-        for name in each:
-            converter.add_tensor(target, name, pattern, cast(Any, reader.read(name)))
-    made = converter.convert(target, model=own, config=own.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    tensors = ((name, pattern, reader.read(name)) for pattern, each in names.items() for name in each)
+    return converted(own, target, converter, tensors)
 
 
 def _put(name: str, whole: torch.Tensor, slot: Slot, reader: WeightReader) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -240,3 +241,12 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets
+
+
+def converted(own: Any, target: str, converter: Any, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+    """What a converter of transformers makes of tensors, each with its name and the pattern that the name fits."""
+    converter = deepcopy(converter)
+    for name, pattern, tensor in tensors:
+        converter.add_tensor(target, name, pattern, tensor)
+    made = converter.convert(target, model=own, config=own.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

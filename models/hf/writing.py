@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +26,7 @@ from ...moe.experts.sharded import whole
 from ..checkpoint.together import place
 from ..data_parallel import reshard
 from .slots import Slot, family_slots, family_view
-from .weight_files import RankZeroWriter, WeightWriter
+from .weight_files import RankZeroWriter, WeightWriter, converted
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the family's tensors -> those of its files, by name
 
@@ -116,11 +115,7 @@ def _converted(
     renamings: list[Any],
     held: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    converter = deepcopy(converter)
-    for name, tensor in held.items():
-        converter.add_tensor(target, name, patterns[name], cast(Any, tensor))
-    made = converter.convert(target, model=own, config=own.config)
-    values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    values = converted(own, target, converter, ((name, patterns[name], t) for name, t in held.items()))
     return {apply_renamings(name, renamings): value for name, value in values.items()}
 
 
