@@ -36,7 +36,7 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all", action="store_true", help="all cases of sampled tests, not every fourth; more random examples"
+        "--all", action="store_true", help="thorough tests, all cases of sampled ones, more random examples"
     )
     parser.addoption("--fuzz", type=int, help="so many seeds, or examples, of tests that draw at random")
     parser.addoption("--fuzz-seed", type=int, help="this seed alone of test_fuzz.py, or with --fuzz the first one")
@@ -56,9 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases of each sampled test, keep the first, the fifth and so on, unless all are asked for.
+    """Leave out thorough tests, and of each sampled test keep the first case, the ninth and so on.
 
-    Sampled are tests that are marked so, and all that start ranks: those in tests/distributed.
+    Sampled are tests that are marked so, and all that start ranks: those in tests/distributed. --all runs everything.
     """
     if config.getoption("--all"):
         return
@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test = str(item.path), getattr(item, "originalname", item.name)
         sampled = item.get_closest_marker("sampled") is not None or item.path.parent.name == "distributed"
-        (left if sampled and seen[test] % 4 else kept).append(item)
+        thorough = item.get_closest_marker("thorough") is not None
+        (left if thorough or (sampled and seen[test] % 8) else kept).append(item)
         seen[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left)

@@ -104,6 +104,7 @@ def test_a_cable_that_is_pulled(name):
     assert all(text.startswith("DispatchError: the exchange of ") for text in words), words
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 def test_a_cable_that_is_pulled_for_a_second():

@@ -32,6 +32,7 @@ def names(out: Path) -> list[str]:
     return sorted(path.name for path in out.iterdir() if path.name.startswith("step-"))
 
 
+@pytest.mark.thorough
 def test_the_job_goes_on_and_tries_again(tmp_path, text, monkeypatch):
     full_at(monkeypatch, 2, 3, 5)
     done = run(tmp_path, *JOB, "--data", text, ranks=2)

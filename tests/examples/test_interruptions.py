@@ -75,6 +75,7 @@ def test_a_killed_rank_is_started_again_and_loses_only_what_was_not_saved(tmp_pa
     assert saved(tmp_path)[-1] == 60
 
 
+@pytest.mark.thorough
 def test_without_restarts_a_killed_rank_ends_the_job_with_a_clear_message(tmp_path, text):
     job = start(tmp_path, "--data", text, ranks=2)
     wait_for_a_checkpoint(tmp_path, job)

@@ -176,6 +176,7 @@ def events_of(out: str, flags: str, stop_after: int = 0) -> list[dict]:
     return [event for event in read(Path(out) / "log.jsonl") if event["event"] == "step"]
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "mesh"), [(1, ""), (2, "--pp 2 --micro-batches 2 --recompute full")])
 def test_after_a_crash_the_lines_are_those_of_a_run_without(tmp_path, ranks, mesh):

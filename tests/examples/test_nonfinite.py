@@ -73,6 +73,7 @@ def test_stop_saves_nothing_of_it(tmp_path, mesh):
     assert saved(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mesh", MESHES)
 def test_skip_goes_on_and_counts(tmp_path, mesh):
     assert run(2, train, str(tmp_path), f"{mesh} --on-nonfinite skip --log-every 2", {2, 5}) == ["", ""]

@@ -149,6 +149,7 @@ def alive(process: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_ranks_whose_launcher_is_killed_save_and_end_and_one_that_cannot_is_found(tmp_path, text):
@@ -183,8 +184,8 @@ def test_ranks_whose_launcher_is_killed_save_and_end_and_one_that_cannot_is_foun
     assert "Its launcher is gone: end it by kill -9" in refused.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
-@pytest.mark.sampled
 def test_a_node_that_joins_goes_on_with_the_run(tmp_path, text):
     """torchrun --nnodes 1:2 starts the ranks again without counting it as a restart."""
     out = tmp_path / "run"

@@ -126,6 +126,7 @@ def test_a_model_in_the_layout_that_the_planner_finds():
     assert 4 < loss < 7
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_elastic_takes_what_fits_the_ranks_that_are_left(tmp_path):
     """Four ranks, then three, which the flags do not fit: another layout, and the same run goes on."""

@@ -166,6 +166,7 @@ def test_every_bit_of_the_manifest_counts(saved):
             read_list(file)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_rank_says_the_same_whoever_saw_the_damage(copy, ranks):
     for name in ("__0_0.distcp", "__1_0.distcp", "rank-1.pt", "checksums.json"):  # read by different ranks
@@ -265,6 +266,7 @@ def failing(folder: Path, where: str):
     return str(caught.value)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("where", "words"),
     {

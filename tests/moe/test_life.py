@@ -61,6 +61,7 @@ def test_fuzz_a_layer_is_at_any_time_what_is_written_down(request):
 FAULTS = [deaf_to_top_k, deaf_to_capacity, blind_to_checkpoints, without_merging]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fault", [*FAULTS, with_every_gradient_a_little_off])
 def test_a_life_notices(fault):
     (error,) = errors(1, partial(live, 20 * LIVES, fault, phases=[hypothesis.Phase.generate]))

@@ -170,6 +170,7 @@ def test_models_that_recompute(what):
     assert sum(seen.tokens["blocks.1.feed_forward"].values()) == 2 * 18 * K
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, {"capacity": 0.8}], ids=["dropless", "capped"])
 def test_compiled(options):
     torch._dynamo.reset()
@@ -185,6 +186,7 @@ def test_compiled(options):
     torch._dynamo.reset()
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.parametrize(("what", "in_graph"), [("full", False), ("full", True), ("selective", True)])
@@ -242,6 +244,7 @@ def uneven(ranks: int, axis: str, options: dict) -> tuple[dict, dict, dict]:
     return plain(load(model, mesh)), seen.everywhere(), own
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("ranks", "axis"), [(1, "ep"), (2, "ep"), (4, "ep"), (4, "edp")])
 @pytest.mark.parametrize("options", [{}, {"capacity": 1.0}], ids=["dropless", "capped"])
 def test_over_ranks_that_are_uneven_or_empty(ranks, axis, options):
