@@ -49,12 +49,9 @@ def drawn(model: nn.Module, random: random.Random) -> dict[str, list[int]]:
 
 def by_id(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A parameter, its gradient or state, whole and with experts in the order of their ids."""
-    owner, _, _ = name.partition(".experts.")
+    layer, experts, _ = name.partition(".experts.")
     full = whole(tensor)
-    order = (
-        getattr(getattr(model.get_submodule(owner), "experts", None), "order", None) if ".experts." in name else None
-    )
-    return full if order is None else full[torch.tensor(order).argsort()]
+    return full[torch.tensor(model.get_submodule(layer).experts.order).argsort()] if experts else full
 
 
 def moving(shape, names, make, x, mask, expected, dispatcher, wrap, kind, shard: bool) -> None:

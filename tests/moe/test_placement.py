@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def test_most_plans_are_the_best_there_is():
         ranks, held = drawn.choice([(2, 4), (4, 2), (3, 3)])
         loads = [drawn.random() ** 3 for _ in range(ranks * held)]
         ratios.append(max(plan_placement(loads, ranks).rank_loads) / best(loads, ranks))
-    assert max(ratios) < 1.1 and sum(ratio < 1.0001 for ratio in ratios) > 45
+    assert max(ratios) < 1.1
+    assert sum(ratio < 1.0001 for ratio in ratios) > 45
 
 
 @given(cases(), st.integers(0, 3))
@@ -75,7 +76,7 @@ def test_shadowed_experts_are_the_heaviest_and_as_few_as_help(case, number):
         assert min((loads[e] for e in plan.shadow), default=0) >= max(rest, default=0) or not plan.shadow
     largest = [max(plan.rank_loads) for plan in plans]
     assert largest == sorted(largest, reverse=True)
-    for fewer, more in zip(plans, plans[1:], strict=False):
+    for fewer, more in pairwise(plans):
         assert fewer == more or max(more.rank_loads) < max(fewer.rank_loads)
 
 
@@ -89,14 +90,11 @@ def test_groups_stay_on_a_node_and_experts_where_they_are():
         assert max(plan.rank_loads) >= max(plan_placement(loads, 4).rank_loads) - 1e-9
         again = plan_placement(loads, 4, nodes=2, groups=6, current=plan.order)
         assert again.order == plan.order
-        near = plan_placement(
-            [load * drawn.uniform(0.97, 1.03) for load in loads], 4, current=plan_placement(loads, 4).order
-        )
-        assert len(near.order) == 24
     even = plan_placement([1.0] * 8, 4, current=[3, 1, 0, 2, 7, 6, 5, 4])
     assert even.order == (3, 1, 0, 2, 7, 6, 5, 4)
     moved = plan_placement([9, 9, 1, 1, 5, 5, 5, 5], 4, current=range(8)).order
-    assert moved[4:] == (4, 5, 6, 7) and {moved.index(0) // 2, moved.index(1) // 2} == {0, 1}  # one exchange
+    assert moved[4:] == (4, 5, 6, 7)
+    assert {moved.index(0) // 2, moved.index(1) // 2} == {0, 1}
 
 
 # The loads of the example in the README of DeepSeek's EPLB, and the largest load of a rank in what it finds for them.
