@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
+from .row_blocks import shares
 from .steps import Beside, Steps, announce, interleave, prepare, refuse
 from .torch_internals import in_backward
 from .traced import outside
@@ -122,19 +123,10 @@ def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tens
     """Tokens, plans and weights of each chunk."""
     if plan.capacity is not None:
         return (x,) * degree, _by_rows(plan, plan.capacity, degree), (weight,) * degree
-    sizes = _shares(x.shape[0], degree)
+    sizes = shares(x.shape[0], degree)
     whole = [Plan.of(expert, plan.counts.numel(), place=plan.place) for expert in plan.expert.split(sizes)]
     plans = [replace(part, call=plan.call) for part in whole]
     return x.split(sizes), plans, weight.split(sizes)
-
-
-def _shares(number: int, degree: int) -> list[int]:
-    """Cut a number into nearly equal parts.
-
-    >>> _shares(7, 3), _shares(1, 3)
-    ([2, 2, 3], [0, 0, 1])
-    """
-    return [(i + 1) * number // degree - i * number // degree for i in range(degree)]
 
 
 def _by_rows(plan: Plan, capacity: int, degree: int) -> list[Plan]:
@@ -143,7 +135,7 @@ def _by_rows(plan: Plan, capacity: int, degree: int) -> list[Plan]:
     >>> [p.token.tolist() for p in _by_rows(Plan.of(torch.tensor([[0], [0], [1]]), 2, capacity=2), 2, degree=2)]
     [[0, 2], [1, -1]]
     """
-    shares = _shares(capacity, degree)
+    shares = shares(capacity, degree)
     place = plan.slot % max(capacity, 1)  # position among the rows of the expert
     rows = plan.token.view(plan.counts.numel(), capacity).split(shares, 1)
     plans, first = [], 0
