@@ -83,6 +83,11 @@ class _Sizes(NamedTuple):
     k: int  # the largest k of all ranks
 
     @property
+    def most(self) -> int:
+        """The largest number of rows that this rank sends or receives in one of the two exchanges."""
+        return max(sum(map(sum, rows)) for splits in (self.between, self.inside) for rows in zip(*splits, strict=True))
+
+    @property
     def arriving(self) -> tuple[Tensor, int]:
         """Rows of each expert of this rank, and their sum."""
         blocks = self.blocks.sum(0)
@@ -147,25 +152,22 @@ class NodeDispatcher(NodeLocalDispatcher):
         note = Note.tensor(x, weight, plan)
         rows, loads = self._loads(to_nodes, nodes), self._loads(plan.expert, experts)
         sizes = yield from self._exchange_sizes(rows, loads, note, k, row, plan.call)
-        yield Ready(*sizes.arriving)
+        yield Ready(*sizes.arriving, sizes.most)
 
-        cut = shares(len(x), len(sizes.between))
         expert, weight = pad(plan.expert, (0, sizes.k - k), value=-1), pad(weight, (0, sizes.k - k))
-        tokens = zip(*(t.split(cut) for t in (x, weight, expert, to_nodes)), strict=True)
-        splits = zip(sizes.between, sizes.inside, strict=True)
-        came = yield from interleaved(
-            [self._send(*part, per_node, *both) for part, both in zip(tokens, splits, strict=True)]
-        )
-        rows, weight, pieces = (list(each) for each in zip(*came, strict=True))
-        rows, weight = _joined(rows), _joined(weight)
+        cut = shares(len(x), len(sizes.between))
+        tokens = (t.split(cut) for t in (x, weight, expert, to_nodes))
+        pieces = zip(*tokens, sizes.between, sizes.inside, strict=True)
+        came = yield from interleaved([self._send(per_node, *piece) for piece in pieces])
+        rows, weight = _joined([rows for rows, _, _ in came]), _joined([weight for _, weight, _ in came])
 
         blocks = nodes * per_node  # one for each expert of this rank and each source rank
         block = rearrange(torch.arange(blocks, device=x.device), "(e n l) -> (l e n)", n=nodes, l=peers)
-        block = torch.repeat_interleave(block.repeat(len(pieces)), sizes.blocks.flatten(), output_size=len(rows))
+        block = torch.repeat_interleave(block.repeat(len(came)), sizes.blocks.flatten(), output_size=len(rows))
         arrived = Plan.of(block.unsqueeze(1), blocks, sizes.capacity)
         counts = reduce(arrived.counts, "(e w) -> e", "sum", w=nodes * peers)
         weight = encode_weight(weight.unsqueeze(1), arrived)
-        return Batch(encode(rows, arrived), weight, counts, _Receipt(pieces, arrived))
+        return Batch(encode(rows, arrived), weight, counts, _Receipt([piece for _, _, piece in came], arrived))
 
     def _loads(self, ids: Tensor, number: int) -> Tensor:
         """Load of each node or expert by each piece: ids int64 [T, k] -> [pieces * number], for the most pieces."""
@@ -175,11 +177,11 @@ class NodeDispatcher(NodeLocalDispatcher):
 
     def _send(
         self,
+        per_node: int,
         x: Tensor,
         weight: Tensor,
         expert: Tensor,
         to_nodes: Tensor,
-        per_node: int,
         between: tuple[list[int], list[int]],
         inside: tuple[list[int], list[int]],
     ) -> Steps[tuple[Tensor, Tensor, _Piece]]:

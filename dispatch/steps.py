@@ -55,8 +55,8 @@ class Read(NamedTuple):
 class Rows(NamedTuple):
     """Request for `all_to_all` of these tensors. The answer is the received tensors.
 
-    With ``at_once=True`` the answer is the exchange under way, without a wait. Yield that to wait for its tensors. So one
-    generator can have several exchanges under way.
+    With ``at_once=True`` the answer is the exchange under way, without a wait. Yield that to wait for its tensors. So
+    one generator can have several exchanges under way.
     """
 
     tensors: tuple[Tensor, ...]
@@ -75,11 +75,13 @@ class Rows(NamedTuple):
 class Ready(NamedTuple):
     """No request: it says that a chunk is prepared, and that only `Rows` follow.
 
-    In a dispatch, `counts` int64 [L] and `rows` tell the size of its `Batch`.
+    In a dispatch, `counts` int64 [L] and `rows` tell the size of its `Batch`. `most` is the largest number of rows that
+    this rank sends, passes on or receives in any of its exchanges.
     """
 
     counts: Tensor | None = None
     rows: int = 0
+    most: int = 0
 
 
 Ask: TypeAlias = Sizes | Read | Rows | Ready | Travel | Arrived
@@ -140,13 +142,15 @@ def returned(end: StopIteration) -> Any:
     return end.args[0] if end.args else None
 
 
-def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
+def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
     """Run the generators of all chunks until they are ready. They share every exchange of sizes and every host sync."""
     asked = [next(chunk) for chunk in chunks]
     while isinstance(asked[0], Sizes | Read):
         answers = asked[0].answer(asked, call)  # pyright: ignore[reportArgumentType]
         asked = [chunk.send(answer) for chunk, answer in zip(chunks, answers, strict=True)]
-    assert all(isinstance(ask, Ready) for ask in asked), "a chunk sent rows before it was ready"
+    ready = [ask for ask in asked if isinstance(ask, Ready)]
+    assert len(ready) == len(asked), "a chunk sent rows before it was ready"
+    return ready
 
 
 def until_ready(steps: Steps) -> Steps[Ready]:
@@ -206,11 +210,12 @@ def interleaved(chunks: Sequence[Steps[Result]]) -> Steps[list[Result]]:
     return [done[number] for number in range(len(chunks))]
 
 
-def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
-    """Agree with the other ranks in place of a dispatch whose rows stay where they are, and stop there."""
-    prepare(chunks, call)
+def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
+    """Agree with the other ranks and exchange sizes, and stop before rows leave. Returns what each chunk would hold."""
+    ready = prepare(chunks, call)
     for chunk in chunks:
         chunk.close()
+    return ready
 
 
 def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
