@@ -8,6 +8,10 @@ from math import comb, inf
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ..node import PIECES
+from .node_cost import in_pieces
+
+TRANSPORTS = ("flat", "2dh", "node", "node in pieces")
 DEGREES = (1, 2, 4)  # numbers of chunks to choose from
 EXCHANGES = 3  # all-to-alls of a chunk in the forward, and again in the backward: rows, their weights, and outputs
 ROWS = 2  # of these, exchanges of rows: tokens and outputs
@@ -123,7 +127,7 @@ class Profile:
             degree: number of chunks, 1 by default.
 
         Returns:
-            Seconds by name of transport: ``"flat"``, ``"2dh"`` and ``"node"``.
+            Seconds by name of transport: those of `TRANSPORTS`.
         """
         n, m, k, experts = self.nodes, self.locals, message.top_k, message.num_experts
         away, beside = (n - 1) / n, (m - 1) / m
@@ -134,11 +138,14 @@ class Profile:
 
         by_node = self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
         flat = self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
+        distant = self.between.time(0, 0, size * distinct * away)
+        several, rows_in_pieces = in_pieces(by_node, distant, picked, PIECES)
+        ids = self.between.time(1, n - 1, 0)  # expert ids have an exchange of their own
         costs = {  # time of an exchange without its bytes, extra time of dispatch, time of the bytes of all rows
             "flat": (flat, 0.0, self.between.time(0, 0, size * k * away) + picked / n),
             "2dh": (by_node, 0.0, self.between.time(0, 0, size * k * away) + picked),
-            # expert ids have an exchange of their own
-            "node": (by_node, self.between.time(1, n - 1, 0), self.between.time(0, 0, size * distinct * away) + picked),
+            "node": (by_node, ids, distant + picked),
+            "node in pieces": (several, PIECES * ids, rows_in_pieces),
         }
 
         def seconds(exchange: float, out: float, rows: float) -> float:
@@ -160,7 +167,7 @@ class Profile:
         Returns:
             Choice: the name of the transport, and the number of chunks.
         """
-        names = ("flat",) if min(self.nodes, self.locals) == 1 else ("flat", "2dh", "node")
+        names = TRANSPORTS[:1] if min(self.nodes, self.locals) == 1 else TRANSPORTS
         times = {degree: self.predict(message, degree) for degree in degrees}
         choices = [Choice(name, degree) for degree in degrees for name in names]
         return min(choices, key=lambda choice: times[choice.degree][choice.transport])
