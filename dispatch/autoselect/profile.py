@@ -95,7 +95,7 @@ class Profile:
 
     >>> slow = Profile(nodes=4, locals=2, inside=Link(0, 1e-5, 1e-10), between=Link(0, 1e-5, 1e-7), flop=Flop(1e-10))
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64))
-    Choice(transport='node', degree=1)
+    Choice(transport='node in pieces', degree=1)
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64, row_flops=1e6))
     Choice(transport='node', degree=4)
     """
@@ -120,7 +120,8 @@ class Profile:
             t + max(c, (n - 1) t)
 
         Nothing hides the first dispatch and the last combine. The other exchanges run at the same time as the experts,
-        so the longer of the two counts. Sizes are exchanged once, for all chunks.
+        so the longer of the two counts. Sizes are exchanged once, for all chunks. In one chunk, node-deduplicated
+        dispatch is also predicted in pieces (`in_pieces`).
 
         Args:
             message: what the layer sends and computes.
@@ -139,13 +140,14 @@ class Profile:
         by_node = self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
         flat = self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
         distant = self.between.time(0, 0, size * distinct * away)
-        several, rows_in_pieces = in_pieces(by_node, distant, picked, PIECES)
+        pieces = PIECES if degree == 1 else 1  # chunks keep the links as busy
+        several, rows_in_pieces = in_pieces(by_node, distant, picked, pieces)
         ids = self.between.time(1, n - 1, 0)  # expert ids have an exchange of their own
         costs = {  # time of an exchange without its bytes, extra time of dispatch, time of the bytes of all rows
             "flat": (flat, 0.0, self.between.time(0, 0, size * k * away) + picked / n),
             "2dh": (by_node, 0.0, self.between.time(0, 0, size * k * away) + picked),
             "node": (by_node, ids, distant + picked),
-            "node in pieces": (several, PIECES * ids, rows_in_pieces),
+            "node in pieces": (several, pieces * ids, rows_in_pieces),
         }
 
         def seconds(exchange: float, out: float, rows: float) -> float:
