@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-# Several exchanges under way keep a link busier than one: the same bytes take this part of the time
-# (docs/records/transports.md).
-BUSY = 0.9
-
 
 def in_pieces(alpha: float, between: float, inside: float, pieces: int) -> tuple[float, float]:
     """Predict the time of an exchange between nodes and one inside them, for rows that travel in pieces.
@@ -24,9 +20,6 @@ def in_pieces(alpha: float, between: float, inside: float, pieces: int) -> tuple
     >>> in_pieces(1.0, 30.0, 8.0, pieces=1)
     (1.0, 38.0)
     >>> in_pieces(1.0, 30.0, 8.0, pieces=4)
-    (4.0, 29.0)
+    (4.0, 32.0)
     """
-    if pieces == 1:
-        return alpha, between + inside
-    between *= BUSY
     return pieces * alpha, max(between, inside) + min(between, inside) / pieces
