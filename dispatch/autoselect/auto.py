@@ -19,11 +19,11 @@ from ..failure import named
 from ..flat import FlatDispatcher
 from ..hierarchical import HierarchicalDispatcher
 from ..mesh import EP, axis, node_and_local
-from ..node import NodeDispatcher
+from ..node import PIECES, NodeDispatcher
 from ..overlap import OverlapDispatcher
 from ..place import Place
 from ..plan import Plan
-from ..steps import Beside, Steps
+from ..steps import Beside, Ready, Steps
 from ..traced import Sealed, outside
 from ..wire import Wire, row_bytes
 from .measure import measure
@@ -40,6 +40,8 @@ class _Receipt(NamedTuple):
 @dataclass(frozen=True)
 class AutoDispatcher(SteppedDispatcher):
     """Chooses flat, 2DH or node-deduplicated dispatch, in 1, 2 or 4 chunks, by `Profile.choose`.
+
+    Node-deduplicated dispatch is two choices: in one piece, or in several (`NodeDispatcher.pieces`).
 
     It chooses with the first batch, because only then a rank knows its number of tokens. Ranks exchange their largest
     number once, so that all make the same choice, and they keep it: later batches do not change it. To overrule it,
@@ -88,8 +90,13 @@ class AutoDispatcher(SteppedDispatcher):
         assert ep is not None
         group = ep.get_group()
         found = agreed(profile, (dist.get_world_size(node), dist.get_world_size(local)), group)
-        flat, by_node = FlatDispatcher(group), {"2dh": HierarchicalDispatcher.of(mesh), "node": NodeDispatcher.of(mesh)}
-        return cls(group, {"flat": flat, **by_node}, measure(mesh) if found is None else found)
+        transports = {
+            "flat": FlatDispatcher(group),
+            "2dh": HierarchicalDispatcher.of(mesh),
+            "node": NodeDispatcher.of(mesh),
+            "node in pieces": NodeDispatcher.of(mesh, pieces=PIECES),
+        }
+        return cls(group, transports, measure(mesh) if found is None else found)
 
     @property
     def chosen(self) -> Choice | None:
@@ -102,9 +109,9 @@ class AutoDispatcher(SteppedDispatcher):
             return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts, beside)
 
-    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
         """Take part in the choice, if it is still to be made, and announce every chunk then."""
-        self._in_chunks(x, plan.expert.shape[1], plan.counts.numel()).announce(x, plan, weight)
+        return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel()).announce(x, plan, weight)
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Take part in the choice if it is not made yet, then refuse every chunk."""

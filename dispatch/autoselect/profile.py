@@ -8,6 +8,10 @@ from math import comb, inf
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ..node import PIECES
+from .node_cost import in_pieces
+
+TRANSPORTS = ("flat", "2dh", "node", "node in pieces")
 DEGREES = (1, 2, 4)  # numbers of chunks to choose from
 EXCHANGES = 3  # all-to-alls of a chunk in the forward, and again in the backward: rows, their weights, and outputs
 ROWS = 2  # of these, exchanges of rows: tokens and outputs
@@ -91,7 +95,7 @@ class Profile:
 
     >>> slow = Profile(nodes=4, locals=2, inside=Link(0, 1e-5, 1e-10), between=Link(0, 1e-5, 1e-7), flop=Flop(1e-10))
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64))
-    Choice(transport='node', degree=1)
+    Choice(transport='node in pieces', degree=1)
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64, row_flops=1e6))
     Choice(transport='node', degree=4)
     """
@@ -116,14 +120,15 @@ class Profile:
             t + max(c, (n - 1) t)
 
         Nothing hides the first dispatch and the last combine. The other exchanges run at the same time as the experts,
-        so the longer of the two counts. Sizes are exchanged once, for all chunks.
+        so the longer of the two counts. Sizes are exchanged once, for all chunks. In one chunk, node-deduplicated
+        dispatch is also predicted in pieces (`in_pieces`).
 
         Args:
             message: what the layer sends and computes.
             degree: number of chunks, 1 by default.
 
         Returns:
-            Seconds by name of transport: ``"flat"``, ``"2dh"`` and ``"node"``.
+            Seconds by name of transport: those of `TRANSPORTS`.
         """
         n, m, k, experts = self.nodes, self.locals, message.top_k, message.num_experts
         away, beside = (n - 1) / n, (m - 1) / m
@@ -134,11 +139,15 @@ class Profile:
 
         by_node = self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
         flat = self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
+        distant = self.between.time(0, 0, size * distinct * away)
+        pieces = PIECES if degree == 1 else 1  # chunks keep the links as busy
+        several, rows_in_pieces = in_pieces(by_node, distant, picked, pieces)
+        ids = self.between.time(1, n - 1, 0)  # expert ids have an exchange of their own
         costs = {  # time of an exchange without its bytes, extra time of dispatch, time of the bytes of all rows
             "flat": (flat, 0.0, self.between.time(0, 0, size * k * away) + picked / n),
             "2dh": (by_node, 0.0, self.between.time(0, 0, size * k * away) + picked),
-            # expert ids have an exchange of their own
-            "node": (by_node, self.between.time(1, n - 1, 0), self.between.time(0, 0, size * distinct * away) + picked),
+            "node": (by_node, ids, distant + picked),
+            "node in pieces": (several, pieces * ids, rows_in_pieces),
         }
 
         def seconds(exchange: float, out: float, rows: float) -> float:
@@ -160,7 +169,7 @@ class Profile:
         Returns:
             Choice: the name of the transport, and the number of chunks.
         """
-        names = ("flat",) if min(self.nodes, self.locals) == 1 else ("flat", "2dh", "node")
+        names = TRANSPORTS[:1] if min(self.nodes, self.locals) == 1 else TRANSPORTS
         times = {degree: self.predict(message, degree) for degree in degrees}
         choices = [Choice(name, degree) for degree in degrees for name in names]
         return min(choices, key=lambda choice: times[choice.degree][choice.transport])

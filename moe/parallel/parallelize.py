@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ...dispatch import mesh as axes
 from ...dispatch.autoselect.auto import AutoDispatcher
 from ...dispatch.autoselect.profile import Profile
+from ...dispatch.bounded import BoundedDispatcher
 from ...dispatch.compressed import CompressedDispatcher
 from ...dispatch.dispatcher import Dispatcher, NodeLocalDispatcher, SteppedDispatcher
 from ...dispatch.expert_tp import TensorParallelDispatcher
@@ -54,6 +55,7 @@ def parallelize(
     wire: Wire | None = None,
     timeout: timedelta | float | None = None,
     parallelism: int | None = None,
+    max_rows: int | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place (expert parallelism). Call it on every rank.
 
@@ -88,6 +90,8 @@ def parallelize(
         parallelism: r of every layer at first (`WeightTravel`, `MoE.parallelism`). 0 brings experts to their tokens. On
             a mesh with "etp" = s > 1, r may be any divisor of s. Each token then visits r ranks of an expert, and s / r
             ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then.
+        max_rows: the most rows that a rank holds at once in a layer. A step above it runs in rounds, with the same
+            results (`BoundedDispatcher`). None, the default, sets no budget.
 
     Returns:
         The model.
@@ -138,19 +142,22 @@ def parallelize(
             planned = shares(model, layers, holders)
             weights = WeightTravel.of(mesh)
             dispatchers = {work: _equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
+        if max_rows is not None:
+            bounded = dispatchers or dict.fromkeys(map(work_of, layers.values()), LocalDispatcher())
+            dispatchers = {work: BoundedDispatcher(each, max_rows) for work, each in bounded.items()}
         for name, layer in layers.items():
             weights = weights.choose(layer.num_experts, called(name), parallelism)
     except (ValueError, TypeError) as error:
         fault = error
     options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
-    options["parallelism"] = repr(parallelism)
+    options |= {"parallelism": repr(parallelism), "max_rows": repr(max_rows)}
     agree(layers, options, fault, everyone, "before parallelize, which every rank calls with the same arguments")
 
     for share in planned:
         spread(share)
     for layer in layers.values():
         layer.balance_group, layer.sequence_group = batch, sequence
-        if holders is not None:
+        if dispatchers:
             layer.dispatcher = dispatchers[work_of(layer)]
     _number(layers, everyone)
     for layer in layers.values():
