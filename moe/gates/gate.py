@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...dispatch.reorder import wide
 from ..experts.low_rank import LowRank
 from ..routing import Routing
+from .wide_linear import suits, wide_linear
 
 
 class Gate(nn.Module, ABC):
@@ -145,6 +146,9 @@ def uniform(weight: Tensor) -> None:
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear map in float32 or float64: x [T, D], weight [n, D], bias [n] -> x weight^T + bias [T, n]."""
+    if suits(x, weight):
+        y = wide_linear(x, weight)
+        return y if bias is None else y + bias.float()
     dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(), which would narrow float64
     with torch.autocast(x.device.type, enabled=False):  # autocast would compute F.linear in bfloat16
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
