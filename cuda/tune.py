@@ -69,6 +69,7 @@ def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Bloc
     expert, order = drawn(shape, device).flatten().sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(L, device=device), right=True).to(torch.int32)
     R = len(order)
+    groups = grouped.Groups(ends, R)
     token = order // k if gathers else None
     x, grad = (random(shape.tokens if gathers else R, D) for _ in range(2))
     weight = torch.rand(R, generator=g, device=device)
@@ -76,19 +77,19 @@ def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Bloc
     w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, None)
     back = [(up, w_up)] if w_gate is None or gate is None else [(up, w_up), (gate, w_gate)]
     runs: list[tuple[str, tuple[int, int], Callable[[Blocks], object]]] = [
-        ("up", (D, H), lambda size: grouped.up(x, token, ends, weight, w_up, w_gate, activation, True, size=size)),
-        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], ends, size=size)),
-        ("down", (H, D), lambda size: grouped.down(back, ends, transposed=True, size=size)),
+        ("up", (D, H), lambda size: grouped.up(x, token, groups, weight, w_up, w_gate, activation, True, size=size)),
+        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], groups, size=size)),
+        ("down", (H, D), lambda size: grouped.down(back, groups, transposed=True, size=size)),
         (
             "hidden",
             (D, H),
-            lambda size: grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation, size=size),
+            lambda size: grouped.hidden_backward(grad, token, groups, weight, w_down, up, gate, activation, size=size),
         ),
-        ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], ends, b_token=token, size=size)),
+        ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], groups, b_token=token, size=size)),
         (
-            "weight",
+            "weight" if len(back) == 1 else "weights",
             (D, H),
-            lambda size: grouped.weight_backward(x, [a for a, _ in back], ends, a_token=token, size=size),
+            lambda size: grouped.weight_backward(x, [a for a, _ in back], groups, a_token=token, size=size),
         ),
     ]
     together: dict[Product, list[Callable[[Blocks], object]]] = {}
@@ -165,6 +166,9 @@ _MEDIUM = {
     "weight": [
         (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2),
     ],
+    "weights": [
+        (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2),
+    ],
 }
 _LARGE = {
     "up": [
@@ -176,10 +180,14 @@ _LARGE = {
         (128, 128, 128, 8, 3), (64, 256, 64, 4, 4),
     ],
     "hidden": [
-        (128, 64, 64, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (64, 64, 128, 4, 3),
-        (128, 32, 64, 4, 4),
+        (128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 128, 8, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+        (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],
     "weight": [
+        (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 2), (64, 256, 64, 4, 4),
+    ],
+    "weights": [
         (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 128, 8, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
         (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],

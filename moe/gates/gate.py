@@ -188,7 +188,7 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
     scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
-    return Routing(expert, weight, scores)
+    return Routing(expert, weight, scores, normalized=True)
 
 
 def taken(scores: Tensor, expert: Tensor, normalize: bool = False) -> Tensor:

@@ -48,12 +48,14 @@ def _wide_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, to_x: bool, t
         if not _multiplies(x):
             plain = _plain(grad, x, weight, to_x, to_weight)
             return [x.new_empty(0) if g is None else g for g in plain]
-        pieces, out = _pieces(grad), [x.new_empty(0), weight.new_empty(0)]
+        stacked, out = torch.cat(_pieces(grad), 1), [x.new_empty(0), weight.new_empty(0)]
         if to_x:  # leave out products of pieces below the precision of float32
-            pairs = [(g, w) for i, g in enumerate(pieces) for j, w in enumerate(_pieces(weight)) if i + j < PIECES]
-            out[0] = torch.cat([g for g, _ in pairs], 1) @ torch.cat([w for _, w in pairs])
+            factors, n = _pieces(weight), grad.shape[1]
+            left = [stacked[:, : (PIECES - j) * n] for j in range(len(factors))]
+            right = [w for j, w in enumerate(factors) for _ in range(PIECES - j)]
+            out[0] = (left[0] if len(left) == 1 else torch.cat(left, 1)) @ torch.cat(right)
         if to_weight:
-            out[1] = _mm(torch.cat(pieces, 1).T, x).unflatten(0, (PIECES, -1)).sum(0).to(weight.dtype)
+            out[1] = _mm(stacked.T, x).unflatten(0, (PIECES, -1)).sum(0).to(weight.dtype)
         return out
 
 
@@ -78,10 +80,10 @@ def _pieces(t: Tensor) -> list[Tensor]:
     """bfloat16 tensors that add up to t: t itself, or three for a float32 tensor."""
     if t.dtype == torch.bfloat16:
         return [t]
-    pieces = []
-    for _ in range(PIECES):
+    pieces = [t.to(torch.bfloat16)]
+    while len(pieces) < PIECES:
+        t = t - pieces[-1]
         pieces.append(t.to(torch.bfloat16))
-        t = t - pieces[-1].float()
     return pieces
 
 
