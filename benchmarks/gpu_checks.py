@@ -25,7 +25,7 @@ CHAINED = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]]]:
     T, D, H, E, k = (40, 16, 24, 4, 2) if small else (1000, 256, 192, 16, 4)
-    named: dict[str, Callable[[], list[Row]]] = {}
+    named: dict[str, Callable[[], list[Row]]] = {}  # the part "first" has bfloat16, the plan and the router
     for dtype in (torch.float32, torch.float16):
         named[f"ops {dtype}"] = partial(operators, device, dtype, T, D, E, k)
     named["large offsets"] = partial(large, device, T if small else 70_000, 16 if small else 4096)
@@ -37,16 +37,6 @@ def cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]
             named[f"no sync, {kernel}"] = partial(unsynchronised, device, kernel, T, D, H, E, k)
             named[f"graph, {kernel}"] = partial(captured, device, kernel, T, D, H, E, k)
     return named
-
-
-def first_cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]]]:
-    """The cases that come before all others, in the part "first"."""
-    T, D, E, k = (40, 16, 4, 2) if small else (1000, 256, 16, 4)
-    return {
-        "ops bfloat16": partial(operators, device, torch.bfloat16, T, D, E, k),
-        "plan": partial(plans, device, T, E, k),
-        "router": partial(router, device, T, E, k),
-    }
 
 
 def slow_cases(device: torch.device, small: bool) -> dict[str, Callable[[], list[Row]]]:

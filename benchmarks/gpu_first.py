@@ -22,7 +22,12 @@ LATE = 1.25  # a kernel is late beyond this multiple of its expected time
 def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
     """Correctness first, then times, with a case for each group of kernels that may fail by itself."""
     shape, device = (SMALL if small else SHAPES)[0], clock.device
-    named = gpu_checks.first_cases(device, small)
+    T, D, E, k = (40, 16, 4, 2) if small else (1000, 256, 16, 4)
+    named: dict[str, Callable[[], list[Row]]] = {
+        "ops bfloat16": partial(gpu_checks.operators, device, torch.bfloat16, T, D, E, k),
+        "plan": partial(gpu_checks.plans, device, T, E, k),
+        "router": partial(gpu_checks.router, device, T, E, k),
+    }
     if "triton" in kernels(device):
         named["experts"] = partial(experts, device, shape)
     named["times of routing"] = partial(times, clock, shape, routing)

@@ -223,8 +223,7 @@ def balance_loss(
     """
     if over not in BALANCE:
         raise ValueError(f"over must be one of {', '.join(BALANCE)}; got {over!r}")
-    if over != "sequence":
-        sequences = 1
+    sequences = sequences if over == "sequence" else 1
     E = routing.num_experts
     scores = routing.scores
     if not routing.normalized:
@@ -234,8 +233,7 @@ def balance_loss(
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
     # a rank without tokens takes part with zeros that have a graph
     mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
-    chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
-    tokens = _tokens_by_sequence(routing, sequences)
+    chosen, tokens = _load_by_sequence(routing, sequences).to(mass.dtype), _tokens_by_sequence(routing, sequences)
     if split is not None or over == "global":
         sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
         sums = _sum(sums, group if over == "global" else None)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import transformed
 from ..experts.low_rank import LowRank
 from ..routing import Routing
-from .wide_linear import suits, wide_linear
+from .wide_linear import wide_linear
 
 
 class Gate(nn.Module, ABC):
@@ -146,7 +147,8 @@ def uniform(weight: Tensor) -> None:
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear map in float32 or float64: x [T, D], weight [n, D], bias [n] -> x weight^T + bias [T, n]."""
-    if suits(x, weight):
+    on_gpu = x.device.type in ("cuda", "meta")
+    if on_gpu and x.dtype == torch.bfloat16 and weight.dtype in (x.dtype, torch.float32) and not transformed():
         y = wide_linear(x, weight)
         return y if bias is None else y + bias.float()
     dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(), which would narrow float64

@@ -16,12 +16,6 @@ from ...dispatch.torch_internals import transformed
 PIECES = 3  # with 8 significant bits each; float32 has 24
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `wide_linear` is for these: bfloat16 tokens on a GPU, outside of torch.func and forward mode."""
-    fits = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
-    return fits and x.device.type in ("cuda", "meta") and not transformed()
-
-
 @torch.library.custom_op("turnout::wide_linear", mutates_args=())
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T with exact products, summed in float32.

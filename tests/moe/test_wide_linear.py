@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from reference import close
 from turnout.moe import MoE
+from turnout.moe.gates import gate
 from turnout.moe.gates import wide_linear as wide
 from turnout.moe.gates.gate import projected
 
@@ -81,7 +82,8 @@ def test_only_what_is_wanted(device):
     x, weight = drawn(4, 8, seed=0, dtype=torch.bfloat16).to(device), drawn(3, 8, seed=1).to(device).requires_grad_()
     wide.wide_linear(x, weight).sum().backward()
     assert weight.grad is not None
-    torch.library.opcheck(torch.ops.turnout.wide_linear.default, (x.requires_grad_(), weight))
+    parts = ("test_schema", "test_autograd_registration", "test_faketensor")  # the last one, aot, takes 6 s
+    torch.library.opcheck(torch.ops.turnout.wide_linear.default, (x.requires_grad_(), weight), test_utils=parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,6 +106,5 @@ def test_the_router_keeps_no_float32_tokens(dtype):
 
 def test_a_cpu_computes_as_before(monkeypatch):
     x, weight = drawn(4, 8, seed=0, dtype=torch.bfloat16), drawn(3, 8, seed=1, dtype=torch.bfloat16)
-    monkeypatch.setattr(wide, "_wide_linear_backward", None)
+    monkeypatch.setattr(gate, "wide_linear", None)
     assert torch.equal(projected(x, weight), F.linear(x.float(), weight.float()))
-    assert not wide.suits(x, weight)
