@@ -97,7 +97,7 @@ _FLOAT32 = Blocks(64, 64, 32, 8, 2)
 _MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
     "up": Blocks(128, 64, 32, 4, 3),
     "down": Blocks(128, 64, 32, 4, 3),
-    "hidden": Blocks(64, 64, 32, 4, 3),
+    "hidden": Blocks(128, 64, 32, 4, 3),
     "weight": Blocks(128, 64, 32, 4, 3),
     "weights": Blocks(128, 64, 32, 4, 3),
 }
