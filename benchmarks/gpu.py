@@ -1,8 +1,14 @@
 """Is the layer correct on one GPU, how fast is each part, and how close is that to the limits of the GPU?
 
-    python benchmarks/gpu.py --out gpu.json                 # everything; under 10 minutes
-    python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, checks, ops, layer, tune
+    python benchmarks/gpu.py --first                        # runs, right, how far from the floors? 90 seconds
+    python benchmarks/gpu.py --out gpu.json                 # everything; 8 minutes
+    python benchmarks/gpu.py --parts ops --seconds 1        # one part: machine, first, checks, ops, layer, tune
     python benchmarks/gpu.py --device cpu --small           # the same code on tiny shapes, to test that it runs
+
+Nothing needs to be installed: with PyTorch, Triton, CuPy and einops on the machine, give Python the checkout under the
+package's name. A wheel is a zip file, so a pure Python one (einops, Liger, ScatterMoE) can be unpacked into S.
+
+    mkdir -p S; ln -sfn $PWD S/turnout; PYTHONPATH=S python benchmarks/gpu.py
 
 It prints a table after each case, and at the end all targets with the results. --out writes both as JSON, after each
 case, and the longest kernels of a step to a text file beside it. On a GPU each part runs in its own process. If a case
@@ -25,14 +31,16 @@ from functools import partial
 from pathlib import Path
 
 import gpu_checks
+import gpu_first
 import gpu_layer
 import gpu_ops
 import gpu_tune
 import torch
+import turnout
 from gpu_clock import Clock, fresh
 from gpu_report import Row, judge, read, supervise, table, work, write
 
-PARTS = {"machine": 2, "checks": 4, "ops": 3, "layer": 6, "tune": 4}  # part: its share of the time
+PARTS = {"machine": 1, "first": 4, "checks": 4, "ops": 3, "layer": 7, "tune": 6}  # part: its share of the time
 
 
 def main() -> int:
@@ -40,12 +48,16 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--first", action="store_true", help="parts machine and first alone, within 90 seconds")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds to measure each set of runs")
-    parser.add_argument("--limit", type=float, default=540, help="seconds for all parts together")
+    parser.add_argument("--limit", type=float, help="seconds for all parts together; 480 by default")
     parser.add_argument("--case-limit", type=float, default=120, help="seconds after which a case counts as hung")
     parser.add_argument("--out", type=Path, help="JSON file; the profile goes to the same name with .profile.txt")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # results file of the parent process
     args = parser.parse_args()
+    if args.first:
+        args.parts = ["machine", "first"]
+    args.limit = args.limit or (90 if args.first else 480)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --small runs the same code on a CPU")
@@ -82,6 +94,8 @@ def cases(part: str, args: argparse.Namespace) -> dict[str, Callable[[], list[Ro
     clock = Clock(device, args.seconds)
     if part == "machine":
         return {"machine": partial(machine, device)}
+    if part == "first":
+        return gpu_first.cases(clock, args.small)
     if part == "checks":
         return gpu_checks.cases(device, args.small)
     if part == "ops":
@@ -100,7 +114,7 @@ def machine(device: torch.device) -> list[Row]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["CUDA of torch"] = torch.version.cuda
+    facts |= {"turnout is in": turnout.__path__[0], "CUDA of torch": torch.version.cuda}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         facts |= {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}

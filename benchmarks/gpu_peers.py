@@ -70,6 +70,24 @@ def scattermoe(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
     return [*scaled(experts), gate], forward
 
 
+def liger(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
+    from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
+
+    E, D = router.shape
+    gate = nn.Parameter(router.detach().clone().to(dtype))
+    up, down = (nn.Parameter(torch.empty(E, *shape, dtype=dtype)) for shape in ((2 * hidden, D), (D, hidden)))
+    with torch.no_grad():
+        for p in (up, down):
+            p.normal_(std=0.02)
+
+    def forward(x: Tensor) -> Tensor:  # Liger has no router
+        weight, expert = F.linear(x, gate).float().softmax(-1).topk(k)
+        weight = (weight / weight.sum(-1, keepdim=True)).to(dtype)
+        return LigerFusedMoEFunction.apply(x, up, down, expert, weight)
+
+    return [up, down, gate], forward
+
+
 def megablocks(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
     from megablocks.layers.arguments import Arguments  # pyright: ignore[reportMissingImports]
     from megablocks.layers.dmoe import dMoE  # pyright: ignore[reportMissingImports]
@@ -139,6 +157,7 @@ def tutel(router: Tensor, hidden: int, k: int, dtype: torch.dtype) -> Peer:
 PEERS: dict[str, tuple[str, Callable[[Tensor, int, int, torch.dtype], Peer]]] = {
     "SonicMoE": ("sonicmoe", sonicmoe),
     "ScatterMoE": ("scattermoe", scattermoe),
+    "Liger": ("liger_kernel", liger),
     "MegaBlocks": ("megablocks", megablocks),
     "Tutel": ("tutel", tutel),
 }

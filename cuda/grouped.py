@@ -19,20 +19,62 @@ alone, so CUDA graphs may capture them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import activations
-from .grouped_kernels import bias_kernel, down_kernel, hidden_kernel, up_kernel, weight_kernel
-from .tiles import Blocks, Tiles, blocks
+from .grouped_kernels import bias_kernel, down_kernel, hidden_kernel, tiles_kernel, up_kernel, weight_kernel
+from .tiles import Blocks, blocks
+
+
+class Tiles(NamedTuple):
+    """Rows of each program in a grid over row tiles.
+
+    Attributes:
+        expert: int32 [M], expert of each tile; -1 = unused tile.
+        start: int32 [M], first row of each tile.
+        ends: int32 [L], end of each expert's rows.
+    """
+
+    expert: Tensor
+    start: Tensor
+    ends: Tensor
+
+
+class Groups:
+    """Rows sorted by expert, and their cuts into tiles.
+
+    Args:
+        ends: int32 [L], end of each expert's rows.
+        rows: number of rows R, at least ends[-1]. The others are padding.
+    """
+
+    def __init__(self, ends: Tensor, rows: int) -> None:
+        self.ends, self.rows, self.average = ends, rows, rows // len(ends)
+        self._tiles: dict[int, Tiles] = {}
+
+    def tiles(self, size: int) -> Tiles:
+        """Cut R rows into M = R // size + L tiles of `size` rows, each with rows of one expert; once for each size."""
+        if size not in self._tiles:
+            number, L = self.rows // size + len(self.ends), len(self.ends)
+            expert, start = self.ends.new_empty(2, number)
+            experts = next_power_of_2(L)
+            many = max(1, min(128, 16384 // experts))  # tiles of a program, which compares each with all experts
+            grid = (-(-number // many),)
+            tiles_kernel[grid](self.ends, expert, start, number, L=L, SIZE=size, EXPERTS=experts, BM=many)
+            self._tiles[size] = Tiles(expert, start, self.ends)
+        return self._tiles[size]
 
 
 def up(
     x: Tensor,
     token: Tensor | None,
-    ends: Tensor,
+    groups: Groups,
     weight: Tensor,
     w_up: Tensor,
     w_gate: Tensor | None,
@@ -47,7 +89,7 @@ def up(
     Args:
         x: [T, D] if `token` is given, else rows [R, D].
         token: int64 [R], token in each row, -1 = empty row; None if x has the rows.
-        ends: int32 [L], end of each expert's rows.
+        groups: the rows of each expert.
         weight: [R], the router's weight of each row.
         w_up: [L, D, H], up projections.
         w_gate: [L, D, H], gate projections; None for activations without a gate.
@@ -61,11 +103,11 @@ def up(
         The hidden rows [R, H], then up and gate before the activation, [R, H] each. The last two are empty if they are
         not saved or there is no gate.
     """
-    (_, D, H), R = w_up.shape, len(weight)
+    (_, D, H), R = w_up.shape, groups.rows
     hidden = x.new_empty(R, H)
     before, gate = (x.new_empty(R if save and wanted else 0, H) for wanted in (True, w_gate is not None))
-    size = size or blocks("up", x, R // len(ends), (D, H))
-    tiles = Tiles.of(ends, R, size.rows)
+    size = size or blocks("up", x, groups.average, (D, H))
+    tiles = groups.tiles(size.rows)
     up_kernel[(_programs(tiles, H, size),)](
         _rows(x, token, size), token, weight, _matrices(w_up, size), _matrices(w_gate, size), b_up, b_gate,
         *tiles, before, gate, hidden, len(tiles.expert),
@@ -76,7 +118,7 @@ def up(
 
 def down(
     pairs: list[tuple[Tensor, Tensor]],
-    ends: Tensor,
+    groups: Groups,
     transposed: bool = False,
     bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -86,6 +128,7 @@ def down(
 
     Args:
         pairs: one or two pairs (a, b).
+        groups: the rows of each expert.
         ends: int32 [L], end of each expert's rows.
         transposed: whether b is [L, N, K] instead; False by default.
         bias: [L, N], added times `weight`; None, the default, for no bias.
@@ -96,8 +139,8 @@ def down(
     R, K = a.shape
     N = b.shape[1 if transposed else 2]
     out = a.new_empty(R, N)
-    size = size or blocks("down", a, R // len(ends), (K, N))
-    tiles = Tiles.of(ends, R, size.rows)
+    size = size or blocks("down", a, groups.average, (K, N))
+    tiles = groups.tiles(size.rows)
     down_kernel[(_programs(tiles, N, size),)](
         _rows(a, None, size), _matrices(b, size, transposed), _rows(a2, None, size), _matrices(b2, size, transposed),
         bias, weight, *tiles, out, len(tiles.expert), K=K, N=N, TRANSPOSED=transposed, **_constants(a, size),
@@ -108,7 +151,7 @@ def down(
 def hidden_backward(
     grad: Tensor,
     token: Tensor | None,
-    ends: Tensor,
+    groups: Groups,
     weight: Tensor,
     w_down: Tensor,
     up: Tensor,
@@ -121,7 +164,7 @@ def hidden_backward(
     Args:
         grad: gradient of the output, [T, D] if `token` is given, else [R, D].
         token: int64 [R], token in each row, -1 = empty row; None if grad has the rows.
-        ends: int32 [L], end of each expert's rows.
+        groups: the rows of each expert.
         weight: [R], the router's weight of each row.
         w_down: [L, H, D], down projections.
         up, gate: [R, H], values before the activation that `up` saved; gate is None without a gate projection.
@@ -132,11 +175,11 @@ def hidden_backward(
         The hidden rows [R, H], recomputed; a list of the gradients of up and, if there is one, gate, [R, H] each; and
         the gradient of weight, float32 [R].
     """
-    (_, H, D), R = w_down.shape, len(weight)
+    (_, H, D), R = w_down.shape, groups.rows
     hidden, to_up = torch.empty_like(up), torch.empty_like(up)
     to_gate = None if gate is None else torch.empty_like(gate)
-    size = size or blocks("hidden", grad, R // len(ends), (D, H))
-    tiles = Tiles.of(ends, R, size.rows)
+    size = size or blocks("hidden", grad, groups.average, (D, H))
+    tiles = groups.tiles(size.rows)
     to_weight = torch.zeros(-(-H // size.columns), R, device=grad.device)
     hidden_kernel[(_programs(tiles, H, size),)](
         _rows(grad, token, size), token, weight, _matrices(w_down, size, transposed=True), *tiles,
@@ -149,7 +192,7 @@ def hidden_backward(
 def weight_backward(
     a: Tensor,
     others: list[Tensor],
-    ends: Tensor,
+    groups: Groups,
     a_token: Tensor | None = None,
     b_token: Tensor | None = None,
     size: Blocks | None = None,
@@ -159,7 +202,7 @@ def weight_backward(
     Args:
         a: [R, K], or [T, K] if `a_token` is given.
         others: one or two matrices b, [R, N], or [T, N] if `b_token` is given.
-        ends: int32 [L], end of each expert's rows.
+        groups: the rows of each expert.
         a_token: int64 [R], token of a in each row; None, the default, if a has the rows.
         b_token: int64 [R], token of b in each row; None, the default, if b has the rows.
         size: tile sizes; None, the default, takes them from `blocks`.
@@ -168,8 +211,9 @@ def weight_backward(
         One gradient [L, K, N] for each b.
     """
     K, N = a.shape[1], others[0].shape[1]
+    ends = groups.ends
     out = [a.new_empty(len(ends), K, N) for _ in others]
-    size = size or blocks("weight", a, 0, (K, N))
+    size = size or blocks("weight" if len(others) == 1 else "weights", a, 0, (K, N))
     tiles = -(-K // size.rows) * -(-N // size.columns)
     b, c, to_b, to_c = (*others, *out) if len(others) == 2 else (others[0], None, out[0], None)
     across = size.depth, size.columns
@@ -181,13 +225,13 @@ def weight_backward(
 
 
 def bias_backward(
-    a: Tensor, ends: Tensor, token: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
+    a: Tensor, groups: Groups, token: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of bias and weight in the summand weight [R] * bias [L, N] of `down`.
 
     Args:
         a: gradient of the rows, [R, N], or [T, N] if `token` is given.
-        ends: int32 [L], end of each expert's rows.
+        groups: the rows of each expert.
         token: int64 [R], token in each row; None, the default, if a has the rows.
         weight: [R], the factor of the bias; None, the default, if the bias is added without a factor.
         bias: [L, N]; None, the default, if there is no weight.
@@ -195,7 +239,7 @@ def bias_backward(
     Returns:
         Gradient of bias [L, N], and of weight, float32 [R], which is zeros without a weight.
     """
-    R, N = len(a if token is None else token), a.shape[1]
+    ends, R, N = groups.ends, groups.rows, a.shape[1]
     size = blocks("bias", a, 0)
     to_bias = a.new_empty(len(ends), N)
     tiles = -(-N // size.columns)

@@ -16,6 +16,32 @@ from .grouped_product import columns, place, product, rows, source, span, within
 
 
 @triton.jit(do_not_specialize=["num_m"])
+def tiles_kernel(
+    ends,
+    tile_expert,
+    tile_start,
+    num_m,
+    L: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Expert and first row of each of num_m tiles of SIZE rows; see `Tiles`. EXPERTS is a power of 2, at least L."""
+    e = tl.arange(0, EXPERTS)
+    start = tl.load(ends + e - 1, mask=(e > 0) & (e < L), other=0)
+    rows = tl.load(ends + e, mask=e < L, other=0) - tl.where(e < L, start, 0)
+    until = tl.cumsum((rows + SIZE - 1) // SIZE, 0)  # tiles up to each expert, inclusive
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    before = (until[None, :] <= m[:, None]) & (e < L)[None, :]
+    expert = tl.sum(before.to(tl.int32), 1)
+    tile = m - tl.max(tl.where(before, until[None, :], 0), 1)  # of those of its expert
+    used = expert < L
+    first = tl.load(ends + expert - 1, mask=used & (expert > 0), other=0)
+    tl.store(tile_expert + m, tl.where(used, expert, -1), mask=m < num_m)
+    tl.store(tile_start + m, tl.where(used, first + tile * SIZE, 0), mask=m < num_m)
+
+
+@triton.jit(do_not_specialize=["num_m"])
 def up_kernel(
     x,
     token,
@@ -154,26 +180,34 @@ def hidden_kernel(
     first = tl.load(tile_start + m)
     end = tl.load(ends + expert)
     row = first + tl.arange(0, BM)
-    column = n * BN + tl.arange(0, BN)
     found = source(row, end, token)
     d = tl.zeros([BM, BN], tl.float32)
     d, _ = product(d, d, grad, found, first, end, w_down, None, expert, n * BN, D, H, True, PRECISION, BM, BN, BK)
-    at = row.to(tl.int64)[:, None] * H + column[None, :]
     inside = row < end
-    mask = inside[:, None] & within(column, H, BN)[None, :]
-    u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-    g = u
-    if gate is not None:
-        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-    h, by_up, by_gate = ACTIVATION(u, g)
-    tl.store(to_weight + n.to(tl.int64) * R + row, tl.sum(d * h, 1), mask=inside)
     scale = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    d *= scale
     dtype = hidden.dtype.element_ty
-    tl.store(hidden + at, (h * scale).to(dtype), mask=mask)
-    tl.store(to_up + at, (d * by_up).to(dtype), mask=mask)
-    if gate is not None:
-        tl.store(to_gate + at, (d * by_gate).to(dtype), mask=mask)
+    dots = tl.zeros([BM], tl.float32)
+    # The epilogue holds six values for each element of d. In four parts of its columns, they need no spilled registers.
+    halves = tl.split(tl.permute(tl.reshape(d, (BM, 2, BN // 2)), (0, 2, 1)))
+    for i in tl.static_range(2):
+        quarters = tl.split(tl.permute(tl.reshape(halves[i], (BM, 2, BN // 4)), (0, 2, 1)))
+        for j in tl.static_range(2):
+            part = quarters[j]
+            column = n * BN + (2 * i + j) * (BN // 4) + tl.arange(0, BN // 4)
+            at = row.to(tl.int64)[:, None] * H + column[None, :]
+            mask = inside[:, None] & within(column, H, BN)[None, :]
+            u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+            g = u
+            if gate is not None:
+                g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+            h, by_up, by_gate = ACTIVATION(u, g)
+            dots += tl.sum(part * h, 1)
+            part *= scale
+            tl.store(hidden + at, (h * scale).to(dtype), mask=mask)
+            tl.store(to_up + at, (part * by_up).to(dtype), mask=mask)
+            if gate is not None:
+                tl.store(to_gate + at, (part * by_gate).to(dtype), mask=mask)
+    tl.store(to_weight + n.to(tl.int64) * R + row, dots, mask=inside)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Tiles of grouped GEMMs: which rows each program takes, and the tile sizes of each kernel."""
+"""Tile sizes of each grouped GEMM."""
 
 from __future__ import annotations
 
@@ -8,42 +8,7 @@ import torch
 from torch import Tensor
 
 MANY = 64  # an expert with more rows than this has many
-
-
-class Tiles(NamedTuple):
-    """Rows of each program in a grid over row tiles.
-
-    Attributes:
-        expert: int32 [M], expert of each tile; -1 = unused tile.
-        start: int32 [M], first row of each tile.
-        ends: int32 [L], end of each expert's rows.
-    """
-
-    expert: Tensor
-    start: Tensor
-    ends: Tensor
-
-    @classmethod
-    def of(cls, ends: Tensor, rows: int, size: int) -> Tiles:
-        """Cut `rows` rows into M = rows // size + L tiles of `size` rows, each with rows of one expert. No host sync.
-
-        Args:
-            ends: int32 [L], end of each expert's rows.
-            rows: number of rows R, at least ends[-1].
-            size: rows of a tile.
-
-        >>> expert, start, _ = Tiles.of(torch.tensor([3, 3, 8], dtype=torch.int32), rows=9, size=2)
-        >>> expert.tolist(), start.tolist()
-        ([0, 0, 2, 2, 2, -1, -1], [0, 2, 3, 5, 7, 0, 0])
-        """
-        first = torch.cat([ends.new_zeros(1), ends[:-1]])
-        until = ((ends - first + size - 1) // size).cumsum(0, dtype=torch.int32)  # tiles up to each expert, inclusive
-        tile = torch.arange(rows // size + len(ends), dtype=torch.int32, device=ends.device)
-        expert = torch.searchsorted(until, tile, right=True, out_int32=True)
-        real, expert = expert < len(ends), expert.clamp(max=len(ends) - 1)
-        before = torch.cat([until.new_zeros(1), until[:-1]])[expert]
-        start = first[expert] + (tile - before) * size
-        return cls(torch.where(real, expert, -1), torch.where(real, start, 0), ends)
+WEIGHTS = ("weight", "weights")  # products that sum over rows, so that tiles do not depend on their number
 
 
 class Blocks(NamedTuple):
@@ -71,11 +36,11 @@ class Product(NamedTuple):
     """A grouped GEMM, with the properties that its best tile sizes depend on.
 
     Attributes:
-        kernel: ``"up"``, ``"down"``, ``"hidden"`` or ``"weight"``.
+        kernel: ``"up"``, ``"down"``, ``"hidden"``, ``"weight"`` (one gradient) or ``"weights"`` (two at once).
         device: name of the GPU.
         dtype: dtype of the operands, as text.
-        shape: shape of an expert's matrix in the product: [summed over, columns of the result]. For "weight", the shape
-            of the gradient.
+        shape: shape of an expert's matrix in the product: [summed over, columns of the result]. For "weight" and
+            "weights", the shape of a gradient.
         many: whether an expert has many rows on average (more than 64).
     """
 
@@ -88,7 +53,7 @@ class Product(NamedTuple):
     @classmethod
     def of(cls, kernel: str, x: Tensor, rows: int, shape: tuple[int, int]) -> Product:
         """The product over operands like `x`, on its device, with `rows` rows per expert on average."""
-        return cls(kernel, device_name(x.device), str(x.dtype), shape, kernel == "weight" or rows > MANY)
+        return cls(kernel, device_name(x.device), str(x.dtype), shape, kernel in WEIGHTS or rows > MANY)
 
 
 def device_name(device: torch.device) -> str:
@@ -123,21 +88,23 @@ def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
     if itemsize == 4:
         return _FLOAT32
     size = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
-    return size if many or kernel == "weight" else size._replace(rows=64, warps=4)
+    return size if many or kernel in WEIGHTS else size._replace(rows=64, warps=4)
 
 
 _BIAS = Blocks(64, 64, 0, 4, 3)  # a sum over rows without products, limited by memory
 _FLOAT32 = Blocks(64, 64, 32, 8, 2)
-# "up" and "weight" hold two accumulators of this size.
+# "up" and "weights" hold two accumulators of this size.
 _MEDIUM = {  # fits 99 KiB of shared memory: sm_80, 86, 89, 120
     "up": Blocks(128, 64, 32, 4, 3),
     "down": Blocks(128, 64, 32, 4, 3),
-    "hidden": Blocks(64, 64, 32, 4, 3),  # its epilogue needs many registers
+    "hidden": Blocks(128, 64, 32, 4, 3),
     "weight": Blocks(128, 64, 32, 4, 3),
+    "weights": Blocks(128, 64, 32, 4, 3),
 }
 _LARGE = {  # fits 227 KiB of shared memory: sm_90, sm_100
     "up": Blocks(128, 128, 64, 8, 3, True),
     "down": Blocks(128, 256, 64, 8, 3, True),
-    "hidden": Blocks(128, 64, 64, 8, 4, True),
-    "weight": Blocks(128, 128, 64, 8, 3, True),
+    "hidden": Blocks(128, 128, 64, 8, 4, True),
+    "weight": Blocks(128, 256, 64, 8, 3, True),
+    "weights": Blocks(128, 128, 64, 8, 3, True),
 }

@@ -53,10 +53,10 @@ def drawn(shape: Shape, device: torch.device) -> Tensor:
     return (first + torch.arange(k, device=device) * max(L // k, 1)) % L
 
 
-def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Blocks], object]]:
-    """Every grouped GEMM of a forward and a backward, as a function of its tile sizes, on random numbers.
+def runs(shape: Shape, device: torch.device) -> list[tuple[Product, Callable[[Blocks | None], object]]]:
+    """Every grouped GEMM of a step, each as a function of its tile sizes (None = the default), on random numbers.
 
-    Products with the same best tile sizes share an entry: the down projection and its backward, and more if D = H.
+    They are up, down, the gradients of its rows and of the hidden rows, and those of down's matrices and of up's.
     """
     from . import grouped
 
@@ -69,52 +69,57 @@ def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Bloc
     expert, order = drawn(shape, device).flatten().sort(stable=True)
     ends = torch.searchsorted(expert, torch.arange(L, device=device), right=True).to(torch.int32)
     R = len(order)
+    groups = grouped.Groups(ends, R)
     token = order // k if gathers else None
     x, grad = (random(shape.tokens if gathers else R, D) for _ in range(2))
     weight = torch.rand(R, generator=g, device=device)
     w_up, w_down, hidden, up = random(L, D, H), random(L, H, D), random(R, H), random(R, H)
     w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, None)
     back = [(up, w_up)] if w_gate is None or gate is None else [(up, w_up), (gate, w_gate)]
-    runs: list[tuple[str, tuple[int, int], Callable[[Blocks], object]]] = [
-        ("up", (D, H), lambda size: grouped.up(x, token, ends, weight, w_up, w_gate, activation, True, size=size)),
-        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], ends, size=size)),
-        ("down", (H, D), lambda size: grouped.down(back, ends, transposed=True, size=size)),
+    every: list[tuple[str, tuple[int, int], Callable[[Blocks | None], object]]] = [
+        ("up", (D, H), lambda size: grouped.up(x, token, groups, weight, w_up, w_gate, activation, True, size=size)),
+        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], groups, size=size)),
+        ("down", (H, D), lambda size: grouped.down(back, groups, transposed=True, size=size)),
         (
             "hidden",
             (D, H),
-            lambda size: grouped.hidden_backward(grad, token, ends, weight, w_down, up, gate, activation, size=size),
+            lambda size: grouped.hidden_backward(grad, token, groups, weight, w_down, up, gate, activation, size=size),
         ),
-        ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], ends, b_token=token, size=size)),
+        ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], groups, b_token=token, size=size)),
         (
-            "weight",
+            "weight" if len(back) == 1 else "weights",
             (D, H),
-            lambda size: grouped.weight_backward(x, [a for a, _ in back], ends, a_token=token, size=size),
+            lambda size: grouped.weight_backward(x, [a for a, _ in back], groups, a_token=token, size=size),
         ),
     ]
-    together: dict[Product, list[Callable[[Blocks], object]]] = {}
-    for kernel, matrix, run in runs:
-        together.setdefault(Product.of(kernel, x, R // L, matrix), []).append(run)
+    return [(Product.of(kernel, x, R // L, matrix), run) for kernel, matrix, run in every]
+
+
+def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Blocks], object]]:
+    """The `runs` with the same best tile sizes together: the down projection and its backward, and more if D = H."""
+    together: dict[Product, list[Callable[[Blocks | None], object]]] = {}
+    for product, run in runs(shape, device):
+        together.setdefault(product, []).append(run)
     return {product: partial(_each, these) for product, these in together.items()}
 
 
-def _each(runs: list[Callable[[Blocks], object]], size: Blocks) -> None:
-    for run in runs:
+def _each(these: list[Callable[[Blocks | None], object]], size: Blocks) -> None:
+    for run in these:
         run(size)
 
 
-def attempts(shape: Shape, device: torch.device, kernel: str | None = None) -> dict[Product, dict[Blocks, Run]]:
+def attempts(shape: Shape, device: torch.device) -> dict[Product, dict[Blocks, Run]]:
     """Function that runs each grouped GEMM with each of its `candidates`. All are compiled, unless compiling fails.
 
     Args:
         shape: sizes of the experts.
         device: where to run. Other devices than GPUs run only what Triton's interpreter can.
-        kernel: name of the only kernel to run; None, the default, runs all.
 
     Raises:
         torch.OutOfMemoryError: about 5 L D H + T k (6 H + D) numbers do not fit into memory.
     """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    every = {product: run for product, run in products(shape, device).items() if kernel in (None, product.kernel)}
+    every = products(shape, device)
     tried = {product: candidates(product, major) for product in every}
     if device.type == "cuda":
         few = products(shape._replace(tokens=1, experts=1, top_k=1), device)  # these compile to the same code
@@ -160,9 +165,12 @@ _MEDIUM = {
         (64, 256, 32, 8, 3),
     ],
     "hidden": [
-        (128, 64, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 8, 4), (64, 128, 32, 8, 3), (128, 64, 64, 8, 3),
+        (128, 64, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 4, 3), (128, 64, 64, 8, 3),
     ],
     "weight": [
+        (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2),
+    ],
+    "weights": [
         (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (128, 64, 64, 8, 2),
     ],
 }
@@ -176,10 +184,14 @@ _LARGE = {
         (128, 128, 128, 8, 3), (64, 256, 64, 4, 4),
     ],
     "hidden": [
-        (128, 64, 64, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 4), (64, 128, 64, 8, 4), (64, 64, 128, 4, 3),
-        (128, 32, 64, 4, 4),
+        (128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 128, 8, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+        (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],
     "weight": [
+        (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 2), (64, 256, 64, 4, 4),
+    ],
+    "weights": [
         (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 128, 8, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
         (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],

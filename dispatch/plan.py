@@ -26,9 +26,8 @@ def load(expert: Tensor, num_experts: int) -> Tensor:
     >>> load(torch.tensor([[0, 2], [2, -1], [2, 0]]), num_experts=4).tolist()
     [2, 0, 3, 0]
     """
-    ids = expert.flatten()
-    bins = torch.where(ids < 0, num_experts, ids)  # dropped assignments are counted in an extra bin
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    bins = expert.flatten().remainder(num_experts + 1)  # dropped assignments, -1, are counted in an extra bin
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=bins.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts]
 
 

@@ -118,7 +118,8 @@ class LayerLoss:
                     losses.append((weight, balance_loss(counted, over, sequences, group, split)))
         if self.penalizes:
             losses.append((self.z_loss, z_loss(routing, group, split)))
-        return torch.stack([weight[0].to(loss.dtype) * loss for weight, loss in losses]).sum() if losses else None
+        terms = [weight[0].to(loss.dtype) * loss for weight, loss in losses]
+        return torch.stack(terms).sum() if len(terms) > 1 else terms[0] if terms else None
 
 
 class StepLosses:
@@ -222,25 +223,25 @@ def balance_loss(
     """
     if over not in BALANCE:
         raise ValueError(f"over must be one of {', '.join(BALANCE)}; got {over!r}")
-    if over != "sequence":
-        sequences = 1
+    sequences = sequences if over == "sequence" else 1
     E = routing.num_experts
-    total = routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
-    scores = routing.scores * total.reciprocal()  # the backward of a division needs three more [T, E] matrices
+    scores = routing.scores
+    if not routing.normalized:
+        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        scores = scores * total.reciprocal()  # the backward of a division needs three more [T, E] matrices
     if routing.mask is not None:
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
     # a rank without tokens takes part with zeros that have a graph
     mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
-    chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
-    tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
+    chosen, tokens = _load_by_sequence(routing, sequences).to(mass.dtype), _tokens_by_sequence(routing, sequences)
     if split is not None or over == "global":
         sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
         sums = _sum(sums, group if over == "global" else None)
         mass, chosen, tokens = sums[:, :E], sums[:, E:-1], sums[:, -1]
     share = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).detach()
-    terms = E * (share * mass).sum(1) / tokens.clamp(min=1)
+    terms = (E * share / tokens.clamp(min=1).unsqueeze(1) * mass).sum(1)
     if over != "sequence":
-        return terms.sum()
+        return terms.squeeze(0)
     counted = tokens > 0
     return _mean_over_ranks(torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype), group)
 
@@ -300,10 +301,11 @@ def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
 
 
 def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
-    """Number of real tokens, so without padding, in each sequence: [sequences]."""
-    if routing.mask is not None:
-        return routing.mask.reshape(sequences, -1).sum(1) if len(routing.mask) else routing.mask.new_zeros(sequences)
-    return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
+    """Number of real tokens, so without padding, in each sequence: [sequences], in the dtype of the scores."""
+    mask, scores = routing.mask, routing.scores
+    if mask is not None and len(mask):
+        return mask.reshape(sequences, -1).sum(1).to(scores.dtype)
+    return scores.new_full((sequences,), len(scores) // max(sequences, 1))
 
 
 def _weight_tensor(weight: float) -> Tensor:

@@ -25,6 +25,8 @@ class Routing:
         losses: scalar losses that only the gate can compute, by name and not yet weighted. Empty by default.
         mask: bool [T], False for padding tokens, which visit no expert and count in no loss. None, the default, means
             that all tokens are real.
+        normalized: whether each token's scores sum to 1, as after a softmax; False by default. The load-balancing loss
+            then does not divide them by their sum.
 
     Raises:
         ValueError: shapes that do not fit together, or k larger than E.
@@ -43,6 +45,7 @@ class Routing:
     logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         if self.expert.ndim != 2 or self.expert.shape != self.weight.shape:

@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from ...cuda import tune
-from ...cuda.tiles import MEASURED, Blocks, Product
+from ...cuda.tiles import MANY, MEASURED, Blocks, Product
 from ...cuda.tune import Run, Shape
 from ...dispatch.local import LocalDispatcher
 from ...dispatch.plan import Plan
+from ..experts import first_use
 from ..experts.activation import ACTIVATIONS
 from ..experts.feed_forward import FeedForwardExperts
 from ..experts.four_bit import FourBitMatrix
@@ -159,7 +160,7 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
     try:
         check_triton(torch.empty(0, dtype=dtype, device=device), experts.activation)
         experts.kernel = "triton"
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
+    except (TypeError, ValueError, NotImplementedError, ModuleNotFoundError) as error:
         return shape, str(error)
     experts.kernel = before
     return shape, ""
@@ -190,12 +191,19 @@ def _tile_times(shape: Shape, device: torch.device, clock: Clock) -> Times[tuple
 
 
 def _install(tiles: dict[Product, Times[Blocks]]) -> None:
-    MEASURED.update({product: best for product, times in tiles.items() if (best := fastest(times))})
+    chosen = {product: best for product, times in tiles.items() if (best := fastest(times))}
+    if not chosen.items() <= MEASURED.items():
+        MEASURED.update(chosen)
+        first_use.forget()
 
 
 def _step(shape: Shape, device: torch.device, kernel: str) -> Run:
     """A function that runs one forward and backward of such experts, on tokens if `shape.gathers`, else on rows."""
     dtype, g = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
+    many = shape.tokens * shape.top_k // shape.experts > MANY
+    kind = device, dtype, shape.dim, shape.hidden, shape.activation, shape.bias, many, shape.gathers
+    if kernel == "triton" and not first_use.correct(*kind):
+        raise RuntimeError("wrong at first use: see the warning")
     with torch.device("meta"):
         experts = FeedForwardExperts(shape.dim, shape.hidden, shape.experts, shape.activation, shape.bias)
     experts = experts.to(dtype).to_empty(device=device)

@@ -15,6 +15,7 @@ from ...dispatch.torch_internals import transformed
 from .activation import ACTIVATIONS, activated, weighted
 from .base import Experts
 from .blocked import Layer, pays, perceptrons
+from .first_use import computes_correctly
 from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_linear, grouped_product
 from .sharded import held_slice, local_as
@@ -29,8 +30,9 @@ class FeedForwardExperts(Experts):
     W_down (w a) = w W_down a.
 
     `kernel` chooses the implementation, and may be set at any time. ``"torch"`` is torch's grouped GEMM. ``"triton"``
-    reads tokens without a copy and saves less for backward (`fused`; CUDA, not run on a GPU yet). ``"auto"``, the
-    default, is "torch". `autotune` measures both and sets the faster one.
+    reads tokens without a copy and saves less for backward (`fused`; CUDA, not run on a GPU yet). It is checked at its
+    first use, and "torch" takes its place with a warning if it is wrong there. ``"auto"``, the default, is "torch".
+    `autotune` measures both and sets the faster one.
 
     Args:
         dim: model width D.
@@ -111,11 +113,13 @@ class FeedForwardExperts(Experts):
         """See `Experts.forward`. It also takes `Tokens` [T, D] with weight [T, k], and then returns tokens [T, D]."""
         x, plan = rows if isinstance(rows, Tokens) else (rows, None)
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
+        number = len(weight) if plan is None else len(plan.token)
         if self._kernel == "triton":
             check_triton(x, self.activation)
             self._check_plain()
-            compute = fused
-        elif isinstance(up[0], Tensor) and self._in_blocks(x, len(weight) if plan is None else len(plan.token)):
+            right = computes_correctly(x, self.activation, up[0], self.bias, number, plan is not None)
+            compute = fused if right else self._at_once
+        elif isinstance(up[0], Tensor) and self._in_blocks(x, number):
             compute = perceptrons
         else:
             compute = self._at_once

@@ -60,6 +60,8 @@ def check_triton(x: Tensor, activation: str) -> None:
         raise NotImplementedError('kernel="triton" works in neither torch.func nor forward mode: set kernel="torch"')
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'kernel="triton" takes float32, bfloat16 or float16; got {x.dtype}: set kernel="torch"')
+    if torch.version.hip:
+        raise NotImplementedError('kernel="triton" was never compiled for ROCm: set kernel="torch"')
     if x.is_meta or torch.compiler.is_compiling():
         return
     if importlib.util.find_spec("triton") is None:
@@ -90,8 +92,9 @@ def _experts(
     from ...cuda import grouped
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        hidden, up, gate = grouped.up(x, token, ends, weight, w_up, w_gate, activation, save, b_up, b_gate)
-        rows = grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
+        groups = grouped.Groups(ends, len(weight))
+        hidden, up, gate = grouped.up(x, token, groups, weight, w_up, w_gate, activation, save, b_up, b_gate)
+        rows = grouped.down([(hidden, w_down)], groups, bias=b_down, weight=weight)
         return _unpermuted(rows, token, slot), up, gate
 
 
@@ -120,19 +123,20 @@ def _experts_backward(
 
     to_x, to_weights, to_biases = wanted
     with torch.cuda.device_of(x):
-        gates = None if w_gate is None else gate
-        hidden, before, to_weight = grouped.hidden_backward(grad, token, ends, weight, w_down, up, gates, activation)
+        groups, gates = grouped.Groups(ends, len(weight)), None if w_gate is None else gate
+        hidden, before, to_weight = grouped.hidden_backward(grad, token, groups, weight, w_down, up, gates, activation)
         out = [x.new_empty(0) for _ in range(8)]
         if to_x:
             ups = [w_up] if w_gate is None else [w_up, w_gate]
-            out[0] = _unpermuted(grouped.down(list(zip(before, ups, strict=True)), ends, transposed=True), token, slot)
+            rows = grouped.down(list(zip(before, ups, strict=True)), groups, transposed=True)
+            out[0] = _unpermuted(rows, token, slot)
         if to_weights:
-            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, ends, a_token=token)
-            (out[4],) = grouped.weight_backward(hidden, [grad], ends, b_token=token)
+            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, groups, a_token=token)
+            (out[4],) = grouped.weight_backward(hidden, [grad], groups, b_token=token)
         if b_down is not None:
             if to_biases:
-                out[5 : 5 + len(before)] = [grouped.bias_backward(b, ends)[0] for b in before]
-            out[7], more = grouped.bias_backward(grad, ends, token, weight, b_down)
+                out[5 : 5 + len(before)] = [grouped.bias_backward(b, groups)[0] for b in before]
+            out[7], more = grouped.bias_backward(grad, groups, token, weight, b_down)
             to_weight += more
     out[1] = to_weight.to(weight.dtype)
     return out
@@ -162,6 +166,7 @@ def _setup(ctx, inputs, output) -> None:
     *tensors, _b_up, _b_gate, b_down, ctx.activation, _ = inputs
     _, up, gate = output
     ctx.mark_non_differentiable(up, gate)
+    ctx.set_materialize_grads(False)  # or the backward would begin with zeros as large as up and gate
     ctx.save_for_backward(*tensors, b_down, up, gate)
 
 

@@ -57,7 +57,8 @@ class ExpertChoiceGate(Gate):
         most = self.num_experts if self.most is None else self.most
         _, expert = torch.where(chosen, wanted, -2.0).sort(dim=1, descending=True, stable=True)
         expert = expert[:, :most]
-        return Routing(expert, self.scaled(scores.gather(1, expert)), scores, logits).keep(chosen.gather(1, expert))
+        routing = Routing(expert, self.scaled(scores.gather(1, expert)), scores, logits, normalized=True)
+        return routing.keep(chosen.gather(1, expert))
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
+from ...dispatch.torch_internals import transformed
 from ..experts.low_rank import LowRank
 from ..routing import Routing
+from .wide_linear import wide_linear
 
 
 class Gate(nn.Module, ABC):
@@ -145,6 +147,10 @@ def uniform(weight: Tensor) -> None:
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear map in float32 or float64: x [T, D], weight [n, D], bias [n] -> x weight^T + bias [T, n]."""
+    on_gpu = x.device.type in ("cuda", "meta")
+    if on_gpu and x.dtype == torch.bfloat16 and weight.dtype in (x.dtype, torch.float32) and not transformed():
+        y = wide_linear(x, weight)
+        return y if bias is None else y + bias.float()
     dtype = torch.promote_types(x.dtype, torch.float32)  # not .float(), which would narrow float64
     with torch.autocast(x.device.type, enabled=False):  # autocast would compute F.linear in bfloat16
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -184,7 +190,7 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
     scores = torch.full((1, 1), 1 / num_experts, dtype=dtype, device=x.device).expand(len(x), num_experts)
-    return Routing(expert, weight, scores)
+    return Routing(expert, weight, scores, normalized=True)
 
 
 def taken(scores: Tensor, expert: Tensor, normalize: bool = False) -> Tensor:

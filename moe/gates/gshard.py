@@ -43,7 +43,7 @@ class GShardGate(Gate):
         """Route tokens x [T, D]."""
         logits = self.logits(x)
         expert, weight, scores = route(logits, 2, normalize=True)
-        routing = Routing(expert, self.scaled(weight), scores, logits)
+        routing = Routing(expert, self.scaled(weight), scores, logits, normalized=True)
         if not self.training:
             return routing
         return routing.keep(~(torch.rand_like(weight) >= 2 * weight))  # first weights are >= 1/2, so always kept

@@ -75,7 +75,7 @@ class NoisyTopKGate(Gate):
         if mask is not None:
             gates, chance = (torch.where(mask.unsqueeze(1), each, 0) for each in (gates, chance))
         losses = {"importance": cv_squared(gates.sum(0)), "load": cv_squared(chance.sum(0))}
-        return Routing(expert, self.scaled(weight), logits.softmax(-1), logits, losses)
+        return Routing(expert, self.scaled(weight), logits.softmax(-1), logits, losses, normalized=True)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`. Weights have no noise."""

@@ -54,7 +54,7 @@ class SinkhornGate(Gate):
         expert = plan.topk(self.top_k).indices
         weight = scores.gather(1, expert)
         weight = normalised(weight) if self.top_k > 1 else weight
-        return Routing(expert, self.scaled(weight), scores, logits)
+        return Routing(expert, self.scaled(weight), scores, logits, normalized=True)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""

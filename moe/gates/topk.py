@@ -65,7 +65,7 @@ class TopKGate(Gate):
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
         groups = self.groups, self.top_groups, 1  # a group is compared by its best expert
         expert, weight, scores = route_in_groups(logits, self.top_k, *groups, normalize=normalize)
-        return Routing(expert, self.scaled(weight), scores, logits)
+        return Routing(expert, self.scaled(weight), scores, logits, normalized=True)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""

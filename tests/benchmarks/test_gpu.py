@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,13 +38,29 @@ def test_all_parts_on_a_cpu(tmp_path):
         "--out",
         str(out),
     ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    (tmp_path / "S").mkdir()
+    (tmp_path / "S" / "turnout").symlink_to(ROOT)  # as on a machine where nothing is installed
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "S")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     said = json.loads(out.read_text())
     results, verdicts = said["results"], said["verdicts"]
-    assert list(results) == ["machine", "checks", "ops", "layer", "tune"]
+    assert list(results) == ["machine", "first", "checks", "ops", "layer", "tune"]
+    assert {"fact": "turnout is in", "value": str(tmp_path / "S" / "turnout")} in results["machine"]["machine"]["rows"]
     assert {"fact": "torch", "value": torch.__version__} in results["machine"]["machine"]["rows"]
-    checks = [row for case in results["checks"].values() for row in case["rows"]]
+    named = [*results["first"], *results["checks"], *results["ops"], *results["layer"], *results["tune"]]
+    assert len(set(named)) == len(named), "a case runs twice"
+    first = results["first"].pop("times of routing")
+    assert [row["what"] for row in first["rows"]] == [
+        "router, product",
+        "router",
+        "plan",
+        "decode",
+        "router, backward",
+        "router, product, backward",
+    ]
+    assert all(row["ms"] > 0 for row in first["rows"])
+    checks = [row for part in ("first", "checks") for case in results[part].values() for row in case["rows"]]
     assert len(checks) > 100
     assert [row for row in checks if not row["ok"]] == []
     moved = {row["operation"]: row for row in results["ops"]["move (64, 16, 4, 2)"]["rows"]}
@@ -62,7 +79,7 @@ def test_all_parts_on_a_cpu(tmp_path):
         "Tutel"
     }
     (tuned,) = results["tune"].values()
-    assert [row["what"] for row in tuned["rows"]] == ["autotune", "dense", "layer, torch"]
+    assert [row["what"] for row in tuned["rows"]] == ["autotune", "dense", "layer, torch, tuned"]
     assert "CUDA devices" in tuned["rows"][0]["why"] or "needs Triton" in tuned["rows"][0]["why"]
     assert "aten::mm" in (tmp_path / "gpu.profile.txt").read_text()
     assert verdicts == [{"case": "checks that passed", "what": len(checks)}]  # times are not judged on a CPU
@@ -196,9 +213,9 @@ def test_no_part_takes_the_time_of_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "card", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--limit", "190", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--limit", "250", "--out", str(out)])
     assert gpu.main() == 0
-    assert limits == pytest.approx({"machine": 20, "checks": 40, "ops": 30, "layer": 60, "tune": 40})
+    assert limits == pytest.approx({"machine": 10, "first": 40, "checks": 40, "ops": 30, "layer": 70, "tune": 60})
     assert json.loads(out.read_text())["results"] == {"machine": {"afterwards": {"rows": []}}}
 
 

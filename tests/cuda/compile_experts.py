@@ -58,7 +58,7 @@ def launches(dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blo
     `blocks`: in the place of the one in `tiles`.
     """
     recorded: list[Launch] = []
-    for name in ("up", "down", "hidden", "weight", "bias"):
+    for name in ("tiles", "up", "down", "hidden", "weight", "bias"):
         setattr(grouped, f"{name}_kernel", Recorder(getattr(grouped_kernels, f"{name}_kernel"), recorded))
     grouped.blocks = blocks
 
@@ -66,22 +66,24 @@ def launches(dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blo
         return torch.empty(shape, dtype=dtype, device="meta")
 
     R = 2 * T
-    ends, weight = empty(E, dtype=torch.int32), empty(R, dtype=torch.float32)
+    groups, weight = grouped.Groups(empty(E, dtype=torch.int32), R), empty(R, dtype=torch.float32)
     token = empty(R, dtype=torch.int64) if gathered else None
     x, grad = (empty(T if gathered else R, D) for _ in range(2))
     w_up, w_gate, w_down = empty(E, D, H), empty(E, D, H), empty(E, H, D)
     b_up, b_gate, b_down = (None, None, None) if gathered else (empty(E, H), empty(E, H), empty(E, D))
-    hidden, *before = grouped.up(x, token, ends, weight, w_up, w_gate, "swiglu", True, b_up, b_gate)
-    grouped.down([(hidden, w_down)], ends, bias=b_down, weight=weight)
-    grouped.down(list(zip(before, (w_up, w_gate), strict=True)), ends, transposed=True)
-    grouped.hidden_backward(grad, token, ends, weight, w_down, *before, "swiglu")
-    grouped.weight_backward(hidden, [grad], ends, b_token=token)
-    grouped.weight_backward(x, before, ends, a_token=token)
+    hidden, *before = grouped.up(x, token, groups, weight, w_up, w_gate, "swiglu", True, b_up, b_gate)
+    grouped.down([(hidden, w_down)], groups, bias=b_down, weight=weight)
+    grouped.down(list(zip(before, (w_up, w_gate), strict=True)), groups, transposed=True)
+    grouped.hidden_backward(grad, token, groups, weight, w_down, *before, "swiglu")
+    grouped.weight_backward(hidden, [grad], groups, b_token=token)
+    grouped.weight_backward(x, before, groups, a_token=token)
     names = ["up", "down", "down, backward", "hidden", "weight, one", "weight, two"]
     if not gathered:
-        grouped.bias_backward(grad, ends, token, weight, b_down)
+        grouped.bias_backward(grad, groups, token, weight, b_down)
         names.append("bias")
-    return dict(zip(names, recorded, strict=True))
+    cut = [launch for launch in recorded if launch.kernel is grouped_kernels.tiles_kernel]
+    recorded = [launch for launch in recorded if launch.kernel is not grouped_kernels.tiles_kernel]
+    return dict(zip(names, recorded, strict=True)) | ({} if gathered else {"tiles": cut[0]})
 
 
 def chosen(arch: int, many: bool = True, pointers: bool = False) -> Callable[..., tiles.Blocks]:
@@ -118,7 +120,7 @@ def signature(value: Any) -> str:
 def compiled(launch: Launch, arch: int) -> Any:
     """The kernel, for that architecture."""
     kernel, arguments = launch
-    options = {name: arguments[name] for name in OPTIONS}
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
     kinds = {name: signature(arguments[name]) for name in kernel.arg_names}
     kinds |= dict.fromkeys(set(kinds) & {"num_m", "R"}, "i32")
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
@@ -144,6 +146,7 @@ def resources(found: Any) -> dict:
     ptx = found.asm["ptx"]
     loops = "".join(re.findall(r"scf\.for .*?scf\.yield", found.asm["ttgir"], re.DOTALL))
     return {
+        "chained": chained(found.asm["ttir"]),
         "registers": registers,
         "spilled": stack,
         "shared": found.metadata.shared,
@@ -152,6 +155,20 @@ def resources(found: Any) -> dict:
         "waited for": len(re.findall(r"tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr", loops)),
         "product": next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx), "none"),
     }
+
+
+def chained(ttir: str) -> int:
+    """Number of products in a loop that add to the result of another product of the same pass through the loop.
+
+    For sm_100 and sm_103, Triton 3.6 to 3.8 compiles two such products wrong
+    (https://github.com/triton-lang/triton/issues/10821): write a loop for each product, or a sum for each.
+    """
+    wrong = 0
+    for body in re.findall(r"scf\.for (?:(?!scf\.for ).)*?scf\.yield", ttir, re.DOTALL):
+        made = re.findall(r"(%[\w#]+) = tt\.dot [^\n]*?, [^\n]*?, (%[\w#]+)[ ,]", body)
+        results = {result for result, _ in made}
+        wrong += sum(added in results for _, added in made)
+    return wrong
 
 
 def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
@@ -176,7 +193,7 @@ def compile_candidates(archs: list[int]) -> Iterator[dict]:
 
 def compile_these(arch: int, dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blocks]) -> Iterator[dict]:
     for name, launch in launches(dtype, gathered, blocks).items():
-        size = [launch.arguments[n] for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
+        size = [launch.arguments.get(n) for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
         head = {"arch": arch, "dtype": DTYPES[dtype], "kernel": name, "gathered": gathered, "blocks": size}
         yield head | resources(compiled(launch, arch))
 

@@ -9,6 +9,8 @@ A process of its own: Triton asks for its interpreter when it is first imported.
 from __future__ import annotations
 
 import argparse
+import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +19,7 @@ from turnout.dispatch import OverlapDispatcher, Plan
 from turnout.dispatch.reorder import encode_weight
 from turnout.moe import MoE
 from turnout.moe.autotune import Tuning, autotune
+from turnout.moe.experts import first_use as first
 from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.experts.triton_path import fused
 
@@ -36,6 +39,7 @@ class Case:
     plan: bool = True
     bias: bool = False
     sizes: tuple[int, int] = (24, 8)  # D, H; tiles are 16 wide under the interpreter
+    descriptors: bool = True  # where the tables say so
     scale: float = 0.2  # of weights
 
 
@@ -54,6 +58,8 @@ CASES = {
     "biases, sorted rows": Case([[0]] * 5 + [[2]] * 20 + [[-1]] * 2, "relu", plan=False, bias=True),
     "odd sizes": Case(RAGGED[:6], bias=True, sizes=(23, 17)),  # no multiples of 16 bytes
     "odd sizes, sorted rows": Case(RAGGED[:6], plan=False, sizes=(23, 17)),
+    "by pointer": Case(RAGGED[:9], descriptors=False, sizes=(24, 40)),
+    "by pointer, biases, sorted rows": Case(RAGGED[:9], descriptors=False, bias=True, plan=False, sizes=(24, 40)),
 }
 CASES |= {kind: Case(RAGGED[:9], kind, bias=True, plan=False, scale=3.0) for kind in ACTIVATIONS}
 MANY_ROWS = Case([[1]] * 600, "gelu", bias=True, sizes=(8, 8))  # bfloat16 cannot count to 600
@@ -66,6 +72,20 @@ BFLOAT16 = {
 
 def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def descriptors(wanted: bool):
+    """Let kernels load through tensor descriptors, or by pointer alone."""
+    from turnout.cuda import grouped
+
+    chosen = grouped.blocks
+    if not wanted:
+        grouped.blocks = lambda *given: chosen(*given)._replace(descriptors=False)
+    try:
+        yield
+    finally:
+        grouped.blocks = chosen
 
 
 def run(case: Case, device: str) -> dict:
@@ -91,8 +111,9 @@ def run(case: Case, device: str) -> dict:
     on_device = Plan(*(t.to(device) for t in (plan.expert, plan.token, plan.slot, plan.counts)), plan.capacity)
     *ups, down = ((leaves[f"w_{layer}"], leaves.get(f"b_{layer}")) for layer in layers)
     way = (case.activation, ups, down, on_device if case.plan else None)
-    y = fused(leaves["x"], leaves["weight"], on_device.counts, *way)
-    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
+    with descriptors(case.descriptors):
+        y = fused(leaves["x"], leaves["weight"], on_device.counts, *way)
+        grads = torch.autograd.grad(y, list(leaves.values()), grad.to(device))
     grads = {name: g.cpu() for name, g in zip(leaves, grads, strict=True)}
     if case.plan:
         weight, grads["weight"] = (encode_weight(t, plan) for t in (weight, grads["weight"]))
@@ -194,6 +215,52 @@ def tuned(device: str, sorted_rows: bool) -> dict:
     }
 
 
+def cuts(device: str) -> list[tuple]:
+    """Rows cut into tiles: ends, number of rows, size of a tile, and the expert and first row of each tile."""
+    from turnout.cuda.grouped import Groups
+
+    made = []
+    for ends in ([3, 3, 8], [0, 0, 0], [0, 16, 16], [5], [1, 2, 3, 4], list(range(0, 800, 4))):
+        for size in (1, 4, 16):
+            for spare in (0, 3):
+                groups = Groups(torch.tensor(ends, dtype=torch.int32, device=device), ends[-1] + spare)
+                assert groups.tiles(size) is groups.tiles(size)
+                made.append((ends, groups.rows, size, *(t.tolist() for t in groups.tiles(size)[:2])))
+    return made
+
+
+def first_use(device: str) -> dict:
+    """What the check at first use finds, and what a layer then computes: with right kernels, wrong ones, and none."""
+    from turnout.cuda import grouped
+
+    class Said(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    found, down = {}, grouped.down
+    logging.getLogger("turnout.moe.experts.first_use").addHandler(Said())
+
+    def refused(*_, **__):
+        raise RuntimeError("out of shared memory")
+
+    def wrong(pairs, *given, transposed=False, **named):  # one of the two products of the backward is lost
+        return down(pairs[:1], *given, transposed=transposed, **named)
+
+    for name, replaced in (("right", down), ("wrong", wrong), ("refused", refused)):
+        grouped.down, texts = replaced, []
+        first.forget()
+        moe = MoE(16, 24, 3, 2, bias=True, seed=1).to(device)
+        moe.experts.kernel = "triton"
+        x = random(5, 16, seed=3).to(device).requires_grad_()
+        results = [step(moe, x) for _ in range(2)]
+        moe.experts.kernel = "torch"
+        found[name] = {"texts": texts, "results": results, "torch": step(moe, x)}
+    grouped.down = down
+    first.forget()
+    kind = first.Kind(x.device, torch.float32, 16, 24, "gelu", bias=False, many=False, gathers=False)
+    return found | {"sorted": first.differences(kind)}
+
+
 def step(moe: MoE, x: torch.Tensor) -> list[torch.Tensor]:
     y = moe(x)
     return [t.detach().cpu() for t in (y, *torch.autograd.grad(y.square().sum(), [x, *moe.experts.parameters()]))]
@@ -213,5 +280,7 @@ if __name__ == "__main__":
     results["layers"] = {way: [layer(kernel, device, way) for kernel in ("torch", "triton")] for way in WAYS}
     results["frozen"] = frozen(device)
     results["operator"] = check_operator(device)
+    results["cuts"] = cuts(device)
+    results["first use"] = first_use(device)
     results["tuned"] = {name: tuned(device, name == "sorted") for name in ("gathered", "sorted")}
     torch.save(results, arguments.results)

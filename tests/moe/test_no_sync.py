@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from turnout.cuda.tiles import Tiles
 from turnout.dispatch import Plan
 from turnout.dispatch import reorder as ops
 from turnout.dispatch.agreement import Note
@@ -97,12 +96,6 @@ def test_a_note_for_the_other_ranks_is_made_without_waiting():
     x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(4, 2, device="meta")
     with waiting_forbidden("meta"):
         assert Note.tensor(x, weight, Plan.of(weight.long(), 4)).device.type == "meta"
-
-
-def test_rows_are_cut_into_tiles_without_waiting():
-    ends = torch.zeros(5, dtype=torch.int32, device="meta")
-    with waiting_forbidden("meta"):
-        assert Tiles.of(ends, 64, 16).expert.shape == (9,)
 
 
 @pytest.mark.parametrize(
