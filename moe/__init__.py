@@ -11,6 +11,7 @@ from .experts.shared import Residual
 from .gates.gate import Gate
 from .layer import MoE
 from .losses import Balance
+from .parallel.adaptive import Adaptive
 from .parallel.check import check
 from .parallel.expert_bias import update_expert_biases
 from .parallel.grad_scaler import GradScaler
@@ -22,6 +23,7 @@ from .routing import Routing
 from .stats import Load, Stats
 
 __all__ = [
+    "Adaptive",
     "Balance",
     "Capacity",
     "DispatchError",

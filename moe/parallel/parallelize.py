@@ -53,7 +53,7 @@ def parallelize(
     overlap: int | Literal["auto"] | None = None,
     wire: Wire | None = None,
     timeout: timedelta | float | None = None,
-    parallelism: int | None = None,
+    parallelism: int | Literal["auto"] | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place (expert parallelism). Call it on every rank.
 
@@ -87,7 +87,8 @@ def parallelize(
             groups of a mesh is 30 minutes.
         parallelism: r of every layer at first (`WeightTravel`, `MoE.parallelism`). 0 brings experts to their tokens. On
             a mesh with "etp" = s > 1, r may be any divisor of s. Each token then visits r ranks of an expert, and s / r
-            ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then.
+            ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then. ``"auto"``
+            starts like that, and lets `Adaptive` choose r, shadowed experts, and the chunks of an "auto" dispatcher.
 
     Returns:
         The model.
@@ -112,7 +113,7 @@ def parallelize(
     ep = axes.axis(mesh, axes.EP)
     axes.set_timeout(given, timeout)
     if isinstance(dispatcher, str):
-        dispatcher = _named(dispatcher, mesh, ep, profile)
+        dispatcher = _named(dispatcher, mesh, ep, profile, chunks=parallelism == "auto" and overlap is None)
         if isinstance(dispatcher, LocalDispatcher):
             overlap = wire = None
 
@@ -139,7 +140,8 @@ def parallelize(
             weights = WeightTravel.of(mesh)
             dispatchers = {work: _equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
         for name, layer in layers.items():
-            weights = weights.choose(layer.num_experts, called(name), parallelism)
+            shadow = "auto" if parallelism == "auto" else None
+            weights = weights.choose(layer.num_experts, called(name), parallelism, shadow)
     except (ValueError, TypeError) as error:
         fault = error
     options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
@@ -155,7 +157,7 @@ def parallelize(
     _number(layers, everyone)
     for layer in layers.values():
         layer.weights = weights
-        layer.parallelism = weights.parallelism
+        layer.parallelism = "auto" if parallelism == "auto" else weights.parallelism
     return model
 
 
@@ -221,7 +223,10 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Path | Profile | None) -> Dispatcher:
+def _named(
+    name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Path | Profile | None, chunks: bool = False
+) -> Dispatcher:
+    """The dispatcher that a name stands for on a mesh. `chunks`: whether "auto" chooses them without nodes, too."""
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
     etp = axes.axis(mesh, axes.ETP)
@@ -234,7 +239,7 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     if ep is None or ep.size() == 1:
         return LocalDispatcher()
     by_node = {axes.NODE, axes.LOCAL} <= set(axes.names(mesh)) and axes.EP not in axes.names(mesh)
-    if name == "auto" and by_node:
+    if name == "auto" and (by_node or chunks):
         return AutoDispatcher.of(mesh, profile)
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
 

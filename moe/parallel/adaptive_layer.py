@@ -1,0 +1,200 @@
+"""One layer of `Adaptive`: what it did in the last steps, what it may do, and what it does next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dispatch.autoselect.profile import Choice
+from ...dispatch.dispatcher import Dispatcher
+from ...dispatch.expert_tp import TensorParallelDispatcher
+from ...dispatch.hierarchical import HierarchicalDispatcher
+from ...dispatch.node import NodeDispatcher
+from ...dispatch.overlap import OverlapDispatcher
+from ..build import called
+from ..layer import MoE
+from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
+from .decide import Decisions
+from .layer_time import LayerTimer
+from .measured_costs import auto_of
+from .weight_travel import can_gather, chosen
+
+log = logging.getLogger(__name__)
+KEPT = 0.5  # weight of the load before the last steps
+STALE = 0.8  # other experts are shadowed if the shadowed ones get less than this share of what the hottest ones get
+
+
+class LayerReport(NamedTuple):
+    """What `Adaptive` knows of a layer after the last `every` steps. Numbers are the same on all ranks.
+
+    Attributes:
+        choice: what the layer does from now on.
+        shadow: ids of the experts that come to their tokens.
+        tokens_per_expert: choices of each expert in the last `every` steps.
+        predicted: milliseconds of forward and backward in a step, by the cost model, for what the layer did.
+        measured: the same as measured, as the mean over ranks; 0 if it was not timed.
+        imbalance: milliseconds of `predicted` that are due to uneven load.
+    """
+
+    choice: LayerChoice
+    shadow: tuple[int, ...]
+    tokens_per_expert: tuple[int, ...]
+    predicted: float
+    measured: float
+    imbalance: float
+
+
+class Options(NamedTuple):
+    """What may be chosen for a layer; one value each if the user has fixed it."""
+
+    parallelisms: Sequence[int]
+    shadows: Sequence[int]
+    transports: Sequence[str]
+    chunks: Sequence[int]
+
+
+@dataclass
+class AdaptiveLayer:
+    """A layer that `Adaptive` chooses for.
+
+    Args:
+        name: of the layer.
+        layer: the layer.
+        costs: its measured costs.
+        max_bytes: as in `Adaptive`.
+    """
+
+    name: str
+    layer: MoE
+    costs: LayerCosts
+    max_bytes: float | None = None
+    timer: LayerTimer = field(default_factory=LayerTimer)
+    decisions: Decisions | None = None  # made with the first decision
+    history: list[float] = field(default_factory=list)  # choices of each expert, of which the last steps count most
+
+    def __post_init__(self) -> None:
+        self.timer.attach(self.layer)
+        self.seen = self.layer._count.total()
+
+    def take(self, device: torch.device) -> Tensor:
+        """Numbers of this rank since the last call, float64 on the device.
+
+        They are the choices of each expert, the number of dropped ones, forwards, and seconds of a step.
+        """
+        total = self.layer._count.total().to(device)
+        counts = total - self.seen.to(device) if len(total) == len(self.seen) else total
+        self.seen = total
+        return torch.cat([counts.double(), torch.tensor([self.timer.take()], dtype=torch.float64).to(device)])
+
+    def decide(self, counts: list[float], tokens: float, forwards: float, seconds: float, says: bool) -> LayerReport:
+        """Choose for the next steps, from numbers that are the same on all ranks.
+
+        Args:
+            counts: choices of each expert in the last steps, over all ranks.
+            tokens: mean number of tokens of a rank in a forward.
+            forwards: forwards in a step.
+            seconds: measured time in a step, forward and backward; 0 if unknown.
+            says: whether this rank logs changes.
+        """
+        old = self.history if len(self.history) == len(counts) else counts
+        self.history = [KEPT * before + (1 - KEPT) * now for before, now in zip(old, counts, strict=True)]
+        load, options = self._load(tokens), self._options()
+        before = self._current(options)
+        now = dict(zip(Options._fields, ([part] for part in before), strict=True))
+        if self.decisions is None:
+            self.decisions = Decisions(before)
+        self.decisions.choice = before
+        predicted = forwards * self.costs.predict(load, **now)[before]
+        even = forwards * self.costs.predict(load.even, **now)[before]
+        choice = before
+        if any(len(part) > 1 for part in options):
+            times = self.costs.predict(load, *options) | {before: predicted / forwards}
+            choice = self.decisions.next(load, seconds or None, lambda: times)
+            if says and choice != before:
+                measured = self.decisions.measured.get(self.decisions.bucket, {}).get(choice)
+                log.info(
+                    "%s: %s -> %s; predicted %.3g -> %.3g ms, measured %.3g -> %s ms, for %.0f tokens of a rank",
+                    *(called(self.name), before, choice, 1e3 * predicted, 1e3 * forwards * times[choice]),
+                    *(1e3 * seconds, "?" if measured is None else f"{1e3 * measured:.3g}", tokens),
+                )
+            self._use(choice, load)
+        whole = tuple(round(n) for n in counts[: self.layer.num_experts])
+        shadow = self.layer.shadow or ()
+        return LayerReport(choice, shadow, whole, 1e3 * predicted, 1e3 * seconds, 1e3 * max(predicted - even, 0.0))
+
+    def _load(self, tokens: float) -> LayerLoad:
+        """The load after capacity. Every expert of a padded layer computes as many rows as its limit."""
+        E, whole = self.layer.num_experts, sum(self.history)
+        shares = [n / whole for n in self.history[:E]]
+        capacity = self.layer.capacity
+        limit = None if capacity is None else capacity.limit(self.layer.top_k, 1000 * E, E, training=True)
+        most = 1.0 if limit is None else limit / (1000 * E * self.layer.top_k)
+        shares = [min(share, most) for share in shares]
+        if capacity is not None and capacity.pad:
+            shares = [max(shares) if capacity.follows_load[True] else most] * E
+        held = E // (self.costs.links.nodes * self.costs.links.locals)
+        return LayerLoad(tokens, tuple(shares), tuple(e // held for e in range(E)))
+
+    def _options(self) -> Options:
+        travel, auto = self.layer.weights, auto_of(self.layer.dispatcher)
+        E, size = self.layer.num_experts, self.costs.expert_bytes
+        most = float("inf") if self.max_bytes is None else self.max_bytes / size
+        parallelisms, shadows = [1], [0]
+        if travel is not None:
+            gathers = can_gather(self.layer.experts, travel)
+            held, free = E / (self.costs.links.nodes * self.costs.links.locals), travel.free
+            parallelisms, shadows = [travel.parallelism], [len(travel.shadow)]
+            if "parallelism" in free and gathers:
+                needs = {r: E if r == 0 else held / r for r in travel.allowed[:-1]}
+                parallelisms = [r for r in travel.allowed if needs.get(r, 0) <= most]
+            pads = self.layer.capacity is not None and self.layer.capacity.pad  # which sends all rows all the same
+            if "shadow" in free and gathers and travel.ep is not None and not pads:
+                shadows = [0, *(n for n in COUNTS if n < E and n <= most)]
+        if auto is None:
+            name, degree = _kind(self.layer.dispatcher)
+            return Options(parallelisms, shadows, [name], [degree])
+        several = min(self.costs.links.nodes, self.costs.links.locals) > 1
+        return Options(parallelisms, shadows, [*auto.transports] if several else ["flat"], auto.degrees)
+
+    def _current(self, options: Options) -> LayerChoice:
+        travel, auto = self.layer.weights, auto_of(self.layer.dispatcher)
+        r = 1 if travel is None else travel.parallelism
+        used = Choice(options.transports[0], options.chunks[0])
+        if r == 0:
+            return LayerChoice(0, 0, *used)
+        if auto is not None and auto.chosen is not None:
+            used = auto.chosen
+        return LayerChoice(r, 0 if travel is None else len(travel.shadow), *used)
+
+    def _use(self, choice: LayerChoice, load: LayerLoad) -> None:
+        layer, auto = self.layer, auto_of(self.layer.dispatcher)
+        travel, ids = layer.weights, load.hottest(choice.shadow)
+        if travel is not None:
+            if len(travel.shadow) == len(ids):  # keep those that are there, unless others are much hotter
+                shared = [sum(load.shares[e] for e in each) for each in (travel.shadow, ids)]
+                ids = travel.shadow if shared[0] >= STALE * shared[1] else ids
+            if (travel.parallelism, travel.shadow) != (choice.parallelism, tuple(sorted(ids))):
+                new = chosen(travel, layer.place, layer.experts, parallelism=choice.parallelism, shadow=ids)
+                layer.weights = replace(new, free=travel.free)
+        wanted = Choice(choice.transport, choice.chunks)
+        if choice.parallelism and auto is not None and auto.chosen != wanted:
+            new = auto.using(wanted)
+            outer = layer.dispatcher
+            layer.dispatcher = replace(outer, inner=new) if isinstance(outer, TensorParallelDispatcher) else new
+
+
+def _kind(dispatcher: Dispatcher) -> Choice:
+    """The transport of a dispatcher, by the name that its costs have, and its number of chunks."""
+    name, degree, inner = "flat", 1, dispatcher
+    while inner is not None:
+        if isinstance(inner, OverlapDispatcher) and isinstance(inner.degree, int):
+            degree = inner.degree
+        names = {HierarchicalDispatcher: "2dh", NodeDispatcher: "node"}
+        name = names.get(type(inner), name)
+        inner = getattr(inner, "inner", None)
+    return Choice(name, degree)
