@@ -74,7 +74,8 @@ class AdaptiveLayer:
     costs: LayerCosts
     max_bytes: float | None = None
     timer: LayerTimer = field(default_factory=LayerTimer)
-    decisions: Decisions | None = None  # made with the first decision
+    options: Options | None = None
+    decisions: Decisions | None = None  # of these options
     history: list[float] = field(default_factory=list)  # choices of each expert, of which the last steps count most
 
     def __post_init__(self) -> None:
@@ -106,9 +107,8 @@ class AdaptiveLayer:
         load, options = self._load(tokens), self._options()
         before = self._current(options)
         now = dict(zip(Options._fields, ([part] for part in before), strict=True))
-        if self.decisions is None:
-            self.decisions = Decisions(before)
-        self.decisions.choice = before
+        if self.decisions is None or self.options != options:  # the user has fixed or freed something
+            self.options, self.decisions = options, Decisions(before)
         predicted = forwards * self.costs.predict(load, **now)[before]
         even = forwards * self.costs.predict(load.even, **now)[before]
         choice = before
