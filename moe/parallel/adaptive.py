@@ -36,7 +36,8 @@ class Adaptive:
             live until the backward has used them.
 
     Attributes:
-        reports: a `LayerReport` by name of layer; empty before the first decision.
+        reports: a `LayerReport` for each layer, by its name in the model that `parallelize` got; empty before the first
+            decision.
 
     Raises:
         ValueError: the model has no MoE layer, or `every` is not positive.
@@ -63,13 +64,17 @@ class Adaptive:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a positive number of steps; got {every!r}")
         layers = moe_layers(model)
-        if not layers:
+        if not layers and (mesh is None or not axes.staged(mesh)):  # a stage of a pipeline may have none
             raise ValueError(f"{type(model).__name__} has no MoE layer: there is nothing to choose")
         self.every, self.reports = every, dict[str, LayerReport]()
         self._group = None if mesh is None else axes.token_group(mesh)
         self._device = next(model.parameters()).device
-        costs = measured_costs(layers, None if mesh is None else axes.of_experts(mesh), self._group)
-        self._layers = {name: AdaptiveLayer(name, layer, costs[name], max_bytes) for name, layer in layers.items()}
+        experts = None if mesh is None else axes.of_experts(mesh)
+        costs = measured_costs(layers, experts, self._group) if layers else {}
+        names = {name: name if layer.place is None else layer.place.name for name, layer in layers.items()}
+        self._layers = {
+            names[name]: AdaptiveLayer(names[name], layer, costs[name], max_bytes) for name, layer in layers.items()
+        }
         self._steps = 0
 
     def step(self) -> None:
@@ -77,7 +82,7 @@ class Adaptive:
         for each in self._layers.values():
             each.timer.end_step()
         self._steps += 1
-        if self._steps < self.every:
+        if self._steps < self.every or not self._layers:
             return
         self._steps, ranks = 0, 1 if self._group is None else dist.get_world_size(self._group)
         taken = [each.take(self._device) for each in self._layers.values()]
