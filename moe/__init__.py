@@ -18,6 +18,8 @@ from .parallel.grad_scaler import GradScaler
 from .parallel.gradients import clip_grad_norm_, param_groups, sync_gradients
 from .parallel.loads import load
 from .parallel.parallelize import expert_parameters, fully_shard_experts, parallelize
+from .parallel.place_experts import place_experts
+from .parallel.placement import PlacementPlan, plan_placement
 from .parallel.replicas import ReplicaError, check_replicas
 from .routing import Routing
 from .stats import Load, Stats
@@ -32,6 +34,7 @@ __all__ = [
     "GradScaler",
     "Load",
     "MoE",
+    "PlacementPlan",
     "ReplicaError",
     "Residual",
     "Routing",
@@ -45,6 +48,8 @@ __all__ = [
     "load",
     "parallelize",
     "param_groups",
+    "place_experts",
+    "plan_placement",
     "sync_gradients",
     "update_expert_biases",
 ]

@@ -136,7 +136,7 @@ class MoE(nn.Module):
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             # drop assignments over capacity, then lay out which token fills which row
             kept, padded, by_load = over_capacity(routed, self.capacity, self.top_k, self.num_experts, self.training)
-            plan = Plan.of(kept.expert, self.num_experts, padded, self.place, by_load)
+            plan = Plan.of(self.experts.slots(kept.expert), self.num_experts, padded, self.place, by_load)
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise

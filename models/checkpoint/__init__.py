@@ -2,6 +2,7 @@
 
 Contents are in the format of torch.distributed.checkpoint. Spread parameters are saved as DTensors, with experts in
 global order, and pipeline stages use the names of the whole model. So a checkpoint of one mesh loads on any other.
+Experts that `place_experts` has moved are copied to be saved, which takes as much memory as they and their state do.
 
 A checkpoint is written under a temporary name, with a checksum of each file, and renamed once all of it is on the disk.
 An error on one rank is raised on all of them. So all ranks must call each function here, except `newest`. A single

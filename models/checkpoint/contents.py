@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim import Optimizer
 
 from ...moe.experts.sharded import local
+from ...moe.parallel.place_experts import keep_global_order
 from .frozen import BASE, check_base, frozen_base, sums
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
@@ -38,6 +39,7 @@ class Contents:
     def __init__(self, model: Model, optimizer: Optimizer) -> None:
         self.modules = nn.ModuleList([model] if isinstance(model, nn.Module) else model)
         self.optimizer = optimizer
+        keep_global_order(optimizer, self.modules)  # it may be newer than the placement of experts
         self.weights: _Values = get_model_state_dict(self.modules)
         self.parameters = _named(self.modules, optimizer)
         self.base = frozen_base(self.modules)

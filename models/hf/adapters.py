@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...moe.adapters.lora import DEFAULT, add_lora, lora_parameters, merge_lora
 from ...moe.experts.low_rank import LowRank
+from ...moe.experts.placed import check_home
 from ...moe.experts.sharded import held_slice, local, whole
 from ..checkpoint.together import on_first
 from .block_experts import FusedExperts
@@ -156,6 +157,7 @@ class _Place:
 
 def _places(model: nn.Module, targets: list[str] | None = None) -> list[_Place]:
     """All that PEFT can target, or what it does target."""
+    check_home(model, "adapters are read or written")
     places = []
     for path, layer in model.named_modules():
         if not (isinstance(layer, BridgedMoE) and isinstance(experts := layer.experts, FusedExperts)):

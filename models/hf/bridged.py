@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
 from ...moe.capacity import Capacity
+from ...moe.experts.placed import check_home
 from ...moe.gates import Gate
 from ...moe.gates.gate import jittered
 from ...moe.layer import MoE
@@ -173,6 +174,7 @@ def restore_moe(model: Model) -> Model:
     Raises:
         ValueError: nothing there that `replace_moe` put there.
     """
+    check_home(model, "restore_moe")
     for parent, name, layer in bridged_layers(model):
         setattr(parent, name, layer.give_back())
     for module in model.modules():

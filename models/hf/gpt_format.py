@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
+from ...moe.experts.placed import check_home
 from ...moe.experts.sharded import whole
 from ...moe.gates.topk import TopKGate
 from ...moe.layer import MoE
@@ -154,8 +155,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _parts(model: Model) -> Sequence[GPT]:
     if isinstance(model, ParallelModel):
-        return model.parts
-    return [model] if isinstance(model, nn.Module) else model
+        model = model.parts
+    parts = [model] if isinstance(model, nn.Module) else model
+    for part in parts:
+        check_home(part, "weights are read or written in this format")
+    return parts
 
 
 def _to_first(tensor: Tensor, owner: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ...moe.experts.placed import check_home
 from ..checkpoint.together import on_first
 from .adapters import has_peft_layers
 from .bridged import BridgedMoE, Model, bridged_layers, restore_moe
@@ -109,6 +110,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
 def _check_family(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
     """The bridged layers, or ValueError if the family's format cannot hold them; before anything is gathered."""
     layers = bridged_layers(model)
+    check_home(model, "the family's format is written")
     if any(layer.experts.adapts for _, _, layer in layers):
         raise ValueError("the family's format has no place for adapters: merge_lora(model) first")
     if has_peft_layers(model):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ...moe.experts.placed import check_home
 from ...moe.experts.sharded import held_slice, local
 from .block_experts import DbrxExperts, ListedExperts
 from .bridged import BridgedMoE, find_bridged
@@ -107,6 +108,7 @@ def family_view(model: nn.Module) -> Iterator[nn.Module]:
 
 def family_slots(model: nn.Module) -> dict[str, Slot]:
     """All that the family's `state_dict` has, by its names."""
+    check_home(model, "weights are read or written in the family's format")
     places: dict[int, Slot] = {}
     for _, _, layer in find_bridged(model):
         experts = layer.experts

@@ -14,6 +14,7 @@ from ..build import called
 from ..experts.base import Experts
 from ..experts.four_bit import FourBitMatrix, Matrix
 from ..experts.low_rank import LowRank
+from ..experts.placed import check_home
 from ..gates import Gate
 from ..layer import MoE
 
@@ -46,8 +47,8 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
         name: of the adapter.
 
     Raises:
-        ValueError: no layer, an adapter of that name already or one that is merged, experts of another kind, or split
-            inside (etp), or wrapped by FSDP.
+        ValueError: no layer, an adapter of that name already or one that is merged, experts of another kind, split
+            inside (etp), wrapped by FSDP, or moved by `place_experts`.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer; got {rank!r}")
@@ -56,6 +57,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
     layers = {called(where): m for where, m in model.named_modules() if isinstance(m, MoE)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
+    check_home(model, "add_lora")
     for where, layer in layers.items():
         _check(where, layer, name)
     _check_unmerged(model, "another one is added")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from .activation import weighted
 from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_mm
 from .low_rank import LowRank
-from .sharded import held_slice, local, seeded, take_parts, unchanged
+from .placed import Placement, check_home, in_global_order, load_into_slots
+from .sharded import held_slice, local, seeded, unchanged
 
 
 class Experts(nn.Module, ABC):
@@ -23,7 +24,8 @@ class Experts(nn.Module, ABC):
 
     Every parameter and buffer is stacked over the experts on axis 0. It is a plain tensor [E, ...], or a DTensor of
     that shape sharded on axis 0 over the ranks that share the experts. Expert e is initialised from a generator seeded
-    with (seed, e) alone. So a model is the same at every world size, and all its experts differ.
+    with (seed, e) alone. So a model is the same at every world size, and all its experts differ. Expert e is in slot e
+    of axis 0 until `place_experts` changes the `order`.
 
     Two attributes may be set at any time. `weight_on` says whether the router's weight multiplies an expert's
     ``"output"`` (the default) or its ``"input"``, as in Llama 4. `recompute`, False by default, says whether backward
@@ -43,7 +45,10 @@ class Experts(nn.Module, ABC):
         self.num_experts, self.seed = num_experts, seed
         self.weight_on = "output"
         self.lora = None  # adapters by their name and that of the matrix, in ModuleDicts: see `add_lora`
+        self._placement: Placement | None = None
+        self._slot_table: Tensor | None = None  # int64 [E + 1]: slot of each expert, and then -1 for the id -1
         self.register_forward_hook(unchanged)
+        self.register_state_dict_post_hook(in_global_order)
 
     @property
     def weight_on(self) -> str:
@@ -117,10 +122,13 @@ class Experts(nn.Module, ABC):
         """Initialise the experts held here; call it after `to_empty` from the meta device.
 
         Raises:
-            ValueError: they are in 4 bits, which are made of trained weights or loaded.
+            ValueError: they are in 4 bits, which are made of trained weights or loaded. They have adapters, and
+                `place_experts` has moved them.
         """
         if self.in_four_bits:
             raise ValueError("experts in 4 bits are not initialised: load their weights, or quantise them afterwards")
+        if self.lora is not None:
+            check_home(self, "reset_parameters of adapters")
         for adapter in self.modules():
             if isinstance(adapter, LowRank):
                 adapter.reset_parameters()
@@ -132,8 +140,8 @@ class Experts(nn.Module, ABC):
     def _fill(self, stacked: dict[str, Tensor]) -> None:
         """Initialise stacked tensors, given by name."""
         held = {name: held_slice(t) for name, t in stacked.items()}  # FSDP may split each tensor on another axis
-        for expert in range(self.num_experts):
-            here = {name: t for name, t in stacked.items() if held[name][0].start <= expert < held[name][0].stop}
+        for slot, expert in enumerate(self.order):
+            here = {name: t for name, t in stacked.items() if held[name][0].start <= slot < held[name][0].stop}
             if not here:
                 continue
             initial = self._initial(seeded(self.seed, f"{expert}"))
@@ -141,17 +149,40 @@ class Experts(nn.Module, ABC):
                 if initial[name].shape != tensor.shape[1:]:
                     shapes = f"{tuple(tensor.shape[1:])} and {tuple(initial[name].shape)}"
                     raise ValueError(f"experts must have one shape, but {name} is {shapes} in two of them")
-                local(tensor)[expert - held[name][0].start].copy_(initial[name][held[name][1:]])
+                local(tensor)[slot - held[name][0].start].copy_(initial[name][held[name][1:]])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        take_parts(self, state_dict, prefix)
+        load_into_slots(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
-    def owned(self) -> range:
-        """Global ids of the experts that this rank holds."""
+    def order(self) -> tuple[int, ...]:
+        """Global id of the expert in each slot, as `place_experts` has set it; 0 to E - 1 without."""
+        return tuple(range(self.num_experts)) if self._placement is None else self._placement.order
+
+    @property
+    def placement(self) -> Placement | None:
+        """The order of the experts and the ranks that share them; None if they are in the order of their ids."""
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement | None) -> None:
+        self._placement, device = placement, next(self.parameters()).device
+        self._slot_table = None if placement is None else torch.tensor([*placement.slots, -1], device=device)
+
+    def slots(self, expert: Tensor) -> Tensor:
+        """Slots of experts given by global ids, int64 of any shape; -1 stays -1."""
+        return expert if self._slot_table is None else self._slot_table[expert]
+
+    def slots_of(self, ids: Sequence[int]) -> list[int]:
+        """Slots of some experts, ascending."""
+        return sorted(ids if self._placement is None else (self._placement.slots[expert] for expert in ids))
+
+    @property
+    def owned(self) -> Sequence[int]:
+        """Global ids of the experts that this rank holds, in the order of their slots."""
         held = held_slice(next(self.parameters()))[0]
-        return range(held.start, held.stop)
+        return range(held.start, held.stop) if self._placement is None else self._placement.order[held]
 
     @property
     def row_flops(self) -> float:
@@ -174,11 +205,11 @@ class Experts(nn.Module, ABC):
             raise IndexError(f"there is no expert {expert}: ids are 0 to {self.num_experts - 1}")
         expert, owned = expert % self.num_experts, self.owned
         if expert not in owned:
+            rank, held = self.slots_of([expert])[0] // len(owned), ", ".join(map(str, owned))
             raise IndexError(
-                f"expert {expert} is on rank {expert // len(owned)} of the expert group; this rank holds "
-                f"{owned.start} to {owned.stop - 1}: ask that rank"
+                f"expert {expert} is on rank {rank} of the expert group; this rank holds {held}: ask that rank"
             )
-        return lambda x: self._one(expert - owned.start, x)
+        return lambda x: self._one(owned.index(expert), x)
 
     def _one(self, place: int, x: Tensor) -> Tensor:
         counts = torch.zeros(len(self.owned), dtype=torch.int64, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,10 +78,11 @@ class _Unchanged(torch.autograd.Function):
         return grad, None
 
 
-def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+def take_parts(module: nn.Module, state: dict[str, Any], prefix: str, order: Sequence[int] | None = None) -> None:
     """Before `module` loads a state dict, replace whole tensors in it by the DTensor part that this rank holds.
 
-    Otherwise ``load_state_dict(whole, assign=True)`` would give every rank all experts.
+    Otherwise ``load_state_dict(whole, assign=True)`` would give every rank all experts. `order` says which expert is in
+    which slot of axis 0; None, the default: expert e is in slot e.
 
     Raises:
         ValueError: the state dict holds the part of another rank, or a DTensor with another mesh or placement.
@@ -93,8 +95,10 @@ def take_parts(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         if isinstance(value, DTensor):
             _check_part(prefix + name, value, tensor)
         elif value.shape == tensor.shape:
+            here, *inside = held_slice(tensor)
+            experts = here if order is None else list(order[here])
             state[prefix + name] = DTensor.from_local(
-                value.detach()[held_slice(tensor)].clone(),  # a view would keep the whole tensor in memory
+                value.detach()[experts][:, *inside].clone(),  # a view would keep the whole tensor in memory
                 tensor.device_mesh,
                 tensor.placements,
                 run_check=False,

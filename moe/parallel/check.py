@@ -16,9 +16,11 @@ from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ...dispatch.torch_internals import composed_by, replicate
 from ..build import called
+from ..experts.base import Experts
 from ..layer import MoE
 from .alike import differences, gathered, options, values
 from .parallelize import moe_layers
+from .place_experts import hooks_of
 
 NAMED = 5  # parameters in one message
 
@@ -29,8 +31,8 @@ def check(model: nn.Module, mesh: DeviceMesh | Meshes, optimizer: Optimizer | It
     It reads all parameters once, and gathers one line of text for each. Called again after some steps, it also finds
     parameters that have become different on different ranks. It finds:
 
-    - an optimizer that was made before `parallelize`, that lacks parameters, or that has plain tensors and DTensors in
-      one group of a foreach or fused step;
+    - an optimizer that was made before `parallelize`, or after `place_experts` without being passed to it, that lacks
+      parameters, or that has plain tensors and DTensors in one group of a foreach or fused step;
     - layers that are not parallelized, or over another mesh, experts that are plain tensors, and a dispatcher that does
       not reach the ranks with the experts;
     - `fully_shard` in place of `fully_shard_experts`, or over too few ranks, and `replicate` around experts;
@@ -78,6 +80,13 @@ def _optimizers(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[str]:
             f"{tuple(strange[0].shape)}: make it after parallelize and FSDP, which replace parameters"
         )
     has = {id(p) for p in held}
+    placed = {id(p) for m in model.modules() if isinstance(m, Experts) and m.placement for p in m.parameters()}
+    unaware = [optimizer for optimizer in optimizers if placed and hooks_of(optimizer) is None]
+    if any(id(p) in placed for each in unaware for group in each.param_groups for p in group["params"]):
+        yield (
+            "the optimizer was made after place_experts, and its state dict would have experts in another order than "
+            "their ids: call place_experts(model, mesh, optimizer, {}) once"
+        )
     left = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in has]
     if left:
         yield (

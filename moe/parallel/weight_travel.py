@@ -122,27 +122,28 @@ class WeightTravel:
         travels = self._sliced(experts, plan.call)
         if not self.shadow:
             return dispatcher(x, plan, weight, travels)
-        here = torch.full((plan.counts.numel(),), -1, device=plan.expert.device)  # expert -> its place in `shadow`
-        here[list(self.shadow)] = torch.arange(len(self.shadow), device=here.device)
+        slots = experts.slots_of(self.shadow)
+        here = torch.full((plan.counts.numel(),), -1, device=plan.expert.device)  # slot -> its place in `slots`
+        here[slots] = torch.arange(len(self.shadow), device=here.device)
         stays = torch.where(plan.expert < 0, -1, here[plan.expert])
         rest = Plan.of(plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place)
         y = dispatcher(x, replace(rest, call=plan.call), weight, travels)
-        copies = self.gathered(experts, plan.call, self.shadow)
+        copies = self.gathered(experts, plan.call, slots)
         return y + LocalDispatcher()(x, Plan.of(stays, len(self.shadow)), weight, copies)
 
-    def gathered(self, experts: Experts, call: LayerCall | None, ids: Sequence[int] | None = None) -> Compute:
-        """All experts whole, or those of `ids`, computed with copies on this rank; differentiable.
+    def gathered(self, experts: Experts, call: LayerCall | None, slots: Sequence[int] | None = None) -> Compute:
+        """All experts whole, or those in some slots, computed with copies on this rank; differentiable.
 
         In the backward each rank sends the copies' gradients to the ranks that own the parameters, which add them up in
         the order of the ranks.
         """
-        return with_copies(experts, lambda: self._whole_experts(experts, call, ids))
+        return with_copies(experts, lambda: self._whole_experts(experts, call, slots))
 
-    def _whole_experts(self, experts: Experts, call: LayerCall | None, ids: Sequence[int] | None) -> Tensors:
+    def _whole_experts(self, experts: Experts, call: LayerCall | None, slots: Sequence[int] | None) -> Tensors:
         ranks, held = _size(self.ep), len(experts.owned)
-        wanted = range(experts.num_experts) if ids is None else ids
-        places = [[e % held for e in wanted if e // held == w] for w in range(ranks)]
-        tensors = self._whole_slices(experts, 1, call, None if ids is None else places[_rank(self.ep)])
+        wanted = range(experts.num_experts) if slots is None else slots
+        places = [[slot % held for slot in wanted if slot // held == w] for w in range(ranks)]
+        tensors = self._whole_slices(experts, 1, call, None if slots is None else places[_rank(self.ep)])
         if self.ep is None:
             return tensors
         recv = [len(each) for each in places]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from turnout.moe import Balance, Capacity, MoE, aux_loss, expert_parameters, par
 
 SHARDS = {2: [6, 3], 4: [5, 0, 9, 3], 8: [5, 0, 9, 3, 2, 2, 0, 4]}
 STEPS = 5
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 
 
 def build(experts: int, kind="swiglu", **options) -> nn.Module:
@@ -53,8 +55,8 @@ def history(model, optimizer, x: Tensor, mask: Tensor | None, scale: float, choo
     return seen
 
 
-def alone(model: nn.Module, x: Tensor, mask: Tensor | None) -> list:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def alone(model: nn.Module, x: Tensor, mask: Tensor | None, make: Callable = ADAMW) -> list:
+    optimizer = make(model.parameters())
     seen = history(model, optimizer, x, mask, 1 / len(x), lambda step: None, lambda: None)
     return [*seen, {n: p.detach() for n, p in model.named_parameters()}]
 
@@ -78,7 +80,7 @@ def spread_out(shape, names, make: Callable, x, mask, expected, dispatcher, wrap
 
     part = slice(sum(SHARDS[ranks][:rank]), sum(SHARDS[ranks][: rank + 1]))
     mine = x[part], None if mask is None else mask[part]
-    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    optimizer = ADAMW(param_groups(model))
     seen = history(model, optimizer, *mine, ranks / len(x), choose, lambda: sync_gradients(model, mesh))
     *steps, last = expected
     for (y, gx, grads), (y1, gx1, grads1) in zip(seen, steps, strict=True):

@@ -1,0 +1,121 @@
+"""Experts change their ranks between steps: the model computes what one rank computes, and only what moves travels."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import close, perceptron, tokens, whole
+from ranks import run
+from test_adaptive import SHARDS, STEPS, alone, build, layers_of, through
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from turnout.dispatch import OverlapDispatcher
+from turnout.moe import (
+    Capacity,
+    MoE,
+    aux_loss,
+    check,
+    check_replicas,
+    clip_grad_norm_,
+    fully_shard_experts,
+    parallelize,
+    param_groups,
+    place_experts,
+    sync_gradients,
+)
+
+OPTIMIZERS = {
+    "default": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
+    "foreach": partial(torch.optim.AdamW, lr=1e-2, foreach=True),
+    "fused": partial(torch.optim.AdamW, lr=1e-2, fused=True),
+    "sgd": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+}
+
+
+def mesh_of(shape, names):
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def drawn(model: nn.Module, random: random.Random) -> dict[str, list[int]]:
+    """A random order for some layers."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    return {name: random.sample(range(m.num_experts), m.num_experts) for name, m in layers.items()}
+
+
+def by_id(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, its gradient or state, whole and with experts in the order of their ids."""
+    layer, experts, _ = name.partition(".experts.")
+    full = whole(tensor)
+    return full[torch.tensor(model.get_submodule(layer).experts.order).argsort()] if experts else full
+
+
+def moving(shape, names, make, x, mask, expected, dispatcher, wrap, kind, shard: bool) -> None:
+    """Five steps, with other orders, r and shadows before each."""
+    mesh, rank, ranks = mesh_of(shape, names), dist.get_rank(), dist.get_world_size()
+    model, draw = parallelize(make(), mesh, dispatcher), random.Random(0)
+    for layer in layers_of(model):
+        layer.dispatcher = wrap(layer.dispatcher)
+    if shard:
+        options = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float64)}
+        fully_shard(fully_shard_experts(model, mesh, **options), mesh=mesh._flatten("all"), **options)
+    optimizer = OPTIMIZERS[kind](param_groups(model))
+    part = slice(sum(SHARDS[ranks][:rank]), sum(SHARDS[ranks][: rank + 1]))
+    kept = {id(p) for p in model.parameters()}
+    for step in range(STEPS):
+        place_experts(model, mesh, optimizer, drawn(model, draw) if step != 3 else None)
+        for layer in layers_of(model):
+            layer.parallelism = draw.choice([0, layer.parallelism or 1])
+            layer.shadow = draw.sample(range(layer.num_experts), draw.randrange(layer.num_experts))
+        check(model, mesh, optimizer)
+        inputs = x[part].clone().requires_grad_()
+        optimizer.zero_grad()
+        y = through(model, inputs, None if mask is None else mask[part])
+        (y.square().sum() * (ranks / len(x)) + aux_loss(model)).backward()
+        if not shard:
+            sync_gradients(model, mesh)
+        y1, gx1, grads1 = expected[step]
+        close(y.detach(), y1[part], 1e-10, "y")
+        close(inputs.grad / ranks, gx1[part], 1e-10, "x.grad")
+        for name, p in model.named_parameters():
+            close(by_id(model, name, p.grad), grads1[name], 1e-10, name)
+        norm = clip_grad_norm_(model, 1e9)
+        close(norm, torch.stack([g.norm() for g in grads1.values()]).norm(), 1e-10, "norm")
+        optimizer.step()
+    assert {id(p) for p in model.parameters()} == kept
+    check_replicas(model)
+    for name, value in model.state_dict().items():  # of one rank, in the order of ids
+        close(whole(value), expected[-1][name], 1e-9, name)
+
+
+def same(dispatcher):
+    return dispatcher
+
+
+CASES = [
+    # mesh, experts, kind of experts, options of the layers, dispatcher, what wraps it, masked, optimizer, FSDP2
+    (((4,), ("ep",)), 8, "swiglu", {}, "flat", same, True, "default", False),
+    (((2, 2), ("edp", "ep")), 8, "swiglu", {}, "flat", same, False, "foreach", True),
+    (((2, 2), ("edp", "ep")), 4, perceptron, {}, "flat", lambda d: OverlapDispatcher(d, 2), False, "sgd", False),
+    (((2, 2), ("ep", "etp")), 4, "gelu", {}, "flat", same, True, "fused", False),
+    (((2, 2), ("node", "local")), 8, "gelu", {"capacity": Capacity(8.0, pad=True)}, "2dh", same, True, "sgd", False),
+    (((2, 2), ("node", "local")), 4, "swiglu", {}, "node", same, True, "default", False),
+]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_with_a_placement_in_every_step_a_model_computes_what_one_rank_computes(case):
+    (shape, names), experts, kind, options, dispatcher, wrap, masked, optimizer, shard = CASES[case]
+    x = tokens(sum(SHARDS[4]))
+    mask = torch.arange(len(x)) % 4 > 0 if masked else None
+
+    def make():
+        return build(experts, kind, **options)
+
+    expected = alone(make(), x, mask, OPTIMIZERS[optimizer])
+    run(4, moving, shape, names, make, x, mask, expected, dispatcher, wrap, optimizer, shard)
