@@ -40,7 +40,7 @@ DEFINES_RUN = (
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
-    *("fp16", "overlap", "wire", "adapt", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -88,6 +88,7 @@ class Job:
     overlap: Annotated[int, "number of chunks of tokens; one travels while the experts compute another"] = 1
     wire: Annotated[str, "number format of tokens that travel between ranks; none keeps the model's"] = ""
     adapt: Annotated[bool, "choose between steps, by measurement, how tokens and experts come together"] = False
+    place: Annotated[bool, "move experts to other ranks between steps, where that pays"] = False
     timeout: Annotated[int, "seconds that a rank waits for another before it gives up"] = 45
     # the optimizer
     batch: Annotated[int, "number of sequences in a step, on all ranks together"] = 32

@@ -65,7 +65,9 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
     skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped), Spikes()
-    adaptive = Adaptive(model.parts, meshes, job.log_every) if (job.adapt or job.watch) and not job.dense else None
+    adaptive = None
+    if (job.adapt or job.place or job.watch) and not job.dense:
+        adaptive = Adaptive(model.parts, meshes, optimizer if job.place else None, every=job.log_every)
     watch = Watch(meshes) if job.watch and adaptive else None
     silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty() or job.watch, False, first
 

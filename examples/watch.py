@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import launch
 import torch.distributed as dist
 from turnout.dispatch import Meshes
-from turnout.moe.parallel.adaptive_layer import LayerReport
+from turnout.moe import LayerReport
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no load to twice the mean and more
 WIDTH = 64  # experts that a line shows

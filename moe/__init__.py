@@ -12,6 +12,7 @@ from .gates.gate import Gate
 from .layer import MoE
 from .losses import Balance
 from .parallel.adaptive import Adaptive
+from .parallel.adaptive_layer import LayerReport
 from .parallel.check import check
 from .parallel.expert_bias import update_expert_biases
 from .parallel.grad_scaler import GradScaler
@@ -32,6 +33,7 @@ __all__ = [
     "Experts",
     "Gate",
     "GradScaler",
+    "LayerReport",
     "Load",
     "MoE",
     "PlacementPlan",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from ...dispatch import mesh as axes
 from ...dispatch.failure import named
@@ -13,6 +16,7 @@ from ...dispatch.mesh import Meshes
 from .adaptive_layer import AdaptiveLayer, LayerReport
 from .measured_costs import measured_costs
 from .parallelize import moe_layers
+from .place_experts import place_experts
 
 
 class Adaptive:
@@ -31,6 +35,9 @@ class Adaptive:
         model: model after `parallelize`, with its weights. Every rank makes the object and calls `step` at the same
             points.
         mesh: mesh that `parallelize` got. None, the default, is one rank, where nothing is chosen.
+        optimizer: the optimizer of the experts, or several. With it, experts also move to other ranks, and their
+            optimizer state with them, where the cost model says that it pays (`place_experts`). None, the default,
+            leaves experts where they are.
         every: steps between two decisions, 20 by default.
         max_bytes: largest number of bytes of gathered weights in one layer. None, the default, sets no limit. Copies
             live until the backward has used them.
@@ -58,6 +65,7 @@ class Adaptive:
         self,
         model: nn.Module,
         mesh: DeviceMesh | Meshes | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
         every: int = 20,
         max_bytes: float | None = None,
     ) -> None:
@@ -71,11 +79,12 @@ class Adaptive:
         self._device = next(model.parameters()).device
         experts = None if mesh is None else axes.of_experts(mesh)
         costs = measured_costs(layers, experts, self._group) if layers else {}
-        names = {name: name if layer.place is None else layer.place.name for name, layer in layers.items()}
         self._layers = {
-            names[name]: AdaptiveLayer(names[name], layer, costs[name], max_bytes) for name, layer in layers.items()
+            name: AdaptiveLayer(name if layer.place is None else layer.place.name, layer, costs[name], max_bytes)
+            for name, layer in layers.items()
         }
-        self._steps = 0
+        self._model, self._mesh, self._steps = model, mesh, 0
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
 
     def step(self) -> None:
         """End a step. Call it after each optimizer step, on every rank; every `every`-th call decides."""
@@ -92,9 +101,13 @@ class Adaptive:
                 dist.all_reduce(numbers, group=self._group)
         first = self._group is None or dist.get_rank(self._group) == 0
         parts = numbers.cpu().split([len(each) for each in taken])
-        for (name, each), part in zip(self._layers.items(), parts, strict=True):
+        for each, part in zip(self._layers.values(), parts, strict=True):
             *counts, _, forwards, seconds = part.tolist()
             if sum(counts):
                 tokens = sum(counts) / each.layer.top_k / forwards
                 steps = self.every * ranks
-                self.reports[name] = each.decide(counts, tokens, forwards / steps, seconds / ranks, says=first)
+                self.reports[each.name] = each.decide(counts, tokens, forwards / steps, seconds / ranks, says=first)
+        if self._optimizers and self._mesh is not None:
+            found = {name: each.better_order(says=first) for name, each in self._layers.items()}
+            if orders := {name: order for name, order in found.items() if order is not None}:
+                place_experts(self._model, self._mesh, self._optimizers, orders)

@@ -19,13 +19,16 @@ from ...dispatch.overlap import OverlapDispatcher
 from ..build import called
 from ..layer import MoE
 from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
-from .decide import Decisions
+from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
 from .measured_costs import auto_of
+from .placement import plan_placement
 from .weight_travel import can_gather, chosen
 
 log = logging.getLogger(__name__)
 KEPT = 0.5  # weight of the load before the last steps
+PAYS = 200  # steps in which a move of experts must save as much time as it takes
+WAITS = 5  # decisions between two moves of a layer's experts
 STALE = 0.8  # other experts are shadowed if the shadowed ones get less than this share of what the hottest ones get
 
 
@@ -57,6 +60,11 @@ class Options(NamedTuple):
     transports: Sequence[str]
     chunks: Sequence[int]
 
+    @property
+    def several(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(len(part) > 1 for part in self)
+
 
 @dataclass
 class AdaptiveLayer:
@@ -77,6 +85,10 @@ class AdaptiveLayer:
     options: Options | None = None
     decisions: Decisions | None = None  # of these options
     history: list[float] = field(default_factory=list)  # choices of each expert, of which the last steps count most
+
+    load: LayerLoad | None = None  # of the last steps
+    forwards: float = 0.0
+    waited: int = 0  # decisions since experts have moved
 
     def __post_init__(self) -> None:
         self.timer.attach(self.layer)
@@ -105,27 +117,54 @@ class AdaptiveLayer:
         old = self.history if len(self.history) == len(counts) else counts
         self.history = [KEPT * before + (1 - KEPT) * now for before, now in zip(old, counts, strict=True)]
         load, options = self._load(tokens), self._options()
-        before = self._current(options)
-        now = dict(zip(Options._fields, ([part] for part in before), strict=True))
+        before = choice = self._current(options)
         if self.decisions is None or self.options != options:  # the user has fixed or freed something
             self.options, self.decisions = options, Decisions(before)
-        predicted = forwards * self.costs.predict(load, **now)[before]
-        even = forwards * self.costs.predict(load.even, **now)[before]
-        choice = before
-        if any(len(part) > 1 for part in options):
-            times = self.costs.predict(load, *options) | {before: predicted / forwards}
-            choice = self.decisions.next(load, seconds or None, lambda: times)
+        predicted, even = (forwards * self._predicted(each, before) for each in (load, load.even))
+        if options.several:
+            choice = self.decisions.next(load, seconds or None, lambda: self.costs.predict(load, *options))
             if says and choice != before:
-                measured = self.decisions.measured.get(self.decisions.bucket, {}).get(choice)
+                known = self.decisions.seconds(choice)
                 log.info(
                     "%s: %s -> %s; predicted %.3g -> %.3g ms, measured %.3g -> %s ms, for %.0f tokens of a rank",
-                    *(called(self.name), before, choice, 1e3 * predicted, 1e3 * forwards * times[choice]),
-                    *(1e3 * seconds, "?" if measured is None else f"{1e3 * measured:.3g}", tokens),
+                    *(called(self.name), before, choice),
+                    *(1e3 * predicted, 1e3 * forwards * self._predicted(load, choice), 1e3 * seconds),
+                    *("?" if known is None else f"{1e3 * known:.3g}", tokens),
                 )
             self._use(choice, load)
+        self.load, self.forwards, self.waited = load, forwards, self.waited + 1
         whole = tuple(round(n) for n in counts[: self.layer.num_experts])
         shadow = self.layer.shadow or ()
         return LayerReport(choice, shadow, whole, 1e3 * predicted, 1e3 * seconds, 1e3 * max(predicted - even, 0.0))
+
+    def better_order(self, says: bool) -> tuple[int, ...] | None:
+        """Order of the experts, as for `place_experts`, that is worth moving them; None if there is none.
+
+        The best choice with it must be predicted to save `GAIN` of the best choice without, and within `PAYS` steps as
+        much as the moves take.
+        """
+        links, now, E = self.costs.links, self.layer.experts.order, self.layer.num_experts
+        ranks = links.nodes * links.locals
+        if self.load is None or self.options is None or ranks in (1, E) or self.waited < WAITS:
+            return None
+        nodes = links.nodes if links.locals > 1 else 1
+        order = plan_placement(self.load.shares, ranks, nodes=nodes, current=now).order
+        moved = self.load._replace(owners=owners(order, ranks))
+        seconds = [self.forwards * min(self.costs.predict(each, *self.options).values()) for each in (self.load, moved)]
+        before, after = owners(now, ranks), owners(order, ranks)
+        arrivals = [sum(b == rank != a for a, b in zip(before, after, strict=True)) for rank in range(ranks)]
+        state = self.costs.expert_bytes + 2 * self.costs.learned_bytes  # the parameters, and two moments of each
+        cost, saved = links.block_time(max(arrivals) * state / max(ranks - 1, 1)), seconds[0] - seconds[1]
+        if saved < GAIN * seconds[0] or saved * PAYS < cost:
+            return None
+        self.waited = 0
+        if says:
+            ms = (1e3 * each for each in (*seconds, cost))
+            log.info("%s: experts move; predicted %.3g -> %.3g ms in a step, and %.3g ms once", called(self.name), *ms)
+        return order
+
+    def _predicted(self, load: LayerLoad, choice: LayerChoice) -> float:
+        return self.costs.predict(load, *([part] for part in choice))[choice]
 
     def _load(self, tokens: float) -> LayerLoad:
         """The load after capacity. Every expert of a padded layer computes as many rows as its limit."""
@@ -137,8 +176,8 @@ class AdaptiveLayer:
         shares = [min(share, most) for share in shares]
         if capacity is not None and capacity.pad:
             shares = [max(shares) if capacity.follows_load[True] else most] * E
-        held = E // (self.costs.links.nodes * self.costs.links.locals)
-        return LayerLoad(tokens, tuple(shares), tuple(e // held for e in range(E)))
+        ranks = self.costs.links.nodes * self.costs.links.locals
+        return LayerLoad(tokens, tuple(shares), owners(self.layer.experts.order, ranks))
 
     def _options(self) -> Options:
         travel, auto = self.layer.weights, auto_of(self.layer.dispatcher)
@@ -186,6 +225,16 @@ class AdaptiveLayer:
             new = auto.using(wanted)
             outer = layer.dispatcher
             layer.dispatcher = replace(outer, inner=new) if isinstance(outer, TensorParallelDispatcher) else new
+
+
+def owners(order: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """The rank that owns each expert, from the expert in each slot.
+
+    >>> owners([0, 3, 1, 2], ranks=2)
+    (0, 1, 1, 0)
+    """
+    rank = {expert: slot * ranks // len(order) for slot, expert in enumerate(order)}
+    return tuple(rank[expert] for expert in range(len(order)))
 
 
 def _kind(dispatcher: Dispatcher) -> Choice:

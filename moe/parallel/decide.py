@@ -98,6 +98,10 @@ class Decisions:
     settled: dict[Bucket, tuple[LayerChoice, float]] = field(default_factory=dict)
     drifts: int = 0
 
+    def seconds(self, choice: LayerChoice) -> float | None:
+        """What a choice has taken for loads like the last one; None if it is not known."""
+        return self.measured.get(self.bucket, {}).get(choice) if self.bucket else None
+
     def next(
         self, load: LayerLoad, seconds: float | None, predict: Callable[[], Mapping[LayerChoice, float]]
     ) -> LayerChoice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import AutoDispatcher, Profile
 from turnout.dispatch.autoselect.profile import Flop, Link
-from turnout.moe import Adaptive, MoE, load, parallelize, param_groups, sync_gradients
-from turnout.moe.parallel import decide
+from turnout.moe import Adaptive, MoE, load, parallelize, param_groups, place_experts, sync_gradients
+from turnout.moe.parallel import adaptive_layer, decide
 
 SLOW = Link(1e-4, 1e-4, 1e-7)
 CASES = {  # mesh, experts, profile of "ep"
@@ -122,3 +123,49 @@ def test_on_one_rank_there_is_nothing_to_choose():
         Adaptive(model, every=0)
     with pytest.raises(ValueError, match="Linear has no MoE layer: there is nothing to choose"):
         Adaptive(nn.Linear(2, 2))
+
+
+def crowded() -> nn.Module:
+    """Two layers whose tokens choose two experts of one rank."""
+    model = build(8)
+    for layer in layers_of(model):
+        layer.gate.bias = nn.Parameter(torch.tensor([9.0, 9.0, *[0.0] * 6], dtype=torch.float64))
+    return model
+
+
+def moving(expected: list, x) -> tuple:
+    """One of the two experts moves, with its optimizer state, and no result changes."""
+    mesh, rank = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)), dist.get_rank()
+    model = parallelize(crowded(), mesh, "flat")
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    adaptive = Adaptive(model, mesh, optimizer, every=1)
+    for each in adaptive._layers.values():
+        each.costs = replace(
+            each.costs, links=Profile(4, 1, SLOW, Link(0.0, 0.0, 1.0)), expert_bytes=1, learned_bytes=1
+        )
+        each.waited = adaptive_layer.WAITS - 2
+
+    def end_of_step() -> None:
+        sync_gradients(model, mesh)
+        adaptive.step()  # moves gradients as well
+
+    part = slice(sum(SHARDS[4][:rank]), sum(SHARDS[4][: rank + 1]))
+    seen = history(model, optimizer, x[part], None, 4 / len(x), lambda step: None, end_of_step)
+    *steps, last = expected
+    for (y, gx, _), (y1, gx1, _) in zip(seen, steps, strict=True):
+        close(y, y1[part], 1e-10, "y")
+        close(gx / 4, gx1[part], 1e-10, "x.grad")
+    orders = [layer.experts.order for layer in layers_of(model)]
+    place_experts(model, mesh, optimizer, None)  # home
+    for name, p in model.named_parameters():
+        close(whole(p), last[name], 1e-9, name)
+    return orders
+
+
+def test_experts_move_where_that_pays_and_nothing_changes():
+    x = tokens(sum(SHARDS[4]))
+    found = run(4, moving, alone(crowded(), x, None), x)
+    assert found == found[:1] * 4
+    for order in found[0]:
+        ranks = adaptive_layer.owners(order, 4)
+        assert ranks[0] != ranks[1]
