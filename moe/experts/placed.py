@@ -40,12 +40,15 @@ class Placement:
         slots = sorted(range(len(self.order)), key=self.order.__getitem__)
         object.__setattr__(self, "slots", tuple(slots))
 
-    def to_global(self, tensors: dict[str, Any], what: str) -> dict[str, Any]:
-        """Copies of stacked DTensors with experts in the order of their ids. All ranks of the group call it."""
-        return self._reordered(tensors, self.order, range(len(self.order)), what, None)
+    def to_global(self, tensors: dict[str, Any], what: str, fault: Exception | None = None) -> dict[str, Any]:
+        """Copies of stacked DTensors with experts in the order of their ids. All ranks of the group call it.
+
+        A `fault` that this rank has found makes every rank raise.
+        """
+        return self._reordered(tensors, self.order, range(len(self.order)), what, fault)
 
     def to_slots(self, tensors: dict[str, Any], what: str, fault: Exception | None = None) -> dict[str, Any]:
-        """Copies of DTensors in the order of the ids with experts in their slots. A `fault` makes every rank raise."""
+        """The reverse of `to_global`."""
         return self._reordered(tensors, range(len(self.order)), self.order, what, fault)
 
     def _reordered(

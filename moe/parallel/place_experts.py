@@ -18,7 +18,7 @@ from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ..build import called
 from ..experts.base import Experts
-from ..experts.placed import STATE_DICT, Placement, check_alike, exchange, sizes_of, stacked
+from ..experts.placed import Placement, check_alike, exchange, sizes_of, stacked
 from ..experts.sharded import local
 from ..layer import MoE
 from .parallelize import moe_layers
@@ -133,7 +133,7 @@ class _GlobalOrder:
             except ValueError as error:
                 fault = error
             tensors = {name: held[key] for name, (held, key) in found.items()}
-            for name, tensor in reorder(experts.placement, tensors, f"{STATE_DICT}' optimizer", fault).items():
+            for name, tensor in reorder(experts.placement, tensors, "an optimizer's state of experts", fault).items():
                 held, key = found[name]
                 held[key] = tensor
         return {**state, "state": values}

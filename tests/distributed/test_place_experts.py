@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from cases import close, perceptron, tokens, whole
+from cases import EXPERTS, WIDTH, close, perceptron, tokens, whole
 from ranks import run
 from test_adaptive import SHARDS, STEPS, alone, build, layers_of, through
 from torch import nn
@@ -23,9 +23,11 @@ from turnout.moe import (
     check_replicas,
     clip_grad_norm_,
     fully_shard_experts,
+    load,
     parallelize,
     param_groups,
     place_experts,
+    plan_placement,
     sync_gradients,
 )
 
@@ -119,3 +121,41 @@ def test_with_a_placement_in_every_step_a_model_computes_what_one_rank_computes(
 
     expected = alone(make(), x, mask, OPTIMIZERS[optimizer])
     run(4, moving, shape, names, make, x, mask, expected, dispatcher, wrap, optimizer, shard)
+
+
+def received(layers: list[MoE], forward) -> list[list[int]]:
+    """Rows that the experts of each rank get in a forward, for each layer."""
+    rows: list[int] = []
+    hooks = [
+        layer.experts.register_forward_pre_hook(lambda _, given: rows.append(int(given[2].sum()))) for layer in layers
+    ]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    everyones = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyones, rows)
+    return list(zip(*everyones, strict=True))
+
+
+def balanced() -> tuple[float, float]:
+    """Max / mean rows of a rank before and after."""
+    mesh = mesh_of((4,), ("ep",))
+    layer = MoE(WIDTH, 12, EXPERTS, top_k=2, balance=0.0, seed=0).double()
+    with torch.no_grad():
+        layer.gate.weight.copy_(tokens(EXPERTS) + torch.linspace(0.5, 0.0, EXPERTS).unsqueeze(1))  # first ones are hot
+    model = parallelize(nn.Sequential(layer), mesh)
+    x = (tokens(400) + 0.5).chunk(4)[dist.get_rank()]
+    (before,) = received([layer], lambda: model(x))
+    counts = load(model, mesh)["0"].tokens_per_expert
+    plan = plan_placement(counts, ranks=4)
+    place_experts(model, mesh, torch.optim.SGD(model.parameters()), {"0": plan.order})
+    (after,) = received([layer], lambda: model(x))
+    assert list(after) == list(plan.rank_loads)
+    assert torch.equal(load(model, mesh)["0"].tokens_per_expert, counts)  # ids are global
+    return max(before) / (sum(before) / 4), max(after) / (sum(after) / 4)
+
+
+def test_ranks_get_the_rows_that_the_planner_foretells():
+    before, after = run(4, balanced)[0]
+    assert before > 1.5
+    assert after < 1.1

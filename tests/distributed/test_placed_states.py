@@ -1,0 +1,314 @@
+"""Placements: bytes that travel, state dicts and checkpoints in the order of ids, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import EXPERTS, WIDTH, build, tokens, whole
+from ranks import run
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from turnout.models import checkpoint
+from turnout.moe import (
+    MoE,
+    aux_loss,
+    check,
+    fully_shard_experts,
+    parallelize,
+    param_groups,
+    place_experts,
+    sync_gradients,
+)
+from turnout.moe.adapters import add_lora
+from turnout.moe.upcycling import upcycle
+
+BACKWARDS = list(reversed(range(EXPERTS)))
+MIXED = [2, 0, 7, 5, 1, 3, 4, 6]
+
+
+def mesh_of(shape=(4,), names=("ep",)):
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def trained(mesh, steps: int = 2, shard: bool = False, orders=()) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model after some steps of AdamW, with these orders of the first and second layer before each."""
+    model = parallelize(build(), mesh)
+    if shard:
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        fully_shard(fully_shard_experts(model, mesh), mesh=mesh._flatten("all"))
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    for number in range(steps):
+        for order in orders[number : number + 1]:
+            place_experts(model, mesh, optimizer, order)
+        step(model, mesh, optimizer, shard)
+    return model, optimizer
+
+
+def step(model, mesh, optimizer, shard: bool = False) -> torch.Tensor:
+    x = tokens(20).chunk(4)[dist.get_rank()]
+    optimizer.zero_grad()
+    y = model(x)
+    (y.square().mean() + aux_loss(model)).backward()
+    if not shard:
+        sync_gradients(model, mesh)
+    optimizer.step()
+    return y.detach()
+
+
+def everything(model, optimizer) -> dict[str, torch.Tensor]:
+    """All of model and optimizer by name, whole."""
+    held = {name: whole(t) for name, t in model.state_dict().items()}
+    state = states.get_optimizer_state_dict(model, optimizer)["state"]
+    return held | {f"{name} {k}": whole(v) for name, each in state.items() for k, v in each.items() if v.ndim}
+
+
+def same(found: dict, expected: dict, tolerance: float = 0.0) -> None:
+    assert found.keys() == expected.keys()
+    for name, t in found.items():
+        torch.testing.assert_close(t, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@contextmanager
+def counting():
+    """Bytes that this rank sends to others, and exchanges."""
+    sent, exchange = [0, 0], dist.all_to_all_single
+
+    def counted(out, x, recv=None, send=None, group=None, **options):
+        rank = dist.get_rank(group)
+        if send is not None and x.dtype == torch.uint8:
+            sent[0] += (sum(send) - send[rank]) * x.stride(0)
+            sent[1] += 1
+        return exchange(out, x, recv, send, group=group, **options)
+
+    dist.all_to_all_single = counted
+    try:
+        yield sent
+    finally:
+        dist.all_to_all_single = exchange
+
+
+def bytes_of_moves() -> None:
+    mesh, rank = mesh_of(), dist.get_rank()
+    model, optimizer = trained(mesh)
+    layer = model[1]
+    one = 8 * sum(p[0].numel() for p in layer.experts.parameters())
+    storage = [p.to_local().data_ptr() for p in layer.experts.parameters()]
+    now = list(range(EXPERTS))
+    for order, gradients in [
+        ([1, 0, 2, 3, 4, 5, 6, 7], 0),  # within a rank
+        ([1, 4, 2, 3, 0, 5, 6, 7], 0),
+        ([1, 4, 2, 3, 0, 5, 6, 7], 0),  # as it is
+        (MIXED, 1),
+        (now, 0),
+    ]:
+        if not gradients:
+            optimizer.zero_grad()
+        leave = [e for slot, e in enumerate(layer.experts.order) if slot // 2 == rank and order.index(e) // 2 != rank]
+        with counting() as sent:
+            place_experts(model, mesh, optimizer, {"1": order})
+        assert sent[0] == len(leave) * one * (3 + gradients)  # parameter and two of AdamW
+        assert sent[1] <= 1
+        assert list(layer.experts.owned) == order[2 * rank : 2 * rank + 2]
+        step(model, mesh, optimizer)
+    assert [p.to_local().data_ptr() for p in layer.experts.parameters()] == storage
+    assert layer.experts.placement is None
+    same(everything(model, optimizer), everything(*trained(mesh, 7)), 1e-10)
+
+
+def test_only_experts_that_change_rank_travel():
+    run(4, bytes_of_moves)
+
+
+def in_order_of_ids(shape, names, shard: bool) -> None:
+    mesh = mesh_of(shape, names)
+    model, optimizer = trained(mesh, shard=shard)
+    expected, first = everything(model, optimizer), model[1]
+    held = [copy.deepcopy(each.state_dict()) for each in (model, optimizer)]
+    parameters = {name: t for name, t in expected.items() if " " not in name}
+    place_experts(model, mesh, optimizer, {"1": BACKWARDS, "3": MIXED})
+    assert (first.experts.order, model[3].experts.order) == (tuple(BACKWARDS), tuple(MIXED))
+    same(everything(model, optimizer), expected)
+    whole_tensors = states.StateDictOptions(full_state_dict=True)
+    states_of_all = copy.deepcopy(states.get_optimizer_state_dict(model, optimizer, options=whole_tensors))
+
+    def back(load_model, load_optimizer) -> None:
+        step(model, mesh, optimizer, shard)
+        changed = everything(model, optimizer)
+        assert all(not torch.equal(changed[name], t) for name, t in expected.items())
+        load_model()
+        load_optimizer()
+        same(everything(model, optimizer), expected)
+        place_experts(model, mesh, optimizer, {"3": BACKWARDS})
+
+    def load_dtensors() -> None:  # from before the placement
+        optimizer.load_state_dict(copy.deepcopy(held[1]))
+
+    def load_whole() -> None:
+        states.set_optimizer_state_dict(model, optimizer, states_of_all, options=whole_tensors)
+
+    back(lambda: model.load_state_dict(held[0]), load_dtensors)
+    back(lambda: states.set_model_state_dict(model, parameters, options=whole_tensors), load_whole)
+    if shard:
+        return
+    back(lambda: model.load_state_dict(parameters), load_dtensors)
+    y, twin = torch.randn(3, WIDTH).double(), build()[1]
+    twin.load_state_dict({n.removeprefix("1."): t for n, t in parameters.items() if n.startswith("1.")})
+    for expert in first.experts.owned:
+        torch.testing.assert_close(first.experts[expert](y), twin.experts[expert](y))
+    with pytest.raises(IndexError, match="this rank holds"):
+        first.experts[next(e for e in range(EXPERTS) if e not in first.experts.owned)]
+    first.experts.reset_parameters()
+    twin.experts.reset_parameters()
+    for name, t in first.experts.state_dict().items():
+        assert torch.equal(whole(t), twin.experts.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "shard"),
+    [
+        ((2, 2), ("edp", "ep"), True),
+        ((4,), ("ep",), False),
+    ],
+)
+def test_state_dicts_are_in_the_order_of_ids(shape, names, shard):
+    run(4, in_order_of_ids, shape, names, shard)
+
+
+def saved_and_loaded(folder) -> None:
+    """A checkpoint saved under a placement loads under another one, on another mesh, without one, and on one rank."""
+    mesh = mesh_of((2, 2), ("edp", "ep"))
+    model, optimizer = trained(mesh, 3, orders=[{"1": MIXED}, {"3": BACKWARDS}])
+    expected = everything(model, optimizer)
+    path = checkpoint.save(folder, model, optimizer, step=3)
+    following = step(model, mesh, optimizer)
+    for shape, names, orders in [((4,), ("ep",), {"1": BACKWARDS}), ((1, 2, 2), ("edp", "node", "local"), {})]:
+        other = mesh_of(shape, names)
+        model, optimizer = trained(other, 1, orders=[orders])
+        if orders:  # made later
+            optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+        checkpoint.load(path, model, optimizer)
+        same(everything(model, optimizer), expected)
+        torch.testing.assert_close(step(model, other, optimizer), following, rtol=1e-9, atol=1e-9)
+    with checkpoint.AsyncCheckpointer(folder) as checkpointer:
+        place_experts(model, other, optimizer, {"1": MIXED, "3": MIXED})
+        expected = everything(model, optimizer)
+        checkpointer.save(model, optimizer, 4)
+        step(model, other, optimizer)
+    model, optimizer = trained(mesh, 0)
+    checkpoint.load(checkpoint.newest(folder), model, optimizer)
+    same(everything(model, optimizer), expected)
+
+
+def test_a_checkpoint_loads_under_any_placement(tmp_path):
+    run(4, saved_and_loaded, tmp_path)
+
+
+def refused() -> list[str]:
+    mesh, rank, said = mesh_of((2,)), dist.get_rank(), []
+    model, optimizer = trained_on_two(mesh)
+    before = everything(model, optimizer)
+    alone = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    odd = torch.optim.SGD(model.parameters(), lr=1.0)
+    odd.state[model[1].experts.w_up]["table"] = torch.ones(3)
+    listed = torch.optim.SGD(model.parameters(), lr=1.0)
+    listed.state[model[1].experts.w_up]["table"] = [1]
+    home = list(range(EXPERTS))
+    for given, orders in [
+        (optimizer, {"2": home}),
+        (optimizer, {"1": [*home[:-1], 0]}),
+        (optimizer, {"1": BACKWARDS if rank else home}),
+        (optimizer, {"1": home[1:] if rank else home}),
+        (alone, {"1": BACKWARDS}),
+        (None, {"1": BACKWARDS}),  # there are gradients
+        (odd, {"1": BACKWARDS}),
+        (listed, {"1": BACKWARDS}),
+        (optimizer if rank else odd, {"1": BACKWARDS}),
+    ]:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            place_experts(model, mesh, given, orders)
+        said.append(str(caught.value))
+        assert model[1].experts.placement is None
+    same(everything(model, optimizer), before)
+    with pytest.raises(ValueError, match="call parallelize"):
+        place_experts(build(), mesh, None, {"1": BACKWARDS})
+
+    y = model(tokens(6))
+    place_experts(model, mesh, optimizer, {"1": BACKWARDS})
+    with pytest.raises(RuntimeError, match=r"modified.*inplace"):
+        (y.sum() + aux_loss(model)).backward()
+    later = torch.optim.SGD(model.parameters(), lr=1.0)
+    check(model, mesh, optimizer)
+    with pytest.raises(ValueError, match="the optimizer was made after place_experts"):
+        check(model, mesh, later)
+    place_experts(model, mesh, later, {})
+    check(model, mesh, later)
+    for call in (lambda: add_lora(model, 2), lambda: upcycle(model, model)):
+        with pytest.raises(ValueError, match="another order than that of their ids"):
+            call()
+    return said
+
+
+def trained_on_two(mesh):
+    model = parallelize(build(), mesh)
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    (model(tokens(6)).square().sum() + aux_loss(model)).backward()
+    sync_gradients(model, mesh)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_what_cannot_be_placed_is_refused_on_every_rank_before_anything_moves():
+    for rank, said in enumerate(run(2, refused)):
+        for text, words in zip(
+            said,
+            [
+                "orders has '2', which is no MoE layer of the model: its layers are '1', '3'",
+                "the order of layer '1' must have each of the experts 0 to 7 once",
+                "place_experts: the order of layer '1' is ",
+                "the order of layer '1' must have each of the experts" if rank else "rank 1: the order of layer '1'",
+                "no optimizer has w_up of layer '1': pass all optimizers",
+                "no optimizer has w_up of layer '1': pass all optimizers",
+                "table, which the optimizer keeps for w_up of layer '1', is a Tensor [3]",
+                "the optimizer keeps table for w_up of layer '1', a list",
+                "rank 0: table, which the optimizer keeps" if rank else "table, which the optimizer keeps",
+            ],
+            strict=True,
+        ):
+            assert words in text.replace("layer 1", "layer '1'"), text
+
+
+def adapted_and_compiled() -> None:
+    """LoRA's matrices move with their experts; a compiled layer is compiled once for all placements."""
+    mesh = mesh_of((2,))
+    model = parallelize(nn.Sequential(MoE(WIDTH, 12, EXPERTS, balance=0.0, seed=0)).double(), mesh)
+    add_lora(model, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    x, draw = tokens(9), partial(torch.randperm, EXPERTS, generator=torch.Generator().manual_seed(0))
+    optimizer, expected = torch.optim.AdamW(param_groups(p for p in model.parameters() if p.requires_grad)), model(x)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model[0], backend=counter)
+    graphs = []
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), expected)
+        place_experts(model, mesh, optimizer, {"0": draw().tolist()})
+        torch.testing.assert_close(model(x), expected)
+        graphs.append(counter.frame_count)
+    assert graphs[1] > graphs[0]  # ids are mapped to slots from now on
+    assert graphs[1:] == graphs[1:2] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own doing
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_adapters_move_and_a_placement_compiles_once():
+    run(2, adapted_and_compiled)
