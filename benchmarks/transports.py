@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, NodeDispatcher, Plan
+from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, NodeDispatcher, OverlapDispatcher, Plan
 from turnout.dispatch.autoselect.measure import measure as measure_links
 from turnout.dispatch.autoselect.profile import Message
 
@@ -113,7 +114,9 @@ def measure(
         start = time.perf_counter()
         run()
         once = total(time.perf_counter() - start, dist.ReduceOp.MAX)
-        needs = 4 * 4 * width * rows[name == "node"]  # float32 rows: dispatch and combine, forward and backward
+        needs = (
+            4 * 4 * width * rows[name.startswith("node")]
+        )  # float32 rows: dispatch and combine, forward and backward
         found[name] = {"run": run, "steps": max(1, min(20, int(0.2 / once))), "seconds": [], "sent": 0.0}
         found[name] |= {"messages": count, "needs": needs}
     for _ in range(rounds):
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of tokens on each rank")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--skewed", action="store_true", help="skewed routing; uniform otherwise")
+    parser.add_argument("--pieces", action="store_true", help="also node in one piece, and in 4 overlapping chunks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cap", type=float, default=4.0, help="leave out steps predicted to take more seconds")
     parser.add_argument("--interface", default="eth0", help="network interface between the nodes")
@@ -151,6 +155,9 @@ def main() -> None:
         "2dh": HierarchicalDispatcher.of(mesh),
         "node": NodeDispatcher.of(mesh),
     }
+    if args.pieces:
+        one = replace(dispatchers["node"], pieces=1)  # pyright: ignore[reportArgumentType]
+        dispatchers |= {"node in 1": one, "node in chunks": OverlapDispatcher(one, 4)}
     profile = measure_links(mesh)
     for k, size in product(args.k, args.sizes):
         what = f"{nodes}x{local} {args.link} {'skewed' if args.skewed else 'uniform'} k={k} {size} B"

@@ -3,6 +3,7 @@
 from .agreement import DispatchError
 from .autoselect.auto import AutoDispatcher
 from .autoselect.profile import Profile
+from .bounded import BoundedDispatcher
 from .collectives import (
     Travel,
     all_to_all,
@@ -27,6 +28,7 @@ from .scatter_gather import gather, scatter
 __all__ = [
     "AutoDispatcher",
     "Batch",
+    "BoundedDispatcher",
     "CompressedDispatcher",
     "DispatchError",
     "Dispatcher",

@@ -34,13 +34,14 @@ class Note:
     """One rank's description of the coming exchange: what must be equal on all ranks, and whether it takes part."""
 
     state: int  # 0: takes part, 1: has NaN among its weights, 2: has raised an error
-    model: int  # this field and the next six come from the `LayerCall`; -1 if the layer has no `Place`
+    model: int  # this field and the next seven come from the `LayerCall`; -1 if the layer has no `Place`
     layer: int
     forward: int
     training: int
     chunks: int
     parallelism: int  # which weights are gathered
     shadow: int
+    max_rows: int
     dim: int
     dtype: int
     grad: int  # 1 if a backward follows, because its collectives need all ranks as well
@@ -49,7 +50,7 @@ class Note:
 
     @classmethod
     def tensor(cls, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [13] on x's device, no host sync."""
+        """Note of a rank that takes part, for x [T, D] and weight [T, k]: int64 [14] on x's device, no host sync."""
         padded = -1 if plan.capacity is None else plan.capacity
         grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         state = torch.where(weight.isnan().any(), _NAN, _ACCEPTED).unsqueeze(0)
@@ -68,9 +69,9 @@ NOTE = len(Note.__dataclass_fields__)  # int64 numbers in a note
 
 def _ids(call: LayerCall | None) -> list[int]:
     if call is None:
-        return [-1] * 7
+        return [-1] * 8
     here = [call.place.model, call.place.layer, call.forward, int(call.training), call.chunks]
-    return [*here, call.parallelism, call.shadow]
+    return [*here, call.parallelism, call.shadow, call.max_rows]
 
 
 def _to_device(numbers: list[int], device: torch.device) -> Tensor:
@@ -171,6 +172,11 @@ def _check_calls(ranks: list[Note], call: LayerCall | None) -> None:
         lambda note: note.shadow,
         lambda note: f"{_layer(note, call)}, {f'shadow set {note.shadow}' if note.shadow else 'without shadow'}",
         "Set layer.shadow to the same experts on all ranks",
+    )
+    differ(
+        lambda note: note.max_rows,
+        lambda note: f"{_layer(note, call)}, {f'max_rows {note.max_rows}' if note.max_rows else 'without max_rows'}",
+        "Give BoundedDispatcher the same max_rows on all ranks",
     )
 
 

@@ -232,7 +232,7 @@ def exchange_sizes(sizes: Tensor, group: ProcessGroup | None, call: LayerCall | 
         DispatchError: the exchange failed.
     """
     flat = sizes.reshape(len(sizes), -1)
-    numbers = max(flat.shape[1], 64 + call.place.widest if call is not None and call.place.widest else 64)
+    numbers = max(flat.shape[1], 64 + 2 * call.place.widest if call is not None and call.place.widest else 64)
     sent = flat.new_zeros(len(flat), 1 << (numbers - 1).bit_length())
     sent[:, : flat.shape[1]] = flat
     came = torch.empty_like(sent)

@@ -121,12 +121,17 @@ class Dispatcher(ABC):
     def _combine_sealed(self, rows: Tensor, receipt: Sealed) -> Tensor:
         return self._combine(rows, *receipt.content)
 
-    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
-        """Agree with the other ranks on a forward in which no rows travel: experts come here (`WeightTravel`).
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
+        """Agree with the other ranks on a forward, and stop before its rows travel.
 
         Ranks exchange what they exchange before rows leave, so that all of them hear of one that fails or disagrees.
+        It serves forwards in which no rows travel (`WeightTravel`), and budgets of rows (`BoundedDispatcher`).
+
+        Returns:
+            Ready: the rows that this rank would hold. Here they are unknown.
         """
         self.dispatch(x, plan.without_rows(), weight)
+        return Ready()
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:  # noqa: B027
         """Tell the other ranks that this rank failed before its dispatch, so that none of them waits.
@@ -180,9 +185,10 @@ class SteppedDispatcher(Dispatcher):
     def _dispatch(self, x: Tensor, plan: Plan, weight: Tensor, beside: Beside | None) -> Batch:
         return finish(self.dispatch_steps(x, plan, weight), plan.call, beside)
 
-    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
         """Exchange notes and sizes, and stop where rows would leave."""
-        announce([self.dispatch_steps(x, plan.without_rows(), weight)], plan.call)
+        (ready,) = announce([self.dispatch_steps(x, plan, weight)], plan.call)
+        return ready
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
         """Bring rows back to their ranks and sum the rows of each token, as in `Dispatcher.combine`."""

@@ -75,10 +75,10 @@ class TensorParallelDispatcher(SteppedDispatcher):
             raise
         assert ready.counts is not None
         came, recv = yield from self._exchange_sizes(ready.counts, Note.tensor(x, weight, plan), plan.call)
-        yield Ready(came.sum(0), sum(recv))
+        visited = self._visited(plan.call)
+        yield Ready(came.sum(0), sum(recv), most=max(ready.most, ready.rows * len(visited)))
 
         batch = yield from inner
-        visited = self._visited(plan.call)
         slices = torch.tensor(visited, device=x.device).expand(ready.rows, -1)
         send = [ready.rows if slot in visited else 0 for slot in range(len(recv))]
         hop = Hop(Plan.of(slices, len(recv)), self.group, send, recv)

@@ -71,7 +71,7 @@ class FlatDispatcher(SteppedDispatcher):
         if capacity is not None:
             return (yield from self._dispatch_padded(x, plan.padded(capacity), weight))
         plan = plan.trimmed(sum(send))
-        yield Ready(came.sum(0), sum(recv))
+        yield Ready(came.sum(0), sum(recv), most=max(sum(send), sum(recv)))
         rows, weights = yield Rows((encode(x, plan), encode_weight(weight, plan)), send, recv, self.group)
         order, counts = reorder(came, "w l -> l w", rows=sum(recv))
         return self._hand_out(rows, weights, counts.sum(1), _Receipt(plan, send, recv, order, invert(order)))

@@ -197,7 +197,7 @@ class HierarchicalDispatcher(NodeLocalDispatcher):
 
     def _send_rows(self, x: Tensor, plan: Plan, weight: Tensor, sizes: _Sizes) -> Steps[Batch]:
         leave, passed, arrived = sizes.rows
-        yield Ready(sizes.arriving.sum((0, 1)), arrived)
+        yield Ready(sizes.arriving.sum((0, 1)), arrived, most=max(sizes.rows))
         first, _ = reorder(sizes.leaving, "n l e -> l n e", leave)
         plan = plan.reordered(first)  # `encode` then writes the send buffer, without another permutation
         both = encode(x, plan), encode_weight(weight, plan)

@@ -11,7 +11,7 @@ from .agreement import NAN_MESSAGE
 from .dispatcher import Batch, Dispatcher, Experts
 from .plan import Plan, Tokens
 from .reorder import decode, encode, encode_weight
-from .steps import Beside
+from .steps import Beside, Ready
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class LocalDispatcher(Dispatcher):
             return super().__call__(x, plan, weight, experts)
         _check_weight(weight)
         return experts(Tokens(x, plan), weight, plan.counts)
+
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
+        """The rows of the plan. There is nobody to agree with."""
+        return Ready(plan.counts, plan.token.shape[0])
 
     def is_static(self, plan: Plan) -> bool:
         """Always True."""

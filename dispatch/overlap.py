@@ -19,7 +19,8 @@ from torch.distributed import ProcessGroup
 from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
-from .steps import Beside, Steps, announce, interleave, prepare, refuse
+from .row_blocks import shares
+from .steps import Beside, Ready, Steps, announce, interleave, prepare, refuse
 from .torch_internals import in_backward
 from .traced import outside
 
@@ -83,13 +84,18 @@ class OverlapDispatcher(Dispatcher):
             self._trial.watch(y)
         return y
 
-    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
-        """For as many chunks as would travel: ranks that send them read these notes."""
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
+        """For as many chunks as would travel: ranks that send them read these notes. Their rows are added up."""
         degree = self._degree_now(x.device)
         if degree == 1:
             return self.inner.announce(x, plan, weight)
-        plan = plan.started(degree).without_rows()
-        return announce([self.inner.dispatch_steps(x, plan, weight) for _ in range(degree)], plan.call)
+        plan = plan.started(degree)
+        chunks = zip(*_cut(x, plan, weight, degree), strict=True)
+        every = announce([self.inner.dispatch_steps(*chunk) for chunk in chunks], plan.call)
+        if any(ready.counts is None for ready in every):
+            return Ready()
+        counts = torch.cat([ready.counts for ready in every if ready.counts is not None])
+        return Ready(counts, sum(ready.rows for ready in every), sum(ready.most for ready in every))
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
         """Dispatch of `inner`, without chunks."""
@@ -121,40 +127,11 @@ class OverlapDispatcher(Dispatcher):
 def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tensor, ...], list[Plan], tuple]:
     """Tokens, plans and weights of each chunk."""
     if plan.capacity is not None:
-        return (x,) * degree, _by_rows(plan, plan.capacity, degree), (weight,) * degree
-    sizes = _shares(x.shape[0], degree)
+        return (x,) * degree, [plan.part(i, degree) for i in range(degree)], (weight,) * degree
+    sizes = shares(x.shape[0], degree)
     whole = [Plan.of(expert, plan.counts.numel(), place=plan.place) for expert in plan.expert.split(sizes)]
     plans = [replace(part, call=plan.call) for part in whole]
     return x.split(sizes), plans, weight.split(sizes)
-
-
-def _shares(number: int, degree: int) -> list[int]:
-    """Cut a number into nearly equal parts.
-
-    >>> _shares(7, 3), _shares(1, 3)
-    ([2, 2, 3], [0, 0, 1])
-    """
-    return [(i + 1) * number // degree - i * number // degree for i in range(degree)]
-
-
-def _by_rows(plan: Plan, capacity: int, degree: int) -> list[Plan]:
-    """Cut a padded plan: each part has all tokens, and some of the `capacity` rows of each expert.
-
-    >>> [p.token.tolist() for p in _by_rows(Plan.of(torch.tensor([[0], [0], [1]]), 2, capacity=2), 2, degree=2)]
-    [[0, 2], [1, -1]]
-    """
-    shares = _shares(capacity, degree)
-    place = plan.slot % max(capacity, 1)  # position among the rows of the expert
-    rows = plan.token.view(plan.counts.numel(), capacity).split(shares, 1)
-    plans, first = [], 0
-    for share, token in zip(shares, rows, strict=True):
-        inside = (plan.slot >= 0) & (place >= first) & (place < first + share)
-        slot = torch.where(inside, plan.expert * share + place - first, -1)
-        expert = torch.where(inside, plan.expert, -1)
-        counts = torch.zeros_like(plan.counts) + share
-        plans.append(replace(plan, expert=expert, token=token.flatten(), slot=slot, counts=counts, capacity=share))
-        first += share
-    return plans
 
 
 class _Trial:

@@ -52,6 +52,7 @@ class LayerCall(NamedTuple):
         training: whether the layer is in training mode.
         chunks: number of chunks that exchange their sizes together (`OverlapDispatcher`).
         parallelism, shadow: values that the place had when the forward started.
+        max_rows: the budget of a `BoundedDispatcher`, 0 without one.
     """
 
     place: Place
@@ -60,6 +61,7 @@ class LayerCall(NamedTuple):
     chunks: int = 1
     parallelism: int = -1
     shadow: int = 0
+    max_rows: int = 0
 
     @property
     def tag(self) -> int:

@@ -140,6 +140,31 @@ class Plan:
         counts = self.counts.clamp(min=capacity)  # all equal; torch 2.13 fails to compile cumsum of a full tensor
         return replace(self, token=token, slot=slot, counts=counts, capacity=capacity)
 
+    def part(self, number: int, parts: int) -> Plan:
+        """Part `number` of a plan that is cut into `parts`: each has some of every expert's rows, for all tokens.
+
+        >>> plan = Plan.of(torch.tensor([[0], [0], [1]]), 2)
+        >>> [plan.part(i, 2).expert.flatten().tolist() for i in (0, 1)]
+        [[0, -1, -1], [-1, 0, 1]]
+        >>> [plan.padded(2).part(i, 2).token.tolist() for i in (0, 1)]
+        [[0, 2], [1, -1]]
+        """
+        experts = self.counts.numel()
+        start = (self.counts.cumsum(0) - self.counts)[self.expert.clamp(min=0)]
+        place = self.slot - start  # position among the rows of the expert
+        if self.capacity is None:
+            rows = self.counts[self.expert.clamp(min=0)]
+            inside = (self.slot >= 0) & (((place + 1) * parts - 1) // rows.clamp(min=1) == number)  # as `shares` cuts
+            whole = Plan.of(self.expert.masked_fill(~inside, -1), experts, place=self.place)
+            return replace(whole, call=self.call)
+        first, end = (i * self.capacity // parts for i in (number, number + 1))
+        inside = (self.slot >= 0) & (place >= first) & (place < end)
+        slot = torch.where(inside, self.expert * (end - first) + place - first, -1)
+        expert = torch.where(inside, self.expert, -1)
+        token = self.token.view(experts, self.capacity)[:, first:end].flatten()
+        counts = torch.zeros_like(self.counts) + end - first
+        return replace(self, expert=expert, token=token, slot=slot, counts=counts, capacity=end - first)
+
     def trimmed(self, rows: int) -> Plan:
         """The same plan without the empty rows at its end. `rows` is counts.sum(), known to the host."""
         return replace(self, token=self.token[:rows])

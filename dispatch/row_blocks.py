@@ -40,3 +40,12 @@ def invert(order: Tensor) -> Tensor:
     [1, 2, 0]
     """
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def shares(number: int, degree: int) -> list[int]:
+    """Cut a number into nearly equal parts.
+
+    >>> shares(7, 3), shares(1, 3)
+    ([2, 2, 3], [0, 0, 1])
+    """
+    return [(i + 1) * number // degree - i * number // degree for i in range(degree)]

@@ -2,7 +2,8 @@
 
 A generator yields what it needs and is sent the answer: sizes from other ranks, numbers on the host, or rows. `finish`
 runs one generator by itself. `prepare` and `interleave` run the generators of several chunks together: all chunks
-share the exchanges of sizes, and rows of one chunk travel while the experts compute another.
+share the exchanges of sizes, and rows of one chunk travel while the experts compute another. `interleaved` is the same
+inside a generator, for rows that make two exchanges: one piece makes the second while the next piece makes the first.
 """
 
 from __future__ import annotations
@@ -52,13 +53,18 @@ class Read(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Request for `all_to_all` of these tensors. The answer is the received tensors."""
+    """Request for `all_to_all` of these tensors. The answer is the received tensors.
+
+    With ``at_once=True`` the answer is the exchange under way, without a wait. Yield that to wait for its tensors. So
+    one generator can have several exchanges under way.
+    """
 
     tensors: tuple[Tensor, ...]
     send: list[int] | None
     recv: list[int] | None
     group: ProcessGroup
     wire: Wire | None = None  # format in which the first tensor is sent
+    at_once: bool = False
 
     def start(self, call: LayerCall | None) -> Travel | Arrived:
         """Start the exchange."""
@@ -69,14 +75,16 @@ class Rows(NamedTuple):
 class Ready(NamedTuple):
     """No request: it says that a chunk is prepared, and that only `Rows` follow.
 
-    In a dispatch, `counts` int64 [L] and `rows` tell the size of its `Batch`.
+    In a dispatch, `counts` int64 [L] and `rows` tell the size of its `Batch`. `most` is the largest number of rows that
+    this rank sends, passes on or receives in any of its exchanges.
     """
 
     counts: Tensor | None = None
     rows: int = 0
+    most: int = 0
 
 
-Ask: TypeAlias = Sizes | Read | Rows | Ready
+Ask: TypeAlias = Sizes | Read | Rows | Ready | Travel | Arrived
 Steps: TypeAlias = Generator[Ask, Any, Result]
 
 
@@ -117,8 +125,11 @@ def finish(steps: Steps[Result], call: LayerCall | None = None, beside: Beside |
             return returned(end)
         if isinstance(ask, Ready):
             answer = None
-        elif isinstance(ask, Rows):
-            travel = ask.start(call)
+        elif isinstance(ask, Rows | Travel | Arrived):
+            travel = ask.start(call) if isinstance(ask, Rows) else ask
+            if isinstance(ask, Rows) and ask.at_once:
+                answer = travel
+                continue
             if beside is not None:
                 beside()
             answer = travel.wait()
@@ -131,13 +142,15 @@ def returned(end: StopIteration) -> Any:
     return end.args[0] if end.args else None
 
 
-def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
+def prepare(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
     """Run the generators of all chunks until they are ready. They share every exchange of sizes and every host sync."""
     asked = [next(chunk) for chunk in chunks]
     while isinstance(asked[0], Sizes | Read):
         answers = asked[0].answer(asked, call)  # pyright: ignore[reportArgumentType]
         asked = [chunk.send(answer) for chunk, answer in zip(chunks, answers, strict=True)]
-    assert all(isinstance(ask, Ready) for ask in asked), "a chunk sent rows before it was ready"
+    ready = [ask for ask in asked if isinstance(ask, Ready)]
+    assert len(ready) == len(asked), "a chunk sent rows before it was ready"
+    return ready
 
 
 def until_ready(steps: Steps) -> Steps[Ready]:
@@ -151,18 +164,28 @@ def until_ready(steps: Steps) -> Steps[Ready]:
 def interleave(
     chunks: Sequence[Steps[Result]], call: LayerCall | None = None, beside: Beside | None = None
 ) -> list[Result]:
-    """Run the generators of several prepared chunks, so that rows of one travel while another computes.
+    """Run the generators of several prepared chunks as `interleaved` does. `beside` is computed before the first wait.
+
+    Returns:
+        What the generators return, in the order of chunks.
+    """
+    return finish(interleaved(chunks), call, beside)
+
+
+def interleaved(chunks: Sequence[Steps[Result]]) -> Steps[list[Result]]:
+    """Run the generators of several chunks inside another one, so that rows of one travel while another computes.
 
     In each round one more chunk starts. Every other chunk makes one step: it waits for its rows, computes, and sends
     the next rows. The newest chunk goes first, so that its rows travel while older chunks compute. For three chunks
-    with one exchange to the experts (o), the experts (E) and one exchange back (h), rounds are lines::
+    with one exchange to the experts (o), the experts (E) and one exchange back (h)::
 
-        0: start o
-        1: wait o, E, start h      after  1: start o
-        0: wait h                  after  1: wait o, E, start h      after  2: start o
+        round 0   chunk 0: start o
+        round 1   chunk 1: start o                chunk 0: wait o, E, start h
+        round 2   chunk 2: start o                chunk 1: wait o, E, start h    chunk 0: wait h
+        round 3   chunk 2: wait o, E, start h     chunk 1: wait h
+        round 4   chunk 2: wait h
 
     Autograd runs the backward in reverse, with starts in place of waits, so the backward is interleaved as well.
-    `beside` is computed before the first wait.
 
     Returns:
         What the generators return, in the order of chunks.
@@ -174,25 +197,25 @@ def interleave(
         under_way += [(number, None) for number in islice(numbers, 1)]
         still = []
         for number, travel in reversed(under_way):
-            answer = None if travel is None else travel.wait()
+            answer = None if travel is None else (yield travel)
             try:
                 ask = chunks[number].send(answer)
+                while isinstance(ask, Rows) and ask.at_once:
+                    ask = chunks[number].send((yield ask))
             except StopIteration as end:
                 done[number] = returned(end)
                 continue
-            assert isinstance(ask, Rows)
-            still.append((number, ask.start(call)))
+            still.append((number, (yield ask._replace(at_once=True)) if isinstance(ask, Rows) else ask))
         under_way = still[::-1]
-        if beside is not None:
-            beside()
     return [done[number] for number in range(len(chunks))]
 
 
-def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> None:
-    """Agree with the other ranks in place of a dispatch whose rows stay where they are, and stop there."""
-    prepare(chunks, call)
+def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
+    """Agree with the other ranks and exchange sizes, and stop before rows leave. Returns what each chunk would hold."""
+    ready = prepare(chunks, call)
     for chunk in chunks:
         chunk.close()
+    return ready
 
 
 def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:

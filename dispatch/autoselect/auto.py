@@ -23,7 +23,7 @@ from ..node import NodeDispatcher
 from ..overlap import OverlapDispatcher
 from ..place import Place
 from ..plan import Plan
-from ..steps import Beside, Steps
+from ..steps import Beside, Ready, Steps
 from ..traced import Sealed, outside
 from ..wire import Wire, row_bytes
 from .measure import measure
@@ -114,9 +114,9 @@ class AutoDispatcher(SteppedDispatcher):
             return outside(self, x, plan, weight, experts)
         return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel())(x, plan, weight, experts, beside)
 
-    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> None:
+    def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
         """Take part in the choice, if it is still to be made, and announce every chunk then."""
-        self._in_chunks(x, plan.expert.shape[1], plan.counts.numel()).announce(x, plan, weight)
+        return self._in_chunks(x, plan.expert.shape[1], plan.counts.numel()).announce(x, plan, weight)
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Take part in the choice if it is not made yet, then refuse every chunk."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...dispatch.autoselect.profile import Choice
 from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.expert_tp import TensorParallelDispatcher
 from ...dispatch.hierarchical import HierarchicalDispatcher
 from ...dispatch.node import NodeDispatcher
 from ...dispatch.overlap import OverlapDispatcher
@@ -21,7 +20,7 @@ from ..layer import MoE
 from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
-from .measured_costs import auto_of
+from .measured_costs import auto_of, with_auto
 from .placement import plan_placement
 from .weight_travel import can_gather, chosen
 
@@ -222,9 +221,7 @@ class AdaptiveLayer:
                 layer.weights = replace(new, free=travel.free)
         wanted = Choice(choice.transport, choice.chunks)
         if choice.parallelism and auto is not None and auto.chosen != wanted:
-            new = auto.using(wanted)
-            outer = layer.dispatcher
-            layer.dispatcher = replace(outer, inner=new) if isinstance(outer, TensorParallelDispatcher) else new
+            layer.dispatcher = with_auto(layer.dispatcher, auto.using(wanted))
 
 
 def owners(order: Sequence[int], ranks: int) -> tuple[int, ...]:

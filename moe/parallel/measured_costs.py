@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from ...dispatch.autoselect.measure import measure, measure_copy, measure_link
 from ...dispatch.autoselect.profile import Link, Profile, Work
 from ...dispatch.compressed import CompressedDispatcher
 from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.expert_tp import TensorParallelDispatcher
 from ...dispatch.wire import Wire, row_bytes
 from ..layer import MoE
 from .costs import LayerCosts
@@ -124,18 +124,24 @@ def _once(layer: MoE, rows: int, device: torch.device, group: ProcessGroup | Non
     return time.perf_counter() - start
 
 
-def auto_of(dispatcher: Dispatcher) -> AutoDispatcher | None:
-    """The `AutoDispatcher` of a layer, whose transport and chunks may be chosen; None if it has none."""
-    inner = dispatcher.inner if isinstance(dispatcher, TensorParallelDispatcher) else dispatcher
-    return inner if isinstance(inner, AutoDispatcher) else None
+def auto_of(dispatcher: Any) -> AutoDispatcher | None:
+    """The `AutoDispatcher` of a layer, inside others or alone, whose transport and chunks may be chosen; or None."""
+    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher):
+        dispatcher = getattr(dispatcher, "inner", None)
+    return dispatcher
+
+
+def with_auto(dispatcher: Any, auto: AutoDispatcher) -> Dispatcher:
+    """The dispatcher of a layer with another `AutoDispatcher` in place of its own."""
+    if isinstance(dispatcher, AutoDispatcher):
+        return auto
+    return replace(dispatcher, inner=with_auto(dispatcher.inner, auto))
 
 
 def _wire(dispatcher: Any) -> Wire | None:
-    while dispatcher is not None:
-        if isinstance(dispatcher, AutoDispatcher | CompressedDispatcher):
-            return dispatcher.wire
+    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher | CompressedDispatcher):
         dispatcher = getattr(dispatcher, "inner", None)
-    return None
+    return None if dispatcher is None else dispatcher.wire
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -8,7 +8,7 @@ backward sums the copies' gradients where the parameter lies. See docs/explanati
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,7 +117,9 @@ class WeightTravel:
         _check_gatherable(experts, self)
         plan = plan.started()
         if self.parallelism == 0:
-            dispatcher.announce(x, plan, weight)  # a rank that disagrees, or has failed, is heard before the gather
+            dispatcher.announce(
+                x, plan.without_rows(), weight
+            )  # a rank that disagrees, or has failed, is heard before the gather
             return LocalDispatcher()(x, plan, weight, self.gathered(experts, plan.call))
         travels = self._sliced(experts, plan.call)
         if not self.shadow:
@@ -155,14 +157,7 @@ class WeightTravel:
         """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
         if self.parallelism == _size(self.etp):
             return experts
-        made: list[Compute] = []
-
-        def compute(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-            if not made:
-                made.append(with_copies(experts, lambda: self._whole_slices(experts, self.parallelism, call)))
-            return made[0](rows, weight, counts)
-
-        return compute
+        return _GatheredOnce(lambda: with_copies(experts, lambda: self._whole_slices(experts, self.parallelism, call)))
 
     def _whole_slices(
         self, experts: Experts, blocks: int, call: LayerCall | None, places: list[int] | None = None
@@ -189,6 +184,23 @@ class WeightTravel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightTravel:
         return self  # immutable, and process groups cannot be copied
+
+
+class _GatheredOnce:
+    """Experts that are gathered in their first call, or before it by `gather_weights` (`BoundedDispatcher`)."""
+
+    def __init__(self, make: Callable[[], Compute]) -> None:
+        self._make = make
+        self._made: Compute | None = None
+
+    def gather_weights(self) -> Compute:
+        """Gather the experts, unless that is done."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __call__(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return self.gather_weights()(rows, weight, counts)
 
 
 def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, **choice: Any) -> WeightTravel:
