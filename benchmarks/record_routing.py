@@ -38,7 +38,7 @@ def routings(experts: int, text: torch.Tensor, after: tuple[int, ...]) -> dict[s
     optimizer, scaler, found = steps.adamw(model, job.lr), GradScaler("cpu", enabled=False), {}
     for step in range(max(after) + 1):
         tokens = steps.batch(job, text, step, meshes)
-        with record(model.parts) as seen:
+        with record(model) as seen:
             steps.train(model, optimizer, scaler, tokens, job.lr_at(step))
         if step in after:
             found[f"experts {experts}, step {step}"] = seen.numpy().astype(np.uint8)

@@ -67,7 +67,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped), Spikes()
     adaptive = None
     if (job.adapt or job.place or job.watch) and not job.dense:
-        adaptive = Adaptive(model.parts, meshes, optimizer if job.place else None, every=job.log_every)
+        adaptive = Adaptive(model, meshes, optimizer if job.place else None, every=job.log_every)
     watch = Watch(meshes) if job.watch and adaptive else None
     silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty() or job.watch, False, first
 
