@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import OverlapDispatcher
-from turnout.moe import Adaptive, Capacity, MoE, Routing, parallelize
+from turnout.moe import Adaptive, Capacity, MoE, Routing, parallelize, param_groups, plan_placement
 
 TRACES = Path(__file__).parent / "data" / "routing.npz"
-EVERY, SETTLES = 2, 7  # steps between two decisions; decisions until a choice stays
+EVERY, SETTLES = 4, 7  # steps between two decisions; decisions until a choice stays
 
 
 def drawn(tokens: int, E: int, k: int) -> Tensor:
@@ -95,7 +96,8 @@ def measure(E: int, tokens: int, capacity: float | None, args: argparse.Namespac
     static = parallelize(MoE(args.dim, args.hidden, E, **options), mesh, "flat")
     dispatcher = static.dispatcher
     auto = parallelize(MoE(args.dim, args.hidden, E, **options), mesh, parallelism="auto")
-    adaptive = Adaptive(auto, mesh, every=EVERY)
+    optimizer = torch.optim.SGD(param_groups(auto), lr=0.0) if capacity is None else None  # with it, experts may move
+    adaptive = Adaptive(auto, mesh, optimizer, every=EVERY)
     expert = traced(tokens, E) if capacity is None else drawn(tokens, E, k)
     routing, x = routing_of(expert, E), torch.randn(tokens, args.dim, requires_grad=True)
     load = torch.bincount(expert.flatten(), minlength=E)
@@ -114,24 +116,42 @@ def measure(E: int, tokens: int, capacity: float | None, args: argparse.Namespac
             seconds[name] += [took] if counted else []
         took = once(auto, x, routing, adaptive)
         seconds["auto"] += [took] if counted else []
-    report = adaptive.reports[""]
-    ranks = load.view(W // slices, -1).sum(1).double()
+    (inner,) = adaptive._layers.values()
+    assert inner.load is not None
+    predicted = {n: inner.costs.predict(inner.load, [r], [hot], ["flat"], [c]) for n, (r, hot, c) in choices.items()}
+
+    def uneven(order: Sequence[int]) -> float:
+        ranks = load[list(order)].view(W // slices, -1).sum(1).double()
+        return float(ranks.max() / ranks.mean())
+
     return {
-        "experts": E, "ranks": W, "tokens": tokens, "capacity": capacity, "chosen": str(report.choice),
-        "predicted": report.predicted, "load": load.tolist(), "imbalance": float(ranks.max() / ranks.mean()),
+        **{"experts": E, "ranks": W, "tokens": tokens, "capacity": capacity, "load": load.tolist()},
+        "chosen": str(adaptive.reports[""].choice),
+        "imbalance": uneven(range(E)),  # largest load of a rank over the mean, without and with placement
+        "placed": uneven(auto.experts.order),
+        "planned": uneven(plan_placement(load, W // slices).order),
         "ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
-    }  # fmt: skip
+        "predicted": {name: 1e3 * next(iter(found.values())) for name, found in predicted.items()},
+    }
+
+
+def told(case: dict[str, Any], name: str) -> str:
+    """Measured milliseconds, and in brackets what is predicted."""
+    predicted = f" ({case['predicted'][name]:.0f})" if name in case["predicted"] else ""
+    return f"{case['ms'][name]:.0f}{predicted}" if name in case["ms"] else ""
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """The cases as markdown, and how far `Adaptive` is from the best, the worst and plain expert parallelism."""
     names = list(dict.fromkeys(name for case in cases for name in case["ms"]))
-    lines = [f"| E / W | tokens | capacity | {' | '.join(names)} | auto chose | auto / best |"]
+    kind = "capacity" if cases[0]["capacity"] else "rank load, largest / mean: at first / chosen / planned"
+    lines = [f"| E / W | tokens | {kind} | {' | '.join(names)} | auto chose | auto / best |"]
     lines.append("|" + "---|" * (len(names) + 5))
     for case in cases:
         best = min(t for name, t in case["ms"].items() if name != "auto")
-        times = [f"{case['ms'][name]:.0f}" if name in case["ms"] else "" for name in names]
-        kind = f"{case['capacity']:g}" if case["capacity"] else f"skewed, {case['imbalance']:.2f}"
+        times = [told(case, name) for name in names]
+        uneven = (f"{case[name]:.2f}" for name in ("imbalance", "placed", "planned"))
+        kind = f"{case['capacity']:g}" if case["capacity"] else " / ".join(uneven)
         ratio = case["ms"]["auto"] / best
         lines.append(
             f"| {case['experts']} / {case['ranks']} | {case['tokens']} | {kind} | {' | '.join(times)} | "

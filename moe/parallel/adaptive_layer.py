@@ -87,7 +87,7 @@ class AdaptiveLayer:
 
     load: LayerLoad | None = None  # of the last steps
     forwards: float = 0.0
-    waited: int = 0  # decisions since experts have moved
+    waited: int = WAITS - 1  # decisions since experts have moved
 
     def __post_init__(self) -> None:
         self.timer.attach(self.layer)

@@ -143,7 +143,6 @@ def moving(expected: list, x) -> tuple:
         each.costs = replace(
             each.costs, links=Profile(4, 1, SLOW, Link(0.0, 0.0, 1.0)), expert_bytes=1, learned_bytes=1
         )
-        each.waited = adaptive_layer.WAITS - 2
 
     def end_of_step() -> None:
         sync_gradients(model, mesh)

@@ -53,8 +53,7 @@ def test_a_table_takes_the_place_of_the_last_one_on_a_terminal(out, monkeypatch)
 
 @pytest.mark.slow
 def test_the_job_adapts_and_shows_it(text, tmp_path):
-    flags = "--adapt --place --watch --steps 6 --log-every 2 --experts 4 --eval-every 6 --save-every 6".split()
-    done = run(tmp_path, "--data", text, *flags, ranks=2)
+    done = run(tmp_path, "--data", text, *"--adapt --place --watch --steps 6 --log-every 2".split(), ranks=2)
     assert result(done)["steps"] == 6
     assert done.stderr.count("all layers") == 3
     assert "blocks.1.feed_forward" in done.stderr
