@@ -14,6 +14,7 @@ from turnout.moe.parallel.costs import LayerChoice
 from watch import Watch, table
 
 CHOICE = LayerChoice(1, 1, "flat", 2)
+FLAGS = ("--adapt", "--place", "--watch", "--steps", "6", "--log-every", "2")
 REPORTS = {
     "blocks.1.feed_forward": LayerReport(CHOICE, (0,), (60, 20, 20, 20), 3.0, 2.5, 0.75),
     "blocks.3.feed_forward": LayerReport(CHOICE._replace(shadow=0), (), (10, 0, 10, 20), 3.0, 1.5, 0.25),
@@ -53,7 +54,7 @@ def test_a_table_takes_the_place_of_the_last_one_on_a_terminal(out, monkeypatch)
 
 @pytest.mark.slow
 def test_the_job_adapts_and_shows_it(text, tmp_path):
-    done = run(tmp_path, "--data", text, *"--adapt --place --watch --steps 6 --log-every 2".split(), ranks=2)
+    done = run(tmp_path, "--data", text, *FLAGS, ranks=2)
     assert result(done)["steps"] == 6
     assert done.stderr.count("all layers") == 3
     assert "blocks.1.feed_forward" in done.stderr
