@@ -20,7 +20,7 @@ from .parallel.gradients import clip_grad_norm_, param_groups, sync_gradients
 from .parallel.loads import load
 from .parallel.parallelize import expert_parameters, fully_shard_experts, parallelize
 from .parallel.place_experts import place_experts
-from .parallel.placement import PlacementPlan, plan_placement
+from .parallel.plan_placement import PlacementPlan, plan_placement
 from .parallel.replicas import ReplicaError, check_replicas
 from .routing import Routing
 from .stats import Load, Stats

@@ -21,7 +21,7 @@ from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
 from .measured_costs import auto_of, with_auto
-from .placement import plan_placement
+from .plan_placement import plan_placement
 from .weight_travel import can_gather, chosen
 
 log = logging.getLogger(__name__)

@@ -49,7 +49,8 @@ def place_experts(
             one that is made later to another call.
         orders: for each name in ``model.named_modules()`` of an MoE layer, the global id of the expert in each slot, as
             `plan_placement` gives it. Rank r of W gets the experts in slots [r*E/W, (r+1)*E/W). Layers left out stay as
-            they are. None brings all experts back to where `parallelize` has put them.
+            they are. None brings all experts back to where `parallelize` has put them. Where one rank has all experts
+            of a layer, nothing moves.
 
     Raises:
         ValueError: no such layer, an order that does not have each expert once, a layer that is not parallelized,
@@ -74,7 +75,7 @@ def place_experts(
             module.reshard()  # after an evaluation the root is whole
     try:
         moves = list(_moves(moe_layers(model), optimizers, orders))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of any kind: the other ranks wait for this one
         fault = error
     everyone = axes.token_group(mesh)
     if everyone is not None:
@@ -88,13 +89,15 @@ def place_experts(
 
 
 def keep_global_order(optimizer: Optimizer, model: nn.Module) -> None:
-    """Let state dicts of an optimizer have the experts of a model in the order of global ids, from now on."""
-    hooks = hooks_of(optimizer)
+    """Let state dicts of an optimizer have the experts of a model in the order of global ids, if some are placed."""
+    hooks, experts = hooks_of(optimizer), [module for module in model.modules() if isinstance(module, Experts)]
+    if hooks is None and not any(each.placement for each in experts):
+        return
     if hooks is None:
         hooks = vars(optimizer)["_global_order"] = _GlobalOrder()  # a copy of the optimizer loses it, as it does hooks
         optimizer.register_state_dict_post_hook(hooks.after_state_dict)
         optimizer.register_load_state_dict_pre_hook(hooks.before_load)
-    hooks.experts = [*dict.fromkeys([*hooks.experts, *(m for m in model.modules() if isinstance(m, Experts))])]
+    hooks.experts = [*dict.fromkeys([*hooks.experts, *experts])]
 
 
 def hooks_of(optimizer: Optimizer) -> _GlobalOrder | None:
