@@ -257,21 +257,16 @@ class NodeDispatcher(NodeLocalDispatcher):
         tables = [[[*islice(host, s.shape[1])] for _ in range(p)] for s in splits]
         every = [[*islice(host, NOTE + 2)] for _ in range(nodes * peers)]
         capacity, k = agree([line[:NOTE] for line in every], call), max(line[NOTE] for line in every)
-        pieces = pieces_of(max(line[NOTE + 1] for line in every), nodes, self._most)
+        pieces = self._pieces(max(line[NOTE + 1] for line in every))
         send, recv, send_inside, recv_inside = (_merged(table, pieces) for table in tables)
         between, inside = [*zip(send, recv, strict=True)], [*zip(send_inside, recv_inside, strict=True)]
         blocks = reduce(blocks, "(pieces p) l e n -> pieces l e n", "sum", pieces=pieces)
         return _Sizes(between, inside, blocks, capacity, k)
 
-
-def pieces_of(bytes: int, nodes: int, most: int = PIECES) -> int:
-    """Number of pieces for the bytes of rows that the rank with most of them sends to all nodes.
-
-    >>> pieces_of(4 * PIECE, nodes=2), pieces_of(100, nodes=2), pieces_of(100 * PIECE, nodes=2)
-    (2, 1, 4)
-    """
-    fitting = bytes // (nodes * PIECE)
-    return max(n for n in range(1, most + 1) if most % n == 0 and n <= max(fitting, 1))
+    def _pieces(self, bytes: int) -> int:
+        """Number of pieces for the bytes of rows that the rank with most of them sends to all nodes."""
+        fitting = bytes // (self.shape[0] * PIECE)
+        return max(n for n in range(1, self._most + 1) if self._most % n == 0 and n <= max(fitting, 1))
 
 
 def _merged(table: list[list[int]], pieces: int) -> list[list[int]]:

@@ -9,8 +9,6 @@ from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ..node import pieces_of
-
 TRANSPORTS = ("flat", "2dh", "node")
 DEGREES = (1, 2, 4)  # numbers of chunks to choose from
 EXCHANGES = 3  # all-to-alls of a chunk in the forward, and again in the backward: rows, their weights, and outputs
@@ -133,8 +131,7 @@ class Profile:
         There are N nodes of M ranks. Rank w gets the share s_w of all T k rows that each rank sends out, 1 / (N M) if
         tokens choose evenly. A link takes the time of the rank that sends or receives most over it. Flat sends each row
         straight to its rank. 2DH collects rows inside the node, at the rank whose local number is that of their
-        destination. Node-deduplicated sends a token to a node once, however many of its experts are there, and its
-        pieces are on both links at the same time.
+        destination. Node-deduplicated sends a token to a node once, however many of its experts are there.
 
         With n chunks, the exchanges of one chunk take t = exchanges * alpha + bytes / n * beta. The experts take c for
         all chunks together, and twice that in the backward. Forward and backward then take, each::
@@ -164,13 +161,10 @@ class Profile:
 
         def seconds(name: str) -> float:
             between, inside = (size * rows / degree for rows in sent[name])  # bytes of one exchange of a chunk
-            pieces = pieces_of(int(between), n) if name == "node" else 1
-            both = self.between.time(0, 0, between), self.inside.time(0, 0, inside)
-            once = (sum(both) + (pieces - 1) * max(both)) / pieces  # one link sends a piece while the other has one
-            backward = EXCHANGES * pieces * alphas[name] + ROWS * once
-            out = pieces * ids if name == "node" else 0.0
-            passes = ((backward + out, compute), (backward, 2 * compute))
-            return alphas[name] + sum(t + max(c, (degree - 1) * t) for t, c in passes)
+            bytes = self.between.time(0, 0, between) + self.inside.time(0, 0, inside)
+            backward = EXCHANGES * alphas[name] + ROWS * bytes
+            both = ((backward + (ids if name == "node" else 0.0), compute), (backward, 2 * compute))
+            return alphas[name] + sum(t + max(c, (degree - 1) * t) for t, c in both)
 
         return {name: seconds(name) for name in TRANSPORTS}
 

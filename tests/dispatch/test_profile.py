@@ -210,15 +210,6 @@ def test_uneven_shares_against_a_sum_over_ranks(drawn, travels):
     assert found <= 4 * busiest(between["2dh"]) * (1 + 1e-9)  # a token crosses at most as often as its rows
 
 
-def test_pieces_of_a_node_share_the_time_of_both_links():
-    """4 pieces of 1 s between nodes and 0.5 s inside: the links end after 4.5 s, not after 6."""
-    message = Message(tokens=2**16, row_bytes=64, top_k=2, num_experts=64)  # large enough for all four pieces
-    between = cluster(4, 2, FREE, Link(0, 0, 1.0)).predict(message)["node"]
-    inside = cluster(4, 2, Link(0, 0, 1.0), FREE).predict(message)["node"]
-    both = cluster(4, 2, Link(0, 0, 1.0), Link(0, 0, 1.0)).predict(message)["node"]
-    assert both == pytest.approx(max(between, inside) + min(between, inside) / 4)
-
-
 def test_work_that_was_measured_counts_for_the_rank_with_most_rows():
     message = Message(tokens=10, row_bytes=1, top_k=2, num_experts=8, shares=(0.5, 0.2, 0.2, 0.1), work=Work(1.0, 3.0))
     found = cluster(4, 1, FREE, FREE).predict(message)["flat"]
