@@ -68,6 +68,7 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     adaptive = None
     if (job.adapt or job.place or job.watch) and not job.dense:
         adaptive = Adaptive(model, meshes, optimizer if job.place else None, every=job.log_every)
+        logging.getLogger("turnout").setLevel(logging.INFO)  # it says what it changes
     watch = Watch(meshes) if job.watch and adaptive else None
     silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty() or job.watch, False, first
 

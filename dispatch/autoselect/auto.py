@@ -164,7 +164,7 @@ class AutoDispatcher(SteppedDispatcher):
         if dist.get_rank(self.group) == 0:
             (name, degree), predicted = choice, {n: self.profile.predict(message, n) for n in self.degrees}
             times = "; ".join(
-                f"in {n}: " + ", ".join(f"{which} {1e3 * t:.3g} ms" for which, t in seconds.items())
+                f"in {n}: " + ", ".join(f"{which} {1e3 * seconds[which]:.3g} ms" for which in self.transports)
                 for n, seconds in predicted.items()
             )
             log.info(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -71,7 +71,7 @@ class Message:
     """What one forward of a layer sends and computes.
 
     Attributes:
-        tokens: T, on the rank with the most tokens.
+        tokens: T, on the rank with the most tokens, or on a mean one.
         row_bytes: bytes of a row as it is sent: D times the bytes of a number.
         top_k: experts of each token.
         num_experts: number of experts E, on all ranks together.
@@ -82,14 +82,14 @@ class Message:
         work: measured time of the experts' rows; None, the default, estimates it from `row_flops`.
     """
 
-    tokens: int
+    tokens: float
     row_bytes: int
     top_k: int
     num_experts: int
     row_flops: float = 0.0
     narrow: bool = False
-    shares: tuple[float, ...] | None = None
-    work: Work | None = None
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
+    work: Work | None = field(default=None, repr=False)
 
 
 class Choice(NamedTuple):
@@ -251,8 +251,8 @@ class Profile:
 
 
 def _seconds(costs: Costs, name: str) -> Costs:
-    for field in fields(costs):
-        value = getattr(costs, field.name)
+    for each in fields(costs):
+        value = getattr(costs, each.name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
-            raise ValueError(f"{name}.{field.name} must be seconds, a number of at least 0; got {value!r}")
+            raise ValueError(f"{name}.{each.name} must be seconds, a number of at least 0; got {value!r}")
     return costs

@@ -163,7 +163,8 @@ class AdaptiveLayer:
         return order
 
     def _predicted(self, load: LayerLoad, choice: LayerChoice) -> float:
-        return self.costs.predict(load, *([part] for part in choice))[choice]
+        r, shadow, transport, chunks = choice
+        return self.costs.predict(load, [r], [shadow], [transport], [chunks])[choice]
 
     def _load(self, tokens: float) -> LayerLoad:
         """The load after capacity. Every expert of a padded layer computes as many rows as its limit."""

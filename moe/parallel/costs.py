@@ -15,6 +15,9 @@ from ...dispatch.autoselect.profile import EXCHANGES, ROWS, TRANSPORTS, Link, Me
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of shadowed experts to choose from
 
 
+Kind = tuple[int, bool, str, bool]
+
+
 class LayerChoice(NamedTuple):
     """How a layer brings tokens and experts together.
 
@@ -30,7 +33,7 @@ class LayerChoice(NamedTuple):
     chunks: int
 
     @property
-    def kind(self) -> tuple[int, bool, str, bool]:
+    def kind(self) -> Kind:
         """What choices of one kind have in common. They differ in numbers alone, which are left to the predictions."""
         return self.parallelism, self.shadow > 0, self.transport, self.chunks > 1
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from math import log2
 from typing import NamedTuple
 
-from .costs import LayerChoice, LayerLoad
+from .costs import Kind, LayerChoice, LayerLoad
 
 GAIN = 0.1  # share of the time that a change must be predicted to save
-DOUBT = 0.3  # a prediction may be wrong by so much: what might be faster then is tried once
+DOUBT = 0.3  # a prediction may be wrong by so much for a kind of choice that was never tried
 TRIALS = 4  # choices that are tried in one bucket, besides the first
 DRIFT = 1.5  # a settled choice that takes so many times as long is doubted again
 
@@ -49,35 +49,41 @@ class Bucket(NamedTuple):
 
 
 def decide(
-    predicted: Mapping[LayerChoice, float], measured: Mapping[LayerChoice, float], current: LayerChoice
+    predicted: Mapping[LayerChoice, float],
+    measured: Mapping[LayerChoice, float],
+    ratios: Mapping[Kind, float],
+    current: LayerChoice,
 ) -> LayerChoice:
     """What to do in the next steps: try a choice, keep the current one, or go back to a faster one.
 
-    Measured times scale the predictions: the smallest ratio counts. A choice is tried if its scaled prediction, less
-    `DOUBT`, is at least `GAIN` below the best measured time. One choice of each kind is tried, the best predicted
-    first. When none is left, the fastest measured one stays.
+    A kind that was tried with any load has its ratio of measured to predicted time, which corrects predictions. A kind
+    that was never tried may be better than all others by `DOUBT`. A choice of a kind that was not tried in this bucket
+    is tried if it is then expected to save `GAIN` of the best measured time, the best one first. When none is left, the
+    fastest measured one stays.
 
     Args:
         predicted: seconds of each allowed choice.
-        measured: seconds of choices that have been in use, the current one among them.
+        measured: seconds of choices that have been in use in this bucket, the current one among them.
+        ratios: measured to predicted time of each kind that was ever in use, the current one among them.
         current: the choice in use.
 
     >>> one, all_ = LayerChoice(1, 0, "flat", 1), LayerChoice(0, 0, "flat", 1)
-    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0}, one).parallelism  # may save half: it is tried
+    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0}, {one.kind: 2.0}, one).parallelism  # may save half: it is tried
     0
-    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0, all_: 5.0}, all_).parallelism  # it took longer: back
+    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0, all_: 5.0}, {one.kind: 2.0, all_.kind: 5.0}, all_).parallelism  # back
     1
-    >>> decide({one: 2.0, all_: 3.0}, {one: 4.0}, one).parallelism  # not worth a trial
+    >>> decide({one: 2.0, all_: 3.0}, {one: 4.0}, {one.kind: 2.0}, one).parallelism  # not worth a trial
+    1
+    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0}, {one.kind: 2.0, all_.kind: 5.0}, one).parallelism  # it is known
     1
     """
     fastest = min(measured, key=lambda choice: (measured[choice], choice != current, choice))
     if len(measured) <= TRIALS:
-        scale = min((measured[c] / predicted[c] for c in measured if c in predicted), default=1.0)
-        tried = {choice.kind for choice in measured}
-        hopes = {c: seconds * scale * (1 - DOUBT) for c, seconds in predicted.items() if c.kind not in tried}
-        hope = min(hopes, key=lambda choice: (hopes[choice], choice), default=current)
-        if hopes and hopes[hope] < (1 - GAIN) * measured[fastest]:
-            return hope
+        unknown, tried = (1 - DOUBT) * min(ratios.values()), {choice.kind for choice in measured}
+        expected = {c: s * ratios.get(c.kind, unknown) for c, s in predicted.items() if c.kind not in tried}
+        best = min(expected, key=lambda choice: (expected[choice], choice), default=current)
+        if expected and expected[best] < (1 - GAIN) * measured[fastest]:
+            return best
     return fastest
 
 
@@ -90,12 +96,15 @@ class Decisions:
         bucket: the bucket of the last load.
         measured: seconds of choices that were tried, by bucket.
         settled: choices that stay, by bucket, with their seconds when they were settled.
+        ratios: measured to predicted time of each kind that was in use. Relations between kinds were measured when they
+            were tried; the level is that of the last steps.
     """
 
     choice: LayerChoice
     bucket: Bucket | None = None
     measured: dict[Bucket, dict[LayerChoice, float]] = field(default_factory=dict)
     settled: dict[Bucket, tuple[LayerChoice, float]] = field(default_factory=dict)
+    ratios: dict[Kind, float] = field(default_factory=dict)
     drifts: int = 0
 
     def seconds(self, choice: LayerChoice) -> float | None:
@@ -107,8 +116,9 @@ class Decisions:
     ) -> LayerChoice:
         """The choice for the next steps.
 
-        Within one bucket it changes a bounded number of times, whatever is measured, and then stays. A bucket that
-        comes again has its choice at once.
+        Within one bucket it changes a bounded number of times, whatever is measured, and then stays. Kinds that were
+        tried are tried in another bucket only if they are expected to save `GAIN`. A bucket that comes again has its
+        choice at once.
 
         Args:
             load: load of the last steps.
@@ -125,6 +135,7 @@ class Decisions:
                 self.choice = stays
                 return stays
             del self.settled[self.bucket], self.measured[self.bucket]
+            self.ratios = {}
         self.drifts, predicted = 0, predict()
         if seconds is None:
             best = min(predicted, key=lambda choice: (predicted[choice], choice))
@@ -134,7 +145,10 @@ class Decisions:
             return self.choice
         measured = self.measured.setdefault(self.bucket, {})
         before, measured[self.choice] = self.choice, seconds
-        self.choice = decide(predicted, measured, before)
+        ratio, kind = seconds / predicted[before], before.kind
+        level = ratio / self.ratios.get(kind, ratio)
+        self.ratios = {each: level * known for each, known in self.ratios.items()} | {kind: ratio}
+        self.choice = decide(predicted, measured, self.ratios, before)
         if self.choice in measured:
             self.settled[self.bucket] = self.choice, measured[self.choice]
         return self.choice

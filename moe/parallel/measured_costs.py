@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,5 +145,5 @@ def _wire(dispatcher: Any) -> Wire | None:
     return None if dispatcher is None else dispatcher.wire
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
