@@ -87,7 +87,6 @@ def test_groups_stay_on_a_node_and_experts_where_they_are():
         plan = plan_placement(loads, 4, nodes=2, groups=6)
         for first in range(0, 24, 4):
             assert len({plan.order.index(e) // 12 for e in range(first, first + 4)}) == 1
-        assert max(plan.rank_loads) >= max(plan_placement(loads, 4).rank_loads) - 1e-9
         again = plan_placement(loads, 4, nodes=2, groups=6, current=plan.order)
         assert again.order == plan.order
     even = plan_placement([1.0] * 8, 4, current=[3, 1, 0, 2, 7, 6, 5, 4])
