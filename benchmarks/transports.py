@@ -19,7 +19,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 
@@ -30,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import Dispatcher, FlatDispatcher, HierarchicalDispatcher, NodeDispatcher, OverlapDispatcher, Plan
 from turnout.dispatch.autoselect.measure import measure as measure_links
 from turnout.dispatch.autoselect.profile import Message
+from turnout.dispatch.node import PIECES
 
 EXPERTS = 64
 SIZES = [2**10, 2**14, 2**17, 2**20, 2**22, 2**24]
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of tokens on each rank")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--skewed", action="store_true", help="skewed routing; uniform otherwise")
-    parser.add_argument("--pieces", action="store_true", help="also node in one piece, and in 4 overlapping chunks")
+    parser.add_argument("--pieces", action="store_true", help="also node in 4 pieces, and in 4 overlapping chunks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cap", type=float, default=4.0, help="leave out steps predicted to take more seconds")
     parser.add_argument("--interface", default="eth0", help="network interface between the nodes")
@@ -156,8 +156,8 @@ def main() -> None:
         "node": NodeDispatcher.of(mesh),
     }
     if args.pieces:
-        one = replace(dispatchers["node"], pieces=1)  # pyright: ignore[reportArgumentType]
-        dispatchers |= {"node in 1": one, "node in chunks": OverlapDispatcher(one, 4)}
+        chunks = OverlapDispatcher(dispatchers["node"], 4)
+        dispatchers |= {"node in pieces": NodeDispatcher.of(mesh, pieces=PIECES), "node in chunks": chunks}
     profile = measure_links(mesh)
     for k, size in product(args.k, args.sizes):
         what = f"{nodes}x{local} {args.link} {'skewed' if args.skewed else 'uniform'} k={k} {size} B"

@@ -21,7 +21,7 @@ from .reorder import decode, encode, encode_weight
 from .row_blocks import shares
 from .steps import Read, Ready, Rows, Sizes, Steps, interleaved
 
-PIECES = 4  # the most pieces in which tokens travel
+PIECES = 4  # pieces that "auto" may choose
 PIECE = 2**14  # bytes of a piece to each node, at least: below, messages cost more than the overlap of links saves
 
 
@@ -108,8 +108,9 @@ class NodeDispatcher(NodeLocalDispatcher):
         rank (n, l) --one row per (token, node n')--> rank (n', l) --one row per expert--> rank (n', l')
         rank (n, l) <--------one row, their sum------ rank (n', l) <-----weighted rows---- rank (n', l')
 
-    Tokens travel in pieces, so that neither link waits for the other: while one piece is sent on inside the node, the
-    next one travels between nodes. The way back and the backward do the same. Small batches take fewer pieces.
+    With ``pieces=4`` tokens travel in up to 4 pieces, so that neither link waits for the other: while one piece is sent
+    on inside the node, the next one travels between nodes. The way back and the backward do the same. Small batches
+    take fewer pieces. It pays where the link between nodes is the limit, and costs time where messages are.
 
     Experts get the same batch as with `FlatDispatcher`, bit for bit. Results differ by rounding, because a token's rows
     are summed on each node first. Both sums are in float32 or wider. In a narrower dtype, the sum of a node is rounded
@@ -119,7 +120,7 @@ class NodeDispatcher(NodeLocalDispatcher):
     Args:
         node: ranks with this rank's local number, one in each node, in the order of nodes.
         local: ranks of this node. Rank (n, l) is rank n * len(local) + l of those that share the experts.
-        pieces: the most pieces, 4 by default, the same on all ranks. Their number is the largest divisor of `pieces`
+        pieces: the most pieces, 1 by default, the same on all ranks. Their number is the largest divisor of `pieces`
             with which the rank that sends most still sends `PIECE` bytes of a piece to each node.
 
     Raises:
@@ -137,7 +138,7 @@ class NodeDispatcher(NodeLocalDispatcher):
 
     node: ProcessGroup
     local: ProcessGroup
-    pieces: int = PIECES
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.pieces, int) or self.pieces < 1:

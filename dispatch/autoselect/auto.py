@@ -19,7 +19,7 @@ from ..failure import named
 from ..flat import FlatDispatcher
 from ..hierarchical import HierarchicalDispatcher
 from ..mesh import EP, NODE, axis, names, node_and_local
-from ..node import NodeDispatcher
+from ..node import PIECES, NodeDispatcher
 from ..overlap import OverlapDispatcher
 from ..place import Place
 from ..plan import Plan
@@ -40,6 +40,8 @@ class _Receipt(NamedTuple):
 @dataclass(frozen=True)
 class AutoDispatcher(SteppedDispatcher):
     """Chooses flat, 2DH or node-deduplicated dispatch, in 1, 2 or 4 chunks, by `Profile.choose`.
+
+    Node-deduplicated dispatch is two choices: in one piece, or in several (`NodeDispatcher.pieces`).
 
     It chooses with the first batch, because only then a rank knows its number of tokens. Ranks exchange their largest
     number once, so that all make the same choice, and they keep it: later batches do not change it. To overrule it,
@@ -93,7 +95,11 @@ class AutoDispatcher(SteppedDispatcher):
         shape = ep.size(), 1
         if NODE in names(mesh):
             shape = tuple(dist.get_world_size(each) for each in node_and_local(mesh))
-            transports |= {"2dh": HierarchicalDispatcher.of(mesh), "node": NodeDispatcher.of(mesh)}
+            transports |= {
+                "2dh": HierarchicalDispatcher.of(mesh),
+                "node": NodeDispatcher.of(mesh),
+                "node in pieces": NodeDispatcher.of(mesh, pieces=PIECES),
+            }
         found = agreed(profile, shape, group)
         return cls(group, transports, measure(mesh) if found is None else found)
 

@@ -9,7 +9,10 @@ from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-TRANSPORTS = ("flat", "2dh", "node")
+from ..node import PIECES
+from .node_cost import in_pieces
+
+TRANSPORTS = ("flat", "2dh", "node", "node in pieces")
 DEGREES = (1, 2, 4)  # numbers of chunks to choose from
 EXCHANGES = 3  # all-to-alls of a chunk in the forward, and again in the backward: rows, their weights, and outputs
 ROWS = 2  # of these, exchanges of rows: tokens and outputs
@@ -114,7 +117,7 @@ class Profile:
 
     >>> slow = Profile(nodes=4, locals=2, inside=Link(0, 1e-5, 1e-10), between=Link(0, 1e-5, 1e-7), flop=Flop(1e-10))
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64))
-    Choice(transport='node', degree=1)
+    Choice(transport='node in pieces', degree=1)
     >>> slow.choose(Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64, row_flops=1e6))
     Choice(transport='node', degree=4)
     """
@@ -139,20 +142,20 @@ class Profile:
             t + max(c, (n - 1) t)
 
         Nothing hides the first dispatch and the last combine. The other exchanges run at the same time as the experts,
-        so the longer of the two counts. Sizes are exchanged once, for all chunks.
+        so the longer of the two counts. Sizes are exchanged once, for all chunks. In one chunk, node-deduplicated
+        dispatch is also predicted in pieces (`in_pieces`).
 
         Args:
             message: what the layer sends and computes.
             degree: number of chunks, 1 by default.
 
         Returns:
-            Seconds by name of transport: ``"flat"``, ``"2dh"`` and ``"node"``.
+            Seconds by name of transport: those of `TRANSPORTS`.
         """
         n, m, k = self.nodes, self.locals, message.top_k
         size = message.tokens * message.row_bytes  # bytes of one row for each token
         sent = self._sent(message)
-        by_node = self.alpha(by_node=True)
-        alphas = {"flat": self.alpha(by_node=False), "2dh": by_node, "node": by_node}
+        flat, by_node = self.alpha(by_node=False), self.alpha(by_node=True)
         ids = self.between.time(1, n - 1, 0)  # expert ids have an exchange of their own
 
         flop = message.row_flops * (self.flop.bfloat16 if message.narrow else self.flop.float32)
@@ -160,11 +163,14 @@ class Profile:
         compute = work.time([n * m * message.tokens * k * share for share in self._shares(message)])
 
         def seconds(name: str) -> float:
+            pieces = PIECES if name == "node in pieces" and degree == 1 else 1  # chunks keep the links as busy
             between, inside = (size * rows / degree for rows in sent[name])  # bytes of one exchange of a chunk
-            bytes = self.between.time(0, 0, between) + self.inside.time(0, 0, inside)
-            backward = EXCHANGES * alphas[name] + ROWS * bytes
-            both = ((backward + (ids if name == "node" else 0.0), compute), (backward, 2 * compute))
-            return alphas[name] + sum(t + max(c, (degree - 1) * t) for t, c in both)
+            times = self.between.time(0, 0, between), self.inside.time(0, 0, inside)
+            alpha, bytes = in_pieces(flat if name == "flat" else by_node, *times, pieces)
+            backward = EXCHANGES * alpha + ROWS * bytes
+            out = pieces * ids if name.startswith("node") else 0.0
+            both = ((backward + out, compute), (backward, 2 * compute))
+            return alpha + sum(t + max(c, (degree - 1) * t) for t, c in both)
 
         return {name: seconds(name) for name in TRANSPORTS}
 
@@ -198,14 +204,10 @@ class Profile:
         whole, most = sum(nodes), max(shares)
         inside_node = max(nodes[w // m] - share for w, share in enumerate(shares))
         collected = max(columns[w % m] - share for w, share in enumerate(shares))
-        return {
-            "flat": (k * max((n - 1) * m * most, whole - min(nodes)), k * max((m - 1) * most, inside_node)),
-            "2dh": (k * m * max((n - 1) * most, collected), k * max((m - 1) * max(columns), whole - min(columns))),
-            "node": (
-                max((n - 1) * max(visits), sum(visits) - min(visits)),
-                k * n * max((m - 1) * most, inside_node),
-            ),
-        }
+        flat = k * max((n - 1) * m * most, whole - min(nodes)), k * max((m - 1) * most, inside_node)
+        twice = k * m * max((n - 1) * most, collected), k * max((m - 1) * max(columns), whole - min(columns))
+        node = max((n - 1) * max(visits), sum(visits) - min(visits)), k * n * max((m - 1) * most, inside_node)
+        return {"flat": flat, "2dh": twice, "node": node, "node in pieces": node}
 
     def choose(self, message: Message, degrees: tuple[int, ...] = DEGREES) -> Choice:
         """Transport and number of chunks with the shortest predicted time. On a tie, fewer chunks win, then flat.

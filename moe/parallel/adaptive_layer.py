@@ -241,7 +241,9 @@ def _kind(dispatcher: Dispatcher) -> Choice:
     while inner is not None:
         if isinstance(inner, OverlapDispatcher) and isinstance(inner.degree, int):
             degree = inner.degree
-        names = {HierarchicalDispatcher: "2dh", NodeDispatcher: "node"}
-        name = names.get(type(inner), name)
+        if isinstance(inner, HierarchicalDispatcher):
+            name = "2dh"
+        if isinstance(inner, NodeDispatcher):
+            name = "node" if inner.pieces == 1 else "node in pieces"
         inner = getattr(inner, "inner", None)
     return Choice(name, degree)

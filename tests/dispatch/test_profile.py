@@ -28,7 +28,8 @@ def cluster(
     [
         (cluster(between=Link(0.0, 1e-2, 1e-8)), SMALL, "2dh"),  # messages that cost much
         (cluster(nodes=8, locals=8, between=Link(1e-4, 1e-3, 1e-8)), SMALL, "2dh"),
-        (cluster(between=Link(1e-5, 1e-5, 1e-7)), LARGE, "node"),  # a slow link, many picks
+        (cluster(between=Link(1e-5, 1e-5, 1e-7)), LARGE, "node in pieces"),  # a slow link, many picks
+        (cluster(between=Link(1e-5, 1e-2, 1e-7)), replace(LARGE, tokens=256), "node"),  # and messages that cost much
         (cluster(between=Link(1e-5, 1e-5, 1e-7)), replace(LARGE, top_k=1), "flat"),  # nothing to deduplicate
         (cluster(inside=Link(1e-3, 1e-3, 1e-8)), LARGE, "flat"),  # a detour inside that is dearer than the way
         (cluster(nodes=1, locals=8), LARGE, "flat"),
@@ -111,6 +112,7 @@ def test_a_prediction_by_hand():
             "flat": 7 * 100 + 7 * 2 * 10 + rows * 2 / 2 + 7 * 3 + rows * 2 / 4 * 0.5,
             "2dh": 7 * 100 + 7 * 10 + rows * 2 / 2 + 7 * 3 + rows * 2 / 2 * 0.5,
             "node": 8 * 100 + 8 * 10 + rows * 5 / 3 / 2 + 7 * 3 + rows * 2 / 2 * 0.5,
+            "node in pieces": 4 * (8 * 100 + 8 * 10 + 7 * 3) + rows * 5 / 3 / 2 + rows * 2 / 2 * 0.5 / 4,
         }
     )
 

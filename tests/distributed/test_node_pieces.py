@@ -54,7 +54,7 @@ class Log:
 
 def events(tokens: int, width: int) -> list[list[str]]:
     """Events of dispatch, combine, and the backward of both."""
-    dispatcher, _ = both((2, 2))
+    dispatcher = replace(both((2, 2))[0], pieces=4)
     expert = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(dist.get_rank())).argsort(1)[:, :3]
     x, weight = torch.randn(tokens, width, requires_grad=True), torch.rand(tokens, 3)
     found = []
