@@ -41,10 +41,10 @@ class OverlapDispatcher(Dispatcher):
         inner: the dispatcher of each chunk. It overlaps if it is a `SteppedDispatcher`, as all of this package are. Any
             other dispatcher works too, one chunk after the other.
         degree: number of chunks, the same on all ranks. ``"auto"`` tries 1, 2 and 4 for three training steps each, and
-            keeps the one that is fastest on the slowest rank. A step lasts from the first forward to the first forward
-            after its backward, optimizer included. These times are the dispatcher's only state. Give
-            a number for pipeline schedules (1F1B) with activation checkpointing: a recomputed forward must have as many
-            chunks as the first one.
+            keeps the one that is fastest on the slowest rank. Every 500 steps it tries them again, and changes if
+            another one is 5 % faster. A step lasts from the first forward to the first forward after its backward,
+            optimizer included. These times are the dispatcher's only state. Give a number for pipeline schedules (1F1B)
+            with activation checkpointing: a recomputed forward must have as many chunks as the first one.
 
     Raises:
         ValueError: `degree` is no positive integer and not ``"auto"``.
@@ -135,40 +135,56 @@ def _cut(x: Tensor, plan: Plan, weight: Tensor, degree: int) -> tuple[tuple[Tens
 
 
 class _Trial:
-    """Times each degree for some steps, then keeps the fastest one, on which all ranks agree."""
+    """Times each degree for some steps, and keeps the fastest one, on which all ranks agree. Later it tries again."""
 
     DEGREES, ROUNDS = (1, 2, 4), 3  # the first round of each degree is a warm-up
+    AGAIN, GAIN = 500, 0.05  # steps from trial to trial; what another degree must save, so that noise changes nothing
 
     def __init__(self) -> None:
         self.step, self.began, self.chosen = -1, 0.0, 0
         self.best = [inf] * len(self.DEGREES)  # seconds
         self.new_step = True
 
+    @property
+    def tries(self) -> bool:
+        """Whether this step belongs to a trial."""
+        return self.step < self.ROUNDS * len(self.DEGREES)
+
     def degree(self, device: torch.device, groups: tuple[ProcessGroup, ...]) -> int:
         """Degree of the forward that starts now. All ranks must call it equally often."""
-        if not self.chosen and self.new_step and not in_backward():  # a recomputed forward belongs to the same step
+        if self.new_step and not in_backward():  # a recomputed forward belongs to the same step
             self._advance(device, groups)
-        return self.chosen or self.DEGREES[self.step // self.ROUNDS]
+        return self.DEGREES[self.step // self.ROUNDS] if self.tries else self.chosen
 
     def watch(self, y: Tensor) -> None:
         """Start a new step with the first forward after the backward of y."""
-        if not self.chosen and y.requires_grad:
+        if y.requires_grad:
             y.register_hook(self._after_backward)
 
     def _after_backward(self, grad: Tensor) -> None:
         self.new_step = True
 
     def _advance(self, device: torch.device, groups: tuple[ProcessGroup, ...]) -> None:
+        timed, self.step, self.new_step = self.step if self.tries else -1, self.step + 1, False
+        if self.step == self.AGAIN:
+            self.step, self.best = 0, [inf] * len(self.DEGREES)
+        if not self.tries and timed < 0:
+            return
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()
-        if self.step >= 0 and self.step % self.ROUNDS:
-            tried = self.step // self.ROUNDS
+        if timed >= 0 and timed % self.ROUNDS:
+            tried = timed // self.ROUNDS
             self.best[tried] = min(self.best[tried], now - self.began)
-        self.step, self.began, self.new_step = self.step + 1, now, False
-        if self.step == self.ROUNDS * len(self.DEGREES):
-            slowest = torch.tensor(self.best, dtype=torch.float64, device=device)
-            for group in groups:  # reductions over all groups in turn reach all ranks
-                dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-            seconds = slowest.tolist()
-            self.chosen = self.DEGREES[seconds.index(min(seconds))]
+        self.began = now
+        if not self.tries:
+            self._choose(device, groups)
+
+    def _choose(self, device: torch.device, groups: tuple[ProcessGroup, ...]) -> None:
+        slowest = torch.tensor(self.best, dtype=torch.float64, device=device)
+        for group in groups:  # reductions over all groups in turn reach all ranks
+            dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
+        seconds = dict(zip(self.DEGREES, slowest.tolist(), strict=True))
+        fastest = min(seconds, key=lambda degree: seconds[degree])
+        if not self.chosen or seconds[fastest] < (1 - self.GAIN) * seconds[self.chosen]:
+            self.chosen = fastest

@@ -40,7 +40,7 @@ DEFINES_RUN = (
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
-    *("fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -87,6 +87,8 @@ class Job:
     fp16: Annotated[bool, "compute in float16 and scale the loss"] = False
     overlap: Annotated[int, "number of chunks of tokens; one travels while the experts compute another"] = 1
     wire: Annotated[str, "number format of tokens that travel between ranks; none keeps the model's"] = ""
+    adapt: Annotated[bool, "choose between steps, by measurement, how tokens and experts come together"] = False
+    place: Annotated[bool, "move experts to other ranks between steps, where that pays"] = False
     timeout: Annotated[int, "seconds that a rank waits for another before it gives up"] = 45
     # the optimizer
     batch: Annotated[int, "number of sequences in a step, on all ranks together"] = 32
@@ -103,6 +105,7 @@ class Job:
     log_every: Annotated[int, "steps between two log lines"] = 10
     peak_tflops: Annotated[float, "peak TFLOP/s of one device, to log model FLOPs utilisation (MFU); 0 does not"] = 0.0
     profile: Annotated[int, f"number of steps to trace with torch's profiler, after {BEFORE} others; 0 traces none"] = 0
+    watch: Annotated[bool, "show the load of each MoE layer live, and what its imbalance costs"] = False
     tensorboard: Annotated[bool, "write scalars and histograms to --out/tensorboard"] = False
     # what is planned
     plan: Annotated[bool, "say what the job would take on --ranks of a --cluster, and start nothing"] = False
@@ -189,6 +192,8 @@ class Job:
                 f"--micro-batches ({micro_batches}) must be at least pp ({self.pp}) with --schedule {self.schedule}; "
                 "0 takes as many"
             )
+        if self.adapt and self.schedule in ("interleaved_zb", "zbv"):
+            raise ValueError(f"--adapt gathers experts, which --schedule {self.schedule} cannot: take interleaved1f1b")
         if self.schedule.startswith("interleaved"):
             rounds = micro_batches // self.pp
             _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)

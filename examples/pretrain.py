@@ -44,7 +44,8 @@ from tqdm import tqdm
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint, report
 from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
-from turnout.moe import GradScaler, ReplicaError, check_replicas
+from turnout.moe import Adaptive, GradScaler, ReplicaError, check_replicas
+from watch import Watch
 
 # exit statuses: an error in training, wrong flags or files, and the shell's status for SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
@@ -64,7 +65,12 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
     skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped), Spikes()
-    silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty(), False, first
+    adaptive = None
+    if (job.adapt or job.place or job.watch) and not job.dense:
+        adaptive = Adaptive(model, meshes, optimizer if job.place else None, every=job.log_every)
+        logging.getLogger("turnout").setLevel(logging.INFO)  # it says what it changes
+    watch = Watch(meshes) if job.watch and adaptive else None
+    silent, stopping, done = launch.RANK != 0 or not sys.stderr.isatty() or job.watch, False, first
 
     with (
         Log(out / "log.jsonl", place) as log,
@@ -81,6 +87,8 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
             with meter.step(count=logged):
                 tokens = steps.batch(job, text[0], done - 1, meshes)
                 step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
+                if adaptive:
+                    adaptive.step()
             profiler_step()
             skips.add(done, step)
             recent.take(step.loss, skips.total)
@@ -98,7 +106,9 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
             if logged:
                 event = log.write("step", done, lr=lr, gradient_norm=step.norm, **meter.read(), **recent.spend())
                 bar.set_postfix_str(summary(event))
-                if silent:
+                if watch and adaptive:
+                    watch.show(f"step {done} of {job.steps}: {summary(event)}", adaptive.reports)
+                elif silent:
                     say(f"step {done} of {job.steps}: {summary(event)}")
                 if board:
                     board.step(event, model)

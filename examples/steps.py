@@ -33,8 +33,9 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         bf16=job.bf16,
         recompute=job.recompute,  # pyright: ignore[reportArgumentType]
         dtype=dtype,
-        overlap=job.overlap,
+        overlap=None if job.adapt and job.overlap == 1 else job.overlap,
         wire=job.wire or None,
+        parallelism="auto" if job.adapt else None,
     )
     for part in model.parts if job.fp16 else ():
         computed_in(torch.float16, part, meshes.dense.device_type)

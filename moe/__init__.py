@@ -11,6 +11,8 @@ from .experts.shared import Residual
 from .gates.gate import Gate
 from .layer import MoE
 from .losses import Balance
+from .parallel.adaptive import Adaptive
+from .parallel.adaptive_layer import LayerReport
 from .parallel.check import check
 from .parallel.expert_bias import update_expert_biases
 from .parallel.grad_scaler import GradScaler
@@ -24,12 +26,14 @@ from .routing import Routing
 from .stats import Load, Stats
 
 __all__ = [
+    "Adaptive",
     "Balance",
     "Capacity",
     "DispatchError",
     "Experts",
     "Gate",
     "GradScaler",
+    "LayerReport",
     "Load",
     "MoE",
     "PlacementPlan",

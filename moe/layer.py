@@ -199,20 +199,20 @@ class MoE(nn.Module):
 
     @property
     def parallelism(self) -> int | None:
-        """Tutel's r; 0 brings experts to tokens (`WeightTravel`). It may be set between steps, alike on all ranks."""
+        """Tutel's r; 0 brings experts to tokens (`WeightTravel`). Set it between steps, or to "auto" (`Adaptive`)."""
         return None if self.weights is None else self.weights.parallelism
 
     @parallelism.setter
-    def parallelism(self, parallelism: int) -> None:
+    def parallelism(self, parallelism: int | str) -> None:
         self.weights = chosen(self.weights, self.place, self.experts, parallelism=parallelism)
 
     @property
     def shadow(self) -> tuple[int, ...] | None:
-        """Ids of experts that come to their tokens, None if none does; may be set between steps, alike on all ranks."""
+        """Ids of experts that come to their tokens, or None. Set it between steps, or to "auto" (`Adaptive`)."""
         return None if self.weights is None else self.weights.shadow or None
 
     @shadow.setter
-    def shadow(self, shadow: Sequence[int] | None) -> None:
+    def shadow(self, shadow: Sequence[int] | str | None) -> None:
         self.weights = chosen(self.weights, self.place, self.experts, shadow=() if shadow is None else shadow)
 
     @property

@@ -77,35 +77,43 @@ def measured(
 class LoadCount:
     """A layer's load, summed on the device over its forwards until `turnout.moe.load` takes it.
 
-    It is not a buffer: DDP would overwrite it with rank 0's count, and `to_empty` would leave it uninitialised.
+    `total` is of all forwards, whoever took what, so that `Adaptive` and `load` do not disturb each other. It is not a
+    buffer: DDP would overwrite it with rank 0's count, and `to_empty` would leave it uninitialised.
     """
 
     def __init__(self, num_experts: int) -> None:
-        # unused choices (-1), then assignments to each expert, then assignments that capacity dropped
-        self.sums = torch.zeros(1 + num_experts + 1, dtype=torch.int64)
+        # unused choices (-1), assignments to each expert, assignments that capacity dropped, forwards
+        self.sums = torch.zeros(1 + num_experts + 2, dtype=torch.int64)
+        self.taken: Tensor | None = None  # sums of what has been taken
 
     @torch.no_grad()
     def add(self, chosen: Tensor, dropped: Tensor | None, num_experts: int) -> None:
         """Count one forward: expert ids `chosen`, int64 [T, k]; `dropped`, bool [T, k], or None if none was dropped."""
         if transformed():
             return  # a function under `torch.func` may not change tensors that are not its arguments
-        if len(self.sums) != num_experts + 2:  # the number of choices has changed: start again
-            self.sums = LoadCount(num_experts).sums
+        if len(self.sums) != num_experts + 3:  # the number of choices has changed: start again
+            self.sums, self.taken = LoadCount(num_experts).sums, None
         if self.sums.device != chosen.device:
             self.move_to(chosen.device)
         ids = chosen.flatten() + 1
         self.sums.scatter_add_(0, ids, torch.ones_like(ids))
+        self.sums[-1].add_(1)
         if dropped is not None:
-            self.sums[-1].add_(dropped.sum())
+            self.sums[-2].add_(dropped.sum())
 
     def __reduce__(self) -> tuple[type[LoadCount], tuple[int]]:
-        return LoadCount, (len(self.sums) - 2,)  # a copy starts at zero
+        return LoadCount, (len(self.sums) - 3,)  # a copy starts at zero
 
     def take(self) -> Tensor:
         """Tokens of each expert, then the number of dropped ones, since the last call: int64 [E + 1]."""
-        taken = self.sums[1:].clone()
+        taken = self.sums[1:-1].clone()
+        self.taken = self.total()
         self.sums.zero_()
         return taken
+
+    def total(self) -> Tensor:
+        """Tokens of each expert, the number of dropped ones, and of forwards, of all forwards: int64 [E + 2]."""
+        return self.sums[1:].clone() if self.taken is None else self.taken.to(self.sums.device) + self.sums[1:]
 
     def move_to(self, device: torch.device) -> None:
         """Move to another device. From the meta device, which holds no values, it starts at zero."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from ..dispatcher import Batch, Experts, SteppedDispatcher
 from ..failure import named
 from ..flat import FlatDispatcher
 from ..hierarchical import HierarchicalDispatcher
-from ..mesh import EP, axis, node_and_local
+from ..mesh import EP, NODE, axis, names, node_and_local
 from ..node import PIECES, NodeDispatcher
 from ..overlap import OverlapDispatcher
 from ..place import Place
@@ -45,7 +45,8 @@ class AutoDispatcher(SteppedDispatcher):
 
     It chooses with the first batch, because only then a rank knows its number of tokens. Ranks exchange their largest
     number once, so that all make the same choice, and they keep it: later batches do not change it. To overrule it,
-    assign another dispatcher to `layer.dispatcher`. Give layers whose messages differ much their own AutoDispatcher.
+    assign another dispatcher to `layer.dispatcher`; `turnout.moe.Adaptive` does so with `using`. Give layers whose
+    messages differ much their own AutoDispatcher.
 
     A call of the dispatcher overlaps its chunks as `OverlapDispatcher` does. `dispatch` and `combine` run without
     chunks.
@@ -75,28 +76,38 @@ class AutoDispatcher(SteppedDispatcher):
 
     @classmethod
     def of(cls, mesh: DeviceMesh, profile: str | Path | Profile | None = None) -> AutoDispatcher:
-        """Make one for a mesh with axes "node" and "local". Every rank must call it.
+        """Make one for a mesh with axes "node" and "local", or with "ep". Every rank must call it.
 
         Args:
-            mesh: mesh with axes "node" and "local" in place of "ep".
+            mesh: mesh with axes "node" and "local" in place of "ep". With "ep" the transport is flat, and only the
+                number of chunks is chosen.
             profile: a `Profile`, or the path of one that `Profile.save` wrote. Only rank 0's is used. None, the
                 default, measures the costs now, in about a second.
 
         Raises:
             ValueError: the mesh has other axes, or the profile cannot be read or belongs to another number of ranks.
         """
-        node, local = node_and_local(mesh)
         ep = axis(mesh, EP)
-        assert ep is not None
+        if ep is None:
+            raise ValueError(f'the mesh needs axes "node" and "local", or "ep"; got axes {names(mesh)}')
         group = ep.get_group()
-        found = agreed(profile, (dist.get_world_size(node), dist.get_world_size(local)), group)
-        transports = {
-            "flat": FlatDispatcher(group),
-            "2dh": HierarchicalDispatcher.of(mesh),
-            "node": NodeDispatcher.of(mesh),
-            "node in pieces": NodeDispatcher.of(mesh, pieces=PIECES),
-        }
+        transports: dict[str, SteppedDispatcher] = {"flat": FlatDispatcher(group)}
+        shape = ep.size(), 1
+        if NODE in names(mesh):
+            shape = tuple(dist.get_world_size(each) for each in node_and_local(mesh))
+            transports |= {
+                "2dh": HierarchicalDispatcher.of(mesh),
+                "node": NodeDispatcher.of(mesh),
+                "node in pieces": NodeDispatcher.of(mesh, pieces=PIECES),
+            }
+        found = agreed(profile, shape, group)
         return cls(group, transports, measure(mesh) if found is None else found)
+
+    def using(self, choice: Choice) -> AutoDispatcher:
+        """A copy that uses this transport and number of chunks, and asks no other rank."""
+        copied = replace(self)
+        copied._choice.content = choice
+        return copied
 
     @property
     def chosen(self) -> Choice | None:
@@ -159,7 +170,7 @@ class AutoDispatcher(SteppedDispatcher):
         if dist.get_rank(self.group) == 0:
             (name, degree), predicted = choice, {n: self.profile.predict(message, n) for n in self.degrees}
             times = "; ".join(
-                f"in {n}: " + ", ".join(f"{which} {1e3 * t:.3g} ms" for which, t in seconds.items())
+                f"in {n}: " + ", ".join(f"{which} {1e3 * seconds[which]:.3g} ms" for which in self.transports)
                 for n, seconds in predicted.items()
             )
             log.info(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..mesh import EP, axis, node_and_local
+from ..mesh import EP, NODE, axis, names, node_and_local
 from .profile import Flop, Link, Profile
 
 SMALL, LARGE = 64, 2**18  # bytes that a rank sends to each rank of a group
@@ -28,17 +28,18 @@ def measure(mesh: DeviceMesh, small: int = SMALL, large: int = LARGE, rounds: in
     experts.
 
     Args:
-        mesh: mesh with axes "node" and "local", as given to `parallelize`.
+        mesh: mesh with axes "node" and "local", as given to `parallelize`. On a mesh with "ep" each rank counts as a
+            node.
         small: bytes to each rank in small exchanges, 64 by default.
         large: bytes to each rank in large exchanges, 2^18 by default.
         rounds: number of rounds after one warm-up, 5 by default. The fastest counts, because other work on the machine
             can only add time.
     """
-    node, local = node_and_local(mesh)
     ep = axis(mesh, EP)
     assert ep is not None
     everyone, device = ep.get_group(), torch.device(mesh.device_type)
-    nodes, locals = dist.get_world_size(node), dist.get_world_size(local)
+    node, local = (everyone, None) if NODE not in names(mesh) else node_and_local(mesh)
+    nodes, locals = dist.get_world_size(node), 1 if local is None else dist.get_world_size(local)
     seconds = [
         _seconds(group, size, everyone, rounds, device)
         for group, size in ((local, small), (local, large), (node, small), (node, large), (everyone, small))
@@ -61,8 +62,31 @@ def _per_byte(seconds: float, size: int) -> float:
     return max(seconds, 0.0) / size
 
 
-def _seconds(group: ProcessGroup, size: int, everyone: ProcessGroup, rounds: int, device: torch.device) -> Tensor:
+def measure_link(group: ProcessGroup, device: torch.device, rounds: int = 5) -> Link:
+    """Measure the cost of exchanges in one group, as `measure` does. The result is of this rank."""
+    small, large = (float(_seconds(group, size, group, rounds, device)) for size in (SMALL, LARGE))
+    others = max(dist.get_world_size(group) - 1, 1)
+    return Link(0.0, small / others, _per_byte(large - small, others * (LARGE - SMALL)))
+
+
+def measure_copy(device: torch.device, rounds: int = 5) -> float:
+    """Seconds of one byte that this rank copies in rows, as dispatch and combine do."""
+    rows = torch.zeros(4096, 64, device=device)
+    order, best = torch.arange(len(rows) - 1, -1, -1, device=device), float("inf")
+    for turn in range(rounds + 1):
+        start = time.perf_counter()
+        rows.index_select(0, order)[-1, -1].item()  # wait for the device
+        if turn:
+            best = min(best, time.perf_counter() - start)
+    return best / (rows.numel() * rows.element_size())
+
+
+def _seconds(
+    group: ProcessGroup | None, size: int, everyone: ProcessGroup, rounds: int, device: torch.device
+) -> Tensor:
     """Time of an exchange with `size` bytes to each rank of `group`, in the fastest round: float64 []."""
+    if group is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
     ranks, times = dist.get_world_size(group), 5 if size < 2**12 else 1  # because ranks leave a barrier at odd times
     data = torch.zeros(ranks * size, dtype=torch.uint8, device=device)
     came, splits = torch.empty_like(data), [size] * ranks

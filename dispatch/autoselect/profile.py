@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from math import comb, inf
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -52,25 +53,46 @@ class Flop:
 Costs = TypeVar("Costs", Link, Flop)
 
 
+class Work(NamedTuple):
+    """Measured seconds that an expert takes for one row in the forward. Ranks may share processors, so there are two.
+
+    Attributes:
+        alone: while the other ranks wait.
+        together: while all ranks compute.
+    """
+
+    alone: float
+    together: float
+
+    def time(self, rows: Sequence[float]) -> float:
+        """Seconds until the last rank is done, from the rows of each rank."""
+        return max(self.alone * max(rows), self.together * sum(rows) / len(rows))
+
+
 @dataclass(frozen=True)
 class Message:
     """What one forward of a layer sends and computes.
 
     Attributes:
-        tokens: T, on the rank with the most tokens.
+        tokens: T, on the rank with the most tokens, or on a mean one.
         row_bytes: bytes of a row as it is sent: D times the bytes of a number.
         top_k: experts of each token.
         num_experts: number of experts E, on all ranks together.
         row_flops: operations of an expert for one row in the forward. 0, the default, is unknown.
         narrow: whether experts compute in 2-byte numbers; False by default.
+        shares: share of all assignments that each rank's experts get from all ranks, in the order of the ranks. They
+            add up to less than 1 if some tokens stay where they are. None, the default: even shares.
+        work: measured time of the experts' rows; None, the default, estimates it from `row_flops`.
     """
 
-    tokens: int
+    tokens: float
     row_bytes: int
     top_k: int
     num_experts: int
     row_flops: float = 0.0
     narrow: bool = False
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
+    work: Work | None = field(default=None, repr=False)
 
 
 class Choice(NamedTuple):
@@ -107,12 +129,12 @@ class Profile:
     flop: Flop = Flop()
 
     def predict(self, message: Message, degree: int = 1) -> dict[str, float]:
-        """Predict the time of each transport, in seconds, for tokens that choose experts evenly.
+        """Predict the time of each transport, in seconds: dispatch, experts and combine, forward and backward.
 
-        The time is for dispatch, experts and combine, forward and backward. There are M ranks in each of N nodes. Of
-        the rows inside a node, (M - 1) / M go to another rank. Of the rows between nodes, (N - 1) / N go to another
-        node. Flat sends each row straight to its rank. 2DH sends all rows through both exchanges. Node-deduplicated
-        sends a token between nodes once for each distinct node among its experts.
+        There are N nodes of M ranks. Rank w gets the share s_w of all T k rows that each rank sends out, 1 / (N M) if
+        tokens choose evenly. A link takes the time of the rank that sends or receives most over it. Flat sends each row
+        straight to its rank. 2DH collects rows inside the node, at the rank whose local number is that of their
+        destination. Node-deduplicated sends a token to a node once, however many of its experts are there.
 
         With n chunks, the exchanges of one chunk take t = exchanges * alpha + bytes / n * beta. The experts take c for
         all chunks together, and twice that in the backward. Forward and backward then take, each::
@@ -130,32 +152,62 @@ class Profile:
         Returns:
             Seconds by name of transport: those of `TRANSPORTS`.
         """
-        n, m, k, experts = self.nodes, self.locals, message.top_k, message.num_experts
-        away, beside = (n - 1) / n, (m - 1) / m
+        n, m, k = self.nodes, self.locals, message.top_k
         size = message.tokens * message.row_bytes  # bytes of one row for each token
-        distinct = n * (1 - comb(experts - experts // n, k) / comb(experts, k))  # mean number of nodes of a token
-        picked = self.inside.time(0, 0, size * k * beside)
-        compute = message.tokens * k * message.row_flops * (self.flop.bfloat16 if message.narrow else self.flop.float32)
-
-        by_node = self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
-        flat = self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
-        distant = self.between.time(0, 0, size * distinct * away)
-        pieces = PIECES if degree == 1 else 1  # chunks keep the links as busy
-        several, rows_in_pieces = in_pieces(by_node, distant, picked, pieces)
+        sent = self._sent(message)
+        flat, by_node = self.alpha(by_node=False), self.alpha(by_node=True)
         ids = self.between.time(1, n - 1, 0)  # expert ids have an exchange of their own
-        costs = {  # time of an exchange without its bytes, extra time of dispatch, time of the bytes of all rows
-            "flat": (flat, 0.0, self.between.time(0, 0, size * k * away) + picked / n),
-            "2dh": (by_node, 0.0, self.between.time(0, 0, size * k * away) + picked),
-            "node": (by_node, ids, distant + picked),
-            "node in pieces": (several, pieces * ids, rows_in_pieces),
-        }
 
-        def seconds(exchange: float, out: float, rows: float) -> float:
-            backward = EXCHANGES * exchange + ROWS * rows / degree
+        flop = message.row_flops * (self.flop.bfloat16 if message.narrow else self.flop.float32)
+        work = Work(flop, flop) if message.work is None else message.work
+        compute = work.time([n * m * message.tokens * k * share for share in self._shares(message)])
+
+        def seconds(name: str) -> float:
+            pieces = PIECES if name == "node in pieces" and degree == 1 else 1  # chunks keep the links as busy
+            between, inside = (size * rows / degree for rows in sent[name])  # bytes of one exchange of a chunk
+            times = self.between.time(0, 0, between), self.inside.time(0, 0, inside)
+            alpha, bytes = in_pieces(flat if name == "flat" else by_node, *times, pieces)
+            backward = EXCHANGES * alpha + ROWS * bytes
+            out = pieces * ids if name.startswith("node") else 0.0
             both = ((backward + out, compute), (backward, 2 * compute))
-            return exchange + sum(t + max(c, (degree - 1) * t) for t, c in both)
+            return alpha + sum(t + max(c, (degree - 1) * t) for t, c in both)
 
-        return {name: seconds(*cost) for name, cost in costs.items()}
+        return {name: seconds(name) for name in TRANSPORTS}
+
+    def alpha(self, by_node: bool = False) -> float:
+        """Seconds of an all-to-all over all ranks without its bytes, or of one between nodes and one inside them."""
+        n, m = self.nodes, self.locals
+        if by_node:
+            return self.between.time(1, n - 1, 0) + self.inside.time(1, m - 1, 0)
+        return self.between.time(1, (n - 1) * m, 0) + self.inside.time(0, m - 1, 0)
+
+    def block_time(self, bytes: float) -> float:
+        """Seconds of an all-to-all over all ranks in which each sends so many bytes to each other rank."""
+        n, m = self.nodes, self.locals
+        return self.alpha() + self.between.time(0, 0, (n - 1) * m * bytes) + self.inside.time(0, 0, (m - 1) * bytes)
+
+    def _shares(self, message: Message) -> Sequence[float]:
+        ranks = self.nodes * self.locals
+        return message.shares or [1 / ranks] * ranks
+
+    def _sent(self, message: Message) -> dict[str, tuple[float, float]]:
+        """Rows for each token that the busiest rank sends or receives between nodes, and inside its node.
+
+        For even shares, flat sends k (N - 1) / N rows to other nodes, and k (M - 1) / (N M) inside the node.
+        """
+        n, m, k, E = self.nodes, self.locals, message.top_k, message.num_experts
+        shares = self._shares(message)
+        nodes = [sum(shares[i * m : (i + 1) * m]) for i in range(n)]  # share of each node
+        columns = [sum(shares[j::m]) for j in range(m)]  # of each local number
+        # a token visits a node unless all its k experts, which differ, are on others
+        visits = [1 - prod(max(E * (1 - share) - i, 0) / (E - i) for i in range(min(k, E))) for share in nodes]
+        whole, most = sum(nodes), max(shares)
+        inside_node = max(nodes[w // m] - share for w, share in enumerate(shares))
+        collected = max(columns[w % m] - share for w, share in enumerate(shares))
+        flat = k * max((n - 1) * m * most, whole - min(nodes)), k * max((m - 1) * most, inside_node)
+        twice = k * m * max((n - 1) * most, collected), k * max((m - 1) * max(columns), whole - min(columns))
+        node = max((n - 1) * max(visits), sum(visits) - min(visits)), k * n * max((m - 1) * most, inside_node)
+        return {"flat": flat, "2dh": twice, "node": node, "node in pieces": node}
 
     def choose(self, message: Message, degrees: tuple[int, ...] = DEGREES) -> Choice:
         """Transport and number of chunks with the shortest predicted time. On a tie, fewer chunks win, then flat.
@@ -169,7 +221,7 @@ class Profile:
         Returns:
             Choice: the name of the transport, and the number of chunks.
         """
-        names = TRANSPORTS[:1] if min(self.nodes, self.locals) == 1 else TRANSPORTS
+        names = ("flat",) if min(self.nodes, self.locals) == 1 else TRANSPORTS
         times = {degree: self.predict(message, degree) for degree in degrees}
         choices = [Choice(name, degree) for degree in degrees for name in names]
         return min(choices, key=lambda choice: times[choice.degree][choice.transport])
@@ -201,8 +253,8 @@ class Profile:
 
 
 def _seconds(costs: Costs, name: str) -> Costs:
-    for field in fields(costs):
-        value = getattr(costs, field.name)
+    for each in fields(costs):
+        value = getattr(costs, each.name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
-            raise ValueError(f"{name}.{field.name} must be seconds, a number of at least 0; got {value!r}")
+            raise ValueError(f"{name}.{each.name} must be seconds, a number of at least 0; got {value!r}")
     return costs

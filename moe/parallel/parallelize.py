@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,27 +21,20 @@ from ...dispatch import mesh as axes
 from ...dispatch.autoselect.auto import AutoDispatcher
 from ...dispatch.autoselect.profile import Profile
 from ...dispatch.bounded import BoundedDispatcher
-from ...dispatch.compressed import CompressedDispatcher
-from ...dispatch.dispatcher import Dispatcher, NodeLocalDispatcher, SteppedDispatcher
-from ...dispatch.expert_tp import TensorParallelDispatcher
-from ...dispatch.flat import FlatDispatcher
-from ...dispatch.hierarchical import HierarchicalDispatcher
+from ...dispatch.dispatcher import Dispatcher
 from ...dispatch.local import LocalDispatcher
 from ...dispatch.mesh import Meshes
-from ...dispatch.node import NodeDispatcher
-from ...dispatch.overlap import OverlapDispatcher
 from ...dispatch.place import Place
-from ...dispatch.wire import WIRES, Wire
+from ...dispatch.wire import Wire
 from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
 from ..layer import MoE
 from .alike import agree
+from .named_dispatchers import BY_NODE, check_options, equipped, named_dispatcher
 from .sharding import shares, spread
 from .weight_travel import WeightTravel
 
-BY_NODE: dict[str, type[NodeLocalDispatcher]] = {"2dh": HierarchicalDispatcher, "node": NodeDispatcher}
-DISPATCHERS = ("auto", "flat", *BY_NODE)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -54,7 +46,7 @@ def parallelize(
     overlap: int | Literal["auto"] | None = None,
     wire: Wire | None = None,
     timeout: timedelta | float | None = None,
-    parallelism: int | None = None,
+    parallelism: int | Literal["auto"] | None = None,
     max_rows: int | None = None,
 ) -> Model:
     """Spread the experts of every `MoE` in a model over ranks, in place (expert parallelism). Call it on every rank.
@@ -89,7 +81,8 @@ def parallelize(
             groups of a mesh is 30 minutes.
         parallelism: r of every layer at first (`WeightTravel`, `MoE.parallelism`). 0 brings experts to their tokens. On
             a mesh with "etp" = s > 1, r may be any divisor of s. Each token then visits r ranks of an expert, and s / r
-            ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then.
+            ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then. ``"auto"``
+            starts like that, and lets `Adaptive` choose r, shadowed experts, and the chunks of an "auto" dispatcher.
         max_rows: the most rows that a rank holds at once in a layer. A step above it runs in rounds, with the same
             results (`BoundedDispatcher`). None, the default, sets no budget.
 
@@ -102,7 +95,7 @@ def parallelize(
             does not fit. Every tp rank would send all tokens. The model has experts but no MoE layer. All ranks raise.
         TypeError: `wire` is given for a `Dispatcher` that is not a `SteppedDispatcher`.
     """
-    _check_options(dispatcher, overlap, wire)
+    check_options(dispatcher, overlap, wire)
     axes.seconds(timeout)  # raises on what is not a time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
     if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
@@ -116,7 +109,7 @@ def parallelize(
     ep = axes.axis(mesh, axes.EP)
     axes.set_timeout(given, timeout)
     if isinstance(dispatcher, str):
-        dispatcher = _named(dispatcher, mesh, ep, profile)
+        dispatcher = named_dispatcher(dispatcher, mesh, ep, profile, chunks=parallelism == "auto" and overlap is None)
         if isinstance(dispatcher, LocalDispatcher):
             overlap = wire = None
 
@@ -141,12 +134,13 @@ def parallelize(
         if holders is not None:
             planned = shares(model, layers, holders)
             weights = WeightTravel.of(mesh)
-            dispatchers = {work: _equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
+            dispatchers = {work: equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
         if max_rows is not None:
             bounded = dispatchers or dict.fromkeys(map(work_of, layers.values()), LocalDispatcher())
             dispatchers = {work: BoundedDispatcher(each, max_rows) for work, each in bounded.items()}
         for name, layer in layers.items():
-            weights = weights.choose(layer.num_experts, called(name), parallelism)
+            shadow = "auto" if parallelism == "auto" else None
+            weights = weights.choose(layer.num_experts, called(name), parallelism, shadow)
     except (ValueError, TypeError) as error:
         fault = error
     options = {"overlap": repr(overlap), "wire": repr(wire), "the dispatcher": type(dispatcher).__name__}
@@ -162,7 +156,7 @@ def parallelize(
     _number(layers, everyone)
     for layer in layers.values():
         layer.weights = weights
-        layer.parallelism = weights.parallelism
+        layer.parallelism = "auto" if parallelism == "auto" else weights.parallelism
     return model
 
 
@@ -228,54 +222,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Path | Profile | None) -> Dispatcher:
-    if name not in DISPATCHERS:
-        raise ValueError(f"dispatcher must be one of {', '.join(DISPATCHERS)} or a Dispatcher; got {name!r}")
-    etp = axes.axis(mesh, axes.ETP)
-    if ep is not None and etp is not None and etp.size() > 1:
-        inner = _named(name, mesh[tuple(axis for axis in axes.names(mesh) if axis != axes.ETP)], ep, profile)
-        inner = FlatDispatcher(ep.get_group()) if isinstance(inner, LocalDispatcher) else inner
-        if isinstance(inner, AutoDispatcher):  # its costs lack the exchange inside the etp group: it chooses no chunks
-            inner = replace(inner, degrees=(1,))
-        return TensorParallelDispatcher(cast(SteppedDispatcher, inner), etp.get_group())
-    if ep is None or ep.size() == 1:
-        return LocalDispatcher()
-    by_node = {axes.NODE, axes.LOCAL} <= set(axes.names(mesh)) and axes.EP not in axes.names(mesh)
-    if name == "auto" and by_node:
-        return AutoDispatcher.of(mesh, profile)
-    return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
-
-
 def _split(p: Tensor, axis: str) -> bool:
     return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
-
-
-def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> None:
-    number = isinstance(overlap, int) and not isinstance(overlap, bool) and overlap > 0
-    if overlap not in (None, "auto") and not number:
-        raise ValueError(f'overlap must be None, "auto" or a positive integer; got {overlap!r}')
-    if wire is not None and wire not in WIRES:
-        raise ValueError(f"wire must be None or one of {', '.join(WIRES)}; got {wire!r}")
-    if overlap is not None and isinstance(dispatcher, OverlapDispatcher):
-        raise ValueError(f"overlap={overlap!r}, but the dispatcher overlaps already: leave one of them out")
-    if wire is not None and isinstance(dispatcher, CompressedDispatcher):
-        raise ValueError(f"wire={wire!r}, but the dispatcher compresses already: leave one of them out")
-
-
-def _equipped(
-    dispatcher: Dispatcher, row_flops: float, overlap: int | Literal["auto"] | None, wire: Wire | None
-) -> Dispatcher:
-    """Add overlap and wire format to a dispatcher. An `AutoDispatcher` also gets the experts' work, for its costs."""
-    if isinstance(dispatcher, AutoDispatcher):
-        dispatcher = replace(
-            dispatcher, row_flops=dispatcher.row_flops or row_flops, wire=dispatcher.wire if wire is None else wire
-        )
-        if isinstance(overlap, int):
-            return replace(dispatcher, degrees=(overlap,))
-        return dispatcher if overlap is None else OverlapDispatcher(replace(dispatcher, degrees=(1,)), overlap)
-    if wire is not None:
-        dispatcher = CompressedDispatcher(dispatcher, wire)  # pyright: ignore[reportArgumentType]  # it raises TypeError
-    return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

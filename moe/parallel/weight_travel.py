@@ -45,12 +45,14 @@ class WeightTravel:
         parallelism: r. 0: all experts are gathered. Else a divisor of the s slices: groups of s / r ranks next to
             each other gather their slices into one, and each token visits r ranks of each of its experts.
         shadow: global ids of experts that are gathered whole, in ascending order, while tokens of others travel.
+        free: which of the two `Adaptive` may change, ``"parallelism"`` and ``"shadow"``.
     """
 
     ep: ProcessGroup | None
     etp: ProcessGroup | None
     parallelism: int
     shadow: tuple[int, ...] = ()
+    free: frozenset[str] = frozenset()
     idle: bool = field(init=False)  # nothing is gathered
 
     def __post_init__(self) -> None:
@@ -65,31 +67,42 @@ class WeightTravel:
         return cls(ep, etp, _size(etp))
 
     def choose(
-        self, num_experts: int, layer: str, parallelism: int | None = None, shadow: Sequence[int] | None = None
+        self,
+        num_experts: int,
+        layer: str,
+        parallelism: int | str | None = None,
+        shadow: Sequence[int] | str | None = None,
     ) -> WeightTravel:
-        """The same ranks with another choice; `layer` names the layer in errors.
+        """The same ranks with another choice; `layer` names the layer in errors. "auto" leaves it to `Adaptive`.
 
         Raises:
             ValueError: an r that is none of those allowed, or ids that are not distinct experts.
         """
-        chosen = self
-        if parallelism is not None:
-            slices = _size(self.etp)
-            allowed = [r for r in range(slices + 1) if r == 0 or slices % r == 0]
-            if type(parallelism) is not int or parallelism not in allowed:
+        given = {"parallelism": parallelism, "shadow": shadow}
+        fixed = {name for name, value in given.items() if value is not None}
+        chosen = replace(self, free=self.free - fixed | {name for name in fixed if given[name] == "auto"})
+        if parallelism is not None and parallelism != "auto":
+            if type(parallelism) is not int or parallelism not in self.allowed:
                 raise ValueError(
-                    f"parallelism of {layer} must be one of {', '.join(map(str, allowed))} on this mesh, which splits "
-                    f"each expert into {slices} (etp={slices}); got {parallelism!r}"
+                    f"parallelism of {layer} must be one of {', '.join(map(str, self.allowed))} on this mesh, which "
+                    f'splits each expert into {_size(self.etp)} (etp={_size(self.etp)}), or "auto"; got {parallelism!r}'
                 )
             chosen = replace(chosen, parallelism=parallelism)
-        if shadow is not None:
-            ids = sorted(shadow) if all(type(e) is int for e in shadow) else []
-            if len(set(ids)) < len(shadow) or not all(0 <= e < num_experts for e in ids):
+        if shadow is not None and shadow != "auto":
+            ids = sorted(e for e in shadow if type(e) is int and 0 <= e < num_experts)
+            if len(set(ids)) < len(shadow):
                 raise ValueError(
-                    f"shadow of {layer} must be None or different experts, of 0 to {num_experts - 1}; got {shadow!r}"
+                    f"shadow of {layer} must be None or different experts, of 0 to {num_experts - 1}, or "
+                    f'"auto"; got {shadow!r}'
                 )
             chosen = replace(chosen, shadow=tuple(ids))
         return chosen
+
+    @property
+    def allowed(self) -> list[int]:
+        """Values that `parallelism` may have, in ascending order."""
+        slices = _size(self.etp)
+        return [r for r in range(slices + 1) if r == 0 or slices % r == 0]
 
     @property
     def shadow_number(self) -> int:
@@ -206,6 +219,15 @@ def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, *
     _check_gatherable(experts, travel)
     place.parallelism, place.shadow = travel.parallelism, travel.shadow_number
     return travel
+
+
+def can_gather(experts: Experts, travel: WeightTravel) -> bool:
+    """Whether experts can be gathered at all. Buffers may change in a forward, so experts with buffers are left out."""
+    try:
+        _check_gatherable(experts, replace(travel, parallelism=0))
+    except ValueError:
+        return False
+    return experts.in_four_bits or next(experts.buffers(), None) is None
 
 
 def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:

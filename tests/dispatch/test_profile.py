@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from turnout.dispatch import Profile
-from turnout.dispatch.autoselect.profile import Flop, Link, Message
+from turnout.dispatch.autoselect.profile import Flop, Link, Message, Work
 
 SMALL = Message(tokens=4, row_bytes=256, top_k=2, num_experts=64)
 LARGE = Message(tokens=4096, row_bytes=4096, top_k=8, num_experts=64)
@@ -172,3 +172,47 @@ def test_what_is_no_profile(tmp_path, change):
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(ValueError, match=r"profile\.json is not a profile .*; make one with python -m"):
         Profile.load(path)
+
+
+SHARES = st.lists(st.floats(0, 1), min_size=6, max_size=6).filter(lambda s: sum(s) > 0.01)
+
+
+@given(SHARES, st.floats(0.1, 1))
+def test_uneven_shares_against_a_sum_over_ranks(drawn, travels):
+    """3 nodes of 2: bytes that each rank sends and receives, by the way that each transport takes."""
+    shares = [travels * s / sum(drawn) for s in drawn]
+    n, m, k, ranks = 3, 2, 2, range(6)
+    between = {name: ([0.0] * 6, [0.0] * 6) for name in ("flat", "2dh")}  # sent, received
+    inside = {name: ([0.0] * 6, [0.0] * 6) for name in ("flat", "2dh")}
+
+    def send(links, source: int, target: int, rows: float) -> None:
+        links[0][source] += rows
+        links[1][target] += rows
+
+    for source, target in product(ranks, ranks):
+        rows = k * shares[target]
+        if source // m != target // m:
+            send(between["flat"], source, target, rows)
+        elif source != target:
+            send(inside["flat"], source, target, rows)
+        middle = source // m * m + target % m  # the rank of the own node with the target's local number
+        if middle != source:
+            send(inside["2dh"], source, middle, rows)
+        if middle // m != target // m:
+            send(between["2dh"], middle, target, rows)
+
+    def busiest(links) -> float:
+        return max(*links[0], *links[1])
+
+    message = Message(tokens=1, row_bytes=1, top_k=k, num_experts=60, shares=tuple(shares))
+    for name in ("flat", "2dh"):
+        assert cluster(n, m, FREE, Link(0, 0, 1.0)).predict(message)[name] == pytest.approx(4 * busiest(between[name]))
+        assert cluster(n, m, Link(0, 0, 1.0), FREE).predict(message)[name] == pytest.approx(4 * busiest(inside[name]))
+    found = cluster(n, m, FREE, Link(0, 0, 1.0)).predict(message)["node"]
+    assert found <= 4 * busiest(between["2dh"]) * (1 + 1e-9)  # a token crosses at most as often as its rows
+
+
+def test_work_that_was_measured_counts_for_the_rank_with_most_rows():
+    message = Message(tokens=10, row_bytes=1, top_k=2, num_experts=8, shares=(0.5, 0.2, 0.2, 0.1), work=Work(1.0, 3.0))
+    found = cluster(4, 1, FREE, FREE).predict(message)["flat"]
+    assert found == pytest.approx(3 * max(1.0 * 80 * 0.5, 3.0 * 20))  # the processors of four ranks are one

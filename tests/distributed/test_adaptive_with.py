@@ -152,14 +152,12 @@ def wrong() -> None:
     mesh = mesh_of((1, 2), ("ep", "etp"))
     layer = layer_on(mesh)
     assert (layer.parallelism, layer.shadow) == (2, None)
-    said = (
-        r"parallelism of layer 0 must be one of 0, 1, 2 on this mesh, which splits each expert into 2 \(etp=2\); got "
-    )
-    for r in (3, -1, True, 1.0, "auto"):
+    said = r'of layer 0 must be one of 0, 1, 2 on this mesh, which splits each expert into 2 \(etp=2\), or "auto"; got '
+    for r in (3, -1, True, 1.0, "all"):
         with pytest.raises(ValueError, match=said):
             layer.parallelism = r
-    for ids in ([0, 0], [EXPERTS], [-1], [0.0], [True]):
-        with pytest.raises(ValueError, match="shadow of layer 0 must be None or different experts, of 0 to 7; got"):
+    for ids in ([0, 0], [EXPERTS], [-1], [0.0], [True], "all"):
+        with pytest.raises(ValueError, match="shadow of layer 0 must be None or different experts, of 0 to 7, or"):
             layer.shadow = ids
     assert (layer.parallelism, layer.shadow) == (2, None)
     layer.shadow = [5, 2]

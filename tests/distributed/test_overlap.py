@@ -141,6 +141,26 @@ def clocked(costs: dict[int, dict[int, float]], checkpointed: bool) -> list[int]
     return used
 
 
+def again(costs: list[dict[int, float]]) -> list[int]:
+    """The degrees of as many trials, one after the other, each with its own costs of a step."""
+    trial, now, chosen = overlap._Trial(), [0.0], []
+    overlap.time = SimpleNamespace(perf_counter=lambda: now[0])
+    group = (dist.group.WORLD,)
+    for cost in costs:
+        for _ in range(trial.AGAIN):
+            trial.new_step = True  # as after a backward
+            degree = trial.degree(torch.device("cpu"), group)
+            now[0] += cost[degree]
+        chosen.append(degree)
+    return chosen
+
+
+def test_auto_tries_again_and_noise_changes_nothing():
+    noise = [{1: 5.0, 2: 3.0, 4: 3.1}, {1: 5.0, 2: 3.1, 4: 3.0}, {1: 3.05, 2: 3.1, 4: 3.0}]
+    links_are_slower = {1: 5.0, 2: 3.0, 4: 2.0}
+    assert run(2, again, [*noise, links_are_slower, noise[0]]) == [[2, 2, 2, 4, 4]] * 2
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_auto_tries_and_keeps_what_is_fastest_on_the_slowest_rank(checkpointed):
     costs = {rank: {1: 5.0, 2: 3.0, 4: 4.0} for rank in range(4)}
