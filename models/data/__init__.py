@@ -7,7 +7,7 @@ from one or several. On the command line: ``python -m turnout.models.data prepar
 from .batches import Batches, HeldOut, Prefetcher
 from .prepare import prepare
 from .shards import DataError, Source
-from .tokenizing import Bytes, Subwords, Tokenizer, tokenizer_of
+from .tokenizing import Bytes, Subwords, tokenizer_of
 
 __all__ = [
     "Batches",
@@ -17,7 +17,6 @@ __all__ = [
     "Prefetcher",
     "Source",
     "Subwords",
-    "Tokenizer",
     "prepare",
     "tokenizer_of",
 ]

@@ -22,14 +22,11 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--eod", help="name of the token that begins a document (default: <|endoftext|> and the like)")
     how.add_argument("--field", default="text", help="key of the text in JSONL (default: text)")
     how.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens in a shard (default: 2^28)")
-    for name, about in {
-        "show": "say what a folder holds, or one of its documents",
-        "verify": "compare checksums",
-    }.items():
-        how = commands.add_parser(name, help=about, allow_abbrev=False)
-        how.add_argument("folder", type=Path)
-        if name == "show":
-            how.add_argument("--document", type=int, help="number of a document to train on, from 0")
+    show = commands.add_parser("show", help="say what a folder holds, or print a document", allow_abbrev=False)
+    show.add_argument("folder", type=Path)
+    show.add_argument("--document", type=int, help="number of a document to train on, from 0")
+    verify = commands.add_parser("verify", help="compare all shards with their checksums", allow_abbrev=False)
+    verify.add_argument("folder", type=Path)
     return made
 
 

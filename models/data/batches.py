@@ -34,7 +34,7 @@ class Mixture:
         for source, _ in sources[1:]:
             if (source.tokenizer, source.vocab, source.eod) != (first.tokenizer, first.vocab, first.eod):
                 raise DataError(
-                    f"{source.folder} has another vocabulary than {first.folder}: prepare both with the same --tokenizer"
+                    f"{source.folder} has another vocabulary than {first.folder}: prepare both with one --tokenizer"
                 )
         self.sources, self.weights = [source for source, _ in sources], [weight for _, weight in sources]
         self.seq_len, self.vocab, self.eod = seq_len, first.vocab, first.eod
@@ -65,8 +65,8 @@ class Batches(Mixture):
     """Batches to train on. Calling it with a step reads this rank's part of that step's batch.
 
     The tokens of a source, all its documents one after the other, are cut into rows of S + 1 tokens, each beginning
-    with the last token of the row before. So all rows are full, and a document may go on in another row. In each epoch a
-    source is cut at other places, and its rows come in another order.
+    with the last token of the row before. So all rows are full, and a document may go on in another row. In each epoch
+    a source is cut at other places, and its rows come in another order.
 
     A step's rows are a function of `seed` and the step. The batch is cut into micro-batches, and each of these over the
     ranks: a micro-batch has the same rows on any number of ranks.

@@ -54,8 +54,8 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 def shares(rows: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Source of each row, and number of rows of that source before it.
 
-    Row n belongs to the first source if floor(n w) grows there, as in Bresenham's line; the others share what is left in
-    the same way. So after any number of rows each source has had its share, to within one row for each source.
+    Row n belongs to the first source if floor(n w) grows there, as in Bresenham's line. The others share what is left
+    in the same way. So after any number of rows each source has had its share, to within one row for each source.
 
     Args:
         rows: numbers of rows, int64 [n], below 2^43.

@@ -71,14 +71,8 @@ def prepare(
         shutil.rmtree(aside)
         raise DataError(f"there is no text in {', '.join(str(path) for _, path in files[:4]) or 'what was given'}")
     tokenizer.save(aside)
-    write_header(
-        aside,
-        tokenizer.vocab,
-        tokenizer.eod,
-        tokenizer.name,
-        dtype,
-        {name: writer.shards for name, writer in sides.items()},
-    )
+    facts = {"tokenizer": tokenizer.name, "vocab": tokenizer.vocab, "eod": tokenizer.eod, "dtype": dtype}
+    write_header(aside, {name: writer.shards for name, writer in sides.items()}, **facts)
     aside.rename(out)
     return Source.open(out)
 

@@ -172,8 +172,9 @@ class Source:
                 if found != size:
                     has = "is missing" if found is None else f"is torn: it has {found:,} bytes of {size:,}"
                     raise DataError(f"{path} {has}; copy the folder again, or prepare it again")
-        parts = [Tokens(folder, splits[name], dtype, header["vocab"]) for name in SPLITS]
-        return cls(folder, header["vocab"], header["eod"], header["tokenizer"], *parts, fingerprint(header))
+        vocab, eod, tokenizer = header["vocab"], header["eod"], header["tokenizer"]
+        train, held_out = (Tokens(folder, splits[name], dtype, vocab) for name in SPLITS)
+        return cls(folder, vocab, eod, tokenizer, train, held_out, fingerprint(header))
 
     def check(self, part: int = 0, parts: int = 1, whole: bool = False) -> None:
         """Compare shards with their checksums, if their time says that they were written since `prepare`.
@@ -225,13 +226,10 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def write_header(
-    folder: Path, vocab: int, eod: int, tokenizer: str, dtype: str, splits: dict[str, list[Shard]]
-) -> None:
-    """Write the header, after all shards: a folder without it is not finished."""
-    header = {"format": FORMAT, "vocab": vocab, "eod": eod, "tokenizer": tokenizer, "dtype": dtype}
-    header["splits"] = {name: [asdict(shard) for shard in shards] for name, shards in splits.items()}
-    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n")
+def write_header(folder: Path, splits: dict[str, list[Shard]], **facts: Any) -> None:
+    """Write the header, after all shards: a folder without it is not finished. `facts` are dtype, vocab and so on."""
+    shards = {name: [asdict(shard) for shard in shards] for name, shards in splits.items()}
+    (folder / HEADER).write_text(json.dumps({"format": FORMAT, **facts, "splits": shards}, indent=1) + "\n")
 
 
 def fingerprint(header: dict[str, Any]) -> str:

@@ -92,9 +92,9 @@ def split(found: Iterable[Document]) -> Iterator[tuple[bool, str]]:
     if len(first) < FEW and sides != {True, False}:
         for document in first:
             cut = len(document.text) - len(document.text) // HELD_OUT
-            yield from (
-                (side, part) for side, part in ((False, document.text[:cut]), (True, document.text[cut:])) if part
-            )
+            yield False, document.text[:cut]
+            if document.text[cut:]:
+                yield True, document.text[cut:]
         return
     for document in chain(first, found):
         yield held_out(document.name), document.text

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,31 +17,14 @@ END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # names in common use
 
 
-class Tokenizer(Protocol):
-    """What makes token ids of text.
+@dataclass(frozen=True)
+class Bytes:
+    """A token is a byte of UTF-8. Byte 0, which text does not use, begins a document; it is removed from text.
 
     Attributes:
         vocab: number of token ids.
         eod: id of the token that begins each document, which no text contains.
-        name: ``"bytes"``, or the SHA-256 of its file.
-    """
-
-    vocab: int
-    eod: int
-    name: str
-
-    def encode(self, texts: Sequence[str]) -> Iterator[Sequence[int] | np.ndarray]:
-        """Token ids of each text."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write what is needed to read the ids, if anything is."""
-        ...
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """A token is a byte of UTF-8. Byte 0, which text does not use, begins a document; it is removed from text.
+        name: ``"bytes"``; of `Subwords` it is the SHA-256 of the file.
 
     >>> next(iter(Bytes().encode(["ab"]))).tolist()
     [97, 98]
@@ -69,6 +52,8 @@ class Subwords:
         text: contents of the file.
         eod: name of the token that begins a document. None, the default, looks for one of the usual names.
         vocab: number of token ids. None, the default, is as many as the tokenizer has.
+
+    It has the attributes of `Bytes`.
 
     Raises:
         DataError: no such token, or no tokenizer.
@@ -122,6 +107,9 @@ class Subwords:
         )
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer.to_str(), END, vocab)
+
+
+Tokenizer = Bytes | Subwords
 
 
 def tokenizer_of(what: str, eod: str | None = None) -> Tokenizer | int:
