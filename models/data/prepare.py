@@ -60,19 +60,18 @@ def prepare(
         shutil.rmtree(aside)  # of a preparation that was killed
     aside.mkdir(parents=True)
     dtype = "<u2" if tokenizer.vocab <= 1 << 16 else "<u4"
-    sides = {name: ShardWriter(aside, name, dtype, tokenizer.eod, shard_tokens) for name in ("train", "held_out")}
-    for together in _batched(split(documents(files, field)), TOGETHER):
-        texts = [text for _, text in together]
-        for (held_out, text), ids in zip(together, tokenizer.encode(texts), strict=True):
-            sides["held_out" if held_out else "train"].add(ids, len(text.encode()))
-    for writer in sides.values():
-        writer.close()
-    if not sides["train"].shards:
+    written = (aside, dtype, tokenizer.eod, shard_tokens)
+    with ShardWriter("train", *written) as train, ShardWriter("held_out", *written) as held_out:
+        for together in _batched(split(documents(files, field)), TOGETHER):
+            texts = [text for _, text in together]
+            for (is_held_out, text), ids in zip(together, tokenizer.encode(texts), strict=True):
+                (held_out if is_held_out else train).add(ids, len(text.encode()))
+    if not train.shards:
         shutil.rmtree(aside)
         raise DataError(f"there is no text in {', '.join(str(path) for _, path in files[:4]) or 'what was given'}")
     tokenizer.save(aside)
     facts = {"tokenizer": tokenizer.name, "vocab": tokenizer.vocab, "eod": tokenizer.eod, "dtype": dtype}
-    write_header(aside, {name: writer.shards for name, writer in sides.items()}, **facts)
+    write_header(aside, {"train": train.shards, "held_out": held_out.shards}, **facts)
     aside.rename(out)
     return Source.open(out)
 

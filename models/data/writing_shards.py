@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -13,25 +14,25 @@ from .shards import Shard
 
 
 class ShardWriter:
-    """Writes one split of a folder.
+    """Writes one split of a folder, in a `with` block, after which `shards` has the facts.
 
     Args:
-        folder: folder, which exists.
         split: name of the split.
+        folder: folder, which exists.
         dtype: dtype of token ids, "<u2" or "<u4".
         eod: id of the token that begins each document.
         shard_tokens: number of tokens from which on the next document begins a new shard.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: str, eod: int, shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.eod, self.shard_tokens = folder, split, dtype, eod, shard_tokens
+    def __init__(self, split: str, folder: Path, dtype: str, eod: int, shard_tokens: int) -> None:
+        self.split, self.folder, self.dtype, self.eod, self.shard_tokens = split, folder, dtype, eod, shard_tokens
         self.shards: list[Shard] = []
         self._open()
 
     def add(self, ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
         """Append a document of these token ids. Its text has `text_bytes` bytes."""
         if self._tokens >= self.shard_tokens:
-            self.close()
+            self._close()
             self._open()
         document = np.empty(len(ids) + 1, self.dtype)
         document[0], document[1:] = self.eod, ids
@@ -42,7 +43,15 @@ class ShardWriter:
         self._tokens += len(document)
         self._bytes += text_bytes
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self._close()
+        self._file.close()
+
+    def _close(self) -> None:
         """Finish the shard that is open; one without documents is removed."""
         self._file.flush()
         os.fsync(self._file.fileno())
