@@ -104,3 +104,15 @@ def test_wrong_documents_are_refused():
     layer, x = MoE(8, 8, 4), torch.randn(2, 3, 8)
     with pytest.raises(ValueError, match=r"documents must be int64 \(2, 3\); got torch.float32 \(2, 3\)"):
         layer(x, documents=torch.zeros(2, 3))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_keeps_documents_apart():
+    torch.manual_seed(0)
+    model, tokens = GPT(CONFIG), packed()[:, :-1]
+    logits, aux = model(tokens), aux_loss(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), logits)
+    torch.testing.assert_close(aux_loss(model), aux)
+    torch._dynamo.reset()
