@@ -30,12 +30,12 @@ CHOICES = {
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks"),
+    *("profile", "ranks", "vocab"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
-    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch"),
+    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
@@ -50,12 +50,20 @@ class Job:
 
     steps: Annotated[int, "number of optimizer steps in all"] = 200
     out: Annotated[str, "folder for checkpoints, the log and the report"] = "runs/pretrain"
-    data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
+    data: Annotated[
+        tuple[str, ...],
+        "folders of turnout.models.data, each as PATH or PATH:WEIGHT; or text files, JSONL and folders of them "
+        "(default: Python's own source)",
+    ] = ()
+    tokenizer: Annotated[str, "what makes tokens of text: bytes, bpe:SIZE or a tokenizer.json"] = "bytes"
+    epochs: Annotated[int, "number of times that the steps may pass over the data"] = 4
+    vocab: Annotated[int, "number of token ids of the model; 0 takes those of the data"] = 0
+    eod: Annotated[int, "id of the token that begins a document; -1 takes that of the data"] = -1
     resume: Annotated[bool, "resume from the newest checkpoint in --out, on any mesh"] = False
     allow_changes: Annotated[bool, "let --resume accept flags that change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
-    seq: Annotated[int, "number of bytes in a sequence"] = 128
+    seq: Annotated[int, "number of tokens in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
     layers: Annotated[int, "number of blocks"] = 4
     moe_every: Annotated[int, "every n-th block has an MoE layer"] = 2
@@ -65,7 +73,7 @@ class Job:
     untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
-    top_k: Annotated[int, "number of experts that each byte is routed to"] = 2
+    top_k: Annotated[int, "number of experts that each token is routed to"] = 2
     gate: Annotated[str, "router that chooses the experts"] = "topk"
     capacity_factor: Annotated[float, "capacity of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
     balance: Annotated[str, "tokens over which the load-balancing loss is taken"] = "sequence"
@@ -159,7 +167,7 @@ class Job:
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
-                if not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
+                if name != "eod" and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
@@ -213,6 +221,8 @@ class Job:
             "balance": Balance(self.aux_weight, over=self.balance),
         }
         return GPTConfig(
+            vocab=self.vocab or 256,
+            eod=None if self.eod < 0 else self.eod,
             dim=self.dim,
             layers=self.layers,
             heads=self.heads,

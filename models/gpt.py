@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Block, Context, RotaryConfig, active_parameters, check_tokens, norm, rotary
+from .documents import document_mask, documents_of
 from .dropout import Dropout
 from .recompute import Blocks
 
@@ -16,11 +17,14 @@ from .recompute import Blocks
 class GPTConfig(RotaryConfig):
     """Sizes of a `GPT`. The defaults fit text that is read as bytes.
 
-    All arguments are keywords: `tied`, `rope_base`, and the fields of `turnout.models.blocks.Config`. `tied`, True by
-    default: the embedding is the head's matrix as well. Otherwise the head has its own.
+    All arguments are keywords: `tied`, `eod`, `rope_base`, and the fields of `turnout.models.blocks.Config`. `tied`,
+    True by default: the embedding is the head's matrix as well. Otherwise the head has its own. `eod`: id of the
+    end-of-document token, with which each document in a row of tokens begins. No token attends to another document,
+    and the balance loss over "sequence" takes each document by itself. None, the default: a row is one document.
     """
 
     tied: bool = True
+    eod: int | None = None
 
 
 class GPT(nn.Module):
@@ -69,7 +73,8 @@ class GPT(nn.Module):
         Args:
             x: token ids, int64 [B, S], with S at most ``config.seq_len``. A later pipeline stage takes the hidden
                 states [B, S, D] of the stage before it.
-            tokens: token ids, int64 [B, S], for a later stage whose gates route by them; None by default.
+            tokens: token ids, int64 [B, S], for a later stage whose gates route by them, or whose documents begin with
+                ``config.eod``; None by default.
 
         Returns:
             Logits [B, S, vocab]. A stage without the last block returns hidden states [B, S, D].
@@ -89,7 +94,13 @@ class GPT(nn.Module):
             x = self.dropout(self.embed(x))
         config = self.config
         cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
-        x = self.blocks(x, Context(tokens, cos=cos, sin=sin))
+        mask = documents = None
+        if config.eod is not None:
+            if tokens is None:
+                raise ValueError(f"eod={config.eod} is set, and this stage needs tokens= to tell documents apart")
+            documents = documents_of(tokens, config.eod)
+            mask = document_mask(documents)
+        x = self.blocks(x, Context(tokens, cos=cos, sin=sin, attn_mask=mask, documents=documents))
         if self.norm is None:
             return x
         if self.head is not None:

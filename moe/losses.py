@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from ..dispatch.collectives import all_reduce
 from ..dispatch.plan import load
+from .by_document import sums_by_document
 from .routing import Routing
 
 BALANCE = ("local", "global", "sequence")
@@ -33,8 +34,8 @@ class Balance:
         weight: weight of the load-balancing loss, and of losses that a gate computes itself; 0.01 by default, 0 adds
             none.
         over: tokens that the loss balances: ``"local"`` (this rank's forward, the default), ``"global"`` (all ranks
-            that share the batch) or ``"sequence"`` (each sequence by itself; x is then [..., S, D]). A dict takes
-            several at once, each with its share of `weight`: ``{"global": 1.0, "sequence": 0.1}``.
+            that share the batch) or ``"sequence"`` (each sequence or document by itself; x is then [..., S, D]). A dict
+            takes several at once, each with its share of `weight`: ``{"global": 1.0, "sequence": 0.1}``.
         choices: number of a token's k choices that the loss counts, first ones first. None, the default, counts all,
             and 1 is GShard's definition.
         z_loss: weight of the router z-loss (ST-MoE, arXiv:2202.08906); 0, the default, adds none.
@@ -201,11 +202,10 @@ def balance_loss(
     and their product depends on that.
 
     Args:
-        routing: router output for this rank's tokens. With `routing.first(1)`, f counts only first choices, as in
-            GShard.
+        routing: router output for this rank's tokens. With `routing.first(1)`, f counts first choices alone (GShard).
         over: ``"local"``, the default: the tokens of `split`. The value depends on the number of ranks.
-            ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: one term for each sequence,
-            averaged over the sequences of all ranks. The last two do not depend on how tokens are spread over ranks.
+            ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: the mean over sequences, or
+            over `Routing.documents` by their tokens. The last two do not depend on how tokens are spread over ranks.
         sequences: number of sequences on this rank. It divides T, and the tokens of a sequence are adjacent.
         group: ranks that share the batch. None, the default, is this rank alone.
         split: ranks that hold equally long parts of the same sequences, and whose gradients are summed. None, the
@@ -231,9 +231,12 @@ def balance_loss(
         scores = scores * total.reciprocal()  # the backward of a division needs three more [T, E] matrices
     if routing.mask is not None:
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
-    # a rank without tokens takes part with zeros that have a graph
-    mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
-    chosen, tokens = _load_by_sequence(routing, sequences).to(mass.dtype), _tokens_by_sequence(routing, sequences)
+    if over == "sequence" and routing.documents is not None:
+        mass, chosen, tokens = sums_by_document(routing, scores, split)
+    else:  # a rank without tokens takes part with zeros that have a graph
+        mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
+        chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
+        tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
     if split is not None or over == "global":
         sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
         sums = _sum(sums, group if over == "global" else None)
@@ -242,8 +245,9 @@ def balance_loss(
     terms = (E * share / tokens.clamp(min=1).unsqueeze(1) * mass).sum(1)
     if over != "sequence":
         return terms.squeeze(0)
-    counted = tokens > 0
-    return _mean_over_ranks(torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype), group)
+    # short documents have high terms, and a mean over tokens is the same for any division into micro-batches
+    weight = tokens if routing.documents is not None else (tokens > 0).to(terms.dtype)
+    return _mean_over_ranks((weight * terms).sum(), weight.sum(), group)
 
 
 def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGroup | None = None) -> Tensor:

@@ -27,6 +27,8 @@ class Routing:
             that all tokens are real.
         normalized: whether each token's scores sum to 1, as after a softmax; False by default. The load-balancing loss
             then does not divide them by their sum.
+        documents: int64 [T], a number below T for each document, where several share a sequence. Under
+            `tensor_parallel` T is that of all its ranks. None, the default: a sequence is one document.
 
     Raises:
         ValueError: shapes that do not fit together, or k larger than E.
@@ -46,6 +48,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     normalized: bool = False
+    documents: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.expert.ndim != 2 or self.expert.shape != self.weight.shape:
@@ -75,6 +78,10 @@ class Routing:
         if choices is None:
             return self
         return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
+
+    def within(self, documents: Tensor) -> Routing:
+        """The same routing with the number of each token's document, int64 (...)."""
+        return replace(self, documents=documents.flatten())
 
     def masked(self, mask: Tensor) -> Routing:
         """The same routing with `mask`, bool [T]: tokens where it is False are padding and visit no expert."""

@@ -94,7 +94,7 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
     def meant(config: GPTConfig) -> dict[str, Any]:
         eps = torch.finfo(torch.float32).eps if config.norm_eps is None else config.norm_eps
         alike = {"kv_heads": config.kv_heads or config.heads, "head_dim": config.head_size, "norm_eps": eps}
-        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe"))}
+        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe", "eod"))}
 
     mine, theirs = meant(config), meant(other)
     return [f"{name}={mine[name]} ({theirs[name]} there)" for name in mine if mine[name] != theirs[name]]
@@ -184,7 +184,8 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
         "num_experts_per_tok": top_k,
         "num_local_experts": config.num_experts,
         "dtype": dtype,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.eod),
+        "pad_token_id": None,
     }
     if not qwen:
         return MixtralConfig(**values, intermediate_size=config.hidden, architectures=["MixtralForCausalLM"])

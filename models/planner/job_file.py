@@ -11,14 +11,14 @@ from ..gpt import GPTConfig
 from .architecture import Architecture
 from .layout import Layout
 
-SIZES = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm")
+SIZES = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab")
 MODEL = (*SIZES, "untied", "gate", "capacity_factor", "dense")
 LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    "links",
+    *("links", "tokenizer", "epochs", "eod"),
 )
 
 
@@ -46,6 +46,8 @@ class JobFile(NamedTuple):
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads
         sizes["tied"] = not given.get("untied")
+        kind, _, size = str(given.get("tokenizer", "")).partition(":")
+        sizes["vocab"] = given.get("vocab") or (int(size) if kind == "bpe" and size.isdecimal() else 256)
         if given.get("dense"):
             sizes["moe_every"] = 0
         moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
@@ -59,6 +61,7 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
     """A file for the job, with what it has no flag for in comments."""
     values: dict[str, Any] = {
         "batch": batch,
+        "vocab": model.vocab if model.vocab != 256 else None,
         "seq": model.seq,
         "dim": model.dim,
         "layers": model.layers,
@@ -91,8 +94,6 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
 def _not_in_the_job(model: Architecture) -> list[str]:
     """Comments on what of the model examples/pretrain.py would build otherwise."""
     differs = []
-    if model.vocab != 256:
-        differs.append(f"a vocabulary of {model.vocab:,}: the job reads bytes, 256")
     if model.plain:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
     elif not model.gated:
