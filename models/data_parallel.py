@@ -1,14 +1,14 @@
 """Data parallelism for MoE models: replicated, ZeRO-1, ZeRO-2 and FSDP (ZeRO-3), and bfloat16 compute.
 
 The stages are those of ZeRO (arXiv:1910.02054, section 5). FSDP2 runs all but "replicate". Dense parameters are split
-over the dense mesh's "dp", experts over "edp". Splits over "tp", "ep" and "etp" come first.
+over the dense mesh's "dp" and "cp", experts over "edp". Splits over "tp", "ep" and "etp" come first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +70,16 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
     def shard(module: nn.Module, policy: MixedPrecisionPolicy = policy, free: bool = how == "fsdp") -> None:
         fully_shard(
             module,
-            mesh=meshes.dense[axes.DP],
+            mesh=meshes.replicas,
             reshard_after_forward=free,
             mp_policy=policy,
             offload_policy=offload,
             ignored_params=experts,
         )
+        if meshes.dense[axes.CP].size() > 1:  # gradients are summed over cp, and averaged over dp
+            wrapped = cast(FSDPModule, module)
+            wrapped.set_gradient_divide_factor(float(meshes.dense[axes.DP].size()))
+            wrapped.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     for block in model.blocks:
         if not isinstance(block, Block):

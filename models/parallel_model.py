@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from ..moe.auxiliary import aux_loss
 from ..moe.parallel.gradients import clip_grad_norm_, sync_gradients
 from ..moe.parallel.parallelize import moe_layers, parallelize
+from .context_parallel import context_parallel, own_part
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
@@ -90,14 +93,15 @@ def parallel_model(
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
-        tensor_parallel(part, tp)
+        context_parallel(tensor_parallel(part, tp), meshes)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
     pipeline = None
     if stages:  # before parameters are offloaded: the pipeline takes its device from them
         boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)
         hidden = torch.bfloat16 if bf16 and data != "replicate" else None
-        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, boundary=boundary, dtype=hidden)
+        loss = partial(next_token_loss, group=_cp_group(meshes))
+        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, loss, boundary, hidden)
     for part in parts:
         data_parallel(part, meshes, data, bf16, cpu_offload)
     return ParallelModel(parts, meshes, micro_batches, data, pipeline, activations_on_cpu)
@@ -130,6 +134,9 @@ class ParallelModel(nn.Module):
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return next_token_loss(logits, targets, _cp_group(self.meshes))
+
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
         """Run forward and backward of a batch, and synchronise gradients. All ranks call it.
 
@@ -138,16 +145,17 @@ class ParallelModel(nn.Module):
 
         Args:
             tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches`. Ranks along
-                "pp" and "tp" give the same.
+                "pp", "cp" and "tp" give the same.
             targets: token after each one, int64 [B, S].
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
         Returns:
-            Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp" and "tp".
+            Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp", "cp" and "tp".
 
         Raises:
-            ValueError: a batch that does not split into `micro_batches`.
+            ValueError: a batch that does not split into `micro_batches`, or sequences that do not split over "cp".
         """
+        tokens, targets = own_part(tokens, self.meshes), own_part(targets, self.meshes)
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -162,13 +170,14 @@ class ParallelModel(nn.Module):
             targets: token after each one, int64 [B, S].
 
         Returns:
-            Mean loss in nats, a scalar in float64, equal on all ranks along "pp" and "tp".
+            Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
+        tokens, targets = own_part(tokens, self.meshes), own_part(targets, self.meshes)
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(tokens, targets)
         else:
             pairs = zip(tokens.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True)
-            losses = [next_token_loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
+            losses = [self._loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
             mean = torch.stack(losses).sum(dtype=torch.float64) / len(tokens)
         reshard(self)
         return mean
@@ -186,8 +195,14 @@ class ParallelModel(nn.Module):
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
-            task = next_token_loss(model(x), y)
+            task = self._loss(model(x), y)
             aux = aux_loss(model)
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
+
+
+def _cp_group(meshes: Meshes) -> ProcessGroup | None:
+    """Ranks with other parts of the same sequences, for `next_token_loss`; None if sequences are not split."""
+    cp = meshes.dense[axes.CP]
+    return cp.get_group() if cp.size() > 1 else None

@@ -31,6 +31,7 @@ from ...dispatch.mesh import Meshes
 from ...dispatch.node import NodeDispatcher
 from ...dispatch.overlap import OverlapDispatcher
 from ...dispatch.place import Place
+from ...dispatch.timeout import seconds
 from ...dispatch.wire import WIRES, Wire
 from ..build import called
 from ..experts.base import Experts
@@ -68,8 +69,8 @@ def parallelize(
             about.
         mesh: mesh whose axes have names, or `Meshes`. Experts are spread over ``"ep"`` (or ``"node"`` and ``"local"``),
             replicated over ``"edp"``, and their hidden width is split over ``"etp"`` (`TensorParallelDispatcher`). Each
-            rank has its own part of the batch. Without an "ep" axis all ranks keep all experts. `Meshes` add tp, whose
-            ranks hold parts of the same sequences (`tensor_parallel`).
+            rank has its own part of the batch. Without an "ep" axis all ranks keep all experts. `Meshes` add tp and
+            cp, whose ranks hold parts of the same sequences (`tensor_parallel`, `context_parallel`).
         dispatcher: transport by name, or a `Dispatcher`. ``"flat"`` is one all-to-all. A mesh with "node" and "local"
             also has ``"2dh"`` (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). ``"auto"``, the default,
             takes the fastest of the three there, in 1, 2 or 4 chunks, by measured costs (`AutoDispatcher`; one chunk
@@ -99,9 +100,9 @@ def parallelize(
         TypeError: `wire` is given for a `Dispatcher` that is not a `SteppedDispatcher`.
     """
     _check_options(dispatcher, overlap, wire)
-    axes.seconds(timeout)  # raises on what is not a time
+    seconds(timeout)  # raises on what is not a time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
-    if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
+    if isinstance(mesh, Meshes) and mesh.dense[axes.TP].size() > 1 and not any(map(_is_split, model.parameters())):
         raise ValueError(
             'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
             'tensor_parallel(model, meshes.dense["tp"]) first'
@@ -239,8 +240,8 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
     return BY_NODE[name].of(mesh) if name in BY_NODE else FlatDispatcher(ep.get_group())
 
 
-def _split(p: Tensor, axis: str) -> bool:
-    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
+def _is_split(p: Tensor) -> bool:
+    return isinstance(p, DTensor) and axes.TP in axes.names(p.device_mesh)
 
 
 def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> None:
