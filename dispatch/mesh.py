@@ -98,17 +98,16 @@ class Meshes:
         for name, size in {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        context = f" x cp={cp}" if cp > 1 else ""
         if ranks % (whole := pp * cp * tp):
             raise ValueError(
-                f"pp={pp}{context} x tp={tp} = {whole} does not divide the {ranks} ranks; start a multiple of {whole} "
+                f"pp={pp} x cp={cp} x tp={tp} = {whole} does not divide the {ranks} ranks; start a multiple of {whole} "
                 "ranks"
             )
         stage = ranks // pp
         dp = stage // (cp * tp)
         if stage % (ep * etp):
             raise ValueError(
-                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={dp}{context} x tp={tp} = {stage} ranks of a "
+                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={dp} x cp={cp} x tp={tp} = {stage} ranks of a "
                 f"pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
             )
         spread = {EP: ep}

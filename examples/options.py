@@ -39,7 +39,7 @@ DEFINES_RUN = (
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
-    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
+    *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
     *("fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
@@ -73,6 +73,7 @@ class Job:
     dense: Annotated[bool, "train a dense model of equal FLOPs per token, without experts"] = False
     # the ranks
     pp: Annotated[int, "number of pipeline stages"] = 1
+    cp: Annotated[int, "number of ranks that split each sequence; attention exchanges heads"] = 1
     tp: Annotated[int, "number of ranks that split each layer and its sequences"] = 1
     ep: Annotated[int, "number of ranks that share the experts; 0 takes as many as divide both ranks and experts"] = 0
     etp: Annotated[int, "number of ranks that split each expert"] = 1
@@ -120,20 +121,20 @@ class Job:
             ValueError: flags that are out of range or do not go together. No rank waits for another before.
         """
         self._in_range()
-        _divides("the number of ranks", ranks, "pp x tp", self.pp * self.tp)
-        stage = ranks // self.pp
-        _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
+        _divides("the number of ranks", ranks, "pp x cp x tp", self.pp * self.cp * self.tp)
+        stage, split = ranks // self.pp, self.cp * self.tp
+        _divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
         ep = self.ep or math.gcd(stage // self.etp, self.experts)
         micro_batches = self.micro_batches or self.pp
-        _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
+        _divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
         _divides("--experts", self.experts, "ep", ep)
         _divides("--hidden", self.hidden, "etp", self.etp)
-        _divides("--batch", self.batch, "dp x micro-batches", stage // self.tp * micro_batches)
-        _divides("--eval-size", self.eval_size, "dp", stage // self.tp)
+        _divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
+        _divides("--eval-size", self.eval_size, "dp", stage // split)
+        _divides("--seq", self.seq, "cp x tp", split)
+        _divides("--heads", self.heads, "cp x tp", split)
         for what, size in {
-            "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
-            "--seq": self.seq,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():
             _divides(what, size, "tp", self.tp)

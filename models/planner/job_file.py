@@ -18,7 +18,7 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    "links",
+    *("links", "cp"),
 )
 
 
@@ -42,6 +42,8 @@ class JobFile(NamedTuple):
             raise ValueError(
                 f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
             )
+        if given.get("cp", 1) != 1:
+            raise ValueError(f"--config {path}: cp is {given['cp']}, which the planner does not know; leave it at 1")
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads

@@ -68,8 +68,8 @@ def test_no_file():
 @pytest.mark.parametrize(
     ("flags", "ranks", "message"),
     [
-        ("--pp 3", 4, r"the number of ranks (4) must be a multiple of 3 = pp x tp"),
-        ("--ep 3", 4, r"dp x tp, the ranks of one of 1 stages, (4) must be a multiple of 3 = ep x etp"),
+        ("--pp 3", 4, r"the number of ranks (4) must be a multiple of 3 = pp x cp x tp"),
+        ("--ep 3", 4, r"dp x cp x tp, the ranks of one of 1 stages, (4) must be a multiple of 3 = ep x etp"),
         ("--ep 8 --experts 4", 8, r"--experts (4) must be a multiple of 8 = ep"),
         ("--micro-batches 3", 1, r"--batch (32) must be a multiple of 3 = dp x micro-batches"),
         ("--eval-size 3", 2, r"--eval-size (3) must be a multiple of 2 = dp"),
@@ -98,8 +98,9 @@ def test_no_file():
         ("--top-k 9", 1, "--top-k (9) must be at most --experts (8)"),
         ("--gate gshard --top-k 3", 1, "the gshard gate needs top_k=2; got top_k=3"),
         ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
-        ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
-        ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = tp"),
+        ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = cp x tp"),
+        ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = cp x tp"),
+        ("--cp 8", 8, "--heads (4) must be a multiple of 8 = cp x tp"),
         ("--tp 3 --heads 3 --dim 6 --seq 9 --hidden 9 --experts 3", 3, "the vocabulary (256) must be a multiple of 3"),
         ("--heads 4 --kv-heads 3", 1, "--heads (4) must be a multiple of 3 = kv-heads"),
         ("--tp 2 --kv-heads 1", 2, "--kv-heads (1) must be a multiple of 2 = tp"),
