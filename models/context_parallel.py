@@ -7,31 +7,32 @@ result back.
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..dispatch import mesh as axes
 from ..dispatch.collectives import all_to_all
 from ..dispatch.mesh import Meshes
-from .blocks import Attention, Block, Context
+from .blocks import Block, Context
 from .dropout import Dropout, Part
 from .gpt import GPT
-from .recompute import Core
+from .recompute import Blocks, Core
 
 
 def context_parallel(model: GPT, meshes: Meshes) -> GPT:
     """Split sequences over the ranks of the axis "cp", in place. Call it on every rank.
 
-    Call it after `tensor_parallel`, and before `parallelize` and FSDP. Each rank then gives the model its own part of
-    every sequence, `own_part(tokens, meshes)`, and takes the loss of its own part,
-    ``next_token_loss(logits, own_part(targets, meshes), meshes.dense["cp"].get_group())``. `parallel_model` does all of this.
+    All these ranks give the model the same tokens [B, S]. Each gets the logits of its own part [B, S / cp, vocab], and
+    the loss is ``next_token_loss(logits, own_part(targets, meshes), meshes.dense["cp"].get_group())``. Call it after
+    `tensor_parallel`, and before `parallelize` and FSDP. `parallel_model` does all of this.
 
     Args:
-        model: `GPT`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`.
+        model: `GPT`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`. A stage passes
+            hidden states [B, S / cp / tp, D] on.
         meshes: meshes of the job. With cp = 1 the model stays unchanged.
 
     Returns:
@@ -52,10 +53,14 @@ def context_parallel(model: GPT, meshes: Meshes) -> GPT:
     for module in model.modules():
         if isinstance(module, Dropout | Core):  # both drop elements of split activations: sequences, or heads
             module.part = Part(cp.get_local_rank() * tp.size() + tp.get_local_rank(), cp.size() * tp.size())
-    for block in model.blocks:
-        if isinstance(block, Block):  # blocks of other pipeline stages are None
-            block.attention.core = Ulysses(block.attention.core, meshes)
-    model.blocks.register_forward_pre_hook(OwnPositions(meshes))
+        elif isinstance(module, Blocks):
+            module.register_forward_pre_hook(OwnContext(meshes))
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        block.attention.core = Ulysses(block.attention.core, meshes)
+    if model.head_losses is not None:
+        model.head_losses.own, model.head_losses.group = partial(own_part, meshes=meshes), cp.get_group()
+    if model.embed is not None:
+        model.embed.register_forward_pre_hook(partial(_own_tokens, meshes), prepend=True)  # before those of tp
     return model
 
 
@@ -74,25 +79,27 @@ def own_part(x: Tensor, meshes: Meshes) -> Tensor:
     return x.chunk(cp.size(), dim=1)[cp.get_local_rank()]
 
 
-class OwnPositions:
-    """Forward pre-hook of a model's blocks that gives them the rotary angles of this rank's positions."""
+class OwnContext:
+    """Forward pre-hook of blocks: of the `Context` of whole sequences it gives them this rank's part."""
 
     def __init__(self, meshes: Meshes) -> None:
         self.meshes = meshes
 
     def __call__(self, blocks: nn.Module, args: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
-        """Hidden states x [B, S / cp / tp, D] and their `Context`, with the angles of all positions."""
+        """Hidden states x [B, S / cp / tp, D] and their context."""
         x, context = args
         cp, tp = self.meshes.dense[axes.CP], self.meshes.dense[axes.TP]
-        cos, sin, length = context.cos, context.sin, x.shape[1] * tp.size()
-        assert cos is not None and sin is not None
-        if length * cp.size() > len(cos):
-            raise ValueError(
-                f"{cp.size()} parts of {length} tokens are longer than seq_len={len(cos)}; give each rank its own part "
-                "of the sequences, own_part(tokens, meshes)"
-            )
+        length = x.shape[1] * tp.size()
         own = slice(length * cp.get_local_rank(), length * (cp.get_local_rank() + 1))
-        return x, context._replace(cos=cos[own], sin=sin[own])
+        parts = {name: getattr(context, name)[own] for name in ("cos", "sin")}
+        for name in ("tokens", "mask"):
+            whole = getattr(context, name)
+            parts[name] = None if whole is None else own_part(whole, self.meshes)
+        return x, context._replace(**parts)
+
+
+def _own_tokens(meshes: Meshes, embed: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (own_part(args[0], meshes),)
 
 
 class Ulysses(nn.Module):

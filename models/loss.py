@@ -1,10 +1,11 @@
-"""Cross entropy of next tokens, for whole logits and for logits split over the vocabulary."""
+"""Cross entropy of next tokens and z-loss of the head, for whole logits and for logits split over the vocabulary."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -13,6 +14,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from ..dispatch.collectives import all_reduce
 from ..dispatch.reorder import wide
+
+
+IGNORED = -100  # target of a position without a loss, as in torch's cross_entropy
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -45,8 +49,35 @@ def next_token_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None 
         loss = F.cross_entropy(flat, targets, reduction=how)
     if group is None:
         return loss
-    number = (targets != -100).sum()
-    total, number = all_reduce(torch.stack([loss, number.to(loss.dtype)]), group, averaged=False)
+    return _mean(loss, targets, group)
+
+
+def head_z_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Mean of logsumexp(logits)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
+
+    Args:
+        logits, targets, group: as for `next_token_loss`. A position that is left out there is left out here.
+
+    Returns:
+        The mean as a scalar.
+
+    >>> head_z_loss(torch.zeros(1, 2, 8), torch.tensor([[0, 1]])).sqrt().exp().round().item()
+    8.0
+    """
+    flat = wide(logits.flatten(0, 1))
+    targets = targets.flatten()
+    if isinstance(flat, DTensor):
+        totals = cast(Tensor, _SplitLogSumExp.apply(flat.to_local(), flat.device_mesh.get_group()))
+    else:
+        totals = flat.logsumexp(-1)
+    return _mean(torch.where(targets == IGNORED, 0, totals.square()).sum(), targets, group)
+
+
+def _mean(total: Tensor, targets: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of terms, one for each target of this rank, divided by the number of targets in the group."""
+    number = (targets != IGNORED).sum()
+    if group is not None:
+        total, number = all_reduce(torch.stack([total, number.to(total.dtype)]), group, averaged=False)
     return total / number
 
 
@@ -69,3 +100,22 @@ class _SplitCrossEntropy(torch.autograd.Function):
         (to_logits,) = ctx.saved_tensors
         local = to_logits.to_local() * grad
         return DTensor.from_local(local, to_logits.device_mesh, to_logits.placements, run_check=False), None, None
+
+
+class _SplitLogSumExp(torch.autograd.Function):
+    """logsumexp of logits [N, vocab / t] whose vocabulary is split over a group: [N], equal on all ranks."""
+
+    @staticmethod
+    def forward(ctx, logits, group):
+        top = logits.amax(-1)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        total = (logits - top.unsqueeze(-1)).exp().sum(-1)
+        dist.all_reduce(total, group=group)
+        totals = top + total.log()
+        ctx.save_for_backward(logits, totals)
+        return totals
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, totals = ctx.saved_tensors
+        return grad.unsqueeze(-1) * (logits - totals.unsqueeze(-1)).exp(), None

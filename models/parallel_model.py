@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
@@ -98,10 +97,9 @@ def parallel_model(
             parallelize(part, meshes, **experts)
     pipeline = None
     if stages:  # before parameters are offloaded: the pipeline takes its device from them
-        boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)
+        boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None, parts=meshes.dense[axes.CP].size())
         hidden = torch.bfloat16 if bf16 and data != "replicate" else None
-        loss = partial(next_token_loss, group=_cp_group(meshes))
-        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, loss, boundary, hidden)
+        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, partial(own_loss, meshes), boundary, hidden)
     for part in parts:
         data_parallel(part, meshes, data, bf16, cpu_offload)
     return ParallelModel(parts, meshes, micro_batches, data, pipeline, activations_on_cpu)
@@ -134,9 +132,6 @@ class ParallelModel(nn.Module):
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return next_token_loss(logits, targets, _cp_group(self.meshes))
-
     def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
         """Run forward and backward of a batch, and synchronise gradients. All ranks call it.
 
@@ -155,7 +150,7 @@ class ParallelModel(nn.Module):
         Raises:
             ValueError: a batch that does not split into `micro_batches`, or sequences that do not split over "cp".
         """
-        tokens, targets = own_part(tokens, self.meshes), own_part(targets, self.meshes)
+        own_part(tokens, self.meshes)  # raises before any rank waits for another
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -172,12 +167,12 @@ class ParallelModel(nn.Module):
         Returns:
             Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
-        tokens, targets = own_part(tokens, self.meshes), own_part(targets, self.meshes)
+        own_part(tokens, self.meshes)  # raises before any rank waits for another
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(tokens, targets)
         else:
             pairs = zip(tokens.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True)
-            losses = [self._loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
+            losses = [own_loss(self.meshes, self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
             mean = torch.stack(losses).sum(dtype=torch.float64) / len(tokens)
         reshard(self)
         return mean
@@ -195,14 +190,14 @@ class ParallelModel(nn.Module):
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
-            task = self._loss(model(x), y)
+            task = own_loss(self.meshes, model(x, targets=y), y)
             aux = aux_loss(model)
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
 
 
-def _cp_group(meshes: Meshes) -> ProcessGroup | None:
-    """Ranks with other parts of the same sequences, for `next_token_loss`; None if sequences are not split."""
+def own_loss(meshes: Meshes, logits: Tensor, targets: Tensor) -> Tensor:
+    """`next_token_loss` of this rank's part of whole sequences, whose targets are int64 [B, S]."""
     cp = meshes.dense[axes.CP]
-    return cp.get_group() if cp.size() > 1 else None
+    return next_token_loss(logits, own_part(targets, meshes), cp.get_group() if cp.size() > 1 else None)

@@ -101,9 +101,14 @@ def flops(config: GPTConfig) -> list[int]:
     """FLOPs of a token's forward and backward in each block; the last includes the head, embedding costs nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = GPT(config)
-    attention = 12 * config.heads * config.head_size * config.seq_len
-    costs = [6 * active_parameters(block) + attention for block in model.blocks]
+    width, spans = 12 * config.heads * config.head_size, [config.window(i) for i in range(config.layers)]
+    costs = [
+        6 * active_parameters(block) + width * min(span or config.seq_len, config.seq_len)
+        for block, span in zip(model.blocks, spans, strict=True)
+    ]
     costs[-1] += 6 * config.vocab * config.dim
+    for depth in model.mtp:
+        costs[-1] += 6 * active_parameters(depth) + width * config.seq_len + 6 * config.vocab * config.dim
     return costs
 
 

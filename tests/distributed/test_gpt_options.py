@@ -56,7 +56,8 @@ def one_rank() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     for batch in batches():
         seen = []
         for tokens in batch.chunk(MICRO_BATCHES):
-            task, aux = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]), aux_loss(model)
+            task = next_token_loss(model(tokens[:, :-1], targets=tokens[:, 1:]), tokens[:, 1:])
+            aux = aux_loss(model)
             ((task + aux) / MICRO_BATCHES).backward()
             seen.append(torch.stack([task.detach(), aux.detach()]))
         norm = clip_grad_norm_(model, 0.5)
