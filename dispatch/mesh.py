@@ -2,7 +2,7 @@
 
 "ep": ranks that share the experts. It may be split into "node" and "local". "edp": ranks that hold copies of the same
 experts. "etp": ranks that hold slices of the same experts. Ranks along all these axes have different tokens. `Meshes`
-adds the axes of the dense part, over the same ranks: "dp" splits the batch, "cp" each sequence, "tp" each layer as well.
+adds the axes of the dense part, over the same ranks: "dp" splits the batch, "cp" sequences, "tp" each layer as well.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Meshes:
         dp = stage // (cp * tp)
         if stage % (ep * etp):
             raise ValueError(
-                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={dp} x cp={cp} x tp={tp} = {stage} ranks of a "
-                f"pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
+                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={dp} x cp={cp} x tp={tp} = {stage} ranks of "
+                f"a pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
             )
         spread = {EP: ep}
         if ranks_per_node is not None and (nodes := _whole_nodes(ep, etp, ranks_per_node)):

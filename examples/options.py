@@ -14,6 +14,7 @@ import torch
 from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
+from turnout.models.blocks import block_numbers
 from turnout.models.pipeline.partition import PER_RANK
 from turnout.moe import Balance
 from turnout.moe.gates import GATES
@@ -30,17 +31,18 @@ CHOICES = {
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks"),
+    *("profile", "ranks", "mtp", "mtp_weight", "z_loss"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
-    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch"),
+    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "moe_layers", "windows"),
+    *("attention_bias", "mtp", "mtp_weight", "z_loss"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
-    *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
-    *("fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute"),
+    *("bf16", "fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -59,9 +61,15 @@ class Job:
     dim: Annotated[int, "width of the model"] = 128
     layers: Annotated[int, "number of blocks"] = 4
     moe_every: Annotated[int, "every n-th block has an MoE layer"] = 2
+    moe_layers: Annotated[str, "blocks with an MoE layer, from 1, such as 4-61; none takes --moe-every"] = ""
     heads: Annotated[int, "number of attention heads"] = 4
     kv_heads: Annotated[int, "number of heads for keys and values; 0 takes as many as --heads"] = 0
     qk_norm: Annotated[bool, "normalise the queries and keys of each head"] = False
+    attention_bias: Annotated[bool, "give queries, keys, values and the output of attention biases"] = False
+    windows: Annotated[str, "bytes that attention sees in the first blocks, such as 64,0, repeated; 0 sees all"] = ""
+    mtp: Annotated[int, "number of further bytes that each position learns to predict, each by a block more"] = 0
+    mtp_weight: Annotated[float, "weight of the mean loss of further bytes"] = 0.3
+    z_loss: Annotated[float, "weight of the z-loss of the head, which keeps logits small"] = 0.0
     untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
@@ -141,13 +149,14 @@ class Job:
         _divides("the vocabulary", self.config().vocab, "tp", self.tp)
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
-        if self.moe_every > self.layers and not self.dense:
+        config = self.config()
+        if not config.moe_layers() and not self.dense:
             raise ValueError(
                 f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
                 "--dense trains without"
             )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(self.config(), layers=max(2, self.moe_every)))  # lets the gate check its own arguments
+            GPT(replace(config, layers=1, moe_every=0 if self.dense else 1, mtp=0))  # lets the gate check its arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
@@ -217,7 +226,12 @@ class Job:
             tied=not self.untied,
             hidden=self.hidden,
             seq_len=self.seq,
-            moe_every=0 if self.dense else self.moe_every,
+            moe_every=0 if self.dense else block_numbers(self.moe_layers) if self.moe_layers else self.moe_every,
+            attention_bias=self.attention_bias,
+            windows=block_numbers(self.windows) if self.windows else (),
+            mtp=self.mtp,
+            mtp_weight=self.mtp_weight,
+            z_loss=self.z_loss,
             num_experts=self.experts,
             top_k=self.top_k,
             moe=moe,

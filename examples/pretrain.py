@@ -1,4 +1,4 @@
-"""Train a byte-level GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline and expert ranks.
+"""Train a byte-level GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline, expert ranks.
 
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4

@@ -175,11 +175,11 @@ def gather(model: ParallelModel) -> tuple[list[list[int]], list[int]]:
     They are sums over all ranks, steps and micro-batches. All ranks call it.
     """
     config, meshes = model.parts[0].config, model.meshes
-    layers = config.layers // config.moe_every if config.moe_every else 0
-    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.int64)
+    names = config.moe_layers()
+    table = torch.zeros(len(names), 1 + config.num_experts, dtype=torch.int64)
     for name, found in load(model, meshes).items():
         tokens = found.tokens_per_expert
-        row = table[int(name.split(".")[-2]) // config.moe_every]  # the name ends in blocks.N.feed_forward
+        row = table[names.index(name.split(".", 2)[2])]  # behind the name of the part
         row[0], row[1:] = (found.dropped * tokens.sum()).round(), tokens
     table = table.to(meshes.dense.device_type)
     dist.all_reduce(table, group=meshes.dense["pp"].get_group())  # each stage has layers of its own

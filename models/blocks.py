@@ -84,6 +84,9 @@ class Config:
             object.__setattr__(self, "moe_every", tuple(self.moe_every))
             if wrong := [n for n in self.moe_every if not isinstance(n, int) or n < 1]:
                 raise ValueError(f"moe_every must be 0 or more, or numbers of blocks from 1; got {wrong[0]!r} in it")
+            last = max(self.layers, getattr(self, "decoder_layers", None) or 0)
+            if max(self.moe_every, default=0) > last:
+                raise ValueError(f"moe_every has the block {max(self.moe_every)}, but the last one is {last}")
         elif self.moe_every < 0:
             raise ValueError(f"moe_every must be 0 or more, or numbers of blocks from 1; got {self.moe_every}")
 
@@ -139,9 +142,7 @@ class Block(nn.Module):
         window: number of positions that a token of a causal block attends to, itself included. 0, the default: all.
     """
 
-    def __init__(
-        self, config: Config, index: int, causal: bool = False, cross: bool = False, window: int = 0
-    ) -> None:
+    def __init__(self, config: Config, index: int, causal: bool = False, cross: bool = False, window: int = 0) -> None:
         super().__init__()
         self.attention_norm = norm(config)
         self.attention = Attention(config, causal, window)
@@ -184,7 +185,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * size, config.dim, bias=bias)
         self.query_norm = norm(config, size) if config.qk_norm else None
         self.key_norm = norm(config, size) if config.qk_norm else None
-        self.core = Core(config.dropout)
+        self.core: nn.Module = Core(config.dropout)
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
             if bias:
@@ -221,6 +222,24 @@ def norm(config: Config, size: int | None = None) -> nn.Module:
     """The norm that a config names, over the last axis; its size is D, or another."""
     options = {} if config.norm_eps is None else {"eps": config.norm_eps}
     return NORMS[config.norm](config.dim if size is None else size, **options)
+
+
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Numbers in a list with commas, and with a hyphen for all in between.
+
+    Raises:
+        ValueError: the text is no such list.
+
+    >>> block_numbers("2,5-7")
+    (2, 5, 6, 7)
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise ValueError(f"a list of numbers is written as in 2,5-7; got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:

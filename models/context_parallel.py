@@ -19,7 +19,7 @@ from ..dispatch.collectives import all_to_all
 from ..dispatch.mesh import Meshes
 from .blocks import Block, Context
 from .dropout import Dropout, Part
-from .gpt import GPT
+from .gpt import GPT, check_gpt
 from .recompute import Blocks, Core
 
 
@@ -40,10 +40,12 @@ def context_parallel(model: GPT, meshes: Meshes) -> GPT:
 
     Raises:
         ValueError: more ranks than attention can have, or a model that is spread already.
+        TypeError: a model that is no `GPT`.
 
     References:
         DeepSpeed Ulysses, arXiv:2309.14509.
     """
+    check_gpt(model, "context parallelism")
     cp, tp = meshes.dense[axes.CP], meshes.dense[axes.TP]
     if cp.size() == 1:
         return model
@@ -112,7 +114,9 @@ class Ulysses(nn.Module):
         meshes: meshes of the job.
     """
 
-    def __init__(self, core: Core, meshes: Meshes) -> None:
+    splits_sequences = True  # `parallelize` asks for it
+
+    def __init__(self, core: nn.Module, meshes: Meshes) -> None:
         super().__init__()
         self.core, self.meshes = core, meshes
 

@@ -19,7 +19,7 @@ from ..dispatch.mesh import Meshes
 from ..moe.layer import MoE
 from ..moe.parallel.parallelize import expert_parameters, fully_shard_experts
 from .blocks import Block
-from .gpt import GPT
+from .gpt import GPT, check_gpt
 
 Data = Literal["replicate", "zero1", "zero2", "fsdp"]
 
@@ -51,7 +51,9 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
 
     Raises:
         ValueError: options that do not go together.
+        TypeError: a model that is no `GPT`.
     """
+    check_gpt(model, "data_parallel")
     if how not in get_args(Data):
         raise ValueError(f"data parallelism must be one of {', '.join(get_args(Data))}; got {how!r}")
     if how == "replicate":
@@ -81,9 +83,7 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
             wrapped.set_gradient_divide_factor(float(meshes.dense[axes.DP].size()))
             wrapped.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    for block in model.blocks:
-        if not isinstance(block, Block):
-            continue  # this block belongs to another stage
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
         if bf16 and isinstance(block.feed_forward, MoE) and len(list(block.feed_forward.gate.parameters())):
             shard(block.feed_forward.gate, exact, free=False)  # FSDP2 cannot tell when the backward of a routing begins
         shard(block)

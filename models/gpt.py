@@ -55,6 +55,12 @@ class GPTConfig(RotaryConfig):
         """Number of positions that a token attends to in a block, counted from 0; 0: all of them."""
         return self.windows[index % len(self.windows)] if self.windows else 0
 
+    def moe_layers(self) -> list[str]:
+        """Names of all MoE layers of the model, in their order."""
+        blocks = [f"blocks.{index}" for index in range(self.layers) if self.has_experts(index)]
+        further = range(self.mtp if self.has_experts(self.layers - 1) else 0)
+        return [f"{block}.feed_forward" for block in (*blocks, *(f"mtp.{depth}.blocks.0" for depth in further))]
+
 
 class GPT(nn.Module):
     """Decoder-only language model: pre-norm blocks, rotary positions, fused causal attention.
@@ -149,7 +155,8 @@ class GPT(nn.Module):
         """Logits of further tokens, depth by depth, from the hidden states of the last block."""
         logits = []
         for number, depth in enumerate(self.mtp):
-            assert self.embed is not None and isinstance(depth, Depth)
+            assert self.embed is not None
+            assert isinstance(depth, Depth)
             tokens = further_targets(targets, number)
             known = tokens != IGNORED
             tokens = torch.where(known, tokens, 0)  # behind the end; its experts would see what is no token
@@ -176,3 +183,12 @@ class GPT(nn.Module):
         spans = [min(config.window(index) or seq_len, seq_len) for index in range(config.layers)]
         further = config.mtp * (config.vocab * config.dim + 2 * config.heads * config.head_size * seq_len)
         return 6 * (self.active_parameters() + further) + 12 * config.heads * config.head_size * sum(spans)
+
+
+def check_gpt(given: object, what: str) -> None:
+    """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
+    if not isinstance(given, GPT | GPTConfig):
+        raise TypeError(
+            f"{what} splits a GPT; got {type(given).__name__}: spread the experts of other models by "
+            "parallelize(model, mesh), and shard the rest with FSDP2 (fully_shard_experts, fully_shard)"
+        )

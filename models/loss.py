@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 from ..dispatch.collectives import all_reduce
 from ..dispatch.reorder import wide
 
-
 IGNORED = -100  # target of a position without a loss, as in torch's cross_entropy
 
 

@@ -16,7 +16,7 @@ from ..moe.parallel.gradients import clip_grad_norm_, sync_gradients
 from ..moe.parallel.parallelize import moe_layers, parallelize
 from .context_parallel import context_parallel, own_part
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPTConfig, check_gpt
 from .loss import next_token_loss
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
@@ -76,7 +76,9 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
+        TypeError: a config that is no `GPTConfig`.
     """
+    check_gpt(config, "parallel_model")
     if layout is not None:
         from .planner.automatic import planned  # models are imported without the planner
 

@@ -71,7 +71,8 @@ class Core(nn.Module):
         attends to its own position and the window - 1 positions before; it needs `causal`. 0: all before.
         """
         if 0 < window < k.shape[-2]:
-            assert causal and mask is None
+            if not causal or mask is not None:
+                raise ValueError("a window needs causal attention without a mask")
             mask, causal = sliding_window(q.shape[-2], k.shape[-2], window, q.device), False
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._attend, q, k, v, causal, grouped, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]

@@ -27,7 +27,7 @@ from ..moe.experts.sharded import watching
 from ..moe.layer import MoE
 from .blocks import Block
 from .dropout import Dropout, Part
-from .gpt import GPT
+from .gpt import GPT, check_gpt
 from .multi_token import Depth
 from .recompute import Core
 
@@ -53,7 +53,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     Raises:
         ValueError: sizes that do not split, or a model that is spread already. Its forward raises one for sequences
             that do not split, and for an empty batch.
+        TypeError: a model that is no `GPT`.
     """
+    check_gpt(model, "tensor parallelism")
     if mesh.mesh_dim_names != ("tp",):
         raise ValueError(f'tensor_parallel needs a mesh with the one axis "tp"; got {mesh.mesh_dim_names}')
     if mesh.size() == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..blocks import active_parameters
-from ..gpt import GPT, GPTConfig
+from ..gpt import GPT, GPTConfig, check_gpt
 
 PER_RANK = {  # schedule: fewest and most stages on one rank
     "gpipe": (1, 1),
@@ -55,7 +55,9 @@ class Stages:
 
         Raises:
             ValueError: an unknown schedule, a number of stages that it does not allow, or fewer layers than stages.
+            TypeError: a config that is no `GPTConfig`.
         """
+        check_gpt(config, "a pipeline")
         if schedule not in PER_RANK:
             raise ValueError(f"schedule must be one of {', '.join(PER_RANK)}; got {schedule!r}")
         least, most = PER_RANK[schedule]

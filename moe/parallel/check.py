@@ -152,9 +152,7 @@ def _replicated(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if id(p) not in left]
 
 
-def _sharded(
-    module: FSDPModule, names: dict[int, str], experts: set[int], given: DeviceMesh | Meshes
-) -> Iterator[str]:
+def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], given: DeviceMesh | Meshes) -> Iterator[str]:
     """Check that FSDP2 divides by the number of ranks that share the batch, and sums dense gradients over all."""
     data = axes.data_mesh(given)
     copies = given.replicas if isinstance(given, Meshes) else data

@@ -107,6 +107,11 @@ def parallelize(
             'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
             'tensor_parallel(model, meshes.dense["tp"]) first'
         )
+    if isinstance(mesh, Meshes) and mesh.dense[axes.CP].size() > 1 and not any(map(_splits_sequences, model.modules())):
+        raise ValueError(
+            "cp > 1, but sequences are not split: every cp rank would send all tokens; call "
+            "context_parallel(model, meshes) first"
+        )
     given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
         axes.node_and_local(mesh)  # raises on a mesh without these axes, even if there is nothing to spread
@@ -242,6 +247,10 @@ def _named(name: str, mesh: DeviceMesh, ep: DeviceMesh | None, profile: str | Pa
 
 def _is_split(p: Tensor) -> bool:
     return isinstance(p, DTensor) and axes.TP in axes.names(p.device_mesh)
+
+
+def _splits_sequences(module: nn.Module) -> bool:
+    return getattr(module, "splits_sequences", False)
 
 
 def _check_options(dispatcher: str | Dispatcher, overlap: Any, wire: Any) -> None:

@@ -77,7 +77,10 @@ def test_ep_within_a_node_or_across_ragged_ones_stays_whole(sizes, ranks_per_nod
     ("sizes", "message"),
     [
         ({"pp": 3}, "pp=3 x cp=1 x tp=1 = 3 does not divide the 4 ranks; start a multiple of 3 ranks"),
-        ({"tp": 2, "pp": 2, "ep": 4}, "ep=4 x etp=1 = 4 does not divide the dp=1 x cp=1 x tp=2 = 2 ranks of a pipeline"),
+        (
+            {"tp": 2, "pp": 2, "ep": 4},
+            "ep=4 x etp=1 = 4 does not divide the dp=1 x cp=1 x tp=2 = 2 ranks of a",
+        ),
         ({"tp": 0}, "tp must be a positive integer; got 0"),
         ({"ranks_per_node": 0}, "ranks_per_node must be positive; got 0"),
     ],

@@ -109,6 +109,9 @@ def test_no_file():
         ("--pp 2 --layers 3 --schedule zbv", 2, "--layers (3) must be at least 4: --schedule zbv"),
         ("--pp 4 --micro-batches 2", 4, "--micro-batches (2) must be at least pp (4) with --schedule 1f1b; 0 takes"),
         ("--pp 2 --micro-batches 7 --schedule interleaved1f1b --batch 28", 2, "--micro-batches (7) must be a multiple"),
+        ("--moe-layers 2,7", 1, "moe_every has the block 7, but the last one is 4"),
+        ("--moe-layers 2;3", 1, "a list of numbers is written as in 2,5-7; got '2;3'"),
+        ("--mtp -1", 1, "--mtp must be 0 or more; got -1"),
         ("--bf16 --fp16", 1, "--bf16 and --fp16 exclude each other"),
     ],
 )
@@ -125,6 +128,15 @@ def test_ep_is_what_divides_ranks_and_experts(ranks, flags, ep):
 @pytest.mark.parametrize(("ranks", "flags", "cut"), [(2, "", 1), (4, "--pp 2", 2), (4, "--pp 4 --micro-batches 8", 8)])
 def test_micro_batches_are_what_the_pipeline_needs(ranks, flags, cut):
     assert options.parse(flags.split()).fit(ranks).micro_batches == cut
+
+
+def test_lists_of_blocks_and_windows():
+    config = options.parse("--layers 6 --moe-layers 2,4-6 --windows 64,64,0 --mtp 1".split()).config()
+    assert (config.moe_every, config.windows) == ((2, 4, 5, 6), (64, 64, 0))
+    assert config.moe_layers() == [
+        *(f"blocks.{index}.feed_forward" for index in (1, 3, 4, 5)),
+        "mtp.0.blocks.0.feed_forward",
+    ]
 
 
 def test_flags_that_are_unknown_or_of_another_type():
