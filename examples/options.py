@@ -15,6 +15,7 @@ from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
 from turnout.models.blocks import block_numbers
+from turnout.models.context_parallel import attention_of
 from turnout.models.pipeline.partition import PER_RANK
 from turnout.moe import Balance
 from turnout.moe.gates import GATES
@@ -26,6 +27,7 @@ CHOICES = {
     "data_parallel": ("replicate", "zero1", "zero2", "fsdp"),
     "recompute": ("none", "full", "selective"),
     "wire": ("", *WIRES),
+    "cp_attention": ("", "ulysses", "ring"),
     "on_nonfinite": ("stop", "skip"),
 }
 # these numbers may be 0, all others must be positive
@@ -42,7 +44,7 @@ DEFINES_RUN = (
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute"),
-    *("bf16", "fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("cp_attention", "bf16", "fp16", "overlap", "wire", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
 )
 
 
@@ -81,7 +83,8 @@ class Job:
     dense: Annotated[bool, "train a dense model of equal FLOPs per token, without experts"] = False
     # the ranks
     pp: Annotated[int, "number of pipeline stages"] = 1
-    cp: Annotated[int, "number of ranks that split each sequence; attention exchanges heads"] = 1
+    cp: Annotated[int, "number of ranks that split each sequence"] = 1
+    cp_attention: Annotated[str, "attention over --cp ranks; none takes ulysses where heads allow it, else ring"] = ""
     tp: Annotated[int, "number of ranks that split each layer and its sequences"] = 1
     ep: Annotated[int, "number of ranks that share the experts; 0 takes as many as divide both ranks and experts"] = 0
     etp: Annotated[int, "number of ranks that split each expert"] = 1
@@ -139,9 +142,11 @@ class Job:
         _divides("--hidden", self.hidden, "etp", self.etp)
         _divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
         _divides("--eval-size", self.eval_size, "dp", stage // split)
-        _divides("--seq", self.seq, "cp x tp", split)
-        _divides("--heads", self.heads, "cp x tp", split)
+        attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
+        parts = 2 * split if self.cp > 1 and attention == "ring" else split
+        _divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {
+            "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():

@@ -32,6 +32,7 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         data=job.data_parallel,  # pyright: ignore[reportArgumentType]
         bf16=job.bf16,
         recompute=job.recompute,  # pyright: ignore[reportArgumentType]
+        cp_attention=job.cp_attention or None,  # pyright: ignore[reportArgumentType]
         dtype=dtype,
         overlap=job.overlap,
         wire=job.wire or None,

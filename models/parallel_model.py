@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,9 @@ from ..dispatch.mesh import Meshes
 from ..moe.auxiliary import aux_loss
 from ..moe.parallel.gradients import clip_grad_norm_, sync_gradients
 from ..moe.parallel.parallelize import moe_layers, parallelize
-from .context_parallel import context_parallel, own_part
+from .context_parallel import How, SequenceSplit, context_parallel
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig, check_gpt
-from .loss import next_token_loss
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
 from .pipeline.checks import check_batch
@@ -41,6 +39,7 @@ def parallel_model(
     cpu_offload: bool = False,
     recompute: Literal["none", "full", "selective"] = "none",
     activations_on_cpu: bool = False,
+    cp_attention: How | None = None,
     dtype: torch.dtype = torch.float32,
     **experts: Any,
 ) -> ParallelModel:
@@ -71,6 +70,8 @@ def parallel_model(
         cpu_offload: whether parameters, gradients and optimizer state stay in host memory; False by default.
         recompute: activations to compute again in the backward, ``"none"`` by default (`recompute`).
         activations_on_cpu: whether activations wait for their backward in host memory; False by default.
+        cp_attention: how attention works where "cp" splits sequences, ``"ulysses"`` or ``"ring"``
+            (`SequenceSplit.of`). None, the default, takes Ulysses where heads allow it.
         dtype: dtype of the parameters, float32 by default.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout, parallelism.
 
@@ -90,21 +91,22 @@ def parallel_model(
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
+    split = SequenceSplit.of(config, meshes, cp_attention)
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
-        context_parallel(tensor_parallel(part, tp), meshes)
+        context_parallel(tensor_parallel(part, tp), split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
     pipeline = None
     if stages:  # before parameters are offloaded: the pipeline takes its device from them
         boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None, parts=meshes.dense[axes.CP].size())
         hidden = torch.bfloat16 if bf16 and data != "replicate" else None
-        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, partial(own_loss, meshes), boundary, hidden)
+        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, split.loss, boundary, hidden)
     for part in parts:
         data_parallel(part, meshes, data, bf16, cpu_offload)
-    return ParallelModel(parts, meshes, micro_batches, data, pipeline, activations_on_cpu)
+    return ParallelModel(parts, split, micro_batches, data, pipeline, activations_on_cpu)
 
 
 class ParallelModel(nn.Module):
@@ -113,6 +115,7 @@ class ParallelModel(nn.Module):
     Attributes:
         parts: list of one whole `GPT`, or of the pipeline stages that this rank runs. Pass it to `checkpoint.save`.
         meshes: meshes of the job.
+        split: how sequences are split over "cp".
         micro_batches: number of micro-batches per step.
         pipeline: `Pipeline` that runs the parts, or None with pp = 1.
     """
@@ -120,7 +123,7 @@ class ParallelModel(nn.Module):
     def __init__(
         self,
         parts: list[GPT],
-        meshes: Meshes,
+        split: SequenceSplit,
         micro_batches: int,
         data: Data,
         pipeline: Pipeline | None,
@@ -130,7 +133,8 @@ class ParallelModel(nn.Module):
         if micro_batches < 1:
             raise ValueError(f"micro_batches must be positive; got {micro_batches}")
         self.parts, self._held = parts, nn.ModuleList(parts)
-        self.meshes, self.micro_batches, self.pipeline = meshes, micro_batches, pipeline
+        self.split, self.meshes = split, split.meshes
+        self.micro_batches, self.pipeline = micro_batches, pipeline
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
@@ -152,7 +156,7 @@ class ParallelModel(nn.Module):
         Raises:
             ValueError: a batch that does not split into `micro_batches`, or sequences that do not split over "cp".
         """
-        own_part(tokens, self.meshes)  # raises before any rank waits for another
+        self.split.own(tokens)  # raises before any rank waits for another
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -169,12 +173,12 @@ class ParallelModel(nn.Module):
         Returns:
             Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
-        own_part(tokens, self.meshes)  # raises before any rank waits for another
+        self.split.own(tokens)  # raises before any rank waits for another
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(tokens, targets)
         else:
             pairs = zip(tokens.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True)
-            losses = [own_loss(self.meshes, self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
+            losses = [self.split.loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
             mean = torch.stack(losses).sum(dtype=torch.float64) / len(tokens)
         reshard(self)
         return mean
@@ -192,14 +196,8 @@ class ParallelModel(nn.Module):
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
-            task = own_loss(self.meshes, model(x, targets=y), y)
+            task = self.split.loss(model(x, targets=y), y)
             aux = aux_loss(model)
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
-
-
-def own_loss(meshes: Meshes, logits: Tensor, targets: Tensor) -> Tensor:
-    """`next_token_loss` of this rank's part of whole sequences, whose targets are int64 [B, S]."""
-    cp = meshes.dense[axes.CP]
-    return next_token_loss(logits, own_part(targets, meshes), cp.get_group() if cp.size() > 1 else None)

@@ -86,8 +86,8 @@ class Architecture:
         >>> round(gpt3.parameters / 1e9, 1)
         174.6
         """
-        sizes: dict[str, Any] = {"layers": layers, "dim": dim, "heads": heads, "kv_heads": heads, "vocab": vocab, "seq": seq}
-        return cls(**sizes, ffn=ffn or 4 * dim, gated=False, plain=True)
+        sizes: dict[str, Any] = {"layers": layers, "dim": dim, "heads": heads, "kv_heads": heads, "vocab": vocab}
+        return cls(**sizes, seq=seq, ffn=ffn or 4 * dim, gated=False, plain=True)
 
     @classmethod
     def of(cls, config: GPTConfig) -> Architecture:

@@ -22,7 +22,7 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    *("links", "cp", "mtp_weight", "z_loss"),
+    *("links", "cp", "cp_attention", "mtp_weight", "z_loss"),
 )
 
 

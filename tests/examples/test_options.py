@@ -98,9 +98,11 @@ def test_no_file():
         ("--top-k 9", 1, "--top-k (9) must be at most --experts (8)"),
         ("--gate gshard --top-k 3", 1, "the gshard gate needs top_k=2; got top_k=3"),
         ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
-        ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = cp x tp"),
+        ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
         ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = cp x tp"),
-        ("--cp 8", 8, "--heads (4) must be a multiple of 8 = cp x tp"),
+        ("--cp 8 --cp-attention ulysses", 8, "Ulysses: heads=4 with kv_heads=4 do not split over cp=8 x tp=1 ranks"),
+        ("--cp 8 --seq 24", 8, "--seq (24) must be a multiple of 16 = 2 x cp x tp"),
+        ("--cp 8 --windows 4", 8, "ring attention has no dropout and no windows"),
         ("--tp 3 --heads 3 --dim 6 --seq 9 --hidden 9 --experts 3", 3, "the vocabulary (256) must be a multiple of 3"),
         ("--heads 4 --kv-heads 3", 1, "--heads (4) must be a multiple of 3 = kv-heads"),
         ("--tp 2 --kv-heads 1", 2, "--kv-heads (1) must be a multiple of 2 = tp"),
@@ -131,7 +133,7 @@ def test_micro_batches_are_what_the_pipeline_needs(ranks, flags, cut):
 
 
 def test_lists_of_blocks_and_windows():
-    config = options.parse("--layers 6 --moe-layers 2,4-6 --windows 64,64,0 --mtp 1".split()).config()
+    config = options.parse(["--layers", "6", "--moe-layers", "2,4-6", "--windows", "64,64,0", "--mtp", "1"]).config()
     assert (config.moe_every, config.windows) == ((2, 4, 5, 6), (64, 64, 0))
     assert config.moe_layers() == [
         *(f"blocks.{index}.feed_forward" for index in (1, 3, 4, 5)),
