@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import torch
+from command_line import divides, flag, given
 from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
@@ -33,13 +31,13 @@ CHOICES = {
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks", "mtp", "mtp_weight", "z_loss"),
+    *("profile", "ranks", "vocab", "mtp", "mtp_weight", "z_loss"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
-    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "moe_layers", "windows"),
-    *("attention_bias", "mtp", "mtp_weight", "z_loss"),
+    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
+    *("moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
@@ -54,12 +52,20 @@ class Job:
 
     steps: Annotated[int, "number of optimizer steps in all"] = 200
     out: Annotated[str, "folder for checkpoints, the log and the report"] = "runs/pretrain"
-    data: Annotated[tuple[str, ...], "text files, and folders of them, to train on (default: Python's own source)"] = ()
+    data: Annotated[
+        tuple[str, ...],
+        "folders of turnout.models.data, each as PATH or PATH:WEIGHT; or text files, JSONL and folders of them "
+        "(default: Python's own source)",
+    ] = ()
+    tokenizer: Annotated[str, "what makes tokens of text: bytes, bpe:SIZE or a tokenizer.json"] = "bytes"
+    epochs: Annotated[int, "number of times that the steps may pass over the data"] = 4
+    vocab: Annotated[int, "number of token ids of the model; 0 takes those of the data"] = 0
+    eod: Annotated[int, "id of the token that begins a document; -1 takes that of the data"] = -1
     resume: Annotated[bool, "resume from the newest checkpoint in --out, on any mesh"] = False
     allow_changes: Annotated[bool, "let --resume accept flags that change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
-    seq: Annotated[int, "number of bytes in a sequence"] = 128
+    seq: Annotated[int, "number of tokens in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
     layers: Annotated[int, "number of blocks"] = 4
     moe_every: Annotated[int, "every n-th block has an MoE layer"] = 2
@@ -75,7 +81,7 @@ class Job:
     untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
-    top_k: Annotated[int, "number of experts that each byte is routed to"] = 2
+    top_k: Annotated[int, "number of experts that each token is routed to"] = 2
     gate: Annotated[str, "router that chooses the experts"] = "topk"
     capacity_factor: Annotated[float, "capacity of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
     balance: Annotated[str, "tokens over which the load-balancing loss is taken"] = "sequence"
@@ -132,26 +138,26 @@ class Job:
             ValueError: flags that are out of range or do not go together. No rank waits for another before.
         """
         self._in_range()
-        _divides("the number of ranks", ranks, "pp x cp x tp", self.pp * self.cp * self.tp)
+        divides("the number of ranks", ranks, "pp x cp x tp", self.pp * self.cp * self.tp)
         stage, split = ranks // self.pp, self.cp * self.tp
-        _divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
+        divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
         ep = self.ep or math.gcd(stage // self.etp, self.experts)
         micro_batches = self.micro_batches or self.pp
-        _divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
-        _divides("--experts", self.experts, "ep", ep)
-        _divides("--hidden", self.hidden, "etp", self.etp)
-        _divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
-        _divides("--eval-size", self.eval_size, "dp", stage // split)
+        divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
+        divides("--experts", self.experts, "ep", ep)
+        divides("--hidden", self.hidden, "etp", self.etp)
+        divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
+        divides("--eval-size", self.eval_size, "dp", stage // split)
         attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
         parts = 2 * split if self.cp > 1 and attention == "ring" else split
-        _divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
+        divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {
             "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():
-            _divides(what, size, "tp", self.tp)
-        _divides("the vocabulary", self.config().vocab, "tp", self.tp)
+            divides(what, size, "tp", self.tp)
+        divides("the vocabulary", self.config().vocab, "tp", self.tp)
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
         config = self.config()
@@ -171,7 +177,7 @@ class Job:
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
-                if not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
+                if name != "eod" and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
@@ -182,8 +188,8 @@ class Job:
                 f"--profile ({self.profile}) must be at most {self.steps - BEFORE}: --steps less the {BEFORE} steps "
                 "before the profile"
             )
-        _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
-        _divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
+        divides("--dim", self.dim, "2 x heads", 2 * self.heads)
+        divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
@@ -206,7 +212,7 @@ class Job:
             )
         if self.schedule.startswith("interleaved"):
             rounds = micro_batches // self.pp
-            _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
+            divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
 
     def changed(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Flags that differ from an earlier job's `asdict`, as text: those of `DEFINES_RUN`, and of `MAY_CHANGE`."""
@@ -223,6 +229,8 @@ class Job:
             "balance": Balance(self.aux_weight, over=self.balance),
         }
         return GPTConfig(
+            vocab=self.vocab or 256,
+            eod=None if self.eod < 0 else self.eod,
             dim=self.dim,
             layers=self.layers,
             heads=self.heads,
@@ -254,65 +262,10 @@ def _shown(value: Any) -> str:
     return "none" if value in ("", None) else str(value)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser that raises a ValueError, where argparse would print its usage on each rank."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the error of a wrong command line."""
-        raise ValueError(f"{message}; --help lists all flags")
-
-
 def parse(argv: list[str] | None = None, about: str | None = None) -> Job:
     """Job from a command line (None: this process's), and from the file of its --config.
 
     Raises:
         ValueError: an unknown flag or a value of the wrong type, on the command line or in the file.
     """
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="TOML file of these flags, as in micro-batches = 8 (default: none)")
-    kinds = get_type_hints(Job, include_extras=True)
-    for f in fields(Job):
-        kind, meaning = get_args(kinds[f.name])
-        shown = meaning
-        if f.name in CHOICES:
-            shown = f"{shown}: {', '.join(filter(None, CHOICES[f.name]))}"
-        if f.name != "data":
-            shown = f"{shown} (default: {'no' if kind is bool else f.default or 'none' if kind is str else f.default})"
-        how: dict[str, Any] = {"type": kind}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif kind == tuple[str, ...]:
-            how = {"nargs": "+"}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **how)
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config")
-    values = (read(file) if file else {}) | given
-    return Job(**{name: tuple(value) if name == "data" else value for name, value in values.items()})
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Flags of a TOML file, by the names of `Job`'s fields."""
-    try:
-        values = {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"--config {file}: {error}") from None
-    kinds = get_type_hints(Job)
-    if unknown := sorted(values.keys() - kinds.keys()):
-        raise ValueError(
-            f"--config {file}: unknown {', '.join(unknown)}; the keys are the flags, {', '.join(sorted(kinds))}"
-        )
-    for name, value in values.items():
-        kind = kinds[name]
-        wanted = {float: (float, int), tuple[str, ...]: (list,)}.get(kind, (kind,))
-        if type(value) not in wanted:
-            raise ValueError(f"--config {file}: {name} is {getattr(kind, '__name__', kind)}; got {value!r}")
-    return values
-
-
-def _divides(what: str, whole: int, by: str, part: int) -> None:
-    if whole % part:
-        raise ValueError(f"{what} ({whole}) must be a multiple of {part} = {by}")
+    return Job(**given(Job, CHOICES, argv, about))

@@ -36,7 +36,7 @@ class Run:
         known: whether the id comes from the folder. If not, it is new.
         restarted: whether torchrun restarted the ranks.
         job: flags of the job.
-        text: digest of the text.
+        text: fingerprint of the data.
         lock: open lock file on rank 0. It keeps other jobs out until it is closed or the process ends.
     """
 
@@ -49,7 +49,7 @@ class Run:
     lock: IO[str] | None = None
 
     @classmethod
-    def claim(cls, job: Job, text: str) -> Run:
+    def claim(cls, job: Job, text: str = "") -> Run:
         """Claim the folder --out for this job. All ranks call it.
 
         torchrun restarts a job after a failure, or when nodes come or go. Such a job is recognised by its launchers,
@@ -89,7 +89,7 @@ class Run:
             )
         others, changed = self.job.changed(extra.get("job", {}))
         if extra.get("text") != self.text:
-            others.append("the text of --data (its bytes differ)")
+            others.append("the data of --data (its tokens or weights differ)")
         if others and not self.job.allow_changes:
             raise CheckpointError(
                 f"step {step} was trained with another model or other data: {', '.join(others)}. Use the flags that "

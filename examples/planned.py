@@ -11,8 +11,6 @@ from turnout.models.planner.automatic import runnable
 from turnout.models.planner.layout import ZERO
 from turnout.models.planner.volume import traffic
 
-PASSES = 100  # over the same data, from which on a warning is due
-
 
 def cluster_of(job: Job, ranks_per_node: int | None = None) -> Cluster:
     cluster = Cluster.load(job.cluster)
@@ -75,21 +73,31 @@ def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
     )
 
 
-def plan(job: Job, ranks: int, train_bytes: int) -> str:
-    """What the job, whose flags fit so many ranks, is, takes and holds; and what would be better."""
+def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
+    """What the job, whose flags fit so many ranks, is, takes and holds; and what would be better.
+
+    `train_tokens`: tokens of the data, of text its bytes; None if it is not there.
+    """
     cluster, model = cluster_of(job), Architecture.of(job.config())
     estimate = Estimator(model, cluster, job.batch)(layout_of(job, ranks))
     at, tokens = estimate.layout, job.steps * job.batch * job.seq
     warnings = tables.warnings(model, cluster, estimate)
-    if (passes := tokens / train_bytes) > PASSES:
-        warnings.append(f"the data is passed over {passes:,.0f} times: more --data, or fewer --steps")
+    over = f"{job.steps:,} steps, {tokens:,} tokens, of data that is not here"
+    if train_tokens is not None:
+        passes = tokens / train_tokens
+        over = f"{job.steps:,} steps, {tokens:,} tokens, {passes:,.1f} times over the {train_tokens:,} of the data"
+        if passes > job.epochs:
+            warnings.append(
+                f"the data is passed over {passes:,.0f} times, and the job refuses more than --epochs ({job.epochs}): "
+                "more --data, fewer --steps, or more --epochs"
+            )
     hours = estimate.seconds * job.steps / 3600
     sent = "".join(f"\n| {axis} | {size / 1e6:,.4g} |" for axis, size in traffic(model, at).items())
     parts = [
         tables.describe(model, cluster, job.batch),
         f"{ranks} ranks: pp {at.pp}, dp {at.dp}, tp {at.tp}; ep {at.ep}, edp {at.edp}, etp {at.etp}; "
         f"{at.micro_batches} micro-batches of {at.micro_batch}",
-        f"{job.steps:,} steps, {tokens:,} tokens, {passes:,.1f} times over {train_bytes:,} bytes of data",
+        over,
         tables.memory_table(estimate, cluster),
         f"| axis | MB that a rank sends in a step |\n|---|---|{sent}" if sent else "nothing is sent between ranks",
         tables.time_table(estimate),

@@ -1,4 +1,4 @@
-"""Train a byte-level GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline, expert ranks.
+"""Train a GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline and expert ranks.
 
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4
@@ -6,8 +6,8 @@
     python examples/pretrain.py --config examples/configs/cluster.toml --plan --ranks 512 --cluster h100
     python examples/pretrain.py --dense          # one rank, and a dense model of equal FLOPs per token
 
-The text is the source of Python's standard library, or the files of --data. Batches do not depend on the mesh, so the
-losses do not either.
+The text is the source of Python's standard library, or --data: files, or folders that turnout.models.data has prepared.
+Batches do not depend on the mesh, so the losses do not either.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import corpus
 import launch
 import options
 import planned
+import sources
 import steps
 import torch
 import torch.distributed as dist
@@ -38,24 +38,31 @@ from ownership import Run
 from profiling import profiled
 from specialisation import BytesOfExperts
 from spikes import Spikes
-from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
 from turnout.models import ParallelModel, checkpoint, report
 from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
+from turnout.models.data import Prefetcher
 from turnout.moe import GradScaler, ReplicaError, check_replicas
 
 # exit statuses: an error in training, wrong flags or files, and the shell's status for SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
+BYTES = 256  # token ids of a vocabulary of bytes, whose experts are described by them
 
 
-def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: launch.Place) -> int:
+def train(job: Job, device: torch.device, place: launch.Place) -> int:
     """Train the job, and return the exit status: 0, or STOPPED after SIGTERM. `place` follows the current step."""
-    out, stop, run = Path(job.out), launch.Stop(), Run.claim(job, corpus.digest(*text))
+    out, stop, run = Path(job.out), launch.Stop(), Run.claim(job)
+    data = sources.Data.open(job)
+    run = replace(run, text=data.fingerprint)
+    if launch.RANK == 0:
+        data.keep_tokenizer(out)
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     sizes = {"pp": job.pp, "cp": job.cp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
     meshes = Meshes.of(device.type, **sizes, ranks_per_node=per_node, timeout=job.timeout)
+    batches = data.batches(job, meshes)
+    held_out = data.held_out(job, meshes)
     model = steps.build(job, meshes)
     optimizer = steps.adamw(model, job.lr)
     scaler = GradScaler(device.type, enabled=job.fp16)
@@ -69,16 +76,19 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
         Log(out / "log.jsonl", place) as log,
         AsyncCheckpointer(out, job.keep, job.timeout) as checkpointer,
         profiled(job.profile, out / "profile") as profiler_step,
+        Prefetcher(batches, job.steps) as batch,
         tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr) as bar,
     ):
-        start = log.write("start", first, **described(job, run, meter, text, device))
+        start = log.write(
+            "start", first, **described(job, run, meter, data, device), bytes_per_token=batches.bytes_per_token
+        )
         say(header(start))
         for done in range(first + 1, job.steps + 1):
             place.at("training", done)
             stop.ask()
             logged, lr = done % job.log_every == 0 or done == job.steps, job.lr_at(done - 1)
             with meter.step(count=logged):
-                tokens = steps.batch(job, text[0], done - 1, meshes)
+                tokens = batch(done - 1).to(device)
                 step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
             profiler_step()
             skips.add(done, step)
@@ -104,9 +114,9 @@ def train(job: Job, text: tuple[Tensor, Tensor], device: torch.device, place: la
             bar.update()
             if done % job.eval_every == 0 or done == job.steps:
                 place.at("the evaluation")
-                with BytesOfExperts(model) as experts:
-                    bits = steps.evaluate(model, text[1], job)
-                event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most())
+                with BytesOfExperts(model) if batches.vocab == BYTES else nullcontext() as experts:
+                    bits = steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token)
+                event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most() if experts else None)
                 if board:
                     board.held_out(event)
 
@@ -181,7 +191,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
 
 
-def described(job: Job, run: Run, meter: Meter, text: tuple[Tensor, Tensor], device: torch.device) -> dict[str, Any]:
+def described(job: Job, run: Run, meter: Meter, data: sources.Data, device: torch.device) -> dict[str, Any]:
     """Values of the start event in the log."""
     return {
         "run": run.id,
@@ -192,8 +202,7 @@ def described(job: Job, run: Run, meter: Meter, text: tuple[Tensor, Tensor], dev
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "parameters": meter.parameters,
         "active_parameters": meter.active_parameters,
-        "train_bytes": len(text[0]),
-        "held_out_bytes": len(text[1]),
+        **data.facts(),
     }
 
 
@@ -246,11 +255,10 @@ def main() -> int:
             job = options.parse(about=__doc__)
         if job.elastic:
             job = planned.elastic(job, launch.RANKS, launch.RANKS_PER_NODE)
-        job = job.fit(ranks := job.ranks or launch.RANKS)
-        text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
+        job = sources.with_vocabulary(job).fit(ranks := job.ranks or launch.RANKS)
         if job.plan:
             if launch.RANK == 0:
-                print(planned.plan(job, ranks, len(text[0])))
+                print(planned.plan(job, ranks, sources.tokens_of(job)))
             return 0
     except ValueError as error:
         launch.once(str(error))
@@ -259,7 +267,7 @@ def main() -> int:
     place = launch.Place()
     with launch.process_group(timedelta(seconds=job.timeout)) as device:
         try:
-            return train(job, text, device, place)
+            return train(job, device, place)
         except (ValueError, checkpoint.CheckpointError) as error:
             launch.once(f"{place}: {error}" if place.step else str(error))
             return FAILED if place.step else REFUSED

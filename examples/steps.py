@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import corpus
 import torch
 import torch.distributed as dist
 from launch import say
@@ -48,13 +47,6 @@ def adamw(model: ParallelModel, lr: float) -> AdamW:
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0)
     return AdamW(groups, lr=lr, betas=(0.9, 0.95))
-
-
-def batch(job: Job, text: Tensor, step: int, meshes: Meshes) -> Tensor:
-    """This data rank's part of a step's batch, int64 [batch / dp, seq + 1], with its micro-batches in sequence."""
-    dp, device = meshes.dense["dp"], meshes.dense.device_type
-    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
-    return corpus.batch(text, job.seed, step, job.batch, job.seq, **mine).to(device)
 
 
 class Step(NamedTuple):
@@ -150,19 +142,18 @@ class Skips:
         say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
-def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
-    """Loss of held-out text in bits per byte, the same on all ranks.
+def evaluate(model: ParallelModel, tokens: Tensor, job: Job, bytes_per_token: float = 1.0) -> float:
+    """Loss of held-out tokens, this data rank's int64 [n, S + 1], in bits per byte, the same on all ranks.
 
     Raises:
         NonFiniteError: on every rank.
     """
     model.eval()
     dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
-    tokens = corpus.held_out(text, job.eval_size, job.seq, dp.get_local_rank(), dp.size()).to(device)
-    parts = tokens.split(job.batch // dp.size())  # of the size of a training batch, for the same memory
+    parts = tokens.to(device).split(job.batch // dp.size())  # of the size of a training batch, for the same memory
     nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
-    if not math.isfinite(bits := float(nats) / job.eval_size / math.log(2)):
+    if not math.isfinite(bits := float(nats) / job.eval_size / bytes_per_token / math.log(2)):
         raise NonFiniteError(
             "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
             "--resume continues from the newest checkpoint."

@@ -1,4 +1,4 @@
-"""Write the newest checkpoint of pretrain.py as a model of Hugging Face, with a tokenizer for its bytes.
+"""Write the newest checkpoint of pretrain.py as a model of Hugging Face, with its tokenizer.
 
     python examples/to_hf.py runs/pretrain trained                        # one process
     torchrun --standalone --nproc-per-node 4 examples/to_hf.py runs/pretrain trained     # what one cannot hold
@@ -19,8 +19,10 @@ import launch
 import steps
 from launch import say
 from options import Job
+from transformers import PreTrainedTokenizerFast
 from turnout.dispatch import Meshes
 from turnout.models import checkpoint
+from turnout.models.data.tokenizing import FILE
 from turnout.models.hf.gpt_format import byte_tokenizer, to_hf
 from turnout.moe.parallel.parallelize import moe_layers
 
@@ -41,8 +43,15 @@ def convert(out: Path, folder: Path, device_type: str, dropless: bool = False) -
         layer.capacity = None
     to_hf(model, folder)
     if launch.RANK == 0:
-        byte_tokenizer().save_pretrained(folder)
+        tokenizer_of(out).save_pretrained(folder)
     say(f"{newest} is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) reads it")
+
+
+def tokenizer_of(out: Path) -> PreTrainedTokenizerFast:
+    """Tokenizer of the data that the run was trained on."""
+    if not (out / FILE).exists():
+        return byte_tokenizer()
+    return PreTrainedTokenizerFast(tokenizer_file=str(out / FILE), clean_up_tokenization_spaces=False)
 
 
 def main() -> int:

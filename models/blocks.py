@@ -129,6 +129,7 @@ class Context(NamedTuple):
     attn_mask: Tensor | None = None  # bool, or float to add to scores; broadcast to [B, heads, S, S]
     memory: Tensor | None = None  # [B, M, D]: the encoder's output, for cross attention
     memory_mask: Tensor | None = None  # as attn_mask, for [B, heads, S, M]
+    documents: Tensor | None = None  # int64 [B, S]: number of each token's document, for balance losses
 
 
 class Block(nn.Module):
@@ -158,19 +159,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Hidden states x [B, S, D] -> [B, S, D]."""
-        tokens, mask, cos, sin, attn_mask, memory, memory_mask = context
+        tokens, mask, cos, sin, attn_mask, memory, memory_mask, documents = context
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask=attn_mask))
         if self.cross is not None and self.cross_norm is not None:
             x = x + self.dropout(self.cross(self.cross_norm(x), memory=memory, mask=memory_mask))
-        routed = {"ids": tokens, "mask": mask} if isinstance(self.feed_forward, MoE) else {}
+        routed = {"ids": tokens, "mask": mask, "documents": documents} if isinstance(self.feed_forward, MoE) else {}
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x), **routed))
 
 
 class Attention(nn.Module):
     """Multi-head attention (arXiv:1706.03762), grouped-query where ``config.kv_heads`` is less than ``config.heads``.
 
-    Queries come from x, keys and values from x too, or from a memory. If `causal`, no token attends to a later one,
-    and no mask may be given. With a `window` as well, a token attends to itself and the window - 1 tokens before.
+    Queries come from x, keys and values from x too, or from a memory. If `causal`, no token attends to a later one;
+    a mask that is given takes the place of that, and must be causal itself. With a `window` as well, a token attends to
+    itself and the window - 1 tokens before.
     """
 
     def __init__(self, config: Config, causal: bool = False, window: int = 0) -> None:
@@ -213,8 +215,8 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        grouped = self.kv_heads != self.heads
-        y = self.core(q, k, v, causal=self.causal, grouped=grouped, mask=mask, window=self.window)
+        causal, grouped = self.causal and mask is None, self.kv_heads != self.heads
+        y = self.core(q, k, v, causal=causal, grouped=grouped, mask=mask, window=self.window)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 

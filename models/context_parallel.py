@@ -49,8 +49,8 @@ class SequenceSplit:
         Args:
             config: sizes of the whole model.
             meshes: meshes of the job.
-            how: ``"ulysses"`` needs heads / tp to be a multiple of cp. ``"ring"`` has no dropout and no windows. None,
-                the default, takes Ulysses where heads allow it.
+            how: ``"ulysses"`` needs heads / tp to be a multiple of cp. ``"ring"`` has no dropout, windows or documents.
+                None, the default, takes Ulysses where heads allow it.
 
         Raises:
             ValueError: a way that the model does not allow.
@@ -102,10 +102,11 @@ def attention_of(config: GPTConfig, cp: int, tp: int, how: How | None = None) ->
             f"Ulysses: heads={config.heads} with kv_heads={config.kv_heads or config.heads} do not split over cp={cp} "
             f"x tp={tp} ranks; use ring attention, or a cp that divides heads / tp"
         )
-    if how == "ring" and (config.dropout or config.windows):
+    if how == "ring" and (config.dropout or config.windows or config.eod is not None):
         raise ValueError(
-            f"ring attention has no dropout and no windows; got dropout={config.dropout}, windows={config.windows}: "
-            f"leave them out, or use Ulysses, for which heads={config.heads} must split over cp={cp} x tp={tp} ranks"
+            f"ring attention has no dropout, windows or documents; got dropout={config.dropout}, "
+            f"windows={config.windows}, eod={config.eod}: leave them out, or use Ulysses, for which "
+            f"heads={config.heads} must split over cp={cp} x tp={tp} ranks"
         )
     return how
 
@@ -163,8 +164,10 @@ class OwnContext:
         """Hidden states x [B, S / cp / tp, D] and their context."""
         x, context = args
         length = x.shape[1] * self.split.meshes.sequences.size()
-        parts = {name: self.split.own(getattr(context, name)[:length], dim=0) for name in ("cos", "sin")}
-        for name in ("tokens", "mask"):
+        parts: dict[str, Tensor | None] = {
+            name: self.split.own(getattr(context, name)[:length], dim=0) for name in ("cos", "sin")
+        }
+        for name in ("tokens", "mask", "documents"):  # attention sees whole sequences, and so does its mask
             whole = getattr(context, name)
             parts[name] = None if whole is None else self.split.own(whole)
         return x, context._replace(**parts)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Block, Context, RotaryConfig, active_parameters, check_tokens, norm, rotary
+from .documents import document_mask, documents_of
 from .dropout import Dropout
 from .loss import IGNORED
 from .multi_token import Depth, HeadLosses, further_targets
@@ -24,6 +25,9 @@ class GPTConfig(RotaryConfig):
 
     Args:
         tied: whether the embedding is the head's matrix as well; True by default. Otherwise the head has its own.
+        eod: id of the end-of-document token, with which each document in a row of tokens begins. No token attends to
+            another document, and the balance loss over "sequence" takes each document by itself. None, the default: a
+            row is one document.
         windows: number of positions that a token attends to, itself included, in the first blocks. The pattern repeats:
             ``(1024, 1024, 0)`` has full attention in every third block. 0 is full attention, which all blocks have by
             default.
@@ -37,6 +41,7 @@ class GPTConfig(RotaryConfig):
     """
 
     tied: bool = True
+    eod: int | None = None
     windows: Sequence[int] = ()
     mtp: int = 0
     mtp_weight: float = 0.3
@@ -103,7 +108,9 @@ class GPT(nn.Module):
         self.head = head if last else None
         depths = nn.ModuleList(Depth(config) for _ in range(config.mtp))
         self.mtp = depths if last else nn.ModuleList()
-        self.head_losses = HeadLosses(config.z_loss, config.mtp_weight) if config.mtp or config.z_loss else None
+        self.head_losses = (
+            HeadLosses(config.z_loss, config.mtp_weight, config.eod) if config.mtp or config.z_loss else None
+        )
 
     def forward(self, x: Tensor, tokens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Compute the logits of each next token.
@@ -111,7 +118,8 @@ class GPT(nn.Module):
         Args:
             x: token ids, int64 [B, S], with S at most ``config.seq_len``. A later pipeline stage takes the hidden
                 states [B, S, D] of the stage before it.
-            tokens: token ids, int64 [B, S], for a later stage whose gates route by them; None by default.
+            tokens: token ids, int64 [B, S], for a later stage whose gates route by them, or whose documents begin with
+                ``config.eod``; None by default.
             targets: token after each one, int64 [B, S], -100 to leave a position out. Training needs them if the config
                 has `mtp` or `z_loss`, whose losses `aux_loss` then returns. None by default.
 
@@ -134,7 +142,13 @@ class GPT(nn.Module):
             x = self.dropout(self.embed(x))
         config = self.config
         cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
-        context = Context(tokens, cos=cos, sin=sin)
+        mask = documents = None
+        if config.eod is not None:
+            if tokens is None:
+                raise ValueError(f"eod={config.eod} is set, and this stage needs tokens= to tell documents apart")
+            documents = documents_of(tokens, config.eod)
+            mask = document_mask(documents)
+        context = Context(tokens, cos=cos, sin=sin, attn_mask=mask, documents=documents)
         x = self.blocks(x, context)
         if self.norm is None:
             return x
@@ -157,8 +171,8 @@ class GPT(nn.Module):
         for number, depth in enumerate(self.mtp):
             assert self.embed is not None
             assert isinstance(depth, Depth)
-            tokens = further_targets(targets, number)
-            known = tokens != IGNORED
+            tokens = further_targets(targets, number, self.config.eod)
+            known = (tokens != IGNORED) & (tokens != self.config.eod)
             tokens = torch.where(known, tokens, 0)  # behind the end; its experts would see what is no token
             embedded = self.dropout(self.embed(tokens))
             x = depth(x, embedded, context._replace(tokens=tokens, mask=known))

@@ -56,6 +56,7 @@ class HeadLosses(AuxiliaryLoss):
     Args:
         z_loss: weight of the z-loss.
         mtp_weight: weight of the mean over depths.
+        eod: as for `further_targets`.
 
     Attributes:
         own: function that takes this rank's part of targets; `context_parallel` sets it, and `group`.
@@ -65,9 +66,9 @@ class HeadLosses(AuxiliaryLoss):
     own: Callable[[Tensor], Tensor] = staticmethod(lambda targets: targets)
     group: ProcessGroup | None = None
 
-    def __init__(self, z_loss: float, mtp_weight: float) -> None:
+    def __init__(self, z_loss: float, mtp_weight: float, eod: int | None = None) -> None:
         super().__init__()
-        self.z_loss, self.mtp_weight = z_loss, mtp_weight
+        self.z_loss, self.mtp_weight, self.eod = z_loss, mtp_weight, eod
 
     def forward(self, logits: Tensor, targets: Tensor, further: list[Tensor]) -> Tensor:
         """Weighted sum of the losses, a scalar, which `aux_loss` returns.
@@ -81,21 +82,24 @@ class HeadLosses(AuxiliaryLoss):
         if self.z_loss:
             losses.append(self.z_loss * head_z_loss(logits, self.own(targets), self.group))
         for depth, each in enumerate(further, 1):
-            loss = next_token_loss(each, self.own(further_targets(targets, depth)), self.group)
+            loss = next_token_loss(each, self.own(further_targets(targets, depth, self.eod)), self.group)
             losses.append(self.mtp_weight / len(further) * loss)
         total = torch.stack(losses).sum()
         self.keep(total)
         return total
 
 
-def further_targets(targets: Tensor, depth: int) -> Tensor:
+def further_targets(targets: Tensor, depth: int, eod: int | None = None) -> Tensor:
     """The token that is `depth` positions behind each target, int64 [B, S]; -100 if it or one on the way is missing.
+
+    If an end-of-document token `eod` is on the way, the token belongs to another document, and is left out as well.
 
     >>> further_targets(torch.tensor([[1, 2, -100, 4, 5]]), depth=1).tolist()
     [[2, -100, -100, 5, -100]]
     """
     missing, found = targets == IGNORED, targets
     for _ in range(depth):
+        missing = missing if eod is None else missing | (found == eod)
         found = torch.cat([found[:, 1:], torch.full_like(found[:, :1], IGNORED)], dim=1)
         missing = missing | (found == IGNORED)
     return found.masked_fill(missing, IGNORED)

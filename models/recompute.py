@@ -68,12 +68,11 @@ class Core(nn.Module):
 
         With `grouped`, k and v have fewer heads (grouped-query attention). `mask` is bool, or float to add to the
         scores, and broadcasts to [B, heads, S, M]. It cannot be given together with `causal`. With `window`, a query
-        attends to its own position and the window - 1 positions before; it needs `causal`. 0: all before.
+        attends to its own position and the window - 1 positions before, as far as a bool `mask` lets it. 0: all before.
         """
         if 0 < window < k.shape[-2]:
-            if not causal or mask is not None:
-                raise ValueError("a window needs causal attention without a mask")
-            mask, causal = sliding_window(q.shape[-2], k.shape[-2], window, q.device), False
+            seen = sliding_window(q.shape[-2], k.shape[-2], window, q.device)
+            mask, causal = seen if mask is None else seen & mask, False
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._attend, q, k, v, causal, grouped, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return self._attend(q, k, v, causal, grouped, mask)

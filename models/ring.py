@@ -53,11 +53,12 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, group):
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        held, out, total = torch.stack([k, v]), wide(torch.zeros_like(q)), wide(q.new_zeros(q.shape[:-1]))
+        here = held = torch.stack([k, v])
+        out, total = wide(torch.zeros_like(q)), wide(q.new_zeros(q.shape[:-1]))
         for step in range(ranks):
             travel = _Travel(held, group) if step + 1 < ranks else None  # while this rank computes
             queries, keys, causal = _visible(rank, (rank - step) % ranks, q.shape[2])
-            part, part_total = _attend(q[:, :, queries], *held[:, :, :, keys], causal)
+            part, part_total = _attend(q[:, :, queries], held[:, :, :, keys], causal)
             if step == 0:
                 out, total = wide(part), part_total
             else:
@@ -69,29 +70,29 @@ class _RingAttention(torch.autograd.Function):
             held = held if travel is None else travel.wait()
         out = out.to(q.dtype)
         ctx.group = group
-        ctx.save_for_backward(q, k, v, out, total)
+        ctx.save_for_backward(q, here, out, total)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, total = ctx.saved_tensors
+        q, held, out, total = ctx.saved_tensors
         ranks, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
-        held, to_q = torch.stack([k, v]), wide(torch.zeros_like(q))
+        to_q = wide(torch.zeros_like(q))
         returning: _Travel | None = None  # gradients of the keys and values that were here before
         for step in range(ranks):
             travel = _Travel(held, ctx.group) if step + 1 < ranks else None
             queries, keys, causal = _visible(rank, (rank - step) % ranks, q.shape[2])
-            mine = [x[:, :, queries] for x in (grad, q, out, total)]
-            own, *others = _attend_backward(*mine, *held[:, :, :, keys], causal)
+            rows = [x[:, :, queries] for x in (grad, q, out, total)]
+            own, others = _attend_backward(*rows, held=held[:, :, :, keys], causal=causal)
             to_q[:, :, queries] += own
             to_held = wide(torch.zeros_like(held)) if returning is None else returning.wait()
-            to_held[:, :, :, keys] += torch.stack(others)
+            to_held[:, :, :, keys] += others
             returning = _Travel(to_held, ctx.group)
             held = held if travel is None else travel.wait()
         assert returning is not None
         to_k, to_v = returning.wait()  # after as many hops as there are ranks they are at home
-        return to_q.to(q.dtype), to_k.to(k.dtype), to_v.to(v.dtype), None
+        return to_q.to(q.dtype), to_k.to(q.dtype), to_v.to(q.dtype), None
 
 
 class _Travel:
@@ -122,37 +123,34 @@ def _visible(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
     return slice(half, None), slice(None), False
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention [B, heads, S, size] and the logarithm of its normaliser [B, heads, S], in float32 or wider."""
-    k, v = _repeated(k, q), _repeated(v, q)
+def _attend(q: Tensor, held: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention [B, heads, S, size] to keys and values, and the logarithm of its normaliser, float32 [B, heads, S]."""
+    k, v = _repeated(held, q)
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    return aten._scaled_dot_product_flash_attention(*_half(q, k, v), 0.0, causal)[:2]
+    return aten._scaled_dot_product_flash_attention(_half(q), k, v, 0.0, causal)[:2]
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, out: Tensor, total: Tensor, k: Tensor, v: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `out` and `total` are those over all keys, of which k and v are a part."""
-    heads = k.shape[1]
-    rows = [x.contiguous() for x in (grad, q, _repeated(k, q), _repeated(v, q), out, total)]
+    grad: Tensor, q: Tensor, out: Tensor, total: Tensor, held: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries, and of keys and values; `out` and `total` are those over all keys, of all ranks."""
+    rows = [x.contiguous() for x in (grad, q, *_repeated(held, q), out, total)]
     if q.device.type == "cpu":
-        to_q, to_k, to_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(*rows, 0.0, causal)
+        to_q, *others = aten._scaled_dot_product_flash_attention_for_cpu_backward(*rows, 0.0, causal)
     else:
-        lengths = None, None, q.shape[2], k.shape[2]  # none differ within the batch
+        lengths = None, None, q.shape[2], held.shape[3]  # the first two are for batches of unequal lengths
         seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
-        to_q, to_k, to_v = aten._scaled_dot_product_flash_attention_backward(
-            *_half(*rows[:5]), rows[5], *lengths, 0.0, causal, seed, seed
-        )
-    return to_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (to_k, to_v))
+        to_q, *others = aten._scaled_dot_product_flash_attention_backward(*rows, *lengths, 0.0, causal, seed, seed)
+    return to_q, torch.stack(others).unflatten(2, (held.shape[2], -1)).sum(3)
 
 
-def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values with as many heads as queries."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+def _repeated(held: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values [2, B, kv_heads, S, size] with as many heads as queries."""
+    return held.repeat_interleave(q.shape[1] // held.shape[2], dim=2).unbind()
 
 
-def _half(*tensors: Tensor) -> tuple[Tensor, ...]:
-    if tensors[0].dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"ring attention on a GPU needs bfloat16 or float16; got {tensors[0].dtype}: use bf16=True")
-    return tensors
+def _half(q: Tensor) -> Tensor:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"ring attention on a GPU needs bfloat16 or float16; got {q.dtype}: use bf16=True")
+    return q

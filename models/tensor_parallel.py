@@ -151,8 +151,8 @@ def _split_block(block: Block, mesh: DeviceMesh) -> None:
 
 
 def _own_ids(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Cut token ids and masks [B, S] to the columns of this rank's tokens."""
-    for name in {"ids", "mask"} & kwargs.keys():
+    """Cut token ids, masks and documents [B, S] to the columns of this rank's tokens."""
+    for name in {"ids", "mask", "documents"} & kwargs.keys():
         if kwargs[name] is not None:
             kwargs[name] = kwargs[name].chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
     return args, kwargs

@@ -21,7 +21,7 @@ from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
 from .build import called, named_experts, named_gate, named_shared
 from .capacity import Capacity, over_capacity
-from .experts.base import Experts
+from .experts.base import Experts, autocast
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
@@ -117,22 +117,28 @@ class MoE(nn.Module):
         self._checked: set[tuple[type, bool]] = set()  # gates whose first routing was checked, in training and in eval
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, routing: Routing | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        routing: Routing | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """x (..., D) -> y (..., D), same dtype.
 
         `mask`: bool (...), False = padding, which goes to no expert, shared ones included, whatever stands in it: y
         and the gradient of x are zero there. `ids`: int64 (...), for gates that route by token id; others ignore them.
-        `routing`: of the T tokens, made elsewhere or before; the gate is then not asked.
+        `routing`: of the T tokens, made elsewhere or before; the gate is then not asked. `documents`: int64 (...), see
+        `Routing.documents`: the balance loss over "sequence" takes each of them by itself.
         """
         try:
             self._begin()
-            self._check(x, mask, ids)
+            self._check(x, mask, ids, documents)
             real = None if mask is None else mask.flatten()
             tokens = rearrange(x, "... d -> (...) d")
             if real is not None:  # padding may hold NaN: zeros keep it out of outputs and gradients
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
-            routing = self._route(tokens, real, ids, routing)  # choose experts and weights
+            routing = self._route(tokens, real, ids, routing).within(documents)  # choose experts and weights
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             # drop assignments over capacity, then lay out which token fills which row
             kept, padded, by_load = over_capacity(routed, self.capacity, self.top_k, self.num_experts, self.training)
@@ -140,7 +146,7 @@ class MoE(nn.Module):
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
-        tokens = _autocast(tokens)
+        tokens = autocast(tokens)
         beside = []  # shared experts may run while rows travel
         if self.shared is not None and not isinstance(self.shared, ResidualExperts):
             beside = [Beside(partial(self.shared, tokens))]
@@ -227,13 +233,14 @@ class MoE(nn.Module):
         """Number of experts that the gate chooses among: the routed ones, and then the free ones."""
         return self.num_experts + (0 if self.free is None else len(self.free))
 
-    def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> None:
+    def _check(self, x: Tensor, mask: Tensor | None, ids: Tensor | None, documents: Tensor | None) -> None:
         if x.ndim == 0 or x.shape[-1] != self.dim:
             given = f"{tuple(x.shape)} in {described(self)}"
             raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {given}")
         if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype} in {described(self)}")
-        for name, given, dtype in (("mask", mask, torch.bool), ("ids", ids, torch.int64)):
+        integers = ("ids", ids, torch.int64), ("documents", documents, torch.int64)
+        for name, given, dtype in (("mask", mask, torch.bool), *integers):
             if given is not None and (given.shape != x.shape[:-1] or given.dtype != dtype):
                 wanted = f"{str(dtype).removeprefix('torch.')} {tuple(x.shape[:-1])}"
                 got = f"{given.dtype} {tuple(given.shape)} in {described(self)}"
@@ -310,10 +317,3 @@ def described(layer: MoE) -> str:
     """The words for a layer in error messages: its name, if it has one, and its sizes."""
     sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
     return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
-
-
-def _autocast(tokens: Tensor) -> Tensor:
-    """Cast tokens to autocast's dtype if it is on, so that fewer bytes travel and experts compute in it."""
-    if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype != torch.float64:
-        return tokens.to(torch.get_autocast_dtype(tokens.device.type))
-    return tokens

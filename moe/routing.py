@@ -25,6 +25,8 @@ class Routing:
         losses: scalar losses that only the gate can compute, by name and not yet weighted. Empty by default.
         mask: bool [T], False for padding tokens, which visit no expert and count in no loss. None, the default, means
             that all tokens are real.
+        documents: int64 [T], a number below T for each document, where several share a sequence. Under
+            `tensor_parallel` T is that of all its ranks. None, the default: a sequence is one document.
 
     Raises:
         ValueError: shapes that do not fit together, or k larger than E.
@@ -43,6 +45,7 @@ class Routing:
     logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    documents: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.expert.ndim != 2 or self.expert.shape != self.weight.shape:
@@ -72,6 +75,10 @@ class Routing:
         if choices is None:
             return self
         return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
+
+    def within(self, documents: Tensor | None) -> Routing:
+        """The same routing with the number of each token's document, int64 (...); None changes nothing."""
+        return self if documents is None else replace(self, documents=documents.flatten())
 
     def masked(self, mask: Tensor) -> Routing:
         """The same routing with `mask`, bool [T]: tokens where it is False are padding and visit no expert."""

@@ -252,6 +252,16 @@ def balance_loss_sequence(scores, expert, E, sequences, mask=None, choices=None)
     return sum(terms, scores.sum() * 0) / max(len(terms), 1)
 
 
+def balance_loss_documents(scores, expert, E, documents, mask=None):
+    """The mean of `balance_loss` over documents, each weighted by its number of tokens; `documents`: of each token."""
+    total, number = scores.sum() * 0, 0
+    for document in set(documents):
+        own = [t for t in range(len(scores)) if documents[t] == document and (mask is None or bool(mask[t]))]
+        total = total + len(own) * balance_loss(scores[own], expert[own], E) if own else total
+        number += len(own)
+    return total / max(number, 1)
+
+
 def z_loss(logits, mask=None):
     """Mean over tokens of log(sum of exp(logits)) squared."""
     tokens = [t for t in range(len(logits)) if mask is None or bool(mask[t])]

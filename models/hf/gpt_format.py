@@ -99,8 +99,8 @@ def load_hf(model: Any, folder: str | Path) -> Any:
         folder: as for `from_hf`.
 
     Raises:
-        ValueError: a model of another config, but for ``seq_len``, ``dropout`` and ``moe``; tensors that are missing,
-            left over or of other shapes, by name.
+        ValueError: a model of another config, but for ``seq_len``, ``dropout``, ``eod`` and ``moe``; tensors that are
+            missing, left over or of other shapes, by name.
         CheckpointError: on every rank of several, what is a ValueError on one.
     """
     parts = _parts(model)

@@ -97,7 +97,7 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
         alike = {"kv_heads": config.kv_heads or config.heads, "head_dim": config.head_size, "norm_eps": eps}
         alike |= {"moe_every": [n + 1 for n in range(config.layers) if config.has_experts(n)]}
         alike |= {"windows": [config.window(n) for n in range(config.layers)]}
-        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe", "z_loss", "mtp_weight"))}
+        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe", "eod", "z_loss", "mtp_weight"))}
 
     mine, theirs = meant(config), meant(other)
     return [f"{name}={mine[name]} ({theirs[name]} there)" for name in mine if mine[name] != theirs[name]]
@@ -194,7 +194,8 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
         "num_local_experts": config.num_experts,
         "sliding_window": max(windows) or None,
         "dtype": dtype,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.eod),
+        "pad_token_id": None,
     }
     if not qwen:
         return MixtralConfig(**values, intermediate_size=config.hidden, architectures=["MixtralForCausalLM"])

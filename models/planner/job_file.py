@@ -13,7 +13,7 @@ from .architecture import Architecture
 from .layout import Layout
 
 SIZES = (
-    *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm"),
+    *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
     *("attention_bias", "mtp"),
 )
 MODEL = (*SIZES, "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
@@ -22,7 +22,7 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    *("links", "cp", "cp_attention", "mtp_weight", "z_loss"),
+    *("links", "tokenizer", "epochs", "eod", "cp", "cp_attention", "mtp_weight", "z_loss"),
 )
 
 
@@ -55,6 +55,8 @@ class JobFile(NamedTuple):
         if given.get("moe_layers"):
             sizes["moe_every"] = block_numbers(given["moe_layers"])
         sizes["windows"] = block_numbers(given["windows"]) if given.get("windows") else ()
+        kind, _, size = str(given.get("tokenizer", "")).partition(":")
+        sizes["vocab"] = given.get("vocab") or (int(size) if kind == "bpe" and size.isdecimal() else 256)
         if given.get("dense"):
             sizes["moe_every"] = 0
         moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
@@ -68,6 +70,7 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
     """A file for the job, with what it has no flag for in comments."""
     values: dict[str, Any] = {
         "batch": batch,
+        "vocab": model.vocab if model.vocab != 256 else None,
         "seq": model.seq,
         "dim": model.dim,
         "layers": model.layers,
@@ -102,8 +105,6 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
 def _not_in_the_job(model: Architecture) -> list[str]:
     """Comments on what of the model examples/pretrain.py would build otherwise."""
     differs = []
-    if model.vocab != 256:
-        differs.append(f"a vocabulary of {model.vocab:,}: the job reads bytes, 256")
     if model.plain:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
     elif not model.gated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -45,6 +45,8 @@ class Start(Event):
     active_parameters: int | None = None
     train_bytes: int | None = None
     held_out_bytes: int | None = None
+    train_tokens: int | None = None
+    bytes_per_token: float = 1.0  # of the text to train on
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Step(Event):
     dropped: list[float | None] = field(default_factory=list)  # share of assignments that capacity dropped
     imbalance: list[float | None] = field(default_factory=list)  # largest load of an expert over the mean
     tokens: list[list[int]] = field(default_factory=list)  # tokens of each expert; a float32 array once read
+
+    def per_byte(self, bytes_per_token: float) -> Step:
+        """The same event from one whose loss is per token, as the log has it."""
+        return self if self.loss is None else replace(self, loss=self.loss / bytes_per_token)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ class Spike(Event):
     median: float | None = None  # nats per byte
     parameter: str = ""  # parameter of the largest gradient
     rank: int | None = None  # rank that has it
+
+    def per_byte(self, bytes_per_token: float) -> Spike:
+        """The same event from one whose losses are per token, as the log has it."""
+        loss, median = (None if nats is None else nats / bytes_per_token for nats in (self.loss, self.median))
+        return replace(self, loss=loss, median=median)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,8 @@ class Log:
         elif isinstance(event, End):
             self.end = event
         else:
+            if isinstance(event, Step | Spike) and self.starts:
+                event = event.per_byte(self.starts[-1].bytes_per_token)
             kept[type(event)].append(event)
         self.time = event.time
 

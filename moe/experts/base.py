@@ -184,3 +184,10 @@ class Experts(nn.Module, ABC):
         counts = torch.zeros(len(self.owned), dtype=torch.int64, device=x.device)
         counts[place] = len(x)
         return self(x, torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device), counts)
+
+
+def autocast(tokens: Tensor) -> Tensor:
+    """Cast tokens to autocast's dtype if it is on, so that fewer bytes travel and experts compute in it."""
+    if torch.is_autocast_enabled(tokens.device.type) and tokens.dtype != torch.float64:
+        return tokens.to(torch.get_autocast_dtype(tokens.device.type))
+    return tokens

@@ -60,7 +60,10 @@ def refused(what: str) -> None:
     ("what", "message"),
     [
         ("heads", "ValueError: Ulysses: heads=3 with kv_heads=3 do not split over cp=2 x tp=1 ranks; use ring"),
-        ("windows", "ValueError: ring attention has no dropout and no windows; got dropout=0.0, windows=(4,): leave"),
+        (
+            "windows",
+            "ValueError: ring attention has no dropout, windows or documents; got dropout=0.0, windows=(4,)",
+        ),
         ("name", 'ValueError: how must be "ulysses", "ring" or None; got \'allgather\''),
         ("twice", "ValueError: sequences are split already: call context_parallel once"),
         (

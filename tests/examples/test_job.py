@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import corpus
 import options
 import pytest
 import steps
@@ -28,6 +29,17 @@ MESHES = [
 ]
 
 
+def batch(job: options.Job, step: int, meshes: Meshes) -> torch.Tensor:
+    dp = meshes.dense["dp"]
+    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
+    return corpus.batch(TEXT, job.seed, step, job.batch, job.seq, **mine)
+
+
+def held_out(job: options.Job, meshes: Meshes) -> torch.Tensor:
+    dp = meshes.dense["dp"]
+    return corpus.held_out(TEXT, job.eval_size, job.seq, dp.get_local_rank(), dp.size())
+
+
 def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """[steps + 1]: the loss of each step over all ranks, and bits per held-out byte."""
     job = options.parse([*TINY.split(), "--warmup", "1", *flags.split()]).fit(dist.get_world_size())
@@ -36,14 +48,13 @@ def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=job.fp16)
     seen = []
     for step in range(job.steps):
-        tokens = steps.batch(job, TEXT, step, meshes)
-        loss = steps.train(model, optimizer, scaler, tokens, job.lr_at(step)).loss
+        loss = steps.train(model, optimizer, scaler, batch(job, step, meshes), job.lr_at(step)).loss
         seen.append(loss)
         if step % 2:
             loads, dropped = steps.gather(model)  # of two steps, with all their micro-batches
             assert (min(dropped) > 0) == (job.capacity_factor > 0)
             assert [sum(layer) for layer in loads] == [2 * job.batch * job.seq * job.top_k] * 2
-    return torch.tensor([*seen, steps.evaluate(model, TEXT, job)], dtype=torch.float64)
+    return torch.tensor([*seen, steps.evaluate(model, held_out(job, meshes), job)], dtype=torch.float64)
 
 
 @cache

@@ -9,9 +9,8 @@ import pretrain
 import pytest
 import torch
 import torch.distributed as dist
-from main_job import TINY
+from main_job import TEXT, TINY
 from ranks import outcomes
-from test_job import TEXT
 
 MESHES = [
     ("--pp 2 --tp 2 --layers 4 --schedule interleaved1f1b", 1),
@@ -26,9 +25,9 @@ def timeouts(out: str, flags: str, nodes: int) -> dict[str, float]:
     """Of all groups after a job of two steps, in seconds."""
     launch.RANK, launch.RANKS = dist.get_rank(), dist.get_world_size()
     launch.NODES, launch.RANKS_PER_NODE = nodes, launch.RANKS // nodes
-    given = [*TINY.split(), "--steps", "2", "--eval-size", "8", "--batch", "8", "--timeout", "27", "--out", out]
-    job = options.parse([*given, *flags.split()]).fit(launch.RANKS)
-    pretrain.train(job, (TEXT, TEXT), torch.device("cpu"), launch.Place())
+    given = [*TINY.split(), "--steps", "2", "--eval-size", "8", "--batch", "8", "--timeout", "27"]
+    job = options.parse([*given, "--out", out, "--data", TEXT, *flags.split()]).fit(launch.RANKS)
+    pretrain.train(job, torch.device("cpu"), launch.Place())
     groups = dist.distributed_c10d._world.pg_names
     return {
         f"{name} {dist.get_process_group_ranks(group)}": group._get_backend(

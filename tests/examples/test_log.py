@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from launch import Place
 from log import Log, Recent, finite, parsed, read
-from main_job import TINY, result, run
+from main_job import TEXT, TINY, result, run
 from ranks import outcomes
-from test_job import TEXT
 
 
 def kinds(path: Path) -> list[tuple[str, int]]:
@@ -132,11 +131,12 @@ def test_a_whole_run(tmp_path, text):
     start, *middle, last = read(tmp_path / "log.jsonl")
     assert start["job"] == options.parse(
         [*TINY.split(), *flags, "--data", text, "--pp", "2", "--out", str(tmp_path)]
-    ).fit(2).__dict__ | {"data": [text]}
+    ).fit(2).__dict__ | {"data": [text], "vocab": 256, "eod": 0}
     assert start["mesh"] == {"pp": 2, "dp": 1, "tp": 1, "ep": 1, "etp": 1}
     assert (start["ranks"], start["device"], start["restart"]) == (2, "cpu", False)
     assert start["parameters"] == done["parameters"] > start["active_parameters"] > 0
     assert start["train_bytes"] > start["held_out_bytes"] > 0
+    assert start["train_tokens"] > start["train_bytes"]  # each document begins with a token of its own
     assert last["reason"] == "done"
     for event, steps_of in zip([e for e in middle if e["event"] == "step"], (2, 2, 1), strict=True):
         assert [sum(layer) for layer in event["tokens"]] == [steps_of * 4 * 16 * 2] * 2  # sequences, bytes, experts
@@ -171,8 +171,8 @@ def events_of(out: str, flags: str, stop_after: int = 0) -> list[dict]:
         return train(*args, **further)
 
     steps.train = failing
-    given = [*TINY.split(), "--out", out, *flags.split()]
-    pretrain.train(options.parse(given).fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), Place())
+    given = [*TINY.split(), "--out", out, "--data", TEXT, *flags.split()]
+    pretrain.train(options.parse(given).fit(launch.RANKS), torch.device("cpu"), Place())
     return [event for event in read(Path(out) / "log.jsonl") if event["event"] == "step"]
 
 

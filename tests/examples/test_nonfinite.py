@@ -14,13 +14,13 @@ import steps
 import torch
 import torch.distributed as dist
 from log import read
-from main_job import TINY
+from main_job import TEXT, TINY
 from ranks import run
+from test_job import batch
 from turnout.dispatch import Meshes
 from turnout.models.checkpoint import CheckpointError
 from turnout.moe import GradScaler
 
-TEXT = torch.arange(2000).mul(37).remainder(251).to(torch.uint8)
 MESHES = ["", "--pp 2", "--tp 2", "--data-parallel fsdp"]
 
 
@@ -52,9 +52,11 @@ def train(out: str, flags: str, bad: set[int], rank: int = 1) -> str:
     """The job, with NaN in some steps of one rank -> its error, or ""."""
     launch.RANK, launch.RANKS = dist.get_rank(), dist.get_world_size()
     steps.build = spoiled(bad, rank)
-    job = options.parse([*TINY.split(), "--steps", "6", "--save-every", "1", "--out", out, *flags.split()])
+    job = options.parse(
+        [*TINY.split(), "--data", TEXT, "--steps", "6", "--save-every", "1", "--out", out, *flags.split()]
+    )
     try:
-        pretrain.train(job.fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), launch.Place())
+        pretrain.train(job.fit(launch.RANKS), torch.device("cpu"), launch.Place())
     except steps.NonFiniteError as error:
         return str(error)
     return ""
@@ -98,8 +100,8 @@ def weights(batches: list[int], bad: set[int]) -> list[torch.Tensor]:
     job = options.parse(TINY.split()).fit(1)
     model = spoiled(bad, 0)(job, Meshes.of("cpu"))
     optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=False)
-    for batch in batches:
-        steps.train(model, optimizer, scaler, steps.batch(job, TEXT, batch, model.meshes), 1e-2)
+    for number in batches:
+        steps.train(model, optimizer, scaler, batch(job, number, model.meshes), 1e-2)
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -115,7 +117,7 @@ def overflows(bad: set[int], scale: float) -> list[tuple[bool, bool, float]]:
     model = spoiled(bad, 1)(job, Meshes.of("cpu"))
     optimizer, scaler, seen = steps.adamw(model, job.lr), GradScaler("cpu", init_scale=scale), []
     for number in range(3):
-        step = steps.train(model, optimizer, scaler, steps.batch(job, TEXT, number, model.meshes), 1e-2)
+        step = steps.train(model, optimizer, scaler, batch(job, number, model.meshes), 1e-2)
         seen.append((bool(step.nonfinite), step.overflow, scaler.get_scale()))
     return seen
 
@@ -146,9 +148,9 @@ def poisoned(out: str, where: str) -> str:
         return result
 
     steps.train = poisoning
-    job = options.parse([*TINY.split(), "--steps", "6", "--save-every", "1", "--out", out])
+    job = options.parse([*TINY.split(), "--data", TEXT, "--steps", "6", "--save-every", "1", "--out", out])
     with pytest.raises(CheckpointError) as caught:
-        pretrain.train(job.fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), launch.Place())
+        pretrain.train(job.fit(launch.RANKS), torch.device("cpu"), launch.Place())
     return str(caught.value)
 
 

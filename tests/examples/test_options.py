@@ -102,7 +102,7 @@ def test_no_file():
         ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = cp x tp"),
         ("--cp 8 --cp-attention ulysses", 8, "Ulysses: heads=4 with kv_heads=4 do not split over cp=8 x tp=1 ranks"),
         ("--cp 8 --seq 24", 8, "--seq (24) must be a multiple of 16 = 2 x cp x tp"),
-        ("--cp 8 --windows 4", 8, "ring attention has no dropout and no windows"),
+        ("--cp 8 --windows 4", 8, "ring attention has no dropout, windows or documents"),
         ("--tp 3 --heads 3 --dim 6 --seq 9 --hidden 9 --experts 3", 3, "the vocabulary (256) must be a multiple of 3"),
         ("--heads 4 --kv-heads 3", 1, "--heads (4) must be a multiple of 3 = kv-heads"),
         ("--tp 2 --kv-heads 1", 2, "--kv-heads (1) must be a multiple of 2 = tp"),
@@ -186,7 +186,7 @@ def fit(name: str, ranks: int) -> tuple[dict, int]:
     ("name", "sizes", "gigabytes"),
     [
         ("laptop", {"pp": 2, "tp": 2, "ep": 2}, 0.01),
-        ("one_node", {"dp": 8, "ep": 8}, 1),
+        ("one_node", {"dp": 8, "ep": 8}, 2),
         ("cluster", {"pp": 4, "dp": 64, "tp": 2, "edp": 16, "ep": 8}, 8),
     ],
 )

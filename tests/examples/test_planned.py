@@ -53,14 +53,14 @@ def test_warnings_of_a_plan():
     job = options.parse(
         [*SIZES.split(), "--batch", "64", "--eval-size", "64", "--ep", "4", "--cluster", "h100", "--steps", "1000"]
     )
-    text = planned.plan(job.fit(16), 16, train_bytes=4096)
-    assert "the data is passed over 500 times" in text
+    text = planned.plan(job.fit(16), 16, train_tokens=4096)
+    assert "the data is passed over 500 times, and the job refuses more than --epochs (4)" in text
     wide = options.parse(
         [*SIZES.split(), "--batch", "64", "--eval-size", "64", "--experts", "16", "--ep", "16", "--cluster", "h100"]
     )
-    assert "ep x etp (16) leaves the node of 8 ranks" in planned.plan(wide.fit(16), 16, train_bytes=10**9)
+    assert "ep x etp (16) leaves the node of 8 ranks" in planned.plan(wide.fit(16), 16, train_tokens=10**9)
     huge = options.parse([*SIZES.split(), "--dim", "8192", "--layers", "96", "--cluster", "h100"]).fit(8)
-    assert "does not fit" in planned.plan(huge, 8, train_bytes=10**9)
+    assert "does not fit" in planned.plan(huge, 8, train_tokens=10**9)
 
 
 FLAGS = [

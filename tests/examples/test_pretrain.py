@@ -44,7 +44,8 @@ def test_logs_a_line_every_few_steps(tmp_path, text, one_rank):
         *("event", "time", "step", "loss", "lr", "gradient_norm", "tokens_per_s", "tflops_per_s", "memory_bytes"),
         *("sent_bytes", "skipped", "dropped", "imbalance", "tokens"),
     }
-    head, *said = some.stderr.splitlines()
+    prepared, head, *said = some.stderr.splitlines()
+    assert prepared.startswith("preparing 40 files of text")
     assert head.startswith("GPT of 2 blocks (4 experts, top 2), ")
     assert head.endswith("cpu, ranks 2: pp 2, dp 1, tp 1, ep 1, etp 1; steps 1 to 6")
     assert [line.partition(":")[0] for line in said] == ["step 4 of 6", "step 6 of 6", "report"]

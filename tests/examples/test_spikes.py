@@ -13,13 +13,12 @@ import pytest
 import steps
 import torch
 import torch.distributed as dist
-from main_job import TINY
+from main_job import TEXT, TINY
 from ranks import run
 from spikes import FEWEST, Spikes
+from test_job import batch
 from turnout.dispatch import Meshes
 from turnout.moe import GradScaler, MoE, ReplicaError
-
-TEXT = torch.arange(2000).mul(37).remainder(251).to(torch.uint8)
 
 
 def test_noise_and_a_falling_loss_are_no_spikes():
@@ -46,7 +45,7 @@ def spike(mesh: str, worst: int) -> str:
     for number in range(FEWEST + 1):
         if number == FEWEST:
             model.step = strange
-        tokens = steps.batch(job, TEXT, number, model.meshes)
+        tokens = batch(job, number, model.meshes)
         step = steps.train(model, optimizer, scaler, tokens, 1e-5, spikes=spikes)
         assert (step.spike is None) == (number < FEWEST)
     return str(step.spike)
@@ -77,9 +76,9 @@ def train(out: str, flags: str, at: int) -> str:
         return step
 
     steps.train = flipping
-    job = options.parse([*TINY.split(), "--out", out, *flags.split()])
+    job = options.parse([*TINY.split(), "--out", out, "--data", TEXT, *flags.split()])
     with pytest.raises(ReplicaError) as error:
-        pretrain.train(job.fit(launch.RANKS), (TEXT, TEXT), torch.device("cpu"), launch.Place())
+        pretrain.train(job.fit(launch.RANKS), torch.device("cpu"), launch.Place())
     return f"{taken}: {error.value}"
 
 

@@ -1,6 +1,7 @@
 """What the main job has trained, read by transformers: the same bits per byte."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from scripts import script
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
-import corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from turnout.models.data import HeldOut, Source
 
 
 def to_hf(out, folder, *flags: str):
@@ -24,11 +25,15 @@ def test_transformers_finds_what_the_job_found(tmp_path, text):
     assert done.returncode == 0, done.stderr
     assert "from_pretrained" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    held_out = corpus.read(corpus.text_files([text]), 16)[1]
-    tokens = corpus.held_out(held_out, 4, 16, rank=0, ranks=1)
+    (shards,) = (out / "data").iterdir()
+    held_out = HeldOut([(Source.open(shards), 1.0)], 16)
+    tokens = held_out(4)
+    assert not (tokens[:, 1:-1] == held_out.eod).any()  # transformers attends to other documents as well
     with torch.no_grad():
         loss = cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert float(loss) / torch.log(torch.tensor(2.0)) == pytest.approx(trained["val_bpb"], rel=1e-5)
+    bits = float(loss) / math.log(2) / held_out.bytes_per_token
+    assert bits == pytest.approx(trained["val_bpb"], rel=1e-5)
+    assert model.config.eos_token_id == held_out.eod == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("fox").input_ids == list(b"fox")
 

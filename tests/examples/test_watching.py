@@ -20,7 +20,7 @@ from main_job import result, run
 from profiling import BEFORE, profiled
 from ranks import run as on_ranks
 from specialisation import SHOWN, BytesOfExperts
-from test_job import TEXT, TINY
+from test_job import TEXT, TINY, held_out
 from turnout.dispatch import Meshes
 from turnout.moe import MoE
 
@@ -39,8 +39,8 @@ def built(flags: str) -> tuple[options.Job, steps.ParallelModel]:
 def most(flags: str) -> list:
     job, model = built(flags)
     with BytesOfExperts(model) as experts:
-        steps.evaluate(model, TEXT, job)
-    steps.evaluate(model, TEXT, job)  # not counted
+        steps.evaluate(model, held_out(job, model.meshes), job)
+    steps.evaluate(model, held_out(job, model.meshes), job)  # not counted
     return experts.most()
 
 
@@ -51,7 +51,7 @@ def by_hand(flags: str) -> list[list[list[float]]]:
     for layer, counts in got.items():
         layer.register_forward_hook(partial(note, counts), with_kwargs=True)
     model.eval()
-    model.parts[0](held_out(job))
+    model.parts[0](inputs(job))
     result = []
     for counts in got.values():
         even = {byte: sum(counts[e, byte] for e in range(E)) / E for byte in range(256)}
@@ -65,7 +65,7 @@ def note(counts: Counter, layer: MoE, args, kwargs, y) -> None:
     counts.update((e, byte) for byte, two in zip(kwargs["ids"].flatten().tolist(), chosen, strict=True) for e in two)
 
 
-def held_out(job: options.Job) -> torch.Tensor:
+def inputs(job: options.Job) -> torch.Tensor:
     return corpus.held_out(TEXT, job.eval_size, job.seq, 0, 1)[:, :-1]
 
 
@@ -85,7 +85,7 @@ def held_out(job: options.Job) -> torch.Tensor:
 )
 def test_bytes_of_experts_on_any_mesh(ranks, mesh):
     (wanted,) = on_ranks(1, by_hand, "")
-    even = torch.bincount(held_out(options.parse(TINY.split())).flatten(), minlength=256) * 2 / E  # two experts each
+    even = torch.bincount(inputs(options.parse(TINY.split())).flatten(), minlength=256) * 2 / E  # two experts each
     assert [len(layer) for layer in wanted] == [E, E]
     assert any(len(expert) == SHOWN for layer in wanted for expert in layer)
     for found in on_ranks(ranks, most, mesh):
@@ -96,10 +96,10 @@ def test_an_expert_of_a_hash_gate_takes_its_own_bytes():
     def work() -> None:
         job, model = built("--gate hash --top-k 1")
         with BytesOfExperts(model) as experts:
-            steps.evaluate(model, TEXT, job)
+            steps.evaluate(model, held_out(job, model.meshes), job)
         found = experts.most()
         layer = next(layer for layer in model.modules() if isinstance(layer, MoE))
-        times = Counter(held_out(job).flatten().tolist())
+        times = Counter(inputs(job).flatten().tolist())
         for expert, taken in enumerate(found[0]):
             assert taken
             for byte, tokens in taken:

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, Stages, T5Config, next_token_loss, recompute
 from turnout.models.blocks import Context, rotary
 from turnout.models.loss import head_z_loss
+from turnout.models.multi_token import further_targets
+from turnout.models.planner import Architecture
 from turnout.moe import MoE, aux_loss
 
 SMALL = GPTConfig(
@@ -140,6 +142,26 @@ def test_further_tokens_are_those_of_deepseek_v3(how):
             torch.testing.assert_close(p.grad, gradient, msg=name)
 
 
+def test_further_tokens_do_not_cross_documents():
+    targets = torch.tensor([[5, 6, 0, 7, 8, 9]])  # 0 begins the next document
+    assert further_targets(targets, 1, eod=0).tolist() == [[6, 0, -100, 8, 9, -100]]
+    assert further_targets(targets, 2, eod=0).tolist() == [[0, -100, -100, 9, -100, -100]]
+    model, tokens = build(mtp=2, eod=0, moe_every=1), torch.tensor([[4, 5, 6, 0, 7, 8]])
+    other, changed = tokens.clone(), targets.clone()
+    other[0, 4:], changed[0, 3:] = 20, 20  # another second document
+
+    def first_document(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen = []
+        hook = model.head_losses.register_forward_pre_hook(lambda module, args: seen.extend(args[2]))
+        model(tokens, targets=targets)
+        hook.remove()
+        return torch.stack([seen[0][:, :2], seen[1][:, :2]])  # those with a target at depth 1, and one more
+
+    before, after = first_document(tokens, targets), first_document(other, changed)
+    torch.testing.assert_close(before[0], after[0])
+    torch.testing.assert_close(before[1][:, :1], after[1][:, :1])
+
+
 def test_further_tokens_behind_the_end_go_to_no_expert():
     model = build(mtp=1, moe_every=1)
     seen = []
@@ -173,6 +195,12 @@ def test_a_pipeline_of_others_is_refused(config):
     message = f"a pipeline splits a GPT; got {type(config).__name__}: spread the experts of other models by"
     with pytest.raises(TypeError, match=message):
         Stages.of(config, "1f1b", 1)
+
+
+@pytest.mark.parametrize("config", [GPTConfig(windows=(8,)), GPTConfig(mtp=1), GPTConfig(tied=False)])
+def test_what_the_planner_cannot_count_is_refused(config):
+    with pytest.raises(ValueError, match=r"the planner knows .* only: .*--"):
+        Architecture.of(config)
 
 
 def test_biases_and_lists_of_blocks_are_for_all_models():

@@ -47,12 +47,6 @@ def test_parameters_are_those_of_the_module(config):
     assert planned.flops(1) == config.seq_len * model.flops_per_token()
 
 
-@pytest.mark.parametrize("options", [{"windows": (8,)}, {"mtp": 1}, {"tied": False}], ids=str)
-def test_what_it_cannot_count_is_refused(options):
-    with pytest.raises(ValueError, match=r"the planner knows .* only: .*--"):
-        Architecture.of(GPTConfig(**options))
-
-
 def test_only_padding_computes_more_rows():
     for capacity, rows in ((None, 0.0), (1.25, 0.0), (Capacity(1.25, pad=True), 1.25)):
         assert Architecture.of(GPTConfig(moe={"capacity": capacity})).capacity == rows
