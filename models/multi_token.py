@@ -85,7 +85,7 @@ class HeadLosses(AuxiliaryLoss):
             loss = next_token_loss(each, self.own(further_targets(targets, depth, self.eod)), self.group)
             losses.append(self.mtp_weight / len(further) * loss)
         total = torch.stack(losses).sum()
-        self.keep(total)
+        self.keep(total, logits)
         return total
 
 

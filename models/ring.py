@@ -46,6 +46,8 @@ class Ring(nn.Module):
         """Attend as `Core`: q [B, heads, S / cp, size], k and v [B, kv_heads, S / cp, size] -> the shape of q."""
         if not options["causal"] or options["mask"] is not None or options["window"]:
             raise ValueError("ring attention is causal and has no mask and no window: use Ulysses, of cp <= heads / tp")
+        if torch.is_autocast_enabled(q.device.type):  # attention of torch's casts as well
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         return _RingAttention.apply(q, k, v, self.meshes.dense[CP].get_group())  # pyright: ignore[reportReturnType]
 
 

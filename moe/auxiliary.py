@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,11 +20,25 @@ class AuxiliaryLoss(nn.Module):
         super().__init__()
         self._losses = StepLosses()
 
-    def keep(self, loss: Tensor) -> None:
-        """Keep the weighted loss of a training forward, a scalar, until `aux_loss` or the next step."""
-        if not self._losses.under_way:
-            self._losses.let_go()
-        self._losses.add(loss, self.training, loss.requires_grad)
+    def keep(self, loss: Tensor, output: Tensor) -> None:
+        """Keep the weighted loss of a training forward, a scalar, until `aux_loss`.
+
+        Args:
+            loss: the loss.
+            output: what the model computes beside it. A backward through it ends the step, as for an `MoE`.
+        """
+        losses = self._losses
+        if losses.forgotten:
+            warnings.warn(
+                f"the loss of {type(self).__name__} was left out of the last step: its backward ran, and nothing had "
+                "called aux_loss(model). Add it once a step, loss = task_loss + aux_loss(model)",
+                stacklevel=2,
+            )
+            losses.forgotten = False
+        losses.let_go()
+        step = losses.add(loss, self.training, loss.requires_grad)
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(lambda _: losses.after_backward(step))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_losses": StepLosses()}  # a graph cannot be copied

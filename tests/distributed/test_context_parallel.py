@@ -145,3 +145,16 @@ def test_more_ranks_than_heads_go_round_a_ring():
 
 def test_the_comparison_notices():
     assert all("AssertionError" in error for error in errors(4, of_many, *of_one(), True))
+
+
+def in_bf16(how: str) -> float:
+    torch.manual_seed(0)
+    config = GPTConfig(**vars(CONFIG) | {"qk_norm": True, "norm": "layer"})
+    model = parallel_model(config, Meshes.of("cpu", cp=2), bf16=True, cp_attention=how)
+    tokens = torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(1))
+    return float(model.step(tokens[:, :-1], tokens[:, 1:]).task)
+
+
+def test_both_ways_agree_in_bf16():
+    exact, *found = (run(2, in_bf16, how)[0] for how in ("ulysses", "ring"))
+    assert found[0] == pytest.approx(exact, abs=2e-3)

@@ -101,6 +101,14 @@ def test_z_loss_is_the_mean_square_of_log_normalisers():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_z_loss_that_is_left_out_is_warned_of():
+    model = build(z_loss=0.5, moe_every=0)
+    next_token_loss(model(TOKENS, targets=TARGETS), TARGETS).backward()
+    with pytest.warns(UserWarning, match=r"the loss of HeadLosses was left out of the last step: .* aux_loss\(model\)"):
+        logits = model(TOKENS, targets=TARGETS)
+    torch.testing.assert_close(aux_loss(model), 0.5 * head_z_loss(logits, TARGETS), msg="of this step alone")
+
+
 def test_z_loss_comes_with_the_auxiliary_losses():
     model = build(z_loss=0.5)
     logits = model(TOKENS, targets=TARGETS)
