@@ -138,7 +138,8 @@ class MoE(nn.Module):
             tokens = rearrange(x, "... d -> (...) d")
             if real is not None:  # padding may hold NaN: zeros keep it out of outputs and gradients
                 tokens = torch.where(real.unsqueeze(1), tokens, 0)
-            routing = self._route(tokens, real, ids, routing).within(documents)  # choose experts and weights
+            routing = self._route(tokens, real, ids, routing)  # choose experts and weights
+            routing = routing if documents is None else routing.within(documents)
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             # drop assignments over capacity, then lay out which token fills which row
             kept, padded, by_load = over_capacity(routed, self.capacity, self.top_k, self.num_experts, self.training)

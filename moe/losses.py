@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..dispatch.collectives import all_reduce
+from ..dispatch.plan import load
+from .by_document import sums_by_document
 from .routing import Routing
-from .sequences import Sums
 
 BALANCE = ("local", "global", "sequence")
 
@@ -200,12 +201,10 @@ def balance_loss(
     and their product depends on that.
 
     Args:
-        routing: router output for this rank's tokens. With `routing.first(1)`, f counts only first choices, as in
-            GShard.
+        routing: router output for this rank's tokens. With `routing.first(1)`, f counts first choices alone (GShard).
         over: ``"local"``, the default: the tokens of `split`. The value depends on the number of ranks.
-            ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: one term for each sequence,
-            averaged over the sequences of all ranks; with `Routing.documents` one for each document, weighted by its
-            tokens. The last two do not depend on how tokens are spread over ranks.
+            ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: the mean over sequences, or
+            over `Routing.documents` by their tokens. The last two do not depend on how tokens are spread over ranks.
         sequences: number of sequences on this rank. It divides T, and the tokens of a sequence are adjacent.
         group: ranks that share the batch. None, the default, is this rank alone.
         split: ranks that hold equally long parts of the same sequences, and whose gradients are summed. None, the
@@ -223,18 +222,18 @@ def balance_loss(
     """
     if over not in BALANCE:
         raise ValueError(f"over must be one of {', '.join(BALANCE)}; got {over!r}")
-    if over != "sequence":
-        sequences = 1
+    sequences = sequences if over == "sequence" else 1
     E = routing.num_experts
     total = routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
     scores = routing.scores * total.reciprocal()  # the backward of a division needs three more [T, E] matrices
     if routing.mask is not None:
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
-    by_document = over == "sequence" and routing.documents is not None
-    if by_document:
-        mass, chosen, tokens = Sums.by_document(routing, scores, split)
-    else:
-        mass, chosen, tokens = Sums.by_sequence(routing, scores, sequences)
+    if over == "sequence" and routing.documents is not None:
+        mass, chosen, tokens = sums_by_document(routing, scores, split)
+    else:  # a rank without tokens takes part with zeros that have a graph
+        mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
+        chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
+        tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
     if split is not None or over == "global":
         sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
         sums = _sum(sums, group if over == "global" else None)
@@ -243,9 +242,8 @@ def balance_loss(
     terms = E * (share * mass).sum(1) / tokens.clamp(min=1)
     if over != "sequence":
         return terms.sum()
-    # short documents have high terms, whatever the router does: weighted by tokens, they count for little. And the
-    # loss then is a mean over tokens, which does not depend on how rows are divided among micro-batches.
-    weight = tokens if by_document else (tokens > 0).to(terms.dtype)
+    # short documents have high terms, and a mean over tokens is the same for any division into micro-batches
+    weight = tokens if routing.documents is not None else (tokens > 0).to(terms.dtype)
     return _mean_over_ranks((weight * terms).sum(), weight.sum(), group)
 
 
@@ -289,6 +287,25 @@ def _mean_over_ranks(total: Tensor, number: Tensor, group: ProcessGroup | None) 
 
 def _sum(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> Tensor:
     return x if group is None else all_reduce(x, group, averaged)
+
+
+def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
+    """Number of assignments for each sequence and expert, int64 [sequences, E]."""
+    E = routing.num_experts
+    if sequences == 1:
+        return load(routing.expert, E).unsqueeze(0)
+    # not repeat_interleave: torch 2.11's compiler treats its number of repeats as a constant
+    sequence = torch.arange(sequences, device=routing.expert.device).unsqueeze(1)
+    sequence = sequence.expand(-1, len(routing.expert) // max(sequences, 1)).flatten()
+    ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
+    return load(ids, sequences * E).reshape(sequences, E)
+
+
+def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
+    """Number of real tokens, so without padding, in each sequence: [sequences]."""
+    if routing.mask is not None:
+        return routing.mask.reshape(sequences, -1).sum(1) if len(routing.mask) else routing.mask.new_zeros(sequences)
+    return torch.full((sequences,), len(routing.scores) // max(sequences, 1), device=routing.scores.device)
 
 
 def _weight_tensor(weight: float) -> Tensor:

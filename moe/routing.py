@@ -76,9 +76,9 @@ class Routing:
             return self
         return replace(self, expert=self.expert[:, :choices], weight=self.weight[:, :choices])
 
-    def within(self, documents: Tensor | None) -> Routing:
-        """The same routing with the number of each token's document, int64 (...); None changes nothing."""
-        return self if documents is None else replace(self, documents=documents.flatten())
+    def within(self, documents: Tensor) -> Routing:
+        """The same routing with the number of each token's document, int64 (...)."""
+        return replace(self, documents=documents.flatten())
 
     def masked(self, mask: Tensor) -> Routing:
         """The same routing with `mask`, bool [T]: tokens where it is False are padding and visit no expert."""

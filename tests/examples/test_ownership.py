@@ -29,7 +29,7 @@ from turnout.models import checkpoint
 ANNOUNCED_BY_NOTHING = {
     *("out", "data", "resume", "allow_changes", "timeout"),
     *("eval_every", "eval_size", "save_every", "keep", "log_every", "peak_tflops", "tensorboard", "profile"),
-    *("plan", "ranks", "cluster", "links", "elastic"),
+    *("plan", "ranks", "cluster", "links", "elastic", "tokenizer", "epochs"),
 }
 
 
@@ -100,7 +100,7 @@ def test_what_may_change_is_told_and_other_text_or_another_run_refused(capsys):
     moved = Run("id", True, True, False, Job(data=("b",), lr=1.0, tp=2, save_every=7), "text")
     moved.accept(3, json.loads(json.dumps(before.signature())))
     assert capsys.readouterr().err == "resuming with --tp 2 (was 1), --lr 1.0 (was 0.004)\n"
-    with pytest.raises(checkpoint.CheckpointError, match=r"the text of --data \(its bytes differ\)"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"the data of --data \(its tokens or weights differ\)"):
         Run("id", True, True, False, Job(data=("a",)), "other").accept(3, before.signature())
     with pytest.raises(checkpoint.CheckpointError, match="step 3 is of run id, and runs/pretrain of run other: move"):
         Run("other", True, True, False, Job(), "text").accept(3, before.signature())
