@@ -306,7 +306,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> 
         The sum, in the shape of x.
     """
     total = x.detach().clone()
-    with named("sums of a balance loss", group):
+    with named("sums of a loss", group):
         dist.all_reduce(total, group=group)
     factor = dist.get_world_size(group) if averaged else 1
     return total + factor * (x - x.detach())  # adds 0, and gives x its gradient

@@ -2,7 +2,7 @@
 
 "ep": ranks that share the experts. It may be split into "node" and "local". "edp": ranks that hold copies of the same
 experts. "etp": ranks that hold slices of the same experts. Ranks along all these axes have different tokens. `Meshes`
-adds the axes of the dense part, over the same ranks: "dp" splits the batch, "tp" splits each sequence.
+adds the axes of the dense part, over the same ranks: "dp" splits the batch, "cp" sequences, "tp" each layer as well.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .timeout import default_timeout, seconds
 from .torch_internals import Backend
 
 EP, EDP, ETP, NODE, LOCAL = "ep", "edp", "etp", "node", "local"
-PP, DP, TP = "pp", "dp", "tp"
+PP, DP, CP, TP = "pp", "dp", "cp", "tp"
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """All ranks of a job as two meshes: one for the dense part, and one for the experts, folded over dp and tp.
+    """All ranks of a job as two meshes: one for the dense part, and one for the experts, folded over dp, cp and tp.
 
     Attributes:
-        dense: mesh with axes "pp", "dp" and "tp".
+        dense: mesh with axes "pp", "dp", "cp" and "tp".
         experts: mesh with axes "pp", "edp", "ep" (or "node" and "local" in its place) and "etp". edp * ep * etp = dp *
-            tp.
-        tokens: mesh with one axis, "dp_tp": the ranks of a pipeline stage, which all have different tokens.
-        timeout: timeout of the groups of all three meshes; None, the default, takes the default group's.
+            cp * tp.
+        tokens: mesh with one axis, "dp_cp_tp": the ranks of a pipeline stage, which all have different tokens.
+        sequences: mesh with one axis, cp and tp together: ranks with parts of the same sequences.
+        replicas: mesh with one axis, dp and cp together: ranks with the same dense parameters.
+        timeout: timeout of the groups of all meshes; None, the default, takes the default group's.
 
     Examples:
         Under ``torchrun --nproc-per-node 8``, with experts over all 8 ranks and sequences over 2::
@@ -43,6 +46,8 @@ class Meshes:
     dense: DeviceMesh
     experts: DeviceMesh
     tokens: DeviceMesh
+    sequences: DeviceMesh
+    replicas: DeviceMesh
     timeout: timedelta | None = None
 
     @classmethod
@@ -51,6 +56,7 @@ class Meshes:
         device_type: str,
         *,
         pp: int = 1,
+        cp: int = 1,
         tp: int = 1,
         ep: int = 1,
         etp: int = 1,
@@ -59,15 +65,16 @@ class Meshes:
     ) -> Meshes:
         """Make the meshes over all ranks of the default group. Every rank must call it.
 
-        The axes dp and edp get the ranks that the given sizes leave. Neighbouring ranks lie along tp, then dp, then pp.
+        The axes dp and edp get the ranks that the given sizes leave. Neighbouring ranks lie along tp, then cp, dp, pp.
         So tensor parallelism, which communicates most, stays inside a node. Both meshes are views of one mesh. So
         DTensors on either can be combined, such as FSDP2 over "edp" of a parameter that is sharded over "ep".
 
         Args:
             device_type: ``"cuda"`` or ``"cpu"``.
             pp: number of pipeline stages, 1 by default.
+            cp: number of ranks that split each sequence (`context_parallel`), 1 by default.
             tp: number of ranks that split each dense layer and each sequence, 1 by default.
-            ep: number of ranks that share the experts of a layer, 1 by default. They may span dp and tp.
+            ep: number of ranks that share the experts of a layer, 1 by default. They may span dp, cp and tp.
             etp: number of ranks that split each expert, 1 by default.
             ranks_per_node: torchrun's LOCAL_WORLD_SIZE. It splits the axis "ep" into "node" and "local" if the axis
                 spans several whole nodes, each with several of its ranks. None, the default, never splits it.
@@ -75,7 +82,7 @@ class Meshes:
                 timedelta. None, the default, takes the timeout of `init_process_group`.
 
         Returns:
-            Meshes: the three meshes, with the timeout.
+            Meshes: the meshes, with the timeout.
 
         Raises:
             ValueError: sizes that do not multiply to the number of ranks, with their names, or a timeout that is not
@@ -83,32 +90,40 @@ class Meshes:
             TypeError: a timeout that is no number and no timedelta.
 
         References:
-            Order of ranks: PTD-P, Narayanan et al. 2021, arXiv:2104.04473, section 3.2.
+            Order of ranks: PTD-P, Narayanan et al. 2021, arXiv:2104.04473, section 3.2. Experts folded over the other
+            axes: Liu et al. 2025, arXiv:2504.14960.
         """
         limit = seconds(timeout)
         ranks = dist.get_world_size()
-        for name, size in {"pp": pp, "tp": tp, "ep": ep, "etp": etp}.items():
+        for name, size in {"pp": pp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        if ranks % (pp * tp):
+        if ranks % (whole := pp * cp * tp):
             raise ValueError(
-                f"pp={pp} x tp={tp} = {pp * tp} does not divide the {ranks} ranks; start a multiple of {pp * tp} ranks"
+                f"pp={pp} x cp={cp} x tp={tp} = {whole} does not divide the {ranks} ranks; start a multiple of {whole} "
+                "ranks"
             )
         stage = ranks // pp
+        dp = stage // (cp * tp)
         if stage % (ep * etp):
             raise ValueError(
-                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={stage // tp} x tp={tp} = {stage} ranks of a "
-                f"pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
+                f"ep={ep} x etp={etp} = {ep * etp} does not divide the dp={dp} x cp={cp} x tp={tp} = {stage} ranks of "
+                f"a pipeline stage ({ranks} ranks, pp={pp}); choose a divisor of {stage}"
             )
         spread = {EP: ep}
         if ranks_per_node is not None and (nodes := _whole_nodes(ep, etp, ranks_per_node)):
             spread = {NODE: nodes, LOCAL: ep // nodes}
         world = init_device_mesh(device_type, (ranks,), mesh_dim_names=("world",))
-        dense = _fold(world, {PP: pp, DP: stage // tp, TP: tp}, limit)
+        dense = _fold(world, {PP: pp, DP: dp, CP: cp, TP: tp}, limit)
         experts = _fold(world, {PP: pp, EDP: stage // (ep * etp), **spread, ETP: etp}, limit)
-        tokens = f"{DP}_{TP}"
-        flat = dense[DP, TP]._flatten(tokens, _options({tokens: stage}, limit).get(tokens))
-        return cls(dense, experts, flat, limit)
+
+        def joined(*names: str) -> DeviceMesh:
+            sizes = {"_".join(names): dense[names].size()}
+            return dense[names]._flatten(*sizes, *_options(sizes, limit).values())
+
+        sequences = joined(CP, TP) if cp > 1 and tp > 1 else dense[CP if cp > 1 else TP]
+        replicas = joined(DP, CP) if dp > 1 and cp > 1 else dense[CP if cp > 1 else DP]
+        return cls(dense, experts, joined(DP, CP, TP), sequences, replicas, limit)
 
     def __deepcopy__(self, memo: dict) -> Meshes:
         return self  # immutable, and process groups cannot be copied
@@ -147,33 +162,6 @@ def _options(sizes: dict[str, int], limit: timedelta | None) -> dict[str, Any]:
     return made
 
 
-def seconds(timeout: timedelta | float | None) -> timedelta | None:
-    """A timeout as a timedelta, from seconds, a timedelta or None.
-
-    Raises:
-        ValueError: it is not positive.
-        TypeError: it is no number and no timedelta.
-    """
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, timedelta | int | float):
-        raise TypeError(f"timeout must be a number of seconds, a timedelta or None; got {timeout!r}")
-    limit = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-    if limit <= timedelta(0):
-        raise ValueError(f"timeout must be positive; got {timeout!r}")
-    return limit
-
-
-def default_timeout() -> timedelta | None:
-    """Timeout that `init_process_group` was given; None for a backend that does not report it."""
-    everyone = dist.distributed_c10d._get_default_group()
-    for device in everyone._device_types:
-        options = getattr(everyone._get_backend(device), "options", None)
-        if (timeout := getattr(options, "_timeout", None)) is not None:
-            return timeout
-    return None
-
-
 def set_timeout(mesh: DeviceMesh | Meshes, timeout: timedelta | float | None = None) -> None:
     """Set the timeout of every group that an MoE layer on these meshes uses, for all later collectives.
 
@@ -194,7 +182,7 @@ def set_timeout(mesh: DeviceMesh | Meshes, timeout: timedelta | float | None = N
         return
     parts = [mesh.dense, mesh.experts] if isinstance(mesh, Meshes) else [mesh]
     groups = {part.get_group(name) for part in parts for name in names(part)}
-    groups |= {token_group(mesh), data_group(mesh), sequence_group(mesh)}
+    groups |= {token_group(mesh), replica_group(mesh), data_group(mesh), sequence_group(mesh)}
     ep = axis(of_experts(mesh), EP)
     groups |= {None if ep is None else ep.get_group()}
     for group in groups - {None}:
@@ -302,7 +290,12 @@ def data_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
 
 def sequence_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
     """Ranks with parts of the same sequences; None if there is only this rank."""
-    return _group(mesh.dense[TP]) if isinstance(mesh, Meshes) else None
+    return _group(mesh.sequences) if isinstance(mesh, Meshes) else None
+
+
+def replica_group(mesh: DeviceMesh | Meshes) -> ProcessGroup | None:
+    """Ranks with the same part of the dense parameters; None if there is only this rank."""
+    return _group(mesh.replicas) if isinstance(mesh, Meshes) else token_group(mesh)
 
 
 def _group(mesh: DeviceMesh) -> ProcessGroup | None:

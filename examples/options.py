@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import torch
+from command_line import divides, flag, given
 from profiling import BEFORE
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
+from turnout.models.blocks import block_numbers
+from turnout.models.context_parallel import attention_of
 from turnout.models.pipeline.partition import PER_RANK
 from turnout.moe import Balance
 from turnout.moe.gates import GATES
@@ -25,22 +25,25 @@ CHOICES = {
     "data_parallel": ("replicate", "zero1", "zero2", "fsdp"),
     "recompute": ("none", "full", "selective"),
     "wire": ("", *WIRES),
+    "cp_attention": ("", "ulysses", "ring"),
     "on_nonfinite": ("stop", "skip"),
 }
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks", "vocab"),
+    *("profile", "ranks", "vocab", "mtp", "mtp_weight", "z_loss"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
     *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
+    *("moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
-    *("steps", "pp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute", "bf16"),
-    *("fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every"),
+    *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute"),
+    *("cp_attention", "bf16", "fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite"),
+    *("max_skipped", "check_every"),
 )
 
 
@@ -67,9 +70,15 @@ class Job:
     dim: Annotated[int, "width of the model"] = 128
     layers: Annotated[int, "number of blocks"] = 4
     moe_every: Annotated[int, "every n-th block has an MoE layer"] = 2
+    moe_layers: Annotated[str, "blocks with an MoE layer, from 1, such as 4-61; none takes --moe-every"] = ""
     heads: Annotated[int, "number of attention heads"] = 4
     kv_heads: Annotated[int, "number of heads for keys and values; 0 takes as many as --heads"] = 0
     qk_norm: Annotated[bool, "normalise the queries and keys of each head"] = False
+    attention_bias: Annotated[bool, "give queries, keys, values and the output of attention biases"] = False
+    windows: Annotated[str, "bytes that attention sees in the first blocks, such as 64,0, repeated; 0 sees all"] = ""
+    mtp: Annotated[int, "number of further bytes that each position learns to predict, each by a block more"] = 0
+    mtp_weight: Annotated[float, "weight of the mean loss of further bytes"] = 0.3
+    z_loss: Annotated[float, "weight of the z-loss of the head, which keeps logits small"] = 0.0
     untied: Annotated[bool, "give the head a matrix of its own, in place of the embedding"] = False
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
@@ -81,6 +90,8 @@ class Job:
     dense: Annotated[bool, "train a dense model of equal FLOPs per token, without experts"] = False
     # the ranks
     pp: Annotated[int, "number of pipeline stages"] = 1
+    cp: Annotated[int, "number of ranks that split each sequence"] = 1
+    cp_attention: Annotated[str, "attention over --cp ranks; none takes ulysses where heads allow it, else ring"] = ""
     tp: Annotated[int, "number of ranks that split each layer and its sequences"] = 1
     ep: Annotated[int, "number of ranks that share the experts; 0 takes as many as divide both ranks and experts"] = 0
     etp: Annotated[int, "number of ranks that split each expert"] = 1
@@ -131,33 +142,36 @@ class Job:
             ValueError: flags that are out of range or do not go together. No rank waits for another before.
         """
         self._in_range()
-        _divides("the number of ranks", ranks, "pp x tp", self.pp * self.tp)
-        stage = ranks // self.pp
-        _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
+        divides("the number of ranks", ranks, "pp x cp x tp", self.pp * self.cp * self.tp)
+        stage, split = ranks // self.pp, self.cp * self.tp
+        divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
         ep = self.ep or math.gcd(stage // self.etp, self.experts)
         micro_batches = self.micro_batches or self.pp
-        _divides(f"dp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
-        _divides("--experts", self.experts, "ep", ep)
-        _divides("--hidden", self.hidden, "etp", self.etp)
-        _divides("--batch", self.batch, "dp x micro-batches", stage // self.tp * micro_batches)
-        _divides("--eval-size", self.eval_size, "dp", stage // self.tp)
+        divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
+        divides("--experts", self.experts, "ep", ep)
+        divides("--hidden", self.hidden, "etp", self.etp)
+        divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
+        divides("--eval-size", self.eval_size, "dp", stage // split)
+        attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
+        parts = 2 * split if self.cp > 1 and attention == "ring" else split
+        divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {
             "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
-            "--seq": self.seq,
             "--top-k x --hidden": self.top_k * self.hidden,
         }.items():
-            _divides(what, size, "tp", self.tp)
-        _divides("the vocabulary", self.config().vocab, "tp", self.tp)
+            divides(what, size, "tp", self.tp)
+        divides("the vocabulary", self.config().vocab, "tp", self.tp)
         if self.pp > 1:
             self._fit_pipeline(micro_batches)
-        if self.moe_every > self.layers and not self.dense:
+        config = self.config()
+        if not config.moe_layers() and not self.dense:
             raise ValueError(
                 f"--moe-every ({self.moe_every}) must be at most --layers ({self.layers}), or no block has experts; "
                 "--dense trains without"
             )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(self.config(), layers=max(2, self.moe_every)))  # lets the gate check its own arguments
+            GPT(replace(config, layers=1, moe_every=0 if self.dense else 1, mtp=0))  # lets the gate check its arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
@@ -178,8 +192,8 @@ class Job:
                 f"--profile ({self.profile}) must be at most {self.steps - BEFORE}: --steps less the {BEFORE} steps "
                 "before the profile"
             )
-        _divides("--dim", self.dim, "2 x heads", 2 * self.heads)
-        _divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
+        divides("--dim", self.dim, "2 x heads", 2 * self.heads)
+        divides("--heads", self.heads, "kv-heads", self.kv_heads or self.heads)
         if self.top_k > self.experts and not self.dense:
             raise ValueError(f"--top-k ({self.top_k}) must be at most --experts ({self.experts})")
 
@@ -204,7 +218,7 @@ class Job:
             raise ValueError(f"--adapt gathers experts, which --schedule {self.schedule} cannot: take interleaved1f1b")
         if self.schedule.startswith("interleaved"):
             rounds = micro_batches // self.pp
-            _divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
+            divides("--micro-batches", micro_batches, f"the {rounds} rounds of --schedule {self.schedule}", rounds)
 
     def changed(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Flags that differ from an earlier job's `asdict`, as text: those of `DEFINES_RUN`, and of `MAY_CHANGE`."""
@@ -231,7 +245,12 @@ class Job:
             tied=not self.untied,
             hidden=self.hidden,
             seq_len=self.seq,
-            moe_every=0 if self.dense else self.moe_every,
+            moe_every=0 if self.dense else block_numbers(self.moe_layers) if self.moe_layers else self.moe_every,
+            attention_bias=self.attention_bias,
+            windows=block_numbers(self.windows) if self.windows else (),
+            mtp=self.mtp,
+            mtp_weight=self.mtp_weight,
+            z_loss=self.z_loss,
             num_experts=self.experts,
             top_k=self.top_k,
             moe=moe,
@@ -249,65 +268,10 @@ def _shown(value: Any) -> str:
     return "none" if value in ("", None) else str(value)
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser that raises a ValueError, where argparse would print its usage on each rank."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the error of a wrong command line."""
-        raise ValueError(f"{message}; --help lists all flags")
-
-
 def parse(argv: list[str] | None = None, about: str | None = None) -> Job:
     """Job from a command line (None: this process's), and from the file of its --config.
 
     Raises:
         ValueError: an unknown flag or a value of the wrong type, on the command line or in the file.
     """
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="TOML file of these flags, as in micro-batches = 8 (default: none)")
-    kinds = get_type_hints(Job, include_extras=True)
-    for f in fields(Job):
-        kind, meaning = get_args(kinds[f.name])
-        shown = meaning
-        if f.name in CHOICES:
-            shown = f"{shown}: {', '.join(filter(None, CHOICES[f.name]))}"
-        if f.name != "data":
-            shown = f"{shown} (default: {'no' if kind is bool else f.default or 'none' if kind is str else f.default})"
-        how: dict[str, Any] = {"type": kind}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif kind == tuple[str, ...]:
-            how = {"nargs": "+"}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **how)
-    given = vars(parser.parse_args(argv))
-    file = given.pop("config")
-    values = (read(file) if file else {}) | given
-    return Job(**{name: tuple(value) if name == "data" else value for name, value in values.items()})
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Flags of a TOML file, by the names of `Job`'s fields."""
-    try:
-        values = {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"--config {file}: {error}") from None
-    kinds = get_type_hints(Job)
-    if unknown := sorted(values.keys() - kinds.keys()):
-        raise ValueError(
-            f"--config {file}: unknown {', '.join(unknown)}; the keys are the flags, {', '.join(sorted(kinds))}"
-        )
-    for name, value in values.items():
-        kind = kinds[name]
-        wanted = {float: (float, int), tuple[str, ...]: (list,)}.get(kind, (kind,))
-        if type(value) not in wanted:
-            raise ValueError(f"--config {file}: {name} is {getattr(kind, '__name__', kind)}; got {value!r}")
-    return values
-
-
-def _divides(what: str, whole: int, by: str, part: int) -> None:
-    if whole % part:
-        raise ValueError(f"{what} ({whole}) must be a multiple of {part} = {by}")
+    return Job(**given(Job, CHOICES, argv, about))

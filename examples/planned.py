@@ -25,6 +25,7 @@ def dtype_of(job: Job) -> str:
 
 def layout_of(job: Job, ranks: int) -> Layout:
     """Of a job whose flags fit so many ranks: `Job.fit`."""
+    check(job)
     dp = ranks // job.pp // job.tp
     return Layout(
         pp=job.pp,
@@ -42,12 +43,19 @@ def layout_of(job: Job, ranks: int) -> Layout:
     )
 
 
+def check(job: Job) -> None:
+    """Raise a ValueError for flags that the planner does not model."""
+    if job.cp > 1:
+        raise ValueError(f"--cp ({job.cp}): the planner does not know context parallelism yet; leave it at 1 to plan")
+
+
 def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
     """The job in the best layout for the ranks that are here; the model and the batch stay what they are.
 
     Raises:
         ValueError: there is none, in the planner's words.
     """
+    check(job)
     cluster = runnable(cluster_of(job, ranks_per_node))
     found = search(Architecture.of(job.config()), cluster, ranks, job.batch, dtype=dtype_of(job))
     at = found.plans[0].layout

@@ -1,4 +1,4 @@
-"""Train a GPT with MoE layers, on one rank or on any mesh of data, tensor, pipeline and expert parallelism.
+"""Train a GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline and expert ranks.
 
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4
@@ -60,9 +60,8 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
     if launch.RANK == 0:
         data.keep_tokenizer(out)
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
-    meshes = Meshes.of(
-        device.type, pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp, ranks_per_node=per_node, timeout=job.timeout
-    )
+    sizes = {"pp": job.pp, "cp": job.cp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+    meshes = Meshes.of(device.type, **sizes, ranks_per_node=per_node, timeout=job.timeout)
     batches = data.batches(job, meshes)
     held_out = data.held_out(job, meshes)
     model = steps.build(job, meshes)
@@ -208,13 +207,19 @@ def described(job: Job, run: Run, meter: Meter, data: sources.Data, device: torc
         "run": run.id,
         "restart": run.restarted,
         "job": asdict(job),
-        "mesh": {"pp": job.pp, "dp": launch.RANKS // job.pp // job.tp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
+        "mesh": mesh(job, launch.RANKS // (job.pp * job.cp * job.tp)),
         "ranks": launch.RANKS,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "parameters": meter.parameters,
         "active_parameters": meter.active_parameters,
         **data.facts(),
     }
+
+
+def mesh(job: Job, dp: int | None = None) -> dict[str, int]:
+    """Sizes of the axes; cp only if it splits sequences."""
+    sizes = {"pp": job.pp, "dp": dp, "cp": job.cp if job.cp > 1 else None, "tp": job.tp, "ep": job.ep, "etp": job.etp}
+    return {axis: size for axis, size in sizes.items() if size is not None}
 
 
 def header(start: dict[str, Any]) -> str:
@@ -247,7 +252,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
         "dropped": mean(step.get("dropped", [])),
         "imbalance": max(step.get("imbalance", []), default=1.0),
         "ranks": dist.get_world_size(),
-        "mesh": {"pp": job.pp, "tp": job.tp, "ep": job.ep, "etp": job.etp},
+        "mesh": mesh(job),
         "parameters": meter.parameters,
         "active_parameters": meter.active_parameters,
     }

@@ -21,14 +21,14 @@ class BytesOfExperts:
 
     def __init__(self, model: ParallelModel) -> None:
         config = model.parts[0].config
-        layers = config.layers // config.moe_every if config.moe_every else 0
-        shape = (layers, config.num_experts, config.vocab)
+        names = config.moe_layers()
+        shape = (len(names), config.num_experts, config.vocab)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=model.meshes.dense.device_type)
         self.layers: dict[int, MoE] = {}
         for part in model.parts:
             for name, layer in part.named_modules():
                 if isinstance(layer, MoE):
-                    self.layers[int(name.split(".")[1]) // config.moe_every] = layer
+                    self.layers[names.index(name)] = layer
 
     def __enter__(self) -> Self:
         self._hooks = []

@@ -31,6 +31,7 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         data=job.data_parallel,  # pyright: ignore[reportArgumentType]
         bf16=job.bf16,
         recompute=job.recompute,  # pyright: ignore[reportArgumentType]
+        cp_attention=job.cp_attention or None,  # pyright: ignore[reportArgumentType]
         dtype=dtype,
         overlap=None if job.adapt and job.overlap == 1 else job.overlap,
         wire=job.wire or None,
@@ -167,11 +168,11 @@ def gather(model: ParallelModel) -> tuple[list[list[int]], list[int]]:
     They are sums over all ranks, steps and micro-batches. All ranks call it.
     """
     config, meshes = model.parts[0].config, model.meshes
-    layers = config.layers // config.moe_every if config.moe_every else 0
-    table = torch.zeros(layers, 1 + config.num_experts, dtype=torch.int64)
+    names = config.moe_layers()
+    table = torch.zeros(len(names), 1 + config.num_experts, dtype=torch.int64)
     for name, found in load(model, meshes).items():
         tokens = found.tokens_per_expert
-        row = table[int(name.split(".")[-2]) // config.moe_every]  # the name ends in blocks.N.feed_forward
+        row = table[names.index(name.split(".", 2)[2])]  # behind the name of the part
         row[0], row[1:] = (found.dropped * tokens.sum()).round(), tokens
     table = table.to(meshes.dense.device_type)
     dist.all_reduce(table, group=meshes.dense["pp"].get_group())  # each stage has layers of its own

@@ -34,7 +34,8 @@ def convert(out: Path, folder: Path, device_type: str, dropless: bool = False) -
     _, extra = checkpoint.described(newest)
     known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
     exact = {"bf16": False, "fp16": False, "data_parallel": "fsdp" if launch.RANKS > 1 else "replicate"}
-    sizes = {"pp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1, "batch": launch.RANKS, "eval_size": launch.RANKS}
+    sizes = {"pp": 1, "cp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1}
+    sizes |= {"batch": launch.RANKS, "eval_size": launch.RANKS}
     job = Job(**known | exact | sizes).fit(launch.RANKS)
     model = steps.build(job, Meshes.of(device_type, ep=job.ep))
     checkpoint.load(newest, model.parts, steps.adamw(model, job.lr))

@@ -92,8 +92,13 @@ def axes_of(meshes: Meshes) -> dict[str, str]:
                 names[group.group_name] = "=".join(dict.fromkeys([*known, axis]))
     if (ep := axes.axis(meshes.experts, axes.EP)) is not None and ep.size() > 1:
         names.setdefault(ep.get_group().group_name, axes.EP)  # the group of "node" and "local" together
-    split = [axis for axis in (axes.DP, axes.TP) if meshes.dense[axis].size() > 1]
-    names.setdefault(meshes.tokens.get_group().group_name, "_".join(split))
+    for mesh, joined in (
+        (meshes.tokens, (axes.DP, axes.CP, axes.TP)),
+        (meshes.sequences, (axes.CP, axes.TP)),
+        (meshes.replicas, (axes.DP, axes.CP)),
+    ):
+        split = [axis for axis in joined if meshes.dense[axis].size() > 1]
+        names.setdefault(mesh.get_group().group_name, "_".join(split))
     names.setdefault(dist.group.WORLD.group_name, "all")  # pyright: ignore[reportOptionalMemberAccess]
     return names
 

@@ -5,6 +5,7 @@ Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` an
 """
 
 from .bert import BERT, BERTConfig
+from .context_parallel import SequenceSplit, context_parallel
 from .data_parallel import data_parallel
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
@@ -28,8 +29,10 @@ __all__ = [
     "Objective",
     "ParallelModel",
     "Pipeline",
+    "SequenceSplit",
     "Stages",
     "T5Config",
+    "context_parallel",
     "corrupt_spans",
     "data_parallel",
     "mask_tokens",

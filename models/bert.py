@@ -62,7 +62,7 @@ class BERT(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.segment = nn.Embedding(config.segments, config.dim) if config.segments else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = Blocks(Block(config, index + 1) for index in range(config.layers))
+        self.blocks = Blocks(Block(config, index) for index in range(config.layers))
         self.norm = norm(config)
         self.head = nn.Linear(config.dim, config.dim, bias=False)
         self.head_norm = norm(config)

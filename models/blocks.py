@@ -6,6 +6,7 @@ Activations are [B, S, D]. Why not [S, B, D]: docs/explanations/models.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,9 +37,11 @@ class Config:
         qk_norm: whether queries and keys are normalised, each head for itself (arXiv:2010.04245); False by default.
         hidden: hidden width H of one expert. A dense block is top_k * hidden wide: equal FLOPs per token.
         seq_len: number of tokens in the longest sequence.
-        moe_every: every n-th block has an MoE layer. 0 makes all blocks dense.
+        moe_every: every n-th block has an MoE layer, or with a sequence of numbers the blocks of these numbers, from 1:
+            ``range(4, 62)`` leaves the first 3 of 61 blocks dense. 0 makes all blocks dense.
         num_experts: number of experts E in each MoE layer, on all ranks together.
         top_k: number of experts k that a token picks.
+        attention_bias: whether queries, keys, values and the output of attention have biases; False by default.
         norm: ``"rms"`` (RMSNorm, arXiv:1910.07467) or ``"layer"`` (LayerNorm, arXiv:1607.06450).
         norm_eps: number that the norm adds to the mean square or variance. None, the default, is torch's.
         dropout: probability, in [0, 1), for embeddings, attention weights, and the output of each attention and
@@ -58,9 +61,10 @@ class Config:
     qk_norm: bool = False
     hidden: int = 256
     seq_len: int = 128
-    moe_every: int = 2
+    moe_every: int | Sequence[int] = 2
     num_experts: int = 8
     top_k: int = 2
+    attention_bias: bool = False
     norm: str = "rms"
     norm_eps: float | None = None
     dropout: float = 0.0
@@ -76,6 +80,20 @@ class Config:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        if not isinstance(self.moe_every, int):
+            object.__setattr__(self, "moe_every", tuple(self.moe_every))
+            if wrong := [n for n in self.moe_every if not isinstance(n, int) or n < 1]:
+                raise ValueError(f"moe_every must be 0 or more, or numbers of blocks from 1; got {wrong[0]!r} in it")
+            last = max(self.layers, getattr(self, "decoder_layers", None) or 0)
+            if max(self.moe_every, default=0) > last:
+                raise ValueError(f"moe_every has the block {max(self.moe_every)}, but the last one is {last}")
+        elif self.moe_every < 0:
+            raise ValueError(f"moe_every must be 0 or more, or numbers of blocks from 1; got {self.moe_every}")
+
+    def has_experts(self, index: int) -> bool:
+        """Whether a block, counted from 0, has an MoE layer: the rule of `moe_every`."""
+        every, number = self.moe_every, index + 1
+        return every > 0 and number % every == 0 if isinstance(every, int) else number in every
 
     @property
     def head_size(self) -> int:
@@ -119,20 +137,21 @@ class Block(nn.Module):
 
     Args:
         config: sizes.
-        index: number of the block, from 1. Multiples of ``config.moe_every`` have an MoE layer.
+        index: number of the block, from 0. ``config.has_experts(index)`` says whether it has an MoE layer.
         causal: whether attention sees no later position; False by default.
         cross: whether the block also attends to `Context.memory`, between the two; False by default.
+        window: number of positions that a token of a causal block attends to, itself included. 0, the default: all.
     """
 
-    def __init__(self, config: Config, index: int, causal: bool = False, cross: bool = False) -> None:
+    def __init__(self, config: Config, index: int, causal: bool = False, cross: bool = False, window: int = 0) -> None:
         super().__init__()
         self.attention_norm = norm(config)
-        self.attention = Attention(config, causal)
+        self.attention = Attention(config, causal, window)
         self.cross_norm = norm(config) if cross else None
         self.cross = Attention(config) if cross else None
         self.feed_forward_norm = norm(config)
         self.feed_forward: nn.Module
-        if config.moe_every and index % config.moe_every == 0:
+        if config.has_experts(index):
             self.feed_forward = MoE(config.dim, config.hidden, config.num_experts, config.top_k, **config.moe)
         else:
             self.feed_forward = FeedForward(config.dim, config.top_k * config.hidden)
@@ -152,24 +171,31 @@ class Attention(nn.Module):
     """Multi-head attention (arXiv:1706.03762), grouped-query where ``config.kv_heads`` is less than ``config.heads``.
 
     Queries come from x, keys and values from x too, or from a memory. If `causal`, no token attends to a later one;
-    a mask that is given takes the place of that, and must be causal itself.
+    a mask that is given takes the place of that, and must be causal itself. With a `window` as well, a token attends to
+    itself and the window - 1 tokens before.
     """
 
-    def __init__(self, config: Config, causal: bool = False) -> None:
+    def __init__(self, config: Config, causal: bool = False, window: int = 0) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.causal = config.heads, config.kv_heads or config.heads, causal
-        self.size = size = config.head_size
-        self.query = nn.Linear(config.dim, self.heads * size, bias=False)
-        self.key = nn.Linear(config.dim, self.kv_heads * size, bias=False)
-        self.value = nn.Linear(config.dim, self.kv_heads * size, bias=False)
-        self.out = nn.Linear(self.heads * size, config.dim, bias=False)
+        self.window = window
+        self.size, bias = config.head_size, config.attention_bias
+        size = self.size
+        self.query = nn.Linear(config.dim, self.heads * size, bias=bias)
+        self.key = nn.Linear(config.dim, self.kv_heads * size, bias=bias)
+        self.value = nn.Linear(config.dim, self.kv_heads * size, bias=bias)
+        self.out = nn.Linear(self.heads * size, config.dim, bias=bias)
         self.query_norm = norm(config, size) if config.qk_norm else None
         self.key_norm = norm(config, size) if config.qk_norm else None
-        self.core = Core(config.dropout)
+        self.core: nn.Module = Core(config.dropout)
         for linear in (self.query, self.key, self.value):
             nn.init.normal_(linear.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(linear.bias)
         # as GPT-2: each block adds to the residual stream twice, and its variance must not grow with depth
         nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.layers))
+        if bias:
+            nn.init.zeros_(self.out.bias)
 
     def forward(
         self,
@@ -189,7 +215,8 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = self.core(q, k, v, causal=self.causal and mask is None, grouped=self.kv_heads != self.heads, mask=mask)
+        causal, grouped = self.causal and mask is None, self.kv_heads != self.heads
+        y = self.core(q, k, v, causal=causal, grouped=grouped, mask=mask, window=self.window)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -197,6 +224,24 @@ def norm(config: Config, size: int | None = None) -> nn.Module:
     """The norm that a config names, over the last axis; its size is D, or another."""
     options = {} if config.norm_eps is None else {"eps": config.norm_eps}
     return NORMS[config.norm](config.dim if size is None else size, **options)
+
+
+def block_numbers(text: str) -> tuple[int, ...]:
+    """Numbers in a list with commas, and with a hyphen for all in between.
+
+    Raises:
+        ValueError: the text is no such list.
+
+    >>> block_numbers("2,5-7")
+    (2, 5, 6, 7)
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise ValueError(f"a list of numbers is written as in 2,5-7; got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:

@@ -1,14 +1,14 @@
 """Data parallelism for MoE models: replicated, ZeRO-1, ZeRO-2 and FSDP (ZeRO-3), and bfloat16 compute.
 
 The stages are those of ZeRO (arXiv:1910.02054, section 5). FSDP2 runs all but "replicate". Dense parameters are split
-over the dense mesh's "dp", experts over "edp". Splits over "tp", "ep" and "etp" come first.
+over the dense mesh's "dp" and "cp", experts over "edp". Splits over "tp", "ep" and "etp" come first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..dispatch.mesh import Meshes
 from ..moe.layer import MoE
 from ..moe.parallel.parallelize import expert_parameters, fully_shard_experts
 from .blocks import Block
-from .gpt import GPT
+from .gpt import GPT, check_gpt
 
 Data = Literal["replicate", "zero1", "zero2", "fsdp"]
 
@@ -51,7 +51,9 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
 
     Raises:
         ValueError: options that do not go together.
+        TypeError: a model that is no `GPT`.
     """
+    check_gpt(model, "data_parallel")
     if how not in get_args(Data):
         raise ValueError(f"data parallelism must be one of {', '.join(get_args(Data))}; got {how!r}")
     if how == "replicate":
@@ -70,16 +72,18 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
     def shard(module: nn.Module, policy: MixedPrecisionPolicy = policy, free: bool = how == "fsdp") -> None:
         fully_shard(
             module,
-            mesh=meshes.dense[axes.DP],
+            mesh=meshes.replicas,
             reshard_after_forward=free,
             mp_policy=policy,
             offload_policy=offload,
             ignored_params=experts,
         )
+        if meshes.dense[axes.CP].size() > 1:  # gradients are summed over cp, and averaged over dp
+            wrapped = cast(FSDPModule, module)
+            wrapped.set_gradient_divide_factor(float(meshes.dense[axes.DP].size()))
+            wrapped.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    for block in model.blocks:
-        if not isinstance(block, Block):
-            continue  # this block belongs to another stage
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
         if bf16 and isinstance(block.feed_forward, MoE) and len(list(block.feed_forward.gate.parameters())):
             shard(block.feed_forward.gate, exact, free=False)  # FSDP2 cannot tell when the backward of a routing begins
         shard(block)

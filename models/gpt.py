@@ -1,15 +1,19 @@
-"""GPT: a decoder-only transformer in which every n-th block has an MoE layer."""
+"""GPT: a decoder-only transformer with MoE layers in some or all of its blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Block, Context, RotaryConfig, active_parameters, check_tokens, norm, rotary
 from .documents import document_mask, documents_of
 from .dropout import Dropout
+from .loss import IGNORED
+from .multi_token import Depth, HeadLosses, further_targets
 from .recompute import Blocks
 
 
@@ -17,21 +21,57 @@ from .recompute import Blocks
 class GPTConfig(RotaryConfig):
     """Sizes of a `GPT`. The defaults fit text that is read as bytes.
 
-    All arguments are keywords: `tied`, `eod`, `rope_base`, and the fields of `turnout.models.blocks.Config`. `tied`,
-    True by default: the embedding is the head's matrix as well. Otherwise the head has its own. `eod`: id of the
-    end-of-document token, with which each document in a row of tokens begins. No token attends to another document,
-    and the balance loss over "sequence" takes each document by itself. None, the default: a row is one document.
+    The arguments are `rope_base`, the fields of `turnout.models.blocks.Config`, and these:
+
+    Args:
+        tied: whether the embedding is the head's matrix as well; True by default. Otherwise the head has its own.
+        eod: id of the end-of-document token, with which each document in a row of tokens begins. No token attends to
+            another document, and the balance loss over "sequence" takes each document by itself. None, the default: a
+            row is one document.
+        windows: number of positions that a token attends to, itself included, in the first blocks. The pattern repeats:
+            ``(1024, 1024, 0)`` has full attention in every third block. 0 is full attention, which all blocks have by
+            default.
+        mtp: number of further tokens that each position learns to predict in training (`turnout.models.multi_token`);
+            0 by default. Each has a block of its own.
+        mtp_weight: weight of the mean loss of further tokens, 0.3 by default.
+        z_loss: weight of the z-loss of the head (`turnout.models.loss.head_z_loss`), 0 by default.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
     """
 
     tied: bool = True
     eod: int | None = None
+    windows: Sequence[int] = ()
+    mtp: int = 0
+    mtp_weight: float = 0.3
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "windows", tuple(self.windows))
+        if wrong := [size for size in self.windows if not isinstance(size, int) or size < 0]:
+            raise ValueError(f"windows must be numbers of positions, 0 for full attention; got {wrong[0]!r} in it")
+        for name in ("mtp", "mtp_weight", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
+
+    def window(self, index: int) -> int:
+        """Number of positions that a token attends to in a block, counted from 0; 0: all of them."""
+        return self.windows[index % len(self.windows)] if self.windows else 0
+
+    def moe_layers(self) -> list[str]:
+        """Names of all MoE layers of the model, in their order."""
+        blocks = [f"blocks.{index}" for index in range(self.layers) if self.has_experts(index)]
+        further = range(self.mtp if self.has_experts(self.layers - 1) else 0)
+        return [f"{block}.feed_forward" for block in (*blocks, *(f"mtp.{depth}.blocks.0" for depth in further))]
 
 
 class GPT(nn.Module):
     """Decoder-only language model: pre-norm blocks, rotary positions, fused causal attention.
 
-    Block i, counted from 1, has an MoE layer where i is a multiple of ``config.moe_every``. The same
-    `torch.manual_seed` gives the same model at every world size.
+    ``config.moe_every`` says which blocks have an MoE layer. The same `torch.manual_seed` gives the same model at every
+    world size.
 
     Args:
         config: sizes of the whole model.
@@ -53,11 +93,11 @@ class GPT(nn.Module):
         kept = range(config.layers) if kept is None else kept
         first, last = 0 in kept, config.layers - 1 in kept
         embed = nn.Embedding(config.vocab, config.dim)
-        self.embed = embed if first or (last and config.tied) else None
+        self.embed = embed if first or (last and (config.tied or config.mtp)) else None
         self.blocks = Blocks()
         for index in range(config.layers):
             # every block is built, kept or not: it draws the random numbers that it would in the whole model
-            block = Block(config, index + 1, causal=True)
+            block = Block(config, index, causal=True, window=config.window(index))
             self.blocks.add_module(str(index), block if index in kept else None)
         self.norm = norm(config) if last else None
         self.dropout = Dropout(config.dropout)
@@ -66,8 +106,13 @@ class GPT(nn.Module):
         if head is not None:
             nn.init.normal_(head.weight, std=0.02)
         self.head = head if last else None
+        depths = nn.ModuleList(Depth(config) for _ in range(config.mtp))
+        self.mtp = depths if last else nn.ModuleList()
+        self.head_losses = (
+            HeadLosses(config.z_loss, config.mtp_weight, config.eod) if config.mtp or config.z_loss else None
+        )
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         """Compute the logits of each next token.
 
         Args:
@@ -75,12 +120,15 @@ class GPT(nn.Module):
                 states [B, S, D] of the stage before it.
             tokens: token ids, int64 [B, S], for a later stage whose gates route by them, or whose documents begin with
                 ``config.eod``; None by default.
+            targets: token after each one, int64 [B, S], -100 to leave a position out. Training needs them if the config
+                has `mtp` or `z_loss`, whose losses `aux_loss` then returns. None by default.
 
         Returns:
             Logits [B, S, vocab]. A stage without the last block returns hidden states [B, S, D].
 
         Raises:
-            ValueError: ids of a wrong shape, or ids given to a stage that has no embedding.
+            ValueError: ids of a wrong shape, ids given to a stage that has no embedding, or no targets where training
+                needs them.
         """
         begins = not x.is_floating_point()
         tokens = x if begins else tokens
@@ -100,13 +148,36 @@ class GPT(nn.Module):
                 raise ValueError(f"eod={config.eod} is set, and this stage needs tokens= to tell documents apart")
             documents = documents_of(tokens, config.eod)
             mask = document_mask(documents)
-        x = self.blocks(x, Context(tokens, cos=cos, sin=sin, attn_mask=mask, documents=documents))
+        context = Context(tokens, cos=cos, sin=sin, attn_mask=mask, documents=documents)
+        x = self.blocks(x, context)
         if self.norm is None:
             return x
+        logits = self._logits(self.norm(x))
+        if self.head_losses is not None and self.training and torch.is_grad_enabled():
+            if targets is None:
+                raise ValueError("mtp and z_loss need the targets in training: call model(tokens, targets=targets)")
+            self.head_losses(logits, targets, self._further(x, targets, context))
+        return logits
+
+    def _logits(self, x: Tensor) -> Tensor:
         if self.head is not None:
-            return self.head(self.norm(x))
+            return self.head(x)
         assert self.embed is not None
-        return F.linear(self.norm(x), self.embed.weight)
+        return F.linear(x, self.embed.weight)
+
+    def _further(self, x: Tensor, targets: Tensor, context: Context) -> list[Tensor]:
+        """Logits of further tokens, depth by depth, from the hidden states of the last block."""
+        logits = []
+        for number, depth in enumerate(self.mtp):
+            assert self.embed is not None
+            assert isinstance(depth, Depth)
+            tokens = further_targets(targets, number, self.config.eod)
+            known = (tokens != IGNORED) & (tokens != self.config.eod)
+            tokens = torch.where(known, tokens, 0)  # behind the end; its experts would see what is no token
+            embedded = self.dropout(self.embed(tokens))
+            x = depth(x, embedded, context._replace(tokens=tokens, mask=known))
+            logits.append(self._logits(depth.norm(x)))
+        return logits
 
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
@@ -118,9 +189,20 @@ class GPT(nn.Module):
         """FLOPs of one token's forward and backward: 6 per active parameter, plus attention.
 
         Args:
-            seq_len: number of positions that a token attends to, without a causal mask. None, the default, is
-                ``config.seq_len``.
+            seq_len: number of positions that a token attends to, without a causal mask and outside of windows. None,
+                the default, is ``config.seq_len``.
         """
-        seq_len = self.config.seq_len if seq_len is None else seq_len
-        width = self.config.heads * self.config.head_size
-        return 6 * self.active_parameters() + 12 * self.config.layers * width * seq_len
+        config = self.config
+        seq_len = config.seq_len if seq_len is None else seq_len
+        spans = [min(config.window(index) or seq_len, seq_len) for index in range(config.layers)]
+        further = config.mtp * (config.vocab * config.dim + 2 * config.heads * config.head_size * seq_len)
+        return 6 * (self.active_parameters() + further) + 12 * config.heads * config.head_size * sum(spans)
+
+
+def check_gpt(given: object, what: str) -> None:
+    """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
+    if not isinstance(given, GPT | GPTConfig):
+        raise TypeError(
+            f"{what} splits a GPT; got {type(given).__name__}: spread the experts of other models by "
+            "parallelize(model, mesh), and shard the rest with FSDP2 (fully_shard_experts, fully_shard)"
+        )

@@ -13,9 +13,9 @@ from ..dispatch.mesh import Meshes
 from ..moe.auxiliary import aux_loss
 from ..moe.parallel.gradients import clip_grad_norm_, sync_gradients
 from ..moe.parallel.parallelize import moe_layers, parallelize
+from .context_parallel import How, SequenceSplit, context_parallel
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
-from .gpt import GPT, GPTConfig
-from .loss import next_token_loss
+from .gpt import GPT, GPTConfig, check_gpt
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
 from .pipeline.checks import check_batch
@@ -39,6 +39,7 @@ def parallel_model(
     cpu_offload: bool = False,
     recompute: Literal["none", "full", "selective"] = "none",
     activations_on_cpu: bool = False,
+    cp_attention: How | None = None,
     dtype: torch.dtype = torch.float32,
     **experts: Any,
 ) -> ParallelModel:
@@ -69,12 +70,16 @@ def parallel_model(
         cpu_offload: whether parameters, gradients and optimizer state stay in host memory; False by default.
         recompute: activations to compute again in the backward, ``"none"`` by default (`recompute`).
         activations_on_cpu: whether activations wait for their backward in host memory; False by default.
+        cp_attention: how attention works where "cp" splits sequences, ``"ulysses"`` or ``"ring"``
+            (`SequenceSplit.of`). None, the default, takes Ulysses where heads allow it.
         dtype: dtype of the parameters, float32 by default.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout, parallelism.
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
+        TypeError: a config that is no `GPTConfig`.
     """
+    check_gpt(config, "parallel_model")
     if layout is not None:
         from .planner.automatic import planned  # models are imported without the planner
 
@@ -86,21 +91,22 @@ def parallel_model(
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
+    split = SequenceSplit.of(config, meshes, cp_attention)
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
-        tensor_parallel(part, tp)
+        context_parallel(tensor_parallel(part, tp), split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
     pipeline = None
     if stages:  # before parameters are offloaded: the pipeline takes its device from them
-        boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None)
+        boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None, parts=meshes.dense[axes.CP].size())
         hidden = torch.bfloat16 if bf16 and data != "replicate" else None
-        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, boundary=boundary, dtype=hidden)
+        pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, split.loss, boundary, hidden)
     for part in parts:
         data_parallel(part, meshes, data, bf16, cpu_offload)
-    return ParallelModel(parts, meshes, micro_batches, data, pipeline, activations_on_cpu)
+    return ParallelModel(parts, split, micro_batches, data, pipeline, activations_on_cpu)
 
 
 class ParallelModel(nn.Module):
@@ -109,6 +115,7 @@ class ParallelModel(nn.Module):
     Attributes:
         parts: list of one whole `GPT`, or of the pipeline stages that this rank runs. Pass it to `checkpoint.save`.
         meshes: meshes of the job.
+        split: how sequences are split over "cp".
         micro_batches: number of micro-batches per step.
         pipeline: `Pipeline` that runs the parts, or None with pp = 1.
     """
@@ -116,7 +123,7 @@ class ParallelModel(nn.Module):
     def __init__(
         self,
         parts: list[GPT],
-        meshes: Meshes,
+        split: SequenceSplit,
         micro_batches: int,
         data: Data,
         pipeline: Pipeline | None,
@@ -126,7 +133,8 @@ class ParallelModel(nn.Module):
         if micro_batches < 1:
             raise ValueError(f"micro_batches must be positive; got {micro_batches}")
         self.parts, self._held = parts, nn.ModuleList(parts)
-        self.meshes, self.micro_batches, self.pipeline = meshes, micro_batches, pipeline
+        self.split, self.meshes = split, split.meshes
+        self.micro_batches, self.pipeline = micro_batches, pipeline
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
@@ -138,16 +146,17 @@ class ParallelModel(nn.Module):
 
         Args:
             tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches`. Ranks along
-                "pp" and "tp" give the same.
+                "pp", "cp" and "tp" give the same.
             targets: token after each one, int64 [B, S].
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
         Returns:
-            Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp" and "tp".
+            Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp", "cp" and "tp".
 
         Raises:
-            ValueError: a batch that does not split into `micro_batches`.
+            ValueError: a batch that does not split into `micro_batches`, or sequences that do not split over "cp".
         """
+        self.split.own(tokens)  # raises before any rank waits for another
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
@@ -162,13 +171,14 @@ class ParallelModel(nn.Module):
             targets: token after each one, int64 [B, S].
 
         Returns:
-            Mean loss in nats, a scalar in float64, equal on all ranks along "pp" and "tp".
+            Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
+        self.split.own(tokens)  # raises before any rank waits for another
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(tokens, targets)
         else:
             pairs = zip(tokens.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True)
-            losses = [next_token_loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
+            losses = [self.split.loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
             mean = torch.stack(losses).sum(dtype=torch.float64) / len(tokens)
         reshard(self)
         return mean
@@ -186,7 +196,7 @@ class ParallelModel(nn.Module):
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
-            task = next_token_loss(model(x), y)
+            task = self.split.loss(model(x, targets=y), y)
             aux = aux_loss(model)
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))

@@ -62,12 +62,17 @@ class Core(nn.Module):
         causal: bool = False,
         grouped: bool = False,
         mask: Tensor | None = None,
+        window: int = 0,
     ) -> Tensor:
         """Attend from S queries to M keys: q [B, heads, S, size], k and v [B, heads, M, size] -> [B, heads, S, size].
 
         With `grouped`, k and v have fewer heads (grouped-query attention). `mask` is bool, or float to add to the
-        scores, and broadcasts to [B, heads, S, M]. It cannot be given together with `causal`.
+        scores, and broadcasts to [B, heads, S, M]. It cannot be given together with `causal`. With `window`, a query
+        attends to its own position and the window - 1 positions before, as far as a bool `mask` lets it. 0: all before.
         """
+        if 0 < window < k.shape[-2]:
+            seen = sliding_window(q.shape[-2], k.shape[-2], window, q.device)
+            mask, causal = seen if mask is None else seen & mask, False
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._attend, q, k, v, causal, grouped, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return self._attend(q, k, v, causal, grouped, mask)
@@ -78,6 +83,19 @@ class Core(nn.Module):
             return attend(q, k, v)
         with own_numbers(self.part, q.device):
             return attend(q, k, v, dropout_p=self.dropout)
+
+
+def sliding_window(queries: int, keys: int, window: int, device: torch.device | None = None) -> Tensor:
+    """Mask of causal attention to the last `window` positions (arXiv:2004.05150), bool [queries, keys], True = attend.
+
+    The last query is at the position of the last key.
+
+    >>> sliding_window(3, 4, window=2).int().tolist()
+    [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    last = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    ahead = torch.arange(keys, device=device) - last  # position of the key, less that of the query
+    return (ahead <= 0) & (ahead > -window)
 
 
 def recompute(model: Model, what: Literal["none", "full", "selective"] = "full", every: int | str = 1) -> Model:

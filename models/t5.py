@@ -77,10 +77,10 @@ class T5(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.dropout = Dropout(config.dropout)
         self.encoder_bias = RelativeBias(config, causal=False)
-        self.encoder = Blocks(Block(config, index + 1) for index in range(config.layers))
+        self.encoder = Blocks(Block(config, index) for index in range(config.layers))
         self.encoder_norm = norm(config)
         self.decoder_bias = RelativeBias(config, causal=True)
-        self.decoder = Blocks(Block(config, index + 1, cross=True) for index in range(decoder_layers))
+        self.decoder = Blocks(Block(config, index, cross=True) for index in range(decoder_layers))
         self.decoder_norm = norm(config)
         nn.init.normal_(self.embed.weight, std=0.02)
 

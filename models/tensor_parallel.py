@@ -8,7 +8,7 @@ sum. An MoE layer gathers nothing: each rank routes its own tokens, so no token 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +27,8 @@ from ..moe.experts.sharded import watching
 from ..moe.layer import MoE
 from .blocks import Block
 from .dropout import Dropout, Part
-from .gpt import GPT
+from .gpt import GPT, check_gpt
+from .multi_token import Depth
 from .recompute import Core
 
 
@@ -52,7 +53,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     Raises:
         ValueError: sizes that do not split, or a model that is spread already. Its forward raises one for sequences
             that do not split, and for an empty batch.
+        TypeError: a model that is no `GPT`.
     """
+    check_gpt(model, "tensor parallelism")
     if mesh.mesh_dim_names != ("tp",):
         raise ValueError(f'tensor_parallel needs a mesh with the one axis "tp"; got {mesh.mesh_dim_names}')
     if mesh.size() == 1:
@@ -63,19 +66,20 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     for module in model.modules():
         if isinstance(module, Dropout | Core):  # both drop elements of split activations: sequences, or heads
             module.part = Part(mesh.get_local_rank(), mesh.size())
-    for block in model.blocks:
-        if isinstance(block, Block):  # blocks of other pipeline stages are None
-            _split_block(block, mesh)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        _split_block(block, mesh)
     if model.embed is not None:
         vocabulary = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
         _apply(model.embed, mesh, vocabulary)
         model.embed.register_forward_pre_hook(partial(_check_length, mesh.size()))
         model.embed.register_forward_pre_hook(_shard_gradient)
         model.embed.register_forward_hook(_put_back, always_call=True)
-    if model.norm is not None:
-        _apply(model.norm, mesh, SequenceParallel())
+    for depth in model.mtp:
+        _apply(cast(Depth, depth).join, mesh, OwnTokens())
+    for final in [norm for norm in (model.norm, *(cast(Depth, depth).norm for depth in model.mtp)) if norm is not None]:
+        _apply(final, mesh, SequenceParallel())
         gather = {"output_layouts": Shard(1), "desired_output_layouts": Replicate()}
-        _apply(model.norm, mesh, PrepareModuleOutput(**gather, use_local_output=False))  # logits become a DTensor
+        _apply(final, mesh, PrepareModuleOutput(**gather, use_local_output=False))  # logits become a DTensor
     if model.head is not None:
         _apply(model.head, mesh, ColwiseParallel(input_layouts=Replicate(), use_local_output=False))
     return model
@@ -162,7 +166,7 @@ def _check(model: GPT, ranks: int) -> None:
     """Raise a ValueError for a size that does not split over the ranks, before anything is changed."""
     config = model.config
     sizes = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads or config.heads}
-    if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.blocks):
+    if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.modules()):
         sizes["top_k * hidden"] = config.top_k * config.hidden
     for name, size in sizes.items():
         if size % ranks:

@@ -1,23 +1,60 @@
-"""`aux_loss`: the auxiliary losses of all MoE layers of a model, as one scalar."""
+"""`aux_loss`: the auxiliary losses of all MoE layers and other parts of a model, as one scalar."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .build import called
 from .layer import MoE
+from .losses import StepLosses
+
+
+class AuxiliaryLoss(nn.Module):
+    """Base of modules with a loss of their own that `aux_loss` adds to the task's. Their forward calls `keep`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses = StepLosses()
+
+    def keep(self, loss: Tensor, output: Tensor) -> None:
+        """Keep the weighted loss of a training forward, a scalar, until `aux_loss`.
+
+        Args:
+            loss: the loss.
+            output: what the model computes beside it. A backward through it ends the step, as for an `MoE`.
+        """
+        losses = self._losses
+        if losses.forgotten:
+            warnings.warn(
+                f"the loss of {type(self).__name__} was left out of the last step: its backward ran, and nothing had "
+                "called aux_loss(model). Add it once a step, loss = task_loss + aux_loss(model)",
+                stacklevel=2,
+            )
+            losses.forgotten = False
+        losses.let_go()
+        step = losses.add(loss, self.training, loss.requires_grad)
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(lambda _: losses.after_backward(step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_losses": StepLosses()}  # a graph cannot be copied
 
 
 def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
-    """Weighted sum of the auxiliary losses of all `MoE` layers of a model: add it to the task's loss in each step.
+    """Weighted sum of the auxiliary losses of a model: add it to the task's loss in each step.
+
+    They are the losses of all `MoE` layers, and of all other modules of the kind `AuxiliaryLoss`.
 
     For a layer in training mode it covers every forward since the last backward or the last `aux_loss`. So run trial
     forwards in eval mode or under `torch.no_grad`; evaluations in between change nothing. For a layer in eval mode it
     covers the last forward.
 
     Args:
-        model: a module with `MoE` layers anywhere in it.
+        model: a module with such modules anywhere in it.
         keep: whether layers keep the losses and their graphs until their next forward; True by default.
 
     Returns:
@@ -34,6 +71,8 @@ def aux_loss(model: nn.Module, keep: bool = True) -> Tensor:
     """
     losses = []
     for name, layer in model.named_modules():
+        if isinstance(layer, AuxiliaryLoss):
+            losses += layer._losses.ask(layer.training, keep)[0]
         if not isinstance(layer, MoE):
             continue
         own, evaluated = layer._losses.ask(layer.training, keep)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ...dispatch.mesh import default_timeout, seconds
+from ...dispatch.timeout import default_timeout, seconds
 from .contents import Model
 from .host_copies import HostCopies
 from .snapshot import Snapshot

@@ -56,13 +56,12 @@ def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
     qwen, rope, head_dim = hf.model_type == "qwen3_moe", hf.rope_parameters or {}, getattr(hf, "head_dim", None)
     refused = {
         "hidden_act": hf.hidden_act not in ("silu", "swish"),
-        "sliding_window": hf.sliding_window is not None,
         "rope_parameters": rope.get("rope_type", "default") != "default",
-        "attention_bias": getattr(hf, "attention_bias", False),
-        "mlp_only_layers": bool(getattr(hf, "mlp_only_layers", None)),
         "quantization_config": getattr(hf, "quantization_config", None) is not None,
     }
     every = hf.decoder_sparse_step if qwen else 1
+    if dense := getattr(hf, "mlp_only_layers", None):
+        every = tuple(n for n in range(1, hf.num_hidden_layers + 1) if n - 1 not in dense and n % every == 0)
     hidden = hf.moe_intermediate_size if qwen else hf.intermediate_size
     if every != 1:  # a dense block of ours is as wide as the experts of a token
         refused["intermediate_size"] = hf.intermediate_size != hf.num_experts_per_tok * hidden
@@ -78,6 +77,8 @@ def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
         "hidden": hidden,
         "seq_len": hf.max_position_embeddings,
         "moe_every": every,
+        "attention_bias": getattr(hf, "attention_bias", False),
+        "windows": () if hf.sliding_window is None else (hf.sliding_window,),
         "num_experts": hf.num_local_experts,
         "top_k": hf.num_experts_per_tok,
         "norm_eps": hf.rms_norm_eps,
@@ -94,7 +95,9 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
     def meant(config: GPTConfig) -> dict[str, Any]:
         eps = torch.finfo(torch.float32).eps if config.norm_eps is None else config.norm_eps
         alike = {"kv_heads": config.kv_heads or config.heads, "head_dim": config.head_size, "norm_eps": eps}
-        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe", "eod"))}
+        alike |= {"moe_every": [n + 1 for n in range(config.layers) if config.has_experts(n)]}
+        alike |= {"windows": [config.window(n) for n in range(config.layers)]}
+        return {**vars(config), **alike, **dict.fromkeys(("seq_len", "dropout", "moe", "eod", "z_loss", "mtp_weight"))}
 
     mine, theirs = meant(config), meant(other)
     return [f"{name}={mine[name]} ({theirs[name]} there)" for name in mine if mine[name] != theirs[name]]
@@ -102,15 +105,16 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
 
 def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tuple[str, Slot]]:
     """The tensors of a family's files that a parameter is in, by its name."""
-    own, family = name.removesuffix(".weight"), FAMILIES[kind]
+    own, family = name.removesuffix(".weight").removesuffix(".bias"), FAMILIES[kind]
+    part = "bias" if name.endswith(".bias") else "weight"
     if own in OUTSIDE:
         yield f"{OUTSIDE[own]}.weight", Slot(p)
         return
     _, index, own = own.split(".", 2)
     layer = f"model.layers.{index}"
-    routed = config.moe_every and (int(index) + 1) % config.moe_every == 0
+    routed = config.has_experts(int(index))
     if own in INSIDE:
-        yield f"{layer}.{INSIDE[own]}.weight", Slot(p)
+        yield f"{layer}.{INSIDE[own]}.{part}", Slot(p)
     elif own == "feed_forward.gate" and routed:
         yield f"{layer}.{family.block}.gate.weight", Slot(p)
     elif own.startswith("feed_forward.experts.w_"):
@@ -156,12 +160,17 @@ def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
 def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> PretrainedConfig:
     """The family's, of a GPT whose layers choose as `routing` says."""
     kinds = {each for theirs in routing for each in theirs}
-    qwen = config.qk_norm
+    qwen, windows = config.qk_norm, {config.window(index) for index in range(config.layers)}
     refused = {
         f"norm={config.norm!r}": config.norm != "rms",
         f"moe_every={config.moe_every}, no experts in {config.layers} layers": not kinds,
-        f"moe_every={config.moe_every} without qk_norm (Mixtral has experts in each block)": config.moe_every > 1
+        f"moe_every={config.moe_every} without qk_norm (Mixtral has experts in each block)": not all(
+            map(config.has_experts, range(config.layers))
+        )
         and not qwen,
+        "attention_bias without qk_norm (Mixtral has none)": config.attention_bias and not qwen,
+        f"windows={config.windows} (there all blocks have the same)": len(windows) > 1,
+        f"mtp={config.mtp} (model.mtp stays behind: take it out, GPTConfig(mtp=0))": config.mtp > 0,
         "another top_k or gate in each layer": len(kinds) > 1,
         "weights of experts that are not normalised, without qk_norm": (not qwen) and any(not n for _, n in kinds),
     }
@@ -183,6 +192,7 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
         "tie_word_embeddings": config.tied,
         "num_experts_per_tok": top_k,
         "num_local_experts": config.num_experts,
+        "sliding_window": max(windows) or None,
         "dtype": dtype,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), config.eod),
         "pad_token_id": None,
@@ -193,7 +203,12 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
         **values,
         intermediate_size=config.top_k * config.hidden,
         moe_intermediate_size=config.hidden,
-        decoder_sparse_step=config.moe_every,
+        decoder_sparse_step=config.moe_every if isinstance(config.moe_every, int) else 1,
+        mlp_only_layers=[
+            n for n in range(config.layers) if not (isinstance(config.moe_every, int) or config.has_experts(n))
+        ],
+        attention_bias=config.attention_bias,
+        use_sliding_window=max(windows) > 0,
         norm_topk_prob=normalize,
         architectures=["Qwen3MoeForCausalLM"],
     )

@@ -24,6 +24,7 @@ class Boundary:
         group: group of the t tensor-parallel ranks of a stage. None, the default, is this rank alone.
         sequence_parallel: whether each rank has its part of every sequence, [B, S / t, D], between blocks; True by
             default.
+        parts: number of ranks along "cp", each with its own part of every sequence; 1 by default.
 
     References:
         Megatron-LM's scatter/gather, arXiv:2104.04473, section 4.1.
@@ -35,14 +36,16 @@ class Boundary:
     dim: int
     group: ProcessGroup | None = None
     sequence_parallel: bool = True
+    parts: int = 1
 
     def shape(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of the tensor that a rank sends for `batch` sequences of `length` tokens.
+        """Shape of the tensor that a rank sends for `batch` sequences of `length` tokens, before any split.
 
         Raises:
             ValueError: a length, or a width D, that does not split over the ranks.
         """
         size = 1 if self.group is None else dist.get_world_size(self.group)
+        length //= self.parts
         split = length if self.sequence_parallel else self.dim
         if split % size:
             what = "sequences of {} tokens do" if self.sequence_parallel else "a width of {} does"

@@ -135,7 +135,8 @@ class Pipeline:
         earlier = [(p, p.grad) for p in self._embeddings()]
         for p, _ in earlier:
             p.grad = None  # the two copies of the embedding exchange the gradient of this step alone
-        schedule.step(tokens, tokens=tokens, target=targets, return_outputs=False)
+        further = {"targets": targets} if self.stages.config.mtp or self.stages.config.z_loss else {}
+        schedule.step(tokens, tokens=tokens, **further, target=targets, return_outputs=False)
         self._sum_embeddings()
         for p, grad in earlier:
             if grad is not None and p.grad is not None:
@@ -206,7 +207,7 @@ class Pipeline:
                 return torch.empty(*shape, device="meta", **options)
 
             hidden = meta(*self.boundary.shape(batch, length), dtype=self.dtype, requires_grad=True)
-            logits = meta(batch, length, config.vocab, dtype=self.dtype, requires_grad=True)
+            logits = meta(batch, length // self.boundary.parts, config.vocab, dtype=self.dtype, requires_grad=True)
             stages = [
                 Stage(
                     part,
@@ -263,8 +264,8 @@ class Pipeline:
         return list(sums.unbind())
 
     def _embeddings(self) -> list[nn.Parameter]:
-        """This rank's copies of a tied embedding: the first stage has it for tokens, the last for its head."""
-        if not self.stages.config.tied:
+        """This rank's copies of the embedding: the first stage has it, and the last for a tied head or for `mtp`."""
+        if not self.stages.config.tied and not self.stages.config.mtp:
             return []
         last = len(self.stages.blocks) - 1
         ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..blocks import active_parameters
-from ..gpt import GPT, GPTConfig
+from ..gpt import GPT, GPTConfig, check_gpt
 
 PER_RANK = {  # schedule: fewest and most stages on one rank
     "gpipe": (1, 1),
@@ -55,7 +55,9 @@ class Stages:
 
         Raises:
             ValueError: an unknown schedule, a number of stages that it does not allow, or fewer layers than stages.
+            TypeError: a config that is no `GPTConfig`.
         """
+        check_gpt(config, "a pipeline")
         if schedule not in PER_RANK:
             raise ValueError(f"schedule must be one of {', '.join(PER_RANK)}; got {schedule!r}")
         least, most = PER_RANK[schedule]
@@ -101,9 +103,14 @@ def flops(config: GPTConfig) -> list[int]:
     """FLOPs of a token's forward and backward in each block; the last includes the head, embedding costs nothing."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = GPT(config)
-    attention = 12 * config.heads * config.head_size * config.seq_len
-    costs = [6 * active_parameters(block) + attention for block in model.blocks]
+    width, spans = 12 * config.heads * config.head_size, [config.window(i) for i in range(config.layers)]
+    costs = [
+        6 * active_parameters(block) + width * min(span or config.seq_len, config.seq_len)
+        for block, span in zip(model.blocks, spans, strict=True)
+    ]
     costs[-1] += 6 * config.vocab * config.dim
+    for depth in model.mtp:
+        costs[-1] += 6 * active_parameters(depth) + width * config.seq_len + 6 * config.vocab * config.dim
     return costs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
+from typing import Any
 
 from ...moe.capacity import Capacity
 from ...moe.experts.activation import ACTIVATIONS
@@ -27,7 +28,8 @@ class Architecture:
         top_k: experts that a token picks.
         hidden: width H of one expert.
         shared: experts of that width that every token visits.
-        moe_every: every n-th block is a mixture; 0: none.
+        moe_every: every n-th block is a mixture, or those of these numbers, from 1; 0: none.
+        attention_bias: whether attention has biases.
         gated: whether feed-forward networks have a gate projection.
         plain: LayerNorm, biases and learned positions.
         imbalance: tokens of the busiest rank's experts over the mean.
@@ -45,7 +47,8 @@ class Architecture:
     top_k: int = 0
     hidden: int = 0
     shared: int = 0
-    moe_every: int = 0
+    moe_every: int | tuple[int, ...] = 0
+    attention_bias: bool = False
     gated: bool = True
     plain: bool = False
     imbalance: float = 1.0
@@ -63,7 +66,7 @@ class Architecture:
             raise ValueError(f"--top-k ({self.top_k}) must lie between 1 and --experts ({self.experts})")
         if self.experts and self.hidden < 1:
             raise ValueError(f"--hidden, the width of an expert, must be positive; got {self.hidden}")
-        if self.experts and not 1 <= self.moe_every <= self.layers:
+        if self.experts and not self.moe_blocks:
             raise ValueError(
                 f"--moe-every ({self.moe_every}) must lie between 1 and --layers ({self.layers}): else no block is a "
                 "mixture"
@@ -83,22 +86,27 @@ class Architecture:
         >>> round(gpt3.parameters / 1e9, 1)
         174.6
         """
-        sizes = {"layers": layers, "dim": dim, "heads": heads, "kv_heads": heads, "vocab": vocab, "seq": seq}
-        return cls(**sizes, ffn=ffn or 4 * dim, gated=False, plain=True)
+        sizes: dict[str, Any] = {"layers": layers, "dim": dim, "heads": heads, "kv_heads": heads, "vocab": vocab}
+        return cls(**sizes, seq=seq, ffn=ffn or 4 * dim, gated=False, plain=True)
 
     @classmethod
     def of(cls, config: GPTConfig) -> Architecture:
         """Architecture of a `GPT`.
 
         Raises:
-            ValueError: a head of its own, or heads whose width is not dim / heads.
+            ValueError: a head of its own, heads whose width is not dim / heads, sliding windows, or further tokens.
         """
+        if config.windows or config.mtp:
+            raise ValueError(
+                "the planner knows full attention and the next token only: leave out windows and mtp, in a job "
+                "--windows and --mtp"
+            )
         if not config.tied or config.head_size * config.heads != config.dim:
             raise ValueError(
                 "the planner knows tied heads of width dim / heads only: set tied=True, in a job no --untied, and "
                 "head_dim=None"
             )
-        moe = 0 < config.moe_every <= config.layers
+        moe = bool(config.moe_layers())
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
         shared = config.moe.get("shared", 0)
@@ -114,7 +122,8 @@ class Architecture:
             top_k=config.top_k if moe else 0,
             hidden=config.hidden if moe else 0,
             shared=shared if isinstance(shared, int) else 0,
-            moe_every=config.moe_every,
+            moe_every=config.moe_every if isinstance(config.moe_every, int) else tuple(config.moe_every),
+            attention_bias=config.attention_bias,
             gated=ACTIVATIONS[name].gated if isinstance(name, str) else True,
             capacity=capacity.factor if capacity and capacity.pad and isinstance(capacity.factor, float) else 0.0,
         )
@@ -137,17 +146,19 @@ class Architecture:
     @cached_property
     def moe_blocks(self) -> int:
         """Blocks that are mixtures of experts."""
-        return self.layers // self.moe_every if self.experts and self.moe_every else 0
+        return sum(self.is_moe(index) for index in range(self.layers))
 
     def is_moe(self, index: int) -> bool:
         """Whether a block, counted from 0, is a mixture of experts: the rule of `Block`."""
-        return bool(self.moe_blocks) and (index + 1) % self.moe_every == 0
+        every, number = self.moe_every if self.experts else 0, index + 1
+        return every > 0 and number % every == 0 if isinstance(every, int) else number in every
 
     @cached_property
     def attention_parameters(self) -> int:
         """Of a block: attention and both norms."""
         matrices = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
-        return matrices + (2 * self.dim + 2 * self.kv_dim + 4 * self.dim if self.plain else 2 * self.dim)
+        biases = 2 * self.dim + 2 * self.kv_dim if self.plain or self.attention_bias else 0
+        return matrices + biases + (4 if self.plain else 2) * self.dim
 
     @cached_property
     def ffn_parameters(self) -> int:

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...moe import Balance
+from ..blocks import block_numbers
 from ..gpt import GPTConfig
 from .architecture import Architecture
 from .layout import Layout
 
-SIZES = ("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab")
-MODEL = (*SIZES, "untied", "gate", "capacity_factor", "dense")
+SIZES = (
+    *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
+    *("attention_bias", "mtp"),
+)
+MODEL = (*SIZES, "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
 LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    *("links", "tokenizer", "epochs", "eod"),
+    *("links", "tokenizer", "epochs", "eod", "cp", "cp_attention", "mtp_weight", "z_loss"),
 )
 
 
@@ -42,10 +46,15 @@ class JobFile(NamedTuple):
             raise ValueError(
                 f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
             )
+        if given.get("cp", 1) != 1:
+            raise ValueError(f"--config {path}: cp is {given['cp']}, which the planner does not know; leave it at 1")
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads
         sizes["tied"] = not given.get("untied")
+        if given.get("moe_layers"):
+            sizes["moe_every"] = block_numbers(given["moe_layers"])
+        sizes["windows"] = block_numbers(given["windows"]) if given.get("windows") else ()
         kind, _, size = str(given.get("tokenizer", "")).partition(":")
         sizes["vocab"] = given.get("vocab") or (int(size) if kind == "bpe" and size.isdecimal() else 256)
         if given.get("dense"):
@@ -67,7 +76,9 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
         "layers": model.layers,
         "heads": model.heads,
         "kv-heads": model.kv_heads if model.kv_heads != model.heads else None,
-        "moe-every": model.moe_every if model.experts else None,
+        "moe-every": model.moe_every if model.experts and isinstance(model.moe_every, int) else None,
+        "moe-layers": None if isinstance(model.moe_every, int) else ",".join(map(str, model.moe_every)),
+        "attention-bias": model.attention_bias or None,
         "hidden": model.hidden if model.experts else model.ffn,
         "experts": model.experts or None,
         "top-k": model.top_k or None,

@@ -149,7 +149,7 @@ def _wrappers(model: nn.Module, layers: dict[str, MoE], mesh: DeviceMesh | Meshe
                 "with layer.experts of each layer, and call sync_gradients(model, mesh, dense=False)"
             )
         if isinstance(part, FSDPModule):
-            yield from _sharded(part, names, experts, axes.data_mesh(mesh))
+            yield from _sharded(part, names, experts, mesh)
 
 
 def _replicated(module: nn.Module) -> list[nn.Parameter]:
@@ -161,8 +161,10 @@ def _replicated(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if id(p) not in left]
 
 
-def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], data: DeviceMesh) -> Iterator[str]:
+def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], given: DeviceMesh | Meshes) -> Iterator[str]:
     """Check that FSDP2 divides by the number of ranks that share the batch, and sums dense gradients over all."""
+    data = axes.data_mesh(given)
+    copies = given.replicas if isinstance(given, Meshes) else data
     group = module._get_fsdp_state()._fsdp_param_group
     if group is None:
         return
@@ -175,10 +177,15 @@ def _sharded(module: FSDPModule, names: dict[int, str], experts: set[int], data:
             f"FSDP2 divides the gradients of {_some(own)} by {divisor:g}, but the loss is averaged over {data.size()} "
             "ranks: call fully_shard_experts(model, mesh) before fully_shard(model)"
         )
-    if dense and not set(data.mesh.flatten().tolist()) <= set(mesh.mesh.flatten().tolist()):
+    if dense and not set(copies.mesh.flatten().tolist()) <= set(mesh.mesh.flatten().tolist()):
         yield (
-            f"FSDP2 averages the gradients of {_some(dense)} over {mesh.size()} of the {data.size()} ranks that share "
-            "the batch: leave mesh out of fully_shard, or pass a mesh of all these ranks"
+            f"FSDP2 averages the gradients of {_some(dense)} over {mesh.size()} of the {copies.size()} ranks that "
+            "share the batch: leave mesh out of fully_shard, or pass a mesh of all these ranks"
+        )
+    elif dense and copies.size() > data.size() and divisor != data.size():
+        yield (
+            f"FSDP2 divides the gradients of {_some(dense)} by {divisor:g}, but the loss is averaged over "
+            f"{data.size()} ranks and summed over cp: call data_parallel(model, meshes)"
         )
 
 

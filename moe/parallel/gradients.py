@@ -32,9 +32,9 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
     Call it once a step, after the backward of the last micro-batch. Each call divides all gradients again.
 
     Expert gradients are summed over "edp", because backward has already summed them over "ep". Gradients of matrices
-    split over "tp" are summed over "dp", and all others over all ranks that have their own tokens. All are divided by
-    the number of ranks that have parts of the batch. A gradient that is None on some ranks counts as zeros there, and
-    stays None if it is None on all. Parameters that a wrapper reduces (FSDP2) are left alone.
+    split over "tp" are summed over "dp" and "cp", and all others over all ranks that have their own tokens. All are
+    divided by the number of ranks that have parts of the batch. A gradient that is None on some ranks counts as zeros
+    there, and stays None if it is None on all. Parameters that a wrapper reduces (FSDP2) are left alone.
 
     Args:
         model: model that `parallelize` got.
@@ -61,7 +61,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
             others.append(p)
     kinds = _kinds([*experts, *split, *others], axes.token_group(mesh))
     _reduce(experts, kinds, None if edp is None or edp.size() == 1 else edp.get_group(), data.size())
-    _reduce(split, kinds, axes.data_group(mesh), data.size())
+    _reduce(split, kinds, axes.replica_group(mesh), data.size())
     _reduce(others, kinds, axes.token_group(mesh), data.size())
 
 

@@ -25,6 +25,7 @@ from ...dispatch.dispatcher import Dispatcher
 from ...dispatch.local import LocalDispatcher
 from ...dispatch.mesh import Meshes
 from ...dispatch.place import Place
+from ...dispatch.timeout import seconds
 from ...dispatch.wire import Wire
 from ..build import called
 from ..experts.base import Experts
@@ -62,8 +63,8 @@ def parallelize(
             about.
         mesh: mesh whose axes have names, or `Meshes`. Experts are spread over ``"ep"`` (or ``"node"`` and ``"local"``),
             replicated over ``"edp"``, and their hidden width is split over ``"etp"`` (`TensorParallelDispatcher`). Each
-            rank has its own part of the batch. Without an "ep" axis all ranks keep all experts. `Meshes` add tp, whose
-            ranks hold parts of the same sequences (`tensor_parallel`).
+            rank has its own part of the batch. Without an "ep" axis all ranks keep all experts. `Meshes` add tp and
+            cp, whose ranks hold parts of the same sequences (`tensor_parallel`, `context_parallel`).
         dispatcher: transport by name, or a `Dispatcher`. ``"flat"`` is one all-to-all. A mesh with "node" and "local"
             also has ``"2dh"`` (`HierarchicalDispatcher`) and ``"node"`` (`NodeDispatcher`). ``"auto"``, the default,
             takes the fastest of the three there, in 1, 2 or 4 chunks, by measured costs (`AutoDispatcher`; one chunk
@@ -96,12 +97,17 @@ def parallelize(
         TypeError: `wire` is given for a `Dispatcher` that is not a `SteppedDispatcher`.
     """
     check_options(dispatcher, overlap, wire)
-    axes.seconds(timeout)  # raises on what is not a time
+    seconds(timeout)  # raises on what is not a time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
-    if sequence is not None and not any(_split(p, axes.TP) for p in model.parameters()):
+    if isinstance(mesh, Meshes) and mesh.dense[axes.TP].size() > 1 and not any(map(_is_split, model.parameters())):
         raise ValueError(
             'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
             'tensor_parallel(model, meshes.dense["tp"]) first'
+        )
+    if isinstance(mesh, Meshes) and mesh.dense[axes.CP].size() > 1 and not any(map(_splits_sequences, model.modules())):
+        raise ValueError(
+            "cp > 1, but sequences are not split: every cp rank would send all tokens; call "
+            "context_parallel(model, meshes) first"
         )
     given, mesh = mesh, axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
@@ -222,8 +228,12 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _split(p: Tensor, axis: str) -> bool:
-    return isinstance(p, DTensor) and axis in axes.names(p.device_mesh)
+def _is_split(p: Tensor) -> bool:
+    return isinstance(p, DTensor) and axes.TP in axes.names(p.device_mesh)
+
+
+def _splits_sequences(module: nn.Module) -> bool:
+    return getattr(module, "splits_sequences", False)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

@@ -26,6 +26,8 @@ MESHES = {
     "pp2 tp2 ep2": (4, {"pp": 2, "tp": 2, "ep": 2}, {"micro_batches": 2}),
     "tp2 ep4 fsdp": (4, {"tp": 2, "ep": 4}, {"data": "fsdp"}),
     "tp2": (2, {"tp": 2}, {}),
+    "cp2": (2, {"cp": 2}, {}),
+    "cp2 tp2 ep4": (4, {"cp": 2, "tp": 2, "ep": 4}, {}),
     "ep2": (2, {"ep": 2}, {"micro_batches": 4}),
     "pp2 zbv": (2, {"pp": 2}, {"micro_batches": 4, "schedule": "zbv"}),
 }

@@ -10,13 +10,14 @@ from turnout.dispatch import mesh as axes
 def groups(sizes):
     """Which ranks this one meets along each axis."""
     meshes = Meshes.of("cpu", **sizes)
-    found = {name: get_process_group_ranks(meshes.dense[name].get_group()) for name in ("pp", "dp", "tp")}
+    found = {name: get_process_group_ranks(meshes.dense[name].get_group()) for name in ("pp", "dp", "cp", "tp")}
     for name in axes.names(meshes.experts):
         found[name] = get_process_group_ranks(meshes.experts[name].get_group())
     ep = axes.axis(meshes.experts, "ep")
     assert ep is not None
     found["whole ep"] = get_process_group_ranks(ep.get_group())
-    found["tokens"] = get_process_group_ranks(meshes.tokens.get_group())
+    for name in ("tokens", "sequences", "replicas"):
+        found[name] = get_process_group_ranks(getattr(meshes, name).get_group())
     return found
 
 
@@ -24,12 +25,28 @@ def test_ep_spans_dp_and_tp():
     assert run(8, groups, {"pp": 2, "tp": 2, "ep": 4})[5] == {
         "pp": [1, 5],
         "dp": [5, 7],
+        "cp": [5],
         "tp": [4, 5],
         "edp": [5],
         "ep": [4, 5, 6, 7],
         "etp": [5],
         "whole ep": [4, 5, 6, 7],
         "tokens": [4, 5, 6, 7],
+        "sequences": [4, 5],
+        "replicas": [5, 7],
+    }
+
+
+def test_ep_and_edp_span_cp():
+    found = run(8, groups, {"cp": 2, "tp": 2, "ep": 4})[2]
+    assert {name: found[name] for name in ("dp", "cp", "tp", "edp", "ep", "sequences", "replicas")} == {
+        "dp": [2, 6],
+        "cp": [0, 2],
+        "tp": [2, 3],
+        "edp": [2, 6],
+        "ep": [0, 1, 2, 3],
+        "sequences": [0, 1, 2, 3],
+        "replicas": [0, 2, 4, 6],
     }
 
 
@@ -59,8 +76,11 @@ def test_ep_within_a_node_or_across_ragged_ones_stays_whole(sizes, ranks_per_nod
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"pp": 3}, "pp=3 x tp=1 = 3 does not divide the 4 ranks; start a multiple of 3 ranks"),
-        ({"tp": 2, "pp": 2, "ep": 4}, "ep=4 x etp=1 = 4 does not divide the dp=1 x tp=2 = 2 ranks of a pipeline stage"),
+        ({"pp": 3}, "pp=3 x cp=1 x tp=1 = 3 does not divide the 4 ranks; start a multiple of 3 ranks"),
+        (
+            {"tp": 2, "pp": 2, "ep": 4},
+            "ep=4 x etp=1 = 4 does not divide the dp=1 x cp=1 x tp=2 = 2 ranks of a",
+        ),
         ({"tp": 0}, "tp must be a positive integer; got 0"),
         ({"ranks_per_node": 0}, "ranks_per_node must be positive; got 0"),
     ],

@@ -28,6 +28,9 @@ OPTIONS = {
     "qwen3": {"qk_norm": True, "norm_eps": 1e-6},
     "qwen3, dense blocks": {"qk_norm": True, "moe_every": 2, "tied": False, "head_dim": 10, "kv_heads": 1},
     "qwen3, one expert": {"qk_norm": True, "top_k": 1},
+    "qwen3, biases, a window": {"qk_norm": True, "attention_bias": True, "windows": (5,), "z_loss": 0.0},
+    "qwen3, the first block dense": {"qk_norm": True, "moe_every": (2,)},
+    "mixtral, a window": {"windows": (5,)},
 }
 
 
@@ -125,6 +128,10 @@ REFUSED = {
     "moe_every=0": {"moe_every": 0},
     "moe_every=3, no experts in 2 layers": {"moe_every": 3, "qk_norm": True},
     "moe_every=2 without qk_norm": {"moe_every": 2},
+    r"moe_every=\(2,\) without qk_norm": {"moe_every": (2,)},
+    "attention_bias without qk_norm": {"attention_bias": True},
+    r"windows=\(5, 0\) \(there all blocks have the same\)": {"windows": (5, 0)},
+    r"mtp=1 \(model.mtp stays behind": {"mtp": 1},
     "gate=SigmoidGate": {"moe": {"gate": "sigmoid"}},
     "experts=gelu": {"moe": {"experts": "gelu"}},
     "bias=True": {"moe": {"bias": True}},
@@ -161,9 +168,8 @@ def test_a_refusal_reaches_every_rank(tmp_path):
     ("family", "options", "message"),
     [
         ("olmoe", {}, "is olmoe, and our GPT can be mixtral or qwen3_moe"),
-        ("mixtral", {"sliding_window": 8}, "sliding_window=8"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": [0]}, "attention_bias=True, mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "intermediate_size="),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "intermediate_size="),
     ],
 )

@@ -1,4 +1,4 @@
-"""A head of its own, normed queries and keys, a head width of its own: on every mesh they train as on one rank."""
+"""Options of a GPT's attention, head and losses, all at once: on every mesh they train as on one rank."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ CONFIG = GPTConfig(
     head_dim=6,
     qk_norm=True,
     norm_eps=1e-3,
+    attention_bias=True,
+    windows=(3, 0),
     tied=False,
+    mtp=2,
+    z_loss=1e-2,
     hidden=12,
     seq_len=LENGTH,
-    moe_every=1,
+    moe_every=(1, 3, 4),
     num_experts=4,
     moe={"balance": Balance(0.1, over="global")},
 )
@@ -33,15 +37,19 @@ CASES = {
     "pp2 tp2 ep2": (4, {"pp": 2, "tp": 2, "ep": 2}, {}),
     "tp2 ep4 fsdp": (4, {"tp": 2, "ep": 4}, {"data": "fsdp"}),
     "pp2 interleaved1f1b": (2, {"pp": 2}, {"schedule": "interleaved1f1b"}),
+    "pp2 cp2": (4, {"pp": 2, "cp": 2}, {}),
 }
 
 
 def uneven(model: torch.nn.Module) -> None:
-    """Norms other than 1, which would hide one that is left out."""
+    """Norms other than 1 and biases other than 0, which would hide one that is left out."""
     with torch.no_grad():
         for name, p in model.named_parameters():
+            waves = torch.arange(p.shape[0]).cos()[held_slice(p)[0]] / 2
             if "norm" in name:
-                local(p).mul_((1 + torch.arange(p.shape[0]).cos() / 2)[held_slice(p)[0]])
+                local(p).mul_(1 + waves)
+            elif "bias" in name:
+                local(p).add_(waves)
 
 
 def batches() -> torch.Tensor:
@@ -56,7 +64,8 @@ def one_rank() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     for batch in batches():
         seen = []
         for tokens in batch.chunk(MICRO_BATCHES):
-            task, aux = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]), aux_loss(model)
+            task = next_token_loss(model(tokens[:, :-1], targets=tokens[:, 1:]), tokens[:, 1:])
+            aux = aux_loss(model)
             ((task + aux) / MICRO_BATCHES).backward()
             seen.append(torch.stack([task.detach(), aux.detach()]))
         norm = clip_grad_norm_(model, 0.5)

@@ -28,6 +28,7 @@ PAIRS = [
     ("etp2", "ep2"),
     ("ep4", "ep2"),
     ("ep2", "pp2 tp2"),
+    ("dp2 cp2 ep2 fsdp", "tp2"),
     ("pp2 ep2", "dp2 zero1"),
     ("dp2 tp2 ep2 fsdp", "pp2 1f1b"),
     ("pp2 dp2 fsdp", "etp2"),

@@ -65,6 +65,13 @@ CASES = {
     "dp2 zero2": Case(2, {}, {"data": "zero2"}),
     "dp2 fsdp": Case(2, {}, {"data": "fsdp"}),
     "dp2 fsdp recomputed": Case(2, {}, {"data": "fsdp", "recompute": "full"}),
+    "cp2": Case(2, {"cp": 2}),
+    "cp4 ep4": Case(4, {"cp": 4, "ep": 4}),
+    "pp2 cp2 ring": Case(4, {"pp": 2, "cp": 2, "ep": 2}, {"cp_attention": "ring"}),
+    "dp2 cp2 ep2 fsdp": Case(4, {"cp": 2, "ep": 2}, {"data": "fsdp"}),
+    "cp2 tp2 ep4": Case(4, {"cp": 2, "tp": 2, "ep": 4}),
+    "cp2 ring": Case(2, {"cp": 2}, {"cp_attention": "ring"}),
+    "pp2 cp2 ep2 zbv": Case(4, {"pp": 2, "cp": 2, "ep": 2}, {"schedule": "zbv"}),
     "ep2": Case(2, {"ep": 2}),
     "ep2 fsdp": Case(2, {"ep": 2}, {"data": "fsdp"}),
     "ep4": Case(4, {"ep": 4}),
@@ -162,7 +169,7 @@ def test_trains_as_one_rank(name):
     compare(CASES[name], "global")
 
 
-@pytest.mark.parametrize("name", runnable(["pp2 zbv", "dp2 fsdp", "ep2", "tp2 ep2"]))
+@pytest.mark.parametrize("name", runnable(["pp2 zbv", "cp2 tp2 ep4", "dp2 fsdp", "ep2", "tp2 ep2"]))
 def test_balance_within_sequences(name):
     compare(CASES[name], "sequence")
 

@@ -68,8 +68,8 @@ def test_no_file():
 @pytest.mark.parametrize(
     ("flags", "ranks", "message"),
     [
-        ("--pp 3", 4, r"the number of ranks (4) must be a multiple of 3 = pp x tp"),
-        ("--ep 3", 4, r"dp x tp, the ranks of one of 1 stages, (4) must be a multiple of 3 = ep x etp"),
+        ("--pp 3", 4, r"the number of ranks (4) must be a multiple of 3 = pp x cp x tp"),
+        ("--ep 3", 4, r"dp x cp x tp, the ranks of one of 1 stages, (4) must be a multiple of 3 = ep x etp"),
         ("--ep 8 --experts 4", 8, r"--experts (4) must be a multiple of 8 = ep"),
         ("--micro-batches 3", 1, r"--batch (32) must be a multiple of 3 = dp x micro-batches"),
         ("--eval-size 3", 2, r"--eval-size (3) must be a multiple of 2 = dp"),
@@ -99,7 +99,10 @@ def test_no_file():
         ("--gate gshard --top-k 3", 1, "the gshard gate needs top_k=2; got top_k=3"),
         ("--hidden 9 --etp 2", 2, "--hidden (9) must be a multiple of 2 = etp"),
         ("--tp 2 --heads 1", 2, "--heads (1) must be a multiple of 2 = tp"),
-        ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = tp"),
+        ("--tp 2 --seq 7", 2, "--seq (7) must be a multiple of 2 = cp x tp"),
+        ("--cp 8 --cp-attention ulysses", 8, "Ulysses: heads=4 with kv_heads=4 do not split over cp=8 x tp=1 ranks"),
+        ("--cp 8 --seq 24", 8, "--seq (24) must be a multiple of 16 = 2 x cp x tp"),
+        ("--cp 8 --windows 4", 8, "ring attention has no dropout, windows or documents"),
         ("--tp 3 --heads 3 --dim 6 --seq 9 --hidden 9 --experts 3", 3, "the vocabulary (256) must be a multiple of 3"),
         ("--heads 4 --kv-heads 3", 1, "--heads (4) must be a multiple of 3 = kv-heads"),
         ("--tp 2 --kv-heads 1", 2, "--kv-heads (1) must be a multiple of 2 = tp"),
@@ -108,6 +111,9 @@ def test_no_file():
         ("--pp 2 --layers 3 --schedule zbv", 2, "--layers (3) must be at least 4: --schedule zbv"),
         ("--pp 4 --micro-batches 2", 4, "--micro-batches (2) must be at least pp (4) with --schedule 1f1b; 0 takes"),
         ("--pp 2 --micro-batches 7 --schedule interleaved1f1b --batch 28", 2, "--micro-batches (7) must be a multiple"),
+        ("--moe-layers 2,7", 1, "moe_every has the block 7, but the last one is 4"),
+        ("--moe-layers 2;3", 1, "a list of numbers is written as in 2,5-7; got '2;3'"),
+        ("--mtp -1", 1, "--mtp must be 0 or more; got -1"),
         ("--bf16 --fp16", 1, "--bf16 and --fp16 exclude each other"),
     ],
 )
@@ -124,6 +130,15 @@ def test_ep_is_what_divides_ranks_and_experts(ranks, flags, ep):
 @pytest.mark.parametrize(("ranks", "flags", "cut"), [(2, "", 1), (4, "--pp 2", 2), (4, "--pp 4 --micro-batches 8", 8)])
 def test_micro_batches_are_what_the_pipeline_needs(ranks, flags, cut):
     assert options.parse(flags.split()).fit(ranks).micro_batches == cut
+
+
+def test_lists_of_blocks_and_windows():
+    config = options.parse(["--layers", "6", "--moe-layers", "2,4-6", "--windows", "64,64,0", "--mtp", "1"]).config()
+    assert (config.moe_every, config.windows) == ((2, 4, 5, 6), (64, 64, 0))
+    assert config.moe_layers() == [
+        *(f"blocks.{index}.feed_forward" for index in (1, 3, 4, 5)),
+        "mtp.0.blocks.0.feed_forward",
+    ]
 
 
 def test_flags_that_are_unknown_or_of_another_type():
@@ -171,7 +186,7 @@ def fit(name: str, ranks: int) -> tuple[dict, int]:
     ("name", "sizes", "gigabytes"),
     [
         ("laptop", {"pp": 2, "tp": 2, "ep": 2}, 0.01),
-        ("one_node", {"dp": 8, "ep": 8}, 1),
+        ("one_node", {"dp": 8, "ep": 8}, 2),
         ("cluster", {"pp": 4, "dp": 64, "tp": 2, "edp": 16, "ep": 8}, 8),
     ],
 )

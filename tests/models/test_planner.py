@@ -32,8 +32,9 @@ GPT3 = Architecture.dense(layers=96, dim=12288, heads=96, vocab=51200, seq=2048)
         GPTConfig(),
         GPTConfig(moe_every=0, layers=3, vocab=100, dim=48, heads=4, kv_heads=2, hidden=40),
         GPTConfig(moe_every=1, num_experts=4, top_k=3, moe={"experts": "gelu", "shared": 1}),
+        GPTConfig(moe_every=(2, 3, 4), attention_bias=True, kv_heads=2, z_loss=0.1),
     ],
-    ids=["default", "dense", "gelu experts"],
+    ids=["default", "dense", "gelu experts", "first block dense"],
 )
 def test_parameters_are_those_of_the_module(config):
     with torch.device("meta"):
