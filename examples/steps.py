@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ import torch
 import torch.distributed as dist
 from launch import say
 from options import Job
+from forced_balance import force_balance
 from spikes import Spike, Spikes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
-from turnout.models import ParallelModel, parallel_model
+from turnout.models import EMA, Muon, ParallelModel, muon_groups, parallel_model
+from turnout.models import recompute as recomputing
 from turnout.models.data_parallel import computed_in
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 
@@ -27,32 +30,48 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         job.config(),
         meshes,
         micro_batches=job.micro_batches,
+        accumulate=job.accumulate,
         schedule=job.schedule,
         stages_per_rank=job.virtual or None,
         data=job.data_parallel,  # pyright: ignore[reportArgumentType]
         bf16=job.bf16,
-        recompute=job.recompute,  # pyright: ignore[reportArgumentType]
+        recompute="none" if job.recompute == "sqrt" else job.recompute,  # pyright: ignore[reportArgumentType]
+        compile=job.compile,
         dtype=dtype,
         overlap=job.overlap,
         wire=job.wire or None,
     )
     for part in model.parts if job.fp16 else ():
         computed_in(torch.float16, part, meshes.dense.device_type)
+    for part in model.parts if job.recompute == "sqrt" else ():
+        recomputing(part, "full", every="sqrt")
+    if job.forced_balance:
+        force_balance(model)
     return model
 
 
-def adamw(model: ParallelModel, lr: float) -> AdamW:
-    """AdamW with weight decay for matrices alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0)
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95))
+def optimizer_of(model: ParallelModel, job: Job) -> Optimizer:
+    """The job's optimizer, with weight decay for matrices alone."""
+    if job.optimizer == "muon":
+        return Muon(muon_groups(model, weight_decay=0.1), lr=job.lr)
+    return AdamW(param_groups(model, weight_decay=0.1), lr=job.lr, betas=(0.9, 0.95))
+
+
+def average_of(model: ParallelModel, job: Job) -> EMA | None:
+    """The average of the weights that the job keeps, if it does."""
+    return EMA(model.parts, job.ema) if job.ema else None
+
+
+def saved(model: ParallelModel, ema: EMA | None) -> list[nn.Module]:
+    """The modules in a checkpoint."""
+    return [*model.parts, ema] if ema else [*model.parts]
 
 
 def batch(job: Job, text: Tensor, step: int, meshes: Meshes) -> Tensor:
     """This data rank's part of a step's batch, int64 [batch / dp, seq + 1], with its micro-batches in sequence."""
     dp, device = meshes.dense["dp"], meshes.dense.device_type
-    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
+    parts = job.micro_batches * job.accumulate
+    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": parts}
     return corpus.batch(text, job.seed, step, job.batch, job.seq, **mine).to(device)
 
 
@@ -149,8 +168,8 @@ class Skips:
         say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
-def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
-    """Loss of held-out text in bits per byte, the same on all ranks.
+def evaluate(model: ParallelModel, text: Tensor, job: Job, ema: EMA | None = None) -> float:
+    """Loss of held-out text in bits per byte, the same on all ranks; of the average weights if there are some.
 
     Raises:
         NonFiniteError: on every rank.
@@ -158,8 +177,9 @@ def evaluate(model: ParallelModel, text: Tensor, job: Job) -> float:
     model.eval()
     dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
     tokens = corpus.held_out(text, job.eval_size, job.seq, dp.get_local_rank(), dp.size()).to(device)
-    parts = tokens.split(job.batch // dp.size())  # of the size of a training batch, for the same memory
-    nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
+    parts = tokens.split(job.batch // job.accumulate // dp.size())  # of the size in training, for the same memory
+    with ema.applied() if ema else nullcontext():
+        nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
     if not math.isfinite(bits := float(nats) / job.eval_size / math.log(2)):
         raise NonFiniteError(

@@ -33,7 +33,7 @@ def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     job = options.parse([*TINY.split(), "--warmup", "1", *flags.split()]).fit(dist.get_world_size())
     meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp)
     model = steps.build(job, meshes, dtype)
-    optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=job.fp16)
+    optimizer, scaler = steps.optimizer_of(model, job), GradScaler("cpu", enabled=job.fp16)
     seen = []
     for step in range(job.steps):
         tokens = steps.batch(job, TEXT, step, meshes)
