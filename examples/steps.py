@@ -10,9 +10,9 @@ from typing import NamedTuple
 import corpus
 import torch
 import torch.distributed as dist
+from forced_balance import force_balance
 from launch import say
 from options import Job
-from forced_balance import force_balance
 from spikes import Spike, Spikes
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer

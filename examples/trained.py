@@ -15,7 +15,7 @@ from turnout.models.data_parallel import Data
 
 
 class Trained(NamedTuple):
-    """A model, the checkpoint that it is from, the job that trained it, and the average of its weights if it kept one."""
+    """A trained model, its checkpoint and its job, and the average of its weights if the job kept one."""
 
     path: Path
     job: Job

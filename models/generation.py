@@ -114,7 +114,8 @@ class Cache:
     def _at_its_place(self, blocks: nn.Module, args: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
         """Rotate the tokens by their places in the sequence, which begins before them."""
         x, context = args
-        assert context.cos is not None and context.sin is not None
+        assert context.cos is not None
+        assert context.sin is not None
         here = slice(self.length, self.length + x.shape[1])
         return x, context._replace(cos=context.cos[here], sin=context.sin[here])
 

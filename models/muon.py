@@ -146,7 +146,7 @@ def newton_schulz(x: Tensor) -> Tensor:
     return y if x.shape[-2] <= x.shape[-1] else y.mT
 
 
-def _hidden(model: nn.Module) -> Iterator[nn.Parameter]:
+def _hidden(model: nn.Module) -> Iterator[Tensor]:
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for module in block.modules():
             if isinstance(module, nn.Linear):
@@ -181,29 +181,32 @@ def _orthogonalised(updates: list[Tensor], p: nn.Parameter) -> Iterable[Tensor]:
 
     Single matrices are stacked on a new last axis, so that their own axes keep their numbers.
     """
-    stack = 0 if p.ndim == 3 else 2
-    part = updates[0] if p.ndim == 3 else torch.stack(updates, -1)
+    single = p.ndim == 2
+    part = torch.stack(updates, -1) if single else updates[0]
     part = part.to(torch.bfloat16 if part.is_cuda else torch.promote_types(part.dtype, torch.float32))
-    axes = (
-        [axis for axis, placed in enumerate(p.placements) if _splits(placed, stack)] if isinstance(p, DTensor) else []
-    )
-    if isinstance(p, DTensor) and axes:
-        names, mesh = p.device_mesh.mesh_dim_names, p.device_mesh
-        if names is not None and len(axes) < mesh.ndim:  # leave out axes that split the stack, or nothing
-            mesh = mesh[tuple(names[axis] for axis in axes)]
-        split = [p.placements[axis] for axis in axes]
-        shape = (part.shape[0], *p.shape[1:]) if p.ndim == 3 else (*p.shape, len(updates))
-        stride = (shape[1] * shape[2], shape[2], 1)
-        parts = DTensor.from_local(part, mesh, split, run_check=False, shape=torch.Size(shape), stride=stride)
-        mine = parts.redistribute(placements=[Shard(stack)] * len(axes))
-        whole = newton_schulz(mine.to_local().movedim(stack, 0)).movedim(0, stack).contiguous()
-        done = DTensor.from_local(whole, mesh, mine.placements, run_check=False, shape=parts.shape, stride=stride)
-        part = done.redistribute(placements=split).to_local()
-    else:
-        part = newton_schulz(part.movedim(stack, 0)).movedim(0, stack)
-    return [part] if p.ndim == 3 else part.unbind(-1)
+    part = _spread(part, p, stack=2) if single else _spread(part, p, stack=0)
+    return part.unbind(-1) if single else [part]
 
 
-def _splits(placed: Any, stack: int) -> bool:
-    """Whether a placement splits matrices. `is_shard` is False for the strided shards of FSDP2 (torch 2.13)."""
+def _spread(part: Tensor, p: nn.Parameter, stack: int) -> Tensor:
+    """Orthogonalise this rank's part of matrices that are stacked on an axis, together with ranks of other parts."""
+    split = [axis for axis, placed in enumerate(p.placements) if _cuts(placed, stack)] if isinstance(p, DTensor) else []
+    if not split:  # whole matrices
+        return newton_schulz(part.movedim(stack, 0)).movedim(0, stack)
+    assert isinstance(p, DTensor)
+    mesh, names = p.device_mesh, p.device_mesh.mesh_dim_names
+    if names is not None and len(split) < mesh.ndim:  # leave out axes that split the stack, or nothing
+        mesh = mesh[tuple(names[axis] for axis in split)]
+    sizes = [part.shape[axis] if axis == stack else size for axis, size in enumerate(p.shape)]
+    shape = torch.Size([*sizes, *part.shape[len(sizes) :]])
+    how = {"run_check": False, "shape": shape, "stride": (shape[1] * shape[2], shape[2], 1)}
+    cut = [p.placements[axis] for axis in split]
+    parts = DTensor.from_local(part, mesh, cut, **how)
+    some = parts.redistribute(placements=[Shard(stack)] * len(split))  # of the stack, as whole matrices
+    done = newton_schulz(some.to_local().movedim(stack, 0)).movedim(0, stack).contiguous()
+    return DTensor.from_local(done, mesh, some.placements, **how).redistribute(placements=cut).to_local()
+
+
+def _cuts(placed: Any, stack: int) -> bool:
+    """Whether a placement cuts through matrices. `is_shard` is False for the strided shards of FSDP2 (torch 2.13)."""
     return not placed.is_replicate() and placed.dim != stack

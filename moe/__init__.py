@@ -16,8 +16,8 @@ from .parallel.expert_bias import update_expert_biases
 from .parallel.grad_scaler import GradScaler
 from .parallel.gradients import clip_grad_norm_, sync_gradients
 from .parallel.loads import load
-from .parallel.param_groups import param_groups
 from .parallel.parallelize import expert_parameters, fully_shard_experts, parallelize
+from .parallel.param_groups import param_groups
 from .parallel.replicas import ReplicaError, check_replicas
 from .routing import Routing
 from .stats import Load, Stats

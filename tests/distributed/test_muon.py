@@ -29,9 +29,7 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def hidden(name: str, p: Tensor) -> bool:
-    router = (
-        name.endswith("feed_forward.gate.weight") and len(p) == 4
-    )  # of 4 experts; dense blocks have such a name too
+    router = name.endswith("feed_forward.gate.weight") and len(p) == 4  # of 4 experts; dense blocks have one, too
     return p.ndim > 1 and not router and not name.startswith("embed")
 
 

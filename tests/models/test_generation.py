@@ -96,5 +96,5 @@ def test_what_cannot_be_generated(given, message):
 
 
 def test_a_gate_that_sees_later_tokens_is_refused():
-    with pytest.raises(ValueError, match="blocks.1.feed_forward has an expert_choice gate"):
+    with pytest.raises(ValueError, match=r"blocks\.1.feed_forward has an expert_choice gate"):
         generate(build(moe={"gate": "expert_choice"}), tokens()[:, :4], 2)
