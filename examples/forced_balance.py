@@ -16,8 +16,8 @@ class InTurn:
     ended = False  # no recording or replay may replace it
 
     def __call__(self, gate: Gate, tokens: Tensor, routing: Routing) -> Routing:
-        chosen = torch.arange(routing.expert.numel(), device=tokens.device).view_as(routing.expert)
-        expert = chosen % routing.num_experts
+        places = torch.arange(len(tokens) * gate.top_k, device=tokens.device).view(-1, gate.top_k)
+        expert = places % routing.num_experts
         sent = replace(routing, expert=expert, weight=gate.weigh(routing, expert))
         return sent if routing.mask is None else sent.masked(routing.mask)
 

@@ -172,9 +172,11 @@ class Job:
                 wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
                 if not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
-        for name, most in {"lr_end": 1.0, "lr_decay": 1.0, "ema": 0.999999}.items():
-            if (value := getattr(self, name)) > most:
-                raise ValueError(f"{flag(name)} must be at most {most}; got {value}")
+        for name in ("lr_end", "lr_decay"):
+            if (value := getattr(self, name)) > 1:
+                raise ValueError(f"{flag(name)} must be at most 1.0; got {value}")
+        if self.ema >= 1:
+            raise ValueError(f"--ema must be below 1; got {self.ema}")
         if self.forced_balance and self.dense:
             raise ValueError("--forced-balance needs experts: leave out --dense")
         if self.bf16 and self.fp16:

@@ -124,11 +124,16 @@ class Cache:
         q, k, v, *more = args
         if self.length:
             k, v = (torch.cat([old, new], 2) for old, new in zip(self._held[core], (k, v), strict=True))
-            places = torch.arange(k.shape[2], device=q.device)
-            mask = places <= places[self.length :, None]  # [new, all]
+            mask = self._mask(q, window=options.pop("window", 0))
             options = {**options, "causal": False, "mask": mask}
         self._held[core] = k, v
         return (q, k, v, *more), options
+
+    def _mask(self, q: Tensor, window: int) -> Tensor:
+        """Places that the new tokens attend to, bool [S, length + S]; the last `window` of them, 0: all before."""
+        places = torch.arange(self.length + q.shape[2], device=q.device)
+        ahead = places - places[self.length :, None]  # place of the key, less that of the query
+        return (ahead <= 0) & (ahead > -window) if window else ahead <= 0
 
 
 @contextmanager
