@@ -109,7 +109,7 @@ class Job:
     max_skipped: Annotated[int, "number of steps skipped in a row that ends the job"] = 10
     check_every: Annotated[int, "steps between two checks that replicated weights are equal on their ranks"] = 200
     # evaluation, checkpoints and logs
-    eval_every: Annotated[int, "steps between two evaluations; one comes before the first step"] = 50
+    eval_every: Annotated[int, "steps between two evaluations"] = 50
     eval_size: Annotated[int, "number of held-out sequences in each evaluation"] = 128
     save_every: Annotated[int, "steps between two checkpoints; the last step is saved as well"] = 100
     keep: Annotated[int, "number of checkpoints to keep"] = 3

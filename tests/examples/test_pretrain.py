@@ -132,4 +132,4 @@ def test_errors_without_torchrun(tmp_path, text):
 def test_help_is_shown_once():
     done = script(ROOT / "examples" / "pretrain.py", "--help", ranks=2)
     assert done.codes == [0, 0]
-    assert done.stdout.count("one comes before the first step (default: 50)") == 1
+    assert done.stdout.count("steps between two evaluations (default: 50)") == 1
