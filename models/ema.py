@@ -36,13 +36,14 @@ class EMA(nn.Module):
         ValueError: a decay outside of (0, 1).
 
     >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.zeros_(model.weight)
     >>> ema = EMA(model, decay=0.5)
-    >>> _ = nn.init.constant_(model.weight, 8.0)
+    >>> _ = nn.init.constant_(model.weight, 10.0)  # in place of a step
     >>> ema.update()
     >>> with ema.applied():
-    ...     applied = float(model.weight)
-    >>> float(model.weight)
-    8.0
+    ...     applied = model.weight.item()
+    >>> round(applied, 4), model.weight.item()
+    (9.0, 10.0)
     """
 
     def __init__(self, model: nn.Module | list[nn.Module], decay: float) -> None:
