@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from command_line import divides, flag, given
 from profiling import BEFORE
+from schedules import SCHEDULES, factor
 from turnout.dispatch.wire import WIRES
 from turnout.models import GPT, GPTConfig
 from turnout.models.blocks import block_numbers
@@ -23,7 +24,9 @@ CHOICES = {
     "balance": ("sequence", "global", "local"),
     "schedule": tuple(PER_RANK),
     "data_parallel": ("replicate", "zero1", "zero2", "fsdp"),
-    "recompute": ("none", "full", "selective"),
+    "recompute": ("none", "full", "selective", "sqrt"),
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": tuple(SCHEDULES),
     "wire": ("", *WIRES),
     "cp_attention": ("", "ulysses", "ring"),
     "on_nonfinite": ("stop", "skip"),
@@ -31,19 +34,19 @@ CHOICES = {
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks", "vocab", "mtp", "mtp_weight", "z_loss"),
+    *("profile", "ranks", "vocab", "mtp", "mtp_weight", "z_loss", "lr_end", "ema"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
     *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
-    *("moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss"),
+    *("optimizer", "ema", "moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss", "forced_balance"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute"),
     *("cp_attention", "bf16", "fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite"),
-    *("max_skipped", "check_every"),
+    *("max_skipped", "check_every", "accumulate", "compile", "lr_schedule", "lr_end", "lr_decay"),
 )
 
 
@@ -98,10 +101,13 @@ class Job:
     micro_batches: Annotated[
         int, "number of micro-batches that each rank cuts its part of the batch into; 0 takes one for each stage"
     ] = 0
+    accumulate: Annotated[int, "number of parts of the batch that run one after the other, to save memory"] = 1
     schedule: Annotated[str, "order in which the pipeline runs its micro-batches"] = "1f1b"
     virtual: Annotated[int, "number of pipeline stages on each rank; 0 takes as few as the schedule allows"] = 0
     data_parallel: Annotated[str, "kind of data parallelism; all but replicate split states over ranks"] = "replicate"
     recompute: Annotated[str, "activations that the backward computes again, to save memory"] = "none"
+    compile: Annotated[bool, "compile each block by torch.compile"] = False
+    forced_balance: Annotated[bool, "send tokens to experts in turn: to measure speed, not to learn"] = False
     bf16: Annotated[bool, "compute in bfloat16"] = False
     fp16: Annotated[bool, "compute in float16 and scale the loss"] = False
     overlap: Annotated[int, "number of chunks of tokens; one travels while the experts compute another"] = 1
@@ -111,8 +117,13 @@ class Job:
     timeout: Annotated[int, "seconds that a rank waits for another before it gives up"] = 45
     # the optimizer
     batch: Annotated[int, "number of sequences in a step, on all ranks together"] = 32
+    optimizer: Annotated[str, "optimizer; muon is for hidden matrices, and adamw for the rest"] = "adamw"
     lr: Annotated[float, "highest learning rate"] = 4e-3
     warmup: Annotated[int, "number of steps until the learning rate reaches --lr"] = 20
+    lr_schedule: Annotated[str, "way of the learning rate from --lr down to --lr-end times --lr"] = "cosine"
+    lr_end: Annotated[float, "last learning rate, as a share of --lr"] = 0.1
+    lr_decay: Annotated[float, "share of the steps in which wsd lowers the learning rate"] = 0.2
+    ema: Annotated[float, "decay of an average of the weights, which is evaluated and exported; 0 keeps none"] = 0.0
     on_nonfinite: Annotated[str, "what to do if a loss or a gradient is NaN or infinite: end the job, or skip"] = "stop"
     max_skipped: Annotated[int, "number of steps skipped in a row that ends the job"] = 10
     check_every: Annotated[int, "steps between two checks that replicated weights are equal on their ranks"] = 200
@@ -150,7 +161,8 @@ class Job:
         divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "ep x etp", ep * self.etp)
         divides("--experts", self.experts, "ep", ep)
         divides("--hidden", self.hidden, "etp", self.etp)
-        divides("--batch", self.batch, "dp x micro-batches", stage // split * micro_batches)
+        parts = stage // split * micro_batches * self.accumulate
+        divides("--batch", self.batch, "dp x micro-batches x accumulate", parts)
         divides("--eval-size", self.eval_size, "dp", stage // split)
         attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
         parts = 2 * split if self.cp > 1 and attention == "ring" else split
@@ -183,6 +195,13 @@ class Job:
                 wanted = "0 or more" if name in MAY_BE_ZERO else "positive"
                 if name != "eod" and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
                     raise ValueError(f"{flag(name)} must be {wanted}; got {value}")
+        for name in ("lr_end", "lr_decay"):
+            if (value := getattr(self, name)) > 1:
+                raise ValueError(f"{flag(name)} must be at most 1.0; got {value}")
+        if self.ema >= 1:
+            raise ValueError(f"--ema must be below 1; got {self.ema}")
+        if self.forced_balance and self.dense:
+            raise ValueError("--forced-balance needs experts: leave out --dense")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.ranks and not self.plan:
@@ -257,11 +276,8 @@ class Job:
         )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate at a step, from 0: linear warm-up, then a cosine down to a tenth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+        """Learning rate at a step, from 0."""
+        return self.lr * factor(self.lr_schedule, step, self.steps, self.warmup, self.lr_end, self.lr_decay)
 
 
 def _shown(value: Any) -> str:

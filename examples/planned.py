@@ -26,18 +26,18 @@ def dtype_of(job: Job) -> str:
 def layout_of(job: Job, ranks: int) -> Layout:
     """Of a job whose flags fit so many ranks: `Job.fit`."""
     check(job)
-    dp = ranks // job.pp // job.tp
+    dp, micro_batches = ranks // job.pp // job.tp, job.micro_batches * job.accumulate
     return Layout(
         pp=job.pp,
         tp=job.tp,
         dp=dp,
         ep=1 if job.dense else job.ep,
         etp=1 if job.dense else job.etp,
-        micro_batch=job.batch // dp // job.micro_batches,
-        micro_batches=job.micro_batches,
+        micro_batch=job.batch // dp // micro_batches,
+        micro_batches=micro_batches,
         virtual=max(1, job.virtual, 2 if job.pp > 1 and job.schedule not in ("gpipe", "1f1b") else 1),
         schedule=job.schedule,
-        recompute=job.recompute,
+        recompute="full" if job.recompute == "sqrt" else job.recompute,
         zero=ZERO.index(job.data_parallel),
         dtype=dtype_of(job),
     )
@@ -66,6 +66,7 @@ def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
         ep=at.ep,
         etp=at.etp,
         micro_batches=at.micro_batches,
+        accumulate=1,
         schedule=at.schedule,
         virtual=at.virtual if at.pp > 1 else 0,
         data_parallel=at.data,
@@ -91,6 +92,8 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
                 f"the data is passed over {passes:,.0f} times, and the job refuses more than --epochs ({job.epochs}): "
                 "more --data, fewer --steps, or more --epochs"
             )
+    if job.pp > 1 and job.accumulate > 1:
+        warnings.append(f"--accumulate {job.accumulate} fills the pipeline anew for each part: the bubble is larger")
     hours = estimate.seconds * job.steps / 3600
     sent = "".join(f"\n| {axis} | {size / 1e6:,.4g} |" for axis, size in traffic(model, at).items())
     parts = [

@@ -41,7 +41,7 @@ from spikes import Spikes
 from torch.optim import Optimizer
 from tqdm import tqdm
 from turnout.dispatch import Meshes
-from turnout.models import ParallelModel, checkpoint, report
+from turnout.models import EMA, ParallelModel, checkpoint, report
 from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
 from turnout.models.data import Prefetcher
 from turnout.moe import Adaptive, GradScaler, ReplicaError, check_replicas
@@ -65,9 +65,10 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
     batches = data.batches(job, meshes)
     held_out = data.held_out(job, meshes)
     model = steps.build(job, meshes)
-    optimizer = steps.adamw(model, job.lr)
+    optimizer = steps.optimizer_of(model, job)
     scaler = GradScaler(device.type, enabled=job.fp16)
-    first, recent = begin(job, run, model, optimizer, scaler)
+    ema = steps.average_of(model, job)
+    first, recent = begin(job, run, model, ema, optimizer, scaler)
     meter = Meter(job.config(), meshes, job.batch * job.seq, job.peak_tflops, device)
     board = tensorboard(out, first) if job.tensorboard and launch.RANK == 0 else None
     skips, spikes = steps.Skips(job.on_nonfinite, job.max_skipped, total=recent.skipped), Spikes()
@@ -89,6 +90,19 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
             "start", first, **described(job, run, meter, data, device), bytes_per_token=batches.bytes_per_token
         )
         say(header(start))
+        if job.forced_balance:
+            say("--forced-balance: tokens go to experts in turn. This run measures speed, and its losses mean nothing")
+
+        def evaluate() -> None:
+            place.at("the evaluation")
+            with BytesOfExperts(model) if batches.vocab == BYTES else nullcontext() as experts:
+                bits = steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token, ema)
+            event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most() if experts else None)
+            if board:
+                board.held_out(event)
+
+        if not first:
+            evaluate()  # what fails in an evaluation fails before the first step
         for done in range(first + 1, job.steps + 1):
             place.at("training", done)
             stop.ask()
@@ -98,6 +112,8 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
                 step = steps.train(model, optimizer, scaler, tokens, lr, spikes=spikes)
                 if adaptive:
                     adaptive.step()
+            if ema and not step.nonfinite:
+                ema.update()
             profiler_step()
             skips.add(done, step)
             recent.take(step.loss, skips.total)
@@ -123,13 +139,7 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
                     board.step(event, model)
             bar.update()
             if done % job.eval_every == 0 or done == job.steps:
-                place.at("the evaluation")
-                with BytesOfExperts(model) if batches.vocab == BYTES else nullcontext() as experts:
-                    bits = steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token)
-                event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most() if experts else None)
-                if board:
-                    board.held_out(event)
-
+                evaluate()
             log_saved(log, checkpointer.poll)
             if saves or done % job.check_every == 0:
                 place.at("the comparison of replicas")
@@ -138,7 +148,7 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
                 place.at("the checkpoint")
                 log_saved(log, checkpointer.wait)
                 extra = {"recent": asdict(recent), "scaler": scaler.state_dict(), **run.signature()}
-                checkpointer.save(model.parts, optimizer, done, extra, random_state(device))
+                checkpointer.save(steps.saved(model, ema), optimizer, done, extra, random_state(device))
             if last:
                 log_saved(log, checkpointer.wait, final=True)
             if stopping:
@@ -176,9 +186,12 @@ def reported(out: Path) -> Path | str:
         return f"none, {error}"
 
 
-def begin(job: Job, run: Run, model: ParallelModel, optimizer: Optimizer, scaler: GradScaler) -> tuple[int, Recent]:
+def begin(
+    job: Job, run: Run, model: ParallelModel, ema: EMA | None, optimizer: Optimizer, scaler: GradScaler
+) -> tuple[int, Recent]:
     """Load the newest checkpoint if the job resumes, and return the steps done and values that are not logged yet."""
-    loaded = checkpoint.load_newest(job.out, model.parts, optimizer, run.accept) if run.resumes else None
+    parts = steps.saved(model, ema)
+    loaded = checkpoint.load_newest(job.out, parts, optimizer, run.accept) if run.resumes else None
     if loaded is None:
         # all ranks have drawn the same weights; from here on each has its own seed, for noise in gates
         torch.manual_seed(hash((job.seed, 0, launch.RANK)))

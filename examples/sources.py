@@ -151,7 +151,7 @@ class Data:
             DataError: the steps pass over a source more often than --epochs allows.
         """
         dp = meshes.dense["dp"]
-        mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
+        mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches * job.accumulate}
         batches = Batches(self.sources, job.seq, seed=job.seed, batch=job.batch, **mine)
         passes = max(batches.passes(job.steps))
         if passes > job.epochs:

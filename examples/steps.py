@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from forced_balance import force_balance
 from launch import say
 from options import Job
 from spikes import Spike, Spikes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
-from turnout.models import ParallelModel, parallel_model
+from turnout.models import EMA, Muon, ParallelModel, muon_groups, parallel_model
+from turnout.models import recompute as recomputing
 from turnout.models.data_parallel import computed_in
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 
@@ -26,12 +29,14 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         job.config(),
         meshes,
         micro_batches=job.micro_batches,
+        accumulate=job.accumulate,
         schedule=job.schedule,
         stages_per_rank=job.virtual or None,
         data=job.data_parallel,  # pyright: ignore[reportArgumentType]
         bf16=job.bf16,
-        recompute=job.recompute,  # pyright: ignore[reportArgumentType]
+        recompute="none" if job.recompute == "sqrt" else job.recompute,  # pyright: ignore[reportArgumentType]
         cp_attention=job.cp_attention or None,  # pyright: ignore[reportArgumentType]
+        compile=job.compile,
         dtype=dtype,
         overlap=None if job.adapt and job.overlap == 1 else job.overlap,
         wire=job.wire or None,
@@ -39,15 +44,28 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
     )
     for part in model.parts if job.fp16 else ():
         computed_in(torch.float16, part, meshes.dense.device_type)
+    for part in model.parts if job.recompute == "sqrt" else ():
+        recomputing(part, "full", every="sqrt")
+    if job.forced_balance:
+        force_balance(model)
     return model
 
 
-def adamw(model: ParallelModel, lr: float) -> AdamW:
-    """AdamW with weight decay for matrices alone."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = param_groups(matrices, weight_decay=0.1) + param_groups(others, weight_decay=0.0)
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95))
+def optimizer_of(model: ParallelModel, job: Job) -> Optimizer:
+    """The job's optimizer, with weight decay for matrices alone."""
+    if job.optimizer == "muon":
+        return Muon(muon_groups(model, weight_decay=0.1), lr=job.lr)
+    return AdamW(param_groups(model, weight_decay=0.1), lr=job.lr, betas=(0.9, 0.95))
+
+
+def average_of(model: ParallelModel, job: Job) -> EMA | None:
+    """The average of the weights that the job keeps, if it does."""
+    return EMA(model.parts, job.ema) if job.ema else None
+
+
+def saved(model: ParallelModel, ema: EMA | None) -> list[nn.Module]:
+    """The modules in a checkpoint."""
+    return [*model.parts, ema] if ema else [*model.parts]
 
 
 class Step(NamedTuple):
@@ -143,16 +161,21 @@ class Skips:
         say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
-def evaluate(model: ParallelModel, tokens: Tensor, job: Job, bytes_per_token: float = 1.0) -> float:
+def evaluate(
+    model: ParallelModel, tokens: Tensor, job: Job, bytes_per_token: float = 1.0, ema: EMA | None = None
+) -> float:
     """Loss of held-out tokens, this data rank's int64 [n, S + 1], in bits per byte, the same on all ranks.
+
+    It is of the average weights if there are some.
 
     Raises:
         NonFiniteError: on every rank.
     """
     model.eval()
     dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
-    parts = tokens.to(device).split(job.batch // dp.size())  # of the size of a training batch, for the same memory
-    nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
+    parts = tokens.to(device).split(job.batch // job.accumulate // dp.size())  # as in training, for the same memory
+    with ema.applied() if ema else nullcontext():
+        nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
     if not math.isfinite(bits := float(nats) / job.eval_size / bytes_per_token / math.log(2)):
         raise NonFiniteError(

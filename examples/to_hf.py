@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 4 examples/to_hf.py runs/pretrain trained     # what one cannot hold
 
 The model has to be one that Mixtral can be (--moe-every 1) or Qwen3-MoE (--qk-norm); with any other setting that
-they have not, nothing is written, and the setting is named.
+they have not, nothing is written, and the setting is named. A run with --ema writes the average weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import launch
-import steps
+import trained
 from launch import say
-from options import Job
 from transformers import PreTrainedTokenizerFast
-from turnout.dispatch import Meshes
 from turnout.models import checkpoint
 from turnout.models.data.tokenizing import FILE
 from turnout.models.hf.gpt_format import byte_tokenizer, to_hf
@@ -28,23 +26,15 @@ from turnout.moe.parallel.parallelize import moe_layers
 
 
 def convert(out: Path, folder: Path, device_type: str, dropless: bool = False) -> None:
-    newest = checkpoint.newest(out)
-    if newest is None:
-        raise ValueError(f"{out} has no checkpoint: name the --out of a run of pretrain.py")
-    _, extra = checkpoint.described(newest)
-    known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
-    exact = {"bf16": False, "fp16": False, "data_parallel": "fsdp" if launch.RANKS > 1 else "replicate"}
-    sizes = {"pp": 1, "cp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1}
-    sizes |= {"batch": launch.RANKS, "eval_size": launch.RANKS}
-    job = Job(**known | exact | sizes).fit(launch.RANKS)
-    model = steps.build(job, Meshes.of(device_type, ep=job.ep))
-    checkpoint.load(newest, model.parts, steps.adamw(model, job.lr))
+    found = trained.newest(out, device_type, "fsdp" if launch.RANKS > 1 else "replicate")
+    model = found.model
     for layer in moe_layers(model).values() if dropless else ():
         layer.capacity = None
-    to_hf(model, folder)
+    with found.averaged():
+        to_hf(model, folder)
     if launch.RANK == 0:
         tokenizer_of(out).save_pretrained(folder)
-    say(f"{newest} is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) reads it")
+    say(f"{found.path} is in {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) reads it")
 
 
 def tokenizer_of(out: Path) -> PreTrainedTokenizerFast:

@@ -7,8 +7,11 @@ Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` an
 from .bert import BERT, BERTConfig
 from .context_parallel import SequenceSplit, context_parallel
 from .data_parallel import data_parallel
+from .ema import EMA
+from .generation import generate
 from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
+from .muon import Muon, muon_groups
 from .objectives import OBJECTIVES, Objective, corrupt_spans, mask_tokens
 from .parallel_model import ParallelModel, parallel_model
 from .pipeline.boundary import Boundary
@@ -20,12 +23,14 @@ from .tensor_parallel import tensor_parallel
 
 __all__ = [
     "BERT",
+    "EMA",
     "GPT",
     "OBJECTIVES",
     "T5",
     "BERTConfig",
     "Boundary",
     "GPTConfig",
+    "Muon",
     "Objective",
     "ParallelModel",
     "Pipeline",
@@ -35,7 +40,9 @@ __all__ = [
     "context_parallel",
     "corrupt_spans",
     "data_parallel",
+    "generate",
     "mask_tokens",
+    "muon_groups",
     "next_token_loss",
     "parallel_model",
     "recompute",

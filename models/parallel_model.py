@@ -32,6 +32,7 @@ def parallel_model(
     layout: Literal["auto"] | None = None,
     batch: int | None = None,
     micro_batches: int = 1,
+    accumulate: int = 1,
     schedule: str = "1f1b",
     stages_per_rank: int | None = None,
     data: Data = "replicate",
@@ -40,6 +41,7 @@ def parallel_model(
     recompute: Literal["none", "full", "selective"] = "none",
     activations_on_cpu: bool = False,
     cp_attention: How | None = None,
+    compile: bool = False,
     dtype: torch.dtype = torch.float32,
     **experts: Any,
 ) -> ParallelModel:
@@ -63,6 +65,8 @@ def parallel_model(
             takes what is given.
         batch: number of sequences in a step, on all ranks together, which `layout` needs; None by default.
         micro_batches: number of micro-batches that each rank cuts its part of the batch into; 1 by default.
+        accumulate: number of equal parts of the batch that go through the model one after the other, each cut into
+            `micro_batches`; 1 by default. Their gradients are summed, as of one batch.
         schedule: pipeline schedule, ``"1f1b"`` by default (`Stages.of`). It has no effect with pp = 1.
         stages_per_rank: number of pipeline stages on each rank. None, the default, is the fewest for the schedule.
         data: kind of data parallelism, ``"replicate"`` by default (`data_parallel`).
@@ -72,6 +76,7 @@ def parallel_model(
         activations_on_cpu: whether activations wait for their backward in host memory; False by default.
         cp_attention: how attention works where "cp" splits sequences, ``"ulysses"`` or ``"ring"``
             (`SequenceSplit.of`). None, the default, takes Ulysses where heads allow it.
+        compile: whether torch.compile compiles each block; False by default.
         dtype: dtype of the parameters, float32 by default.
         experts: further arguments of `parallelize`: dispatcher, profile, overlap, wire, timeout, parallelism.
 
@@ -99,6 +104,9 @@ def parallel_model(
         context_parallel(tensor_parallel(part, tp), split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
+        for block in part.blocks if compile else ():
+            if block is not None:
+                block.compile()  # before FSDP2 wraps it
     pipeline = None
     if stages:  # before parameters are offloaded: the pipeline takes its device from them
         boundary = Boundary(config.dim, tp.get_group() if tp.size() > 1 else None, parts=meshes.dense[axes.CP].size())
@@ -106,7 +114,7 @@ def parallel_model(
         pipeline = Pipeline(parts, stages, pp.get_group(), micro_batches, split.loss, boundary, hidden)
     for part in parts:
         data_parallel(part, meshes, data, bf16, cpu_offload)
-    return ParallelModel(parts, split, micro_batches, data, pipeline, activations_on_cpu)
+    return ParallelModel(parts, split, micro_batches, data, pipeline, activations_on_cpu, accumulate)
 
 
 class ParallelModel(nn.Module):
@@ -116,7 +124,8 @@ class ParallelModel(nn.Module):
         parts: list of one whole `GPT`, or of the pipeline stages that this rank runs. Pass it to `checkpoint.save`.
         meshes: meshes of the job.
         split: how sequences are split over "cp".
-        micro_batches: number of micro-batches per step.
+        micro_batches: number of micro-batches in a part of the batch.
+        accumulate: number of parts of the batch that a step runs one after the other.
         pipeline: `Pipeline` that runs the parts, or None with pp = 1.
     """
 
@@ -128,13 +137,15 @@ class ParallelModel(nn.Module):
         data: Data,
         pipeline: Pipeline | None,
         activations_on_cpu: bool,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if micro_batches < 1:
-            raise ValueError(f"micro_batches must be positive; got {micro_batches}")
+        for name, number in {"micro_batches": micro_batches, "accumulate": accumulate}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be positive; got {number}")
         self.parts, self._held = parts, nn.ModuleList(parts)
         self.split, self.meshes = split, split.meshes
-        self.micro_batches, self.pipeline = micro_batches, pipeline
+        self.micro_batches, self.accumulate, self.pipeline = micro_batches, accumulate, pipeline
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
@@ -145,8 +156,8 @@ class ParallelModel(nn.Module):
         data ranks. `clip_grad_norm_` and the optimizer come next.
 
         Args:
-            tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches`. Ranks along
-                "pp", "cp" and "tp" give the same.
+            tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches` times
+                `accumulate`. Ranks along "pp", "cp" and "tp" give the same.
             targets: token after each one, int64 [B, S].
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
@@ -154,11 +165,12 @@ class ParallelModel(nn.Module):
             Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp", "cp" and "tp".
 
         Raises:
-            ValueError: a batch that does not split into `micro_batches`, or sequences that do not split over "cp".
+            ValueError: a batch that does not split into micro-batches, or sequences that do not split over "cp".
         """
         self.split.own(tokens)  # raises before any rank waits for another
+        check_batch(tokens, self.micro_batches * self.accumulate)
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
-            losses = (self._one_by_one if self.pipeline is None else self.pipeline.step)(tokens, targets, scale)
+            losses = (self._one_by_one if self.pipeline is None else self._piped)(tokens, targets, scale)
         sync_gradients(self, self.meshes)
         return losses
 
@@ -191,8 +203,7 @@ class ParallelModel(nn.Module):
 
     def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
         """Run the micro-batches one after the other, on the whole model."""
-        check_batch(tokens, self.micro_batches)
-        m, (model,) = self.micro_batches, self.parts
+        m, (model,) = self.micro_batches * self.accumulate, self.parts
         seen = []
         for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
@@ -201,3 +212,11 @@ class ParallelModel(nn.Module):
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
+
+    def _piped(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
+        """Run the parts of the batch through the pipeline, one after the other."""
+        assert self.pipeline is not None
+        n = self.accumulate
+        parts = zip(tokens.chunk(n), targets.chunk(n), strict=True)
+        losses = [self.pipeline.step(x, y, scale / n) for x, y in parts]
+        return Losses(*(torch.stack(each).mean(0) for each in zip(*losses, strict=True)))

@@ -21,6 +21,7 @@ LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
+    *("accumulate", "compile", "forced_balance", "optimizer", "lr_schedule", "lr_end", "lr_decay", "ema"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
     *("links", "tokenizer", "epochs", "eod", "cp", "cp_attention", "mtp_weight", "z_loss"),
 )

@@ -1,4 +1,4 @@
-"""Gradients after backward: synchronise them over ranks, clip them, and group parameters for an optimizer.
+"""Gradients after backward: synchronise them over ranks, and clip them.
 
 The type and mesh of a parameter tell which ranks share it. Expert parameters are DTensors on the axis "ep", and
 tensor-parallel ones are DTensors on "tp". Others are plain tensors, or DTensors of the wrapper (FSDP2) that reduces
@@ -7,8 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -111,25 +110,6 @@ def clip_grad_norm_(
         if p.grad is not None:
             _local_part(p.grad).mul_(scale.to(p.grad.device))
     return norm
-
-
-def param_groups(params: nn.Module | Iterable[nn.Parameter], **options: Any) -> list[dict[str, Any]]:
-    """Optimizer parameter groups without a mix of plain and DTensor parameters, which foreach and fused steps refuse.
-
-    Args:
-        params: model, or parameters.
-        options: options of the optimizer for these parameters, such as lr and weight_decay.
-
-    Returns:
-        One or two groups for an optimizer.
-
-    >>> optimizer = torch.optim.AdamW(param_groups(nn.Linear(4, 4), weight_decay=0.1), lr=1e-3)
-    >>> len(optimizer.param_groups), optimizer.param_groups[0]["weight_decay"]
-    (1, 0.1)
-    """
-    params = list(params.parameters() if isinstance(params, nn.Module) else params)
-    kinds = [p for p in params if isinstance(p, DTensor)], [p for p in params if not isinstance(p, DTensor)]
-    return [{"params": kind, **options} for kind in kinds if kind]
 
 
 def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:

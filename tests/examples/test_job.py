@@ -45,7 +45,7 @@ def train(flags: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     job = options.parse([*TINY.split(), "--warmup", "1", *flags.split()]).fit(dist.get_world_size())
     meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp)
     model = steps.build(job, meshes, dtype)
-    optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=job.fp16)
+    optimizer, scaler = steps.optimizer_of(model, job), GradScaler("cpu", enabled=job.fp16)
     seen = []
     for step in range(job.steps):
         loss = steps.train(model, optimizer, scaler, batch(job, step, meshes), job.lr_at(step)).loss
@@ -67,6 +67,35 @@ def test_losses_do_not_depend_on_the_mesh(ranks, flags):
     for seen in run(ranks, train, flags):
         torch.testing.assert_close(seen, one_rank(), rtol=0, atol=1e-9)
     assert (one_rank()[1:-1] < one_rank()[0] - 0.02).all()  # it learns
+
+
+OTHER = "--optimizer muon --lr-schedule linear"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (2, f"{OTHER} --pp 2 --micro-batches 2 --accumulate 2"),
+        (2, f"{OTHER} --accumulate 2 --micro-batches 2 --data-parallel zero1"),
+        (1, f"{OTHER} --accumulate 4 --recompute sqrt"),
+    ],
+)
+def test_a_batch_in_parts_is_one_batch(ranks, flags):
+    for seen in run(ranks, train, flags):
+        torch.testing.assert_close(seen, one_rank(OTHER), rtol=0, atol=1e-9)
+
+
+def balanced(gate: str) -> list[list[int]]:
+    job = options.parse([*TINY.split(), "--forced-balance", "--gate", gate]).fit(dist.get_world_size())
+    model = steps.build(job, Meshes.of("cpu", ep=job.ep))
+    tokens = steps.batch(job, TEXT, 0, model.meshes)
+    steps.train(model, steps.optimizer_of(model, job), GradScaler("cpu", enabled=False), tokens, 1e-3)
+    return steps.gather(model)[0]
+
+
+@pytest.mark.parametrize("gate", ["topk", "expert_choice"])
+def test_forced_balance_gives_each_expert_as_many(gate):
+    assert run(2, balanced, gate)[0] == [[8 * 8 * 2 // 4] * 4] * 2
 
 
 @pytest.mark.parametrize("balance", ["global", "local"])

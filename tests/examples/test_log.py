@@ -125,7 +125,8 @@ def test_a_whole_run(tmp_path, text):
     flags = ("--steps", "5", "--log-every", "2", "--save-every", "3", "--capacity-factor", "0.5", "--layers", "4")
     done = result(run(tmp_path, *flags, "--data", text, "--pp", "2", ranks=2))
     assert kinds(tmp_path) == [
-        ("start", 0), ("step", 2), ("held out", 3), ("step", 4), ("step", 5), ("held out", 5), ("end", 5),
+        ("start", 0), ("held out", 0), ("step", 2), ("held out", 3), ("step", 4), ("step", 5), ("held out", 5),
+        ("end", 5),
     ]  # fmt: skip
     assert checkpoints(tmp_path) == [3, 5]
     start, *middle, last = read(tmp_path / "log.jsonl")
@@ -178,7 +179,10 @@ def events_of(out: str, flags: str, stop_after: int = 0) -> list[dict]:
 
 @pytest.mark.sampled
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "mesh"), [(1, ""), (2, "--pp 2 --micro-batches 2 --recompute full")])
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [(1, ""), (2, "--pp 2 --accumulate 2 --recompute sqrt --optimizer muon --ema 0.5 --lr-schedule wsd")],
+)
 def test_after_a_crash_the_lines_are_those_of_a_run_without(tmp_path, ranks, mesh):
     """Also the first one after the checkpoint, which tells of steps before it."""
     flags = f"--steps 8 --log-every 4 --save-every 3 --gate gshard --capacity-factor 0.7 --layers 4 {mesh}"

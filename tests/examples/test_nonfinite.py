@@ -100,7 +100,7 @@ def weights(batches: list[int], bad: set[int]) -> list[torch.Tensor]:
     """After a step on each of the batches."""
     job = options.parse(TINY.split()).fit(1)
     model = spoiled(bad, 0)(job, Meshes.of("cpu"))
-    optimizer, scaler = steps.adamw(model, job.lr), GradScaler("cpu", enabled=False)
+    optimizer, scaler = steps.optimizer_of(model, job), GradScaler("cpu", enabled=False)
     for number in batches:
         steps.train(model, optimizer, scaler, batch(job, number, model.meshes), 1e-2)
     return [p.detach().clone() for p in model.parameters()]
@@ -116,7 +116,7 @@ def overflows(bad: set[int], scale: float) -> list[tuple[bool, bool, float]]:
     """Of each step with float16: whether it was left out, was an overflow, and the scale after it."""
     job = options.parse([*TINY.split(), "--fp16"]).fit(dist.get_world_size())
     model = spoiled(bad, 1)(job, Meshes.of("cpu"))
-    optimizer, scaler, seen = steps.adamw(model, job.lr), GradScaler("cpu", init_scale=scale), []
+    optimizer, scaler, seen = steps.optimizer_of(model, job), GradScaler("cpu", init_scale=scale), []
     for number in range(3):
         step = steps.train(model, optimizer, scaler, batch(job, number, model.meshes), 1e-2)
         seen.append((bool(step.nonfinite), step.overflow, scaler.get_scale()))

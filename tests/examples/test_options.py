@@ -45,7 +45,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer = 3\nsteps = 1\nwidth = 2", "unknown layer, width; the keys are the flags, allow_changes, "),
+        ("layer = 3\nsteps = 1\nwidth = 2", "unknown layer, width; the keys are the flags, accumulate, "),
         ("steps = 1.5", "steps is int; got 1.5"),
         ("bf16 = 1", "bf16 is bool; got 1"),
         ('data = "text"', r"data is tuple; got 'text'"),
@@ -114,6 +114,13 @@ def test_no_file():
         ("--moe-layers 2,7", 1, "moe_every has the block 7, but the last one is 4"),
         ("--moe-layers 2;3", 1, "a list of numbers is written as in 2,5-7; got '2;3'"),
         ("--mtp -1", 1, "--mtp must be 0 or more; got -1"),
+        ("--batch 6 --accumulate 4", 1, "--batch (6) must be a multiple of 4 = dp x micro-batches x accumulate"),
+        ("--optimizer lion", 1, "--optimizer must be one of adamw, muon"),
+        ("--lr-schedule step", 1, "--lr-schedule must be one of cosine, linear, wsd"),
+        ("--lr-end 1.5", 1, "--lr-end must be at most 1.0; got 1.5"),
+        ("--lr-decay 0", 1, "--lr-decay must be positive; got 0.0"),
+        ("--ema 1", 1, "--ema must be below 1; got 1.0"),
+        ("--dense --forced-balance", 1, "--forced-balance needs experts: leave out --dense"),
         ("--bf16 --fp16", 1, "--bf16 and --fp16 exclude each other"),
     ],
 )

@@ -32,7 +32,7 @@ def spike(mesh: str, worst: int) -> str:
     """What is told of a step whose gradient is large in one expert, and whose loss is on the rank `worst`."""
     job = options.parse([*TINY.split(), *mesh.split()]).fit(dist.get_world_size())
     model = steps.build(job, Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep))
-    optimizer, scaler, spikes = steps.adamw(model, 1e-5), GradScaler("cpu", enabled=False), Spikes()
+    optimizer, scaler, spikes = steps.optimizer_of(model, job), GradScaler("cpu", enabled=False), Spikes()
     ordinary = model.step
 
     def strange(*args):

@@ -1,0 +1,72 @@
+"""Let the model of pretrain.py's newest checkpoint continue a prompt, token by token.
+
+    python examples/generate.py runs/pretrain --prompt "def main(" --length 100
+    python examples/generate.py runs/pretrain --temperature 0              # greedy: always the most likely token
+    torchrun --standalone --nproc-per-node 4 examples/generate.py runs/pretrain    # experts spread over 4 ranks
+
+The text goes to standard output. Prompt and text together have at most as many tokens as --seq of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+
+import launch
+import torch
+import torch.distributed as dist
+import trained
+from turnout.models import checkpoint, generate
+
+
+def texts(args: Namespace, device: torch.device) -> list[str]:
+    """The prompt with what each sample adds to it. All ranks return the same."""
+    if args.samples < 1:
+        raise ValueError(f"--samples must be positive; got {args.samples}")
+    found = trained.newest(args.out, device.type)
+    (ids,) = found.tokenizer.encode([args.prompt])
+    prompt = torch.tensor([list(ids)], dtype=torch.int64, device=device)
+    if not prompt.numel():
+        raise ValueError("--prompt is empty: give at least one token to continue")
+    length = found.job.seq - prompt.shape[1] if args.length is None else args.length
+    with found.averaged():
+        tokens = generate(
+            found.model.parts[0],
+            prompt.expand(args.samples, -1),
+            length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            generator=torch.Generator(device).manual_seed(args.seed),
+            group=dist.group.WORLD,
+        )
+    return [found.tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def main() -> int:
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="--out of the run")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.add_argument("--length", type=int, help="number of tokens to add (default: up to --seq of the run)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divisor of the logits; 0 is greedy (0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="probability of the tokens to sample from (0.95)")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts (1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (0)")
+    args = parser.parse_args()
+    with launch.process_group(timedelta(minutes=10)) as device:
+        try:
+            found = texts(args, device)
+        except (ValueError, checkpoint.CheckpointError) as error:
+            launch.once(str(error))
+            return 1
+    if launch.RANK == 0:
+        print("\n\n".join(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

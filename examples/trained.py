@@ -1,0 +1,52 @@
+"""What pretrain.py has trained: the model of its newest checkpoint, on any number of ranks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import launch
+import steps
+from options import Job
+from turnout.dispatch import Meshes
+from turnout.models import EMA, ParallelModel, checkpoint
+from turnout.models.data.tokenizing import FILE, Bytes, Subwords, Tokenizer
+from turnout.models.data_parallel import Data
+
+
+class Trained(NamedTuple):
+    """A trained model, its checkpoint, job and tokenizer, and the average of its weights if the job kept one."""
+
+    path: Path
+    job: Job
+    model: ParallelModel
+    ema: EMA | None
+    tokenizer: Tokenizer
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context in which the model has its average weights, or its own if the job kept no average."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+
+def newest(out: Path, device_type: str, data: Data = "replicate") -> Trained:
+    """Load the newest checkpoint of a run, with its experts spread over all ranks, which all call it.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    path = checkpoint.newest(out)
+    if path is None:
+        raise ValueError(f"{out} has no checkpoint: name the --out of a run of pretrain.py")
+    _, extra = checkpoint.described(path)
+    known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
+    exact = {"bf16": False, "fp16": False, "compile": False, "forced_balance": False, "recompute": "none"}
+    exact |= {"adapt": False, "cp_attention": ""}
+    axes = {"pp": 1, "cp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1, "accumulate": 1, "data_parallel": data}
+    sizes = {"batch": launch.RANKS, "eval_size": launch.RANKS}
+    job = Job(**known | exact | axes | sizes).fit(launch.RANKS)
+    model = steps.build(job, Meshes.of(device_type, ep=job.ep))
+    ema = steps.average_of(model, job)
+    checkpoint.load(path, steps.saved(model, ema), steps.optimizer_of(model, job))
+    kept = out / FILE
+    return Trained(path, job, model, ema, Subwords(kept.read_text()) if kept.exists() else Bytes())
