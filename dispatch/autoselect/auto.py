@@ -94,7 +94,8 @@ class AutoDispatcher(SteppedDispatcher):
         transports: dict[str, SteppedDispatcher] = {"flat": FlatDispatcher(group)}
         shape = ep.size(), 1
         if NODE in names(mesh):
-            shape = tuple(dist.get_world_size(each) for each in node_and_local(mesh))
+            node, local = node_and_local(mesh)
+            shape = dist.get_world_size(node), dist.get_world_size(local)
             transports |= {
                 "2dh": HierarchicalDispatcher.of(mesh),
                 "node": NodeDispatcher.of(mesh),
