@@ -54,8 +54,8 @@ class T5(nn.Module):
     """Encoder-decoder: pre-norm blocks, relative positions, cross attention in the decoder, tied embeddings.
 
     Self-attention adds a learned bias per head and bucket of distances. The encoder has one table of biases, the
-    decoder another. Cross attention has none. Every ``config.moe_every``-th block of both has an MoE layer. Unlike the
-    original, attention scores are divided by sqrt(D / heads). The same `torch.manual_seed` gives the same model at
+    decoder another. Cross attention has none. ``config.moe_every`` says which blocks of both have an MoE layer. Unlike
+    the original, attention scores are divided by sqrt(D / heads). The same `torch.manual_seed` gives the same model at
     every world size.
 
     Args:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cases import close, whole
 from ranks import errors, run
 from turnout.dispatch import Meshes
-from turnout.models import GPT, GPTConfig, ParallelModel, next_token_loss, parallel_model
+from turnout.models import GPT, GPTConfig, ParallelModel, checkpoint, next_token_loss, parallel_model
 from turnout.moe import Balance, aux_loss, clip_grad_norm_, param_groups
 from turnout.moe.experts.sharded import held_slice, local
 
@@ -131,3 +131,36 @@ def test_a_head_of_its_own_is_counted():
 def test_a_head_width_that_rope_cannot_turn_is_named():
     with pytest.raises(ValueError, match="head_dim=5 must be even"):
         GPTConfig(head_dim=5)
+
+
+def saved(folder) -> None:
+    torch.manual_seed(0)
+    model = parallel_model(CONFIG, Meshes.of("cpu", pp=2), micro_batches=2, dtype=torch.float64)
+    tokens = batches()[0]
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    model.step(tokens[:, :-1], tokens[:, 1:])
+    optimizer.step()
+    checkpoint.save(folder, model.parts, optimizer, 1)
+
+
+def loaded(folder) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    model = parallel_model(CONFIG, Meshes.of("cpu", cp=2), dtype=torch.float64)
+    optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
+    checkpoint.load(folder / "step-1", model.parts, optimizer)
+    return {name: whole(p) for name, p in model.parts[0].named_parameters()}
+
+
+def test_a_checkpoint_of_stages_has_further_tokens_and_one_embedding(tmp_path):
+    run(2, saved, tmp_path)
+    torch.manual_seed(0)
+    model, tokens = GPT(CONFIG).double(), batches()[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for part in tokens.chunk(2):
+        task = next_token_loss(model(part[:, :-1], targets=part[:, 1:]), part[:, 1:])
+        ((task + aux_loss(model)) / 2).backward()
+    optimizer.step()
+    for found in run(2, loaded, tmp_path):
+        assert found.keys() == dict(model.named_parameters()).keys()
+        for name, p in model.named_parameters():
+            close(found[name], p.detach(), 1e-9, name)
