@@ -127,7 +127,7 @@ def test_tuned_tiles_are_used_and_change_nothing(name, gathers, results):
         assert all(isinstance(ms, float) for ms in times.values()), (name, times)
     assert set(tuned["times"]) == {"torch", "triton"}, tuned["text"]
     assert tuned["chosen"] == min(tuned["times"], key=tuned["times"].get)
-    assert tuned["asked"] == [True] * 6
+    assert tuned["asked"] in ([True] * 6, [True] * 12)  # 6 of them by the check at first use
     for before, after in zip(tuned["before"], tuned["after"], strict=True):
         assert before.any()
         assert close(after, before, 3e-6)
