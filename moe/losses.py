@@ -233,10 +233,8 @@ def balance_loss(
         scores = torch.where(routing.mask.unsqueeze(1), scores, 0)
     if over == "sequence" and routing.documents is not None:
         mass, chosen, tokens = sums_by_document(routing, scores, split)
-    else:  # a rank without tokens takes part with zeros that have a graph
-        mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
-        chosen = _load_by_sequence(routing, sequences).to(mass.dtype)
-        tokens = _tokens_by_sequence(routing, sequences).to(mass.dtype)
+    else:
+        mass, chosen, tokens = _sums_by_sequence(routing, scores, sequences)
     if split is not None or over == "global":
         sums = _sum(torch.cat([mass, chosen, tokens.unsqueeze(1)], 1), split, averaged=False)
         sums = _sum(sums, group if over == "global" else None)
@@ -292,24 +290,22 @@ def _sum(x: Tensor, group: ProcessGroup | None, averaged: bool = True) -> Tensor
     return x if group is None else all_reduce(x, group, averaged)
 
 
-def _load_by_sequence(routing: Routing, sequences: int) -> Tensor:
-    """Number of assignments for each sequence and expert, int64 [sequences, E]."""
-    E = routing.num_experts
-    if sequences == 1:
-        return load(routing.expert, E).unsqueeze(0)
-    # not repeat_interleave: torch 2.11's compiler treats its number of repeats as a constant
-    sequence = torch.arange(sequences, device=routing.expert.device).unsqueeze(1)
-    sequence = sequence.expand(-1, len(routing.expert) // max(sequences, 1)).flatten()
-    ids = torch.where(routing.expert < 0, -1, routing.expert + E * sequence.unsqueeze(1))
-    return load(ids, sequences * E).reshape(sequences, E)
-
-
-def _tokens_by_sequence(routing: Routing, sequences: int) -> Tensor:
-    """Number of real tokens, so without padding, in each sequence: [sequences], in the dtype of the scores."""
-    mask, scores = routing.mask, routing.scores
+def _sums_by_sequence(routing: Routing, scores: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [sequences, E], assignments [sequences, E] and real tokens [sequences], summed, in the scores' dtype."""
+    E, mask, expert = routing.num_experts, routing.mask, routing.expert
+    length = len(scores) // max(sequences, 1)
+    # a rank without tokens takes part with zeros that have a graph
+    mass = scores.reshape(sequences, -1, E).sum(1) if len(scores) else scores.sum(0).expand(sequences, E)
+    if sequences != 1:
+        # not repeat_interleave: torch 2.11's compiler treats its number of repeats as a constant
+        sequence = torch.arange(sequences, device=expert.device).unsqueeze(1).expand(-1, length).flatten()
+        expert = torch.where(expert < 0, -1, expert + E * sequence.unsqueeze(1))
+    chosen = load(expert, sequences * E).reshape(sequences, E)
     if mask is not None and len(mask):
-        return mask.reshape(sequences, -1).sum(1).to(scores.dtype)
-    return scores.new_full((sequences,), len(scores) // max(sequences, 1))
+        tokens = mask.reshape(sequences, -1).sum(1).to(scores.dtype)
+    else:
+        tokens = scores.new_full((sequences,), length)
+    return mass, chosen.to(scores.dtype), tokens
 
 
 def _weight_tensor(weight: float) -> Tensor:
