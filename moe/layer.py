@@ -143,7 +143,8 @@ class MoE(nn.Module):
             routed = routing if self.free is None else routing.keep(routing.expert < self.num_experts)
             # drop assignments over capacity, then lay out which token fills which row
             kept, padded, by_load = over_capacity(routed, self.capacity, self.top_k, self.num_experts, self.training)
-            plan = Plan.of(self.experts.slots(kept.expert), self.num_experts, padded, self.place, by_load)
+            slot = kept.expert if (slots := self.experts.slots) is None else slots[kept.expert]  # see `place_experts`
+            plan = Plan.of(slot, self.num_experts, padded, self.place, by_load)
         except Exception:
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise

@@ -46,7 +46,8 @@ class Experts(nn.Module, ABC):
         self.weight_on = "output"
         self.lora = None  # adapters by their name and that of the matrix, in ModuleDicts: see `add_lora`
         self._placement: Placement | None = None
-        self._slot_table: Tensor | None = None  # int64 [E + 1]: slot of each expert, and then -1 for the id -1
+        # slot of each expert by its id, and then -1 for the id -1, int64 [E + 1]; None: expert e is in slot e
+        self.slots: Tensor | None = None
         self.register_forward_hook(unchanged)
         self.register_state_dict_post_hook(in_global_order)
 
@@ -168,11 +169,7 @@ class Experts(nn.Module, ABC):
     @placement.setter
     def placement(self, placement: Placement | None) -> None:
         self._placement, device = placement, next(self.parameters()).device
-        self._slot_table = None if placement is None else torch.tensor([*placement.slots, -1], device=device)
-
-    def slots(self, expert: Tensor) -> Tensor:
-        """Slots of experts given by global ids, int64 of any shape; -1 stays -1."""
-        return expert if self._slot_table is None else self._slot_table[expert]
+        self.slots = None if placement is None else torch.tensor([*placement.slots, -1], device=device)
 
     def slots_of(self, ids: Sequence[int]) -> list[int]:
         """Slots of some experts, ascending."""
