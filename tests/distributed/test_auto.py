@@ -146,7 +146,10 @@ def test_it_says_its_choice_once():
     (line,) = first
     message = "Message(tokens=3, row_bytes=128, top_k=3, num_experts=8, row_flops=1152.0, narrow=False)"
     assert line.startswith(f"dispatcher node, chunks: 4, for {message}; predicted time of forward and backward")
-    assert re.search(r"in 1: flat [\d.e+]+ ms, 2dh [\d.e+]+ ms, node [\d.e+]+ ms; in 2: flat .*; in 4: flat ", line)
+    assert re.search(
+        r"in 1: flat [\d.e+]+ ms, 2dh [\d.e+]+ ms, node [\d.e+]+ ms, node in pieces [\d.e+]+ ms; in 2: flat .*; in 4: ",
+        line,
+    )
 
 
 def nothing_first() -> list[Choice | None]:
