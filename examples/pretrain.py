@@ -276,9 +276,10 @@ def main() -> int:
     try:
         with redirect_stdout(None) if launch.RANK else nullcontext():  # only rank 0 prints --help
             job = options.parse(about=__doc__)
+        job = sources.with_vocabulary(job)
         if job.elastic:
             job = planned.elastic(job, launch.RANKS, launch.RANKS_PER_NODE)
-        job = sources.with_vocabulary(job).fit(ranks := job.ranks or launch.RANKS)
+        job = job.fit(ranks := job.ranks or launch.RANKS)
         if job.plan:
             if launch.RANK == 0:
                 print(planned.plan(job, ranks, sources.tokens_of(job)))

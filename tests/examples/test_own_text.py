@@ -9,6 +9,8 @@ from scripts import script
 from turnout.models.data.__main__ import main
 
 pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[hf]"')
+from transformers import Qwen3MoeForCausalLM  # noqa: F401  forked ranks need not import it
+
 PAGE = (ROOT / "docs" / "guides" / "own_text.md").read_text()
 SMALLER = {"steps": 4, "batch": 4, "seq": 16, "dim": 16, "layers": 2, "heads": 2, "hidden": 16}
 OTHERS = "experts = 4\neval-size = 4\neval-every = 2\nsave-every = 4\nepochs = 1000\n"
