@@ -29,8 +29,8 @@ class Muon(Optimizer):
     orthogonalised as a whole, so the update is the one-rank update on any mesh. Ranks that hold parts of the same
     matrices exchange them, and each orthogonalises some. Ranks that hold different experts exchange nothing.
 
-    An update is scaled by 0.2 sqrt(max(A, B)). It then has the root mean square of AdamW's updates, and both take the
-    same learning rate and weight decay. The products run in bfloat16 on a GPU, and in float32 or wider on a CPU.
+    An update is scaled by 0.2 sqrt(max(A, B)). Its root mean square is then 0.2, near that of AdamW's updates, so that
+    both may share a learning rate and weight decay. The products run in bfloat16 on a GPU, and in float32 or wider on a CPU.
 
     Args:
         params: groups from `muon_groups`, or others. Groups with ``muon=False`` are stepped by AdamW.
