@@ -30,7 +30,8 @@ class Muon(Optimizer):
     matrices exchange them, and each orthogonalises some. Ranks that hold different experts exchange nothing.
 
     An update is scaled by 0.2 sqrt(max(A, B)). Its root mean square is then 0.2, near that of AdamW's updates, so that
-    both may share a learning rate and weight decay. The products run in bfloat16 on a GPU, and in float32 or wider on a CPU.
+    both may share a learning rate and weight decay. The products run in bfloat16 on a GPU, and in float32 or wider on a
+    CPU.
 
     Args:
         params: groups from `muon_groups`, or others. Groups with ``muon=False`` are stepped by AdamW.
