@@ -21,17 +21,19 @@ import torch
 import torch.distributed as dist
 import trained
 from turnout.models import checkpoint, generate
+from turnout.models.data.tokenizing import FILE, Bytes, tokenizer_of, words_of
 
 
 def texts(args: Namespace, device: torch.device) -> list[str]:
     """The prompt with what each sample adds to it. All ranks return the same."""
-    if args.samples < 1:
-        raise ValueError(f"--samples must be positive; got {args.samples}")
-    found = trained.newest(args.out, device.type)
-    (ids,) = found.tokenizer.encode([args.prompt])
+    tokenizer = tokenizer_of(str(args.out)) if (args.out / FILE).exists() else Bytes()
+    (ids,) = tokenizer.encode([args.prompt])
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=device)
     if not prompt.numel():
         raise ValueError("--prompt is empty: give at least one token to continue")
+    if args.samples < 1:
+        raise ValueError(f"--samples must be positive; got {args.samples}")
+    found = trained.newest(args.out, device.type)
     length = found.job.seq - prompt.shape[1] if args.length is None else args.length
     with found.averaged():
         tokens = generate(
@@ -43,7 +45,8 @@ def texts(args: Namespace, device: torch.device) -> list[str]:
             generator=torch.Generator(device).manual_seed(args.seed),
             group=dist.group.WORLD,
         )
-    return [found.tokenizer.decode(row) for row in tokens.tolist()]
+    words = words_of(args.out)
+    return [words(row) for row in tokens.tolist()]
 
 
 def main() -> int:

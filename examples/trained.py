@@ -11,18 +11,16 @@ import steps
 from options import Job
 from turnout.dispatch import Meshes
 from turnout.models import EMA, ParallelModel, checkpoint
-from turnout.models.data.tokenizing import FILE, Bytes, Subwords, Tokenizer
 from turnout.models.data_parallel import Data
 
 
 class Trained(NamedTuple):
-    """A trained model, its checkpoint, job and tokenizer, and the average of its weights if the job kept one."""
+    """A trained model, its checkpoint and its job, and the average of its weights if the job kept one."""
 
     path: Path
     job: Job
     model: ParallelModel
     ema: EMA | None
-    tokenizer: Tokenizer
 
     def averaged(self) -> AbstractContextManager[None]:
         """Context in which the model has its average weights, or its own if the job kept no average."""
@@ -41,12 +39,11 @@ def newest(out: Path, device_type: str, data: Data = "replicate") -> Trained:
     _, extra = checkpoint.described(path)
     known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
     exact = {"bf16": False, "fp16": False, "compile": False, "forced_balance": False, "recompute": "none"}
-    exact |= {"adapt": False, "cp_attention": ""}
+    exact |= {"adapt": False, "place": False, "cp_attention": ""}
     axes = {"pp": 1, "cp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1, "accumulate": 1, "data_parallel": data}
     sizes = {"batch": launch.RANKS, "eval_size": launch.RANKS}
     job = Job(**known | exact | axes | sizes).fit(launch.RANKS)
     model = steps.build(job, Meshes.of(device_type, ep=job.ep))
     ema = steps.average_of(model, job)
     checkpoint.load(path, steps.saved(model, ema), steps.optimizer_of(model, job))
-    kept = out / FILE
-    return Trained(path, job, model, ema, Subwords(kept.read_text()) if kept.exists() else Bytes())
+    return Trained(path, job, model, ema)

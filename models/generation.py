@@ -94,8 +94,8 @@ class Cache:
 
     def __init__(self, model: GPT) -> None:
         self.model, self.length = model, 0
+        self._tokens = torch.zeros(1, 0, dtype=torch.int64)
         self._held: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._tokens: Tensor | None = None  # all that the model has seen, if some of them begin documents
 
     def __enter__(self) -> Self:
         self._hooks = [self.model.blocks.register_forward_pre_hook(self._at_its_place)]
@@ -109,8 +109,7 @@ class Cache:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Run the next tokens, int64 [B, S], and return their logits [B, S, vocab]."""
-        if self.model.config.eod is not None:
-            self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
+        self._tokens = torch.cat([self._tokens.to(tokens).expand(len(tokens), -1), tokens], 1)
         logits = self.model(tokens)
         self.length += tokens.shape[1]
         return logits
@@ -128,24 +127,18 @@ class Cache:
         q, k, v, *more = args
         if self.length:
             k, v = (torch.cat([old, new], 2) for old, new in zip(self._held[core], (k, v), strict=True))
-            mask = self._mask(q, window=options.pop("window", 0))
-            options = {**options, "causal": False, "mask": mask}
+            options = {**options, "causal": False, "mask": self._mask(q)}
         self._held[core] = k, v
         return (q, k, v, *more), options
 
-    def _mask(self, q: Tensor, window: int) -> Tensor:
-        """Places that the new tokens attend to, bool [S, length + S] or [B, 1, S, length + S].
-
-        They are the last `window`, or with 0 all before, of the token's own document.
-        """
+    def _mask(self, q: Tensor) -> Tensor:
+        """Places that the new tokens attend to, as far as windows let them: bool [S, length + S] or [B, 1, ...]."""
         places = torch.arange(self.length + q.shape[2], device=q.device)
-        ahead = places - places[self.length :, None]  # place of the key, less that of the query
-        mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
-        eod = self.model.config.eod
-        if self._tokens is None or eod is None:
+        mask = places <= places[self.length :, None]
+        if self.model.config.eod is None:
             return mask
-        documents = documents_of(self._tokens, eod).unsqueeze(1)
-        return mask & (documents[..., self.length :, None] == documents.unsqueeze(2))
+        documents = documents_of(self._tokens, self.model.config.eod)
+        return (mask & (documents[:, self.length :, None] == documents[:, None])).unsqueeze(1)
 
 
 @contextmanager

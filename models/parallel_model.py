@@ -167,8 +167,8 @@ class ParallelModel(nn.Module):
         Raises:
             ValueError: a batch that does not split into micro-batches, or sequences that do not split over "cp".
         """
-        self.split.own(tokens)  # raises before any rank waits for another
         check_batch(tokens, self.micro_batches * self.accumulate)
+        self.split.own(tokens)  # raises before any rank waits for another
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
             losses = (self._one_by_one if self.pipeline is None else self._piped)(tokens, targets, scale)
         sync_gradients(self, self.meshes)

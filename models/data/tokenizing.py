@@ -39,10 +39,6 @@ class Bytes:
         for text in texts:
             yield np.frombuffer(text.replace("\0", "").encode(), np.uint8)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids."""
-        return bytes(tokens).decode(errors="replace")
-
     def save(self, folder: Path) -> None:
         """Write nothing."""
 
@@ -87,10 +83,6 @@ class Subwords:
         """Token ids of each text. The package uses all cores."""
         for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
             yield encoding.ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids; those that the tokenizer does not have become nothing."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`."""

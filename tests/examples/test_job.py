@@ -31,7 +31,7 @@ MESHES = [
 
 def batch(job: options.Job, step: int, meshes: Meshes) -> torch.Tensor:
     dp = meshes.dense["dp"]
-    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches}
+    mine = {"rank": dp.get_local_rank(), "ranks": dp.size(), "micro_batches": job.micro_batches * job.accumulate}
     return corpus.batch(TEXT, job.seed, step, job.batch, job.seq, **mine)
 
 
@@ -88,7 +88,7 @@ def test_a_batch_in_parts_is_one_batch(ranks, flags):
 def balanced(gate: str) -> list[list[int]]:
     job = options.parse([*TINY.split(), "--forced-balance", "--gate", gate]).fit(dist.get_world_size())
     model = steps.build(job, Meshes.of("cpu", ep=job.ep))
-    tokens = steps.batch(job, TEXT, 0, model.meshes)
+    tokens = batch(job, 0, model.meshes)
     steps.train(model, steps.optimizer_of(model, job), GradScaler("cpu", enabled=False), tokens, 1e-3)
     return steps.gather(model)[0]
 

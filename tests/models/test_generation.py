@@ -16,6 +16,8 @@ OPTIONS = {
     "untied": {"tied": False, "head_dim": 6, "rope_base": 100.0},
     "sigmoid": {"moe": {"gate": "sigmoid", "shared": 1}},
     "hash": {"moe": {"gate": "hash"}},
+    "windows": {"windows": (3, 0)},
+    "documents": {"eod": 3, "windows": (0, 5), "mtp": 1},
     "sinkhorn": {"moe": {"gate": "sinkhorn"}, "top_k": 1},
 }
 
@@ -27,7 +29,9 @@ def build(moe=None, **options) -> GPT:
 
 
 def tokens(batch: int = 3) -> torch.Tensor:
-    return torch.randint(32, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
+    drawn = torch.randint(32, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
+    drawn[1:, 6] = 3  # a document of its own begins here, where there are some
+    return drawn
 
 
 @pytest.mark.parametrize("name", OPTIONS)
