@@ -241,16 +241,15 @@ class MoE(nn.Module):
             raise ValueError(f"x must be (..., {self.dim}), the last axis the model width; got {given}")
         if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype} in {described(self)}")
-        integers = ("ids", ids, torch.int64), ("documents", documents, torch.int64)
-        for name, given, dtype in (("mask", mask, torch.bool), *integers):
+        inputs = ("mask", mask, torch.bool), ("ids", ids, torch.int64), ("documents", documents, torch.int64)
+        for name, given, dtype in inputs:
             if given is not None and (given.shape != x.shape[:-1] or given.dtype != dtype):
                 wanted = f"{str(dtype).removeprefix('torch.')} {tuple(x.shape[:-1])}"
                 got = f"{given.dtype} {tuple(given.shape)} in {described(self)}"
                 raise ValueError(f"{name} must be {wanted}; got {got}")
         if "sequence" in self.balance.shares and x.ndim < 2:
-            raise ValueError(
-                f'Balance(over="sequence") needs x (..., S, {self.dim}); got {tuple(x.shape)} in {described(self)}'
-            )
+            wanted = f'Balance(over="sequence") needs x (..., S, {self.dim})'
+            raise ValueError(f"{wanted}; got {tuple(x.shape)} in {described(self)}")
 
     def _route(self, tokens: Tensor, real: Tensor | None, ids: Tensor | None, given: Routing | None) -> Routing:
         """Ask the gate, unless a routing is given, and check the routing. Values are checked in the first forward."""
