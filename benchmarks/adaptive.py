@@ -189,6 +189,7 @@ def main() -> None:
             print(table(part) + "\n" if part else "", end="")
         return
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     W = dist.get_world_size()
     cases = [(round(ratio * W), T, c) for c in args.capacity for ratio in args.experts for T in args.tokens or [512]]
