@@ -62,7 +62,13 @@ class LayerTimer:
         self.spans.append((self._began, _now(y)))
         if x.requires_grad:
             y.register_hook(lambda grad: began.append(_now(grad)))
-            x.register_hook(lambda grad: self.spans.append((began[0], _now(grad))) if began else None)
+
+            def end(grad: Tensor) -> None:
+                handle.remove()  # x may be a leaf, and live longer than this step
+                if began:
+                    self.spans.append((began[0], _now(grad)))
+
+            handle = x.register_hook(end)
 
     def __reduce__(self) -> tuple[type[LayerTimer], tuple[()]]:
         return LayerTimer, ()  # a copied layer starts without times
