@@ -29,7 +29,7 @@ from turnout.models import checkpoint
 ANNOUNCED_BY_NOTHING = {
     *("out", "data", "resume", "allow_changes", "timeout"),
     *("eval_every", "eval_size", "save_every", "keep", "log_every", "peak_tflops", "tensorboard", "profile"),
-    *("plan", "ranks", "cluster", "links", "elastic", "tokenizer", "epochs"),
+    *("plan", "ranks", "cluster", "links", "elastic", "tokenizer", "epochs", "watch"),
 }
 
 
@@ -87,12 +87,12 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(name, capsys):
     other = {bool: lambda: not value, str: lambda: f"{value}2"}.get(type(value), lambda: value + 1)()
     said = Run("id", True, True, False, before, "text").signature()
     now = Job(**{name: other, "lr": 1.0, "pp": 2})
-    flag = options.flag(name)
-    with pytest.raises(checkpoint.CheckpointError, match=f"other data: {flag} {other} .was {value}.. Use"):
+    flag, was = options.flag(name), "none" if value == "" else value
+    with pytest.raises(checkpoint.CheckpointError, match=f"other data: {flag} {other} .was {was}.. Use"):
         Run("id", True, True, False, now, "text").accept(3, json.loads(json.dumps(said)))
     allowed = Job(**{name: other, "lr": 1.0, "allow_changes": True})
     Run("id", True, True, False, allowed, "text").accept(3, json.loads(json.dumps(said)))
-    assert f"{flag} {other} (was {value}), --lr 1.0 (was 0.004)" in capsys.readouterr().err
+    assert f"{flag} {other} (was {was}), --lr 1.0 (was 0.004)" in capsys.readouterr().err
 
 
 def test_what_may_change_is_told_and_other_text_or_another_run_refused(capsys):
