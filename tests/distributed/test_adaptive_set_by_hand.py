@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from cases import WIDTH
-from ranks import run
+from ranks import errors, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from turnout.dispatch import Profile
+from turnout.dispatch import FlatDispatcher, Profile
 from turnout.dispatch.autoselect.profile import Flop, Link
 from turnout.moe import Adaptive, MoE, parallelize, sync_gradients
 
@@ -66,3 +66,15 @@ def test_what_the_user_sets_stays_and_what_is_not_allowed_goes():
 
 def test_experts_that_layers_share_stay():
     run(2, sharing)
+
+
+def shadowed_as_needed() -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    model = nn.Sequential(MoE(WIDTH, 4, 8, capacity="as needed", seed=0, balance=0.0))
+    parallelize(model, mesh, FlatDispatcher(mesh.get_group("ep"), equal_tokens=True))
+    model[0].shadow = [3]
+    model(torch.randn(40, WIDTH))
+
+
+def test_a_capacity_that_follows_the_load_does_so_beside_shadowed_experts():
+    assert all("set equal_tokens=False" in error for error in errors(2, shadowed_as_needed))
