@@ -48,7 +48,8 @@ class Adaptive:
             decision.
 
     Raises:
-        ValueError: the model has no MoE layer, or `every` is not positive.
+        ValueError: the model has no MoE layer, `every` or `max_bytes` is not positive, or `place_experts` refuses an
+            optimizer.
         DispatchError: a rank did not answer.
 
     >>> from turnout.moe import MoE
@@ -72,6 +73,8 @@ class Adaptive:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a positive number of steps; got {every!r}")
+        if max_bytes is not None and not (isinstance(max_bytes, int | float) and max_bytes > 0):
+            raise ValueError(f"max_bytes must be a positive number of bytes, or None; got {max_bytes!r}")
         layers = moe_layers(model)
         if not layers and (mesh is None or not axes.staged(mesh)):  # a stage of a pipeline may have none
             raise ValueError(f"{type(model).__name__} has no MoE layer: there is nothing to choose")
@@ -88,6 +91,8 @@ class Adaptive:
         self._movable = [n for n, layer in layers.items() if all(users[id(p)] == 1 for p in layer.experts.parameters())]
         self._model, self._mesh, self._steps = model, mesh, 0
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        if self._optimizers and mesh is not None:
+            place_experts(model, mesh, self._optimizers, {})  # what it refuses, it refuses now
 
     def step(self) -> None:
         """End a step. Call it after each optimizer step, on every rank; every `every`-th call decides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import WIDTH
 from ranks import errors, run
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, Profile
 from turnout.dispatch.autoselect.profile import Flop, Link
-from turnout.moe import Adaptive, MoE, parallelize, sync_gradients
+from turnout.moe import Adaptive, MoE, check, parallelize, place_experts, sync_gradients
 
 SLOW = Profile(2, 1, Link(1e-4, 1e-4, 1e-7), Link(0.0, 0.0, 1e-3), Flop(1e-12))
 
@@ -78,3 +79,19 @@ def shadowed_as_needed() -> None:
 
 def test_a_capacity_that_follows_the_load_does_so_beside_shadowed_experts():
     assert all("set equal_tokens=False" in error for error in errors(2, shadowed_as_needed))
+
+
+def late_and_wrong_optimizers() -> None:
+    model, mesh = model_of()
+    place_experts(model, mesh, None, {"0": [1, 0, 2, 3, 4, 5, 6, 7]})
+    optimizer = torch.optim.AdamW(model.parameters())
+    Adaptive(model, mesh, optimizer)
+    check(model, mesh, optimizer)  # its state dict has experts by their ids
+    with pytest.raises(ValueError, match="no optimizer has w_up of layer 0"):
+        Adaptive(model, mesh, torch.optim.SGD(model[0].gate.parameters()))
+    with pytest.raises(ValueError, match="max_bytes must be a positive number of bytes, or None; got '1 GB'"):
+        Adaptive(model, mesh, max_bytes="1 GB")
+
+
+def test_optimizers_are_checked_before_the_first_step():
+    run(2, late_and_wrong_optimizers)
