@@ -59,16 +59,16 @@ class LayerTimer:
         if not _counts(layer) or not y.requires_grad:
             return
         x, began = _input(args, kwargs), []
-
-        def ended(grad: Tensor) -> None:
-            handle.remove()  # x may be a leaf that outlives the step
-            if began:
-                self.spans.append((began[0], _now(grad)))
-
         self.spans.append((self._began, _now(y)))
         if x.requires_grad:
             y.register_hook(lambda grad: began.append(_now(grad)))
-            handle = x.register_hook(ended)
+
+            def end(grad: Tensor) -> None:
+                handle.remove()  # x may be a leaf, and live longer than this step
+                if began:
+                    self.spans.append((began[0], _now(grad)))
+
+            handle = x.register_hook(end)
 
     def __reduce__(self) -> tuple[type[LayerTimer], tuple[()]]:
         return LayerTimer, ()  # a copied layer starts without times
