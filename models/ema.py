@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..moe.experts.base import Experts
+from ..moe.experts.placed import PlacedCopies
 from ..moe.experts.sharded import local
 
 
@@ -27,6 +30,9 @@ class EMA(nn.Module):
         checkpoint.save(folder, [*model.parts, ema], optimizer, step)
         with ema.applied():                      # evaluate, or export
             model.evaluate(tokens, targets)
+
+    Averages of experts follow `place_experts` at the next call of a method, which all ranks then make. State dicts have
+    them in the order of global ids.
 
     Args:
         model: module, or list of the pipeline stages that this rank runs (`ParallelModel.parts`).
@@ -60,10 +66,24 @@ class EMA(nn.Module):
         for name, (first, *_) in self._averaged:
             self.register_buffer(name, first.detach().clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        modules = {module for part in parts for module in part.modules() if isinstance(module, Experts)}
+        owners = {id(p): experts for experts in modules for p in experts.parameters()}
+        stacked: dict[Experts, list[str]] = {}
+        for name, (first, *_) in self._averaged:
+            if (experts := owners.get(id(first))) is not None:
+                stacked.setdefault(experts, []).append(name)
+        self._placed = [(PlacedCopies(experts), names) for experts, names in stacked.items()]
+        self.register_state_dict_pre_hook(lambda *_: self._follow())
+        self.register_state_dict_post_hook(_in_global_order)
+        self.register_load_state_dict_pre_hook(_into_slots)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters into the average, after a step of the optimizer. Nothing is sent between ranks."""
+        """Take the parameters into the average, after a step of the optimizer.
+
+        Nothing is sent between ranks, unless `place_experts` has moved experts since the last call.
+        """
+        self._follow()
         count = int(self.updates)
         decay = min(self.decay, (1 + count) / (10 + count))
         average = get_ema_multi_avg_fn(decay)
@@ -87,12 +107,31 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self._follow()
         for name, same in self._averaged:
             average = local(self.get_buffer(name))
             own = local(same[0].detach()).clone()
             for p in same:
                 local(p.detach()).copy_(average)
             average.copy_(own)
+
+    def _follow(self) -> None:
+        """Move the averages of experts to where `place_experts` has moved the experts."""
+        for placed, names in self._placed:
+            placed.follow([self.get_buffer(name) for name in names])
+
+
+def _in_global_order(ema: EMA, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for placed, names in ema._placed:
+        held = {prefix + name: state[prefix + name] for name in names if prefix + name in state}
+        state.update(placed.to_global(held))
+
+
+def _into_slots(ema: EMA, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    ema._follow()
+    for placed, names in ema._placed:
+        held = {prefix + name: state[prefix + name] for name in names if prefix + name in state}
+        state.update(placed.to_slots(held))
 
 
 def _buffer(name: str) -> str:

@@ -69,6 +69,32 @@ class Placement:
         return self  # immutable, and process groups cannot be copied
 
 
+class PlacedCopies:
+    """Where copies of the tensors of experts lie: in the slots that the experts had when they were last followed."""
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self.placement: Placement | None = experts.placement
+
+    def follow(self, copies: Sequence[Tensor]) -> None:
+        """Move copies, in place, to where `place_experts` has moved the experts. All ranks call it."""
+        before, now = self.placement, self.experts.placement
+        if now is before:
+            return
+        group, home = (now or before).group, range(self.experts.num_experts)
+        exchange([local(t) for t in copies], home if before is None else before.order, self.experts.order, group)
+        self.placement = now
+
+    def to_global(self, copies: dict[str, Any]) -> dict[str, Any]:
+        """Copies in the order of global ids, for a state dict."""
+        return copies if self.placement is None else self.placement.to_global(copies, STATE_DICT)
+
+    def to_slots(self, copies: dict[str, Any]) -> dict[str, Any]:
+        """The reverse of `to_global`. Tensors that are not spread over ranks stay as they are."""
+        spread = {name: t for name, t in copies.items() if isinstance(t, DTensor)}
+        return copies if self.placement is None else copies | self.placement.to_slots(spread, STATE_DICT)
+
+
 def in_global_order(experts: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Hook after `Experts` has put its tensors into a state dict: experts that are placed get their usual order.
 

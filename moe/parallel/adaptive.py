@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -36,8 +37,8 @@ class Adaptive:
             points.
         mesh: mesh that `parallelize` got. None, the default, is one rank, where nothing is chosen.
         optimizer: the optimizer of the experts, or several. With it, experts also move to other ranks, and their
-            optimizer state with them, where the cost model says that it pays (`place_experts`). None, the default,
-            leaves experts where they are.
+            optimizer state with them, where the cost model says that it pays (`place_experts`). Experts that several
+            layers share stay. None, the default, leaves all experts where they are.
         every: steps between two decisions, 20 by default.
         max_bytes: largest number of bytes of gathered weights in one layer. None, the default, sets no limit. Copies
             live until the backward has used them.
@@ -47,7 +48,8 @@ class Adaptive:
             decision.
 
     Raises:
-        ValueError: the model has no MoE layer, or `every` is not positive.
+        ValueError: the model has no MoE layer, `every` or `max_bytes` is not positive, or `place_experts` refuses an
+            optimizer.
         DispatchError: a rank did not answer.
 
     >>> from turnout.moe import MoE
@@ -71,6 +73,8 @@ class Adaptive:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a positive number of steps; got {every!r}")
+        if max_bytes is not None and not (isinstance(max_bytes, int | float) and max_bytes > 0):
+            raise ValueError(f"max_bytes must be a positive number of bytes, or None; got {max_bytes!r}")
         layers = moe_layers(model)
         if not layers and (mesh is None or not axes.staged(mesh)):  # a stage of a pipeline may have none
             raise ValueError(f"{type(model).__name__} has no MoE layer: there is nothing to choose")
@@ -83,8 +87,12 @@ class Adaptive:
             name: AdaptiveLayer(name if layer.place is None else layer.place.name, layer, costs[name], max_bytes)
             for name, layer in layers.items()
         }
+        users = Counter(id(p) for layer in layers.values() for p in layer.experts.parameters())
+        self._movable = [n for n, layer in layers.items() if all(users[id(p)] == 1 for p in layer.experts.parameters())]
         self._model, self._mesh, self._steps = model, mesh, 0
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else [*(optimizer or ())]
+        if self._optimizers and mesh is not None:
+            place_experts(model, mesh, self._optimizers, {})  # what it refuses, it refuses now
 
     def step(self) -> None:
         """End a step. Call it after each optimizer step, on every rank; every `every`-th call decides."""
@@ -108,6 +116,6 @@ class Adaptive:
                 steps = self.every * ranks
                 self.reports[each.name] = each.decide(counts, tokens, forwards / steps, seconds / ranks, says=first)
         if self._optimizers and self._mesh is not None:
-            found = {name: each.better_order(says=first) for name, each in self._layers.items()}
+            found = {name: self._layers[name].better_order(says=first) for name in self._movable}
             if orders := {name: order for name, order in found.items() if order is not None}:
                 place_experts(self._model, self._mesh, self._optimizers, orders)

@@ -117,7 +117,8 @@ class AdaptiveLayer:
         self.history = [KEPT * before + (1 - KEPT) * now for before, now in zip(old, counts, strict=True)]
         load, options = self._load(tokens), self._options()
         before = choice = self._current(options)
-        if self.decisions is None or self.options != options:  # the user has fixed or freed something
+        if self.decisions is None or self.options != options or self.decisions.choice != before:
+            # the user has fixed or freed something, or set it
             self.options, self.decisions = options, Decisions(before)
         predicted, even = (forwards * self._predicted(each, before) for each in (load, load.even))
         if options.several:
@@ -214,7 +215,9 @@ class AdaptiveLayer:
         layer, auto = self.layer, auto_of(self.layer.dispatcher)
         travel, ids = layer.weights, load.hottest(choice.shadow)
         if travel is not None:
-            if len(travel.shadow) == len(ids):  # keep those that are there, unless others are much hotter
+            if "shadow" not in travel.free:
+                ids = travel.shadow
+            elif len(travel.shadow) == len(ids):  # keep those that are there, unless others are much hotter
                 shared = [sum(load.shares[e] for e in each) for each in (travel.shadow, ids)]
                 ids = travel.shadow if shared[0] >= STALE * shared[1] else ids
             if (travel.parallelism, travel.shadow) != (choice.parallelism, tuple(sorted(ids))):

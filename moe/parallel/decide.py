@@ -137,6 +137,9 @@ class Decisions:
             del self.settled[self.bucket], self.measured[self.bucket]
             self.ratios = {}
         self.drifts, predicted = 0, predict()
+        if self.choice not in predicted:  # the user had set it, and it is none of the allowed ones
+            self.choice = min(predicted, key=lambda choice: (predicted[choice], choice))
+            return self.choice
         if seconds is None:
             best = min(predicted, key=lambda choice: (predicted[choice], choice))
             if predicted[best] < (1 - GAIN) * predicted[self.choice]:

@@ -128,7 +128,9 @@ class WeightTravel:
         here = torch.full((plan.counts.numel(),), -1, device=plan.expert.device)  # slot -> its place in `slots`
         here[slots] = torch.arange(len(self.shadow), device=here.device)
         stays = torch.where(plan.expert < 0, -1, here[plan.expert])
-        rest = Plan.of(plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place)
+        rest = Plan.of(
+            plan.expert.masked_fill(stays >= 0, -1), plan.counts.numel(), plan.capacity, plan.place, plan.follows_load
+        )
         y = dispatcher(x, replace(rest, call=plan.call), weight, travels)
         copies = self.gathered(experts, plan.call, slots)
         return y + LocalDispatcher()(x, Plan.of(stays, len(self.shadow)), weight, copies)

@@ -44,7 +44,7 @@ def test_a_table_takes_the_place_of_the_last_one_on_a_terminal(out, monkeypatch)
         def size(self) -> int:
             return 1
 
-    watch = Watch(Meshes({"pp": One()}, None, None), out)  # pyright: ignore[reportArgumentType]
+    watch = Watch(Meshes({"pp": One()}, None, None, None, None), out)  # pyright: ignore[reportArgumentType]
     watch.show("step 1", REPORTS)
     watch.show("step 2", REPORTS)
     first, _, second = out.getvalue().partition("step 2")
