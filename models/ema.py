@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..moe.experts.base import Experts
+from ..moe.experts.placed import STATE_DICT, Placement, exchange
 from ..moe.experts.sharded import local
 
 
@@ -27,6 +32,8 @@ class EMA(nn.Module):
         checkpoint.save(folder, [*model.parts, ema], optimizer, step)
         with ema.applied():                      # evaluate, or export
             model.evaluate(tokens, targets)
+
+    If `place_experts` moves experts, the next update or use of the averages moves theirs after them.
 
     Args:
         model: module, or list of the pipeline stages that this rank runs (`ParallelModel.parts`).
@@ -60,10 +67,17 @@ class EMA(nn.Module):
         for name, (first, *_) in self._averaged:
             self.register_buffer(name, first.detach().clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        names = {p: _buffer(name) for name, (p, *_) in named.items()}
+        layers = [module for part in parts for module in part.modules() if isinstance(module, Experts)]
+        self._of_experts = [_OfExperts(each, [names[p] for p in each.parameters()], each.order) for each in layers]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters into the average, after a step of the optimizer. Nothing is sent between ranks."""
+        """Take the parameters into the average, after a step of the optimizer. All ranks call it.
+
+        Nothing is sent between ranks, unless `place_experts` has moved experts since the last call.
+        """
+        self._follow()
         count = int(self.updates)
         decay = min(self.decay, (1 + count) / (10 + count))
         average = get_ema_multi_avg_fn(decay)
@@ -87,12 +101,56 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        self._follow()
         for name, same in self._averaged:
             average = local(self.get_buffer(name))
             own = local(same[0].detach()).clone()
             for p in same:
                 local(p.detach()).copy_(average)
             average.copy_(own)
+
+    def _follow(self) -> None:
+        """Move averages to where `place_experts` has put their experts."""
+        for each in self._of_experts:
+            after, placement = each.experts.order, each.experts.placement
+            each.group = each.group if placement is None else placement.group
+            if after != each.order and each.group is not None:
+                exchange([local(self.get_buffer(name)) for name in each.names], each.order, after, each.group)
+                each.order = after
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._follow()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._reorder(destination, prefix, Placement.to_global)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._follow()
+        self._reorder(state_dict, prefix, Placement.to_slots)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _reorder(self, state: dict[str, Any], prefix: str, reorder: Any) -> None:
+        """State dicts have experts in the order of global ids, wherever they are."""
+        for each in self._of_experts:
+            if each.experts.placement is not None:
+                names = [prefix + name for name in each.names if prefix + name in state]
+                state.update(reorder(each.experts.placement, {name: state[name] for name in names}, STATE_DICT))
+
+
+@dataclass
+class _OfExperts:
+    """Averages of one layer's experts.
+
+    Attributes:
+        experts: the experts.
+        names: names of the averages.
+        order: global id of the expert in each slot of the averages.
+        group: ranks that share the experts, once they were placed.
+    """
+
+    experts: Experts
+    names: list[str]
+    order: tuple[int, ...]
+    group: ProcessGroup | None = None
 
 
 def _buffer(name: str) -> str:
