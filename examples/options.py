@@ -40,6 +40,7 @@ MAY_BE_ZERO = (
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
     *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
+    "join_documents",
     *("optimizer", "ema", "moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss", "forced_balance"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
@@ -65,6 +66,7 @@ class Job:
     epochs: Annotated[int, "number of times that the steps may pass over the data"] = 4
     vocab: Annotated[int, "number of token ids of the model; 0 takes those of the data"] = 0
     eod: Annotated[int, "id of the token that begins a document; -1 takes that of the data"] = -1
+    join_documents: Annotated[bool, "let attention cross the boundaries of documents, as ring attention needs"] = False
     resume: Annotated[bool, "resume from the newest checkpoint in --out, on any mesh"] = False
     allow_changes: Annotated[bool, "let --resume accept flags that change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
@@ -164,7 +166,10 @@ class Job:
         parts = stage // split * micro_batches * self.accumulate
         divides("--batch", self.batch, "dp x micro-batches x accumulate", parts)
         divides("--eval-size", self.eval_size, "dp", stage // split)
-        attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
+        try:
+            attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
+        except ValueError as error:
+            raise ValueError(f"{error}{'' if self.eod < 0 else '. --join-documents leaves out documents'}") from None
         parts = 2 * split if self.cp > 1 and attention == "ring" else split
         divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {

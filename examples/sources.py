@@ -59,6 +59,8 @@ def are_prepared(job: Job) -> bool:
             "--data takes prepared folders, which may have weights, or text without weights: prepare the text by "
             "python -m turnout.models.data prepare"
         )
+    if wrong := [weight for _, weight in given if weight is not None and not 0 < weight < math.inf]:
+        raise DataError(f"--data: weights must be positive numbers; got {wrong[0]:g}")
     if len(weighed) > 1:
         raise DataError("--data: give a weight to every folder, as in PATH:0.3, or to none")
     return kinds == {True}
@@ -68,7 +70,7 @@ def with_vocabulary(job: Job) -> Job:
     """The job with `vocab` and `eod` of its data filled in.
 
     Raises:
-        DataError: data that is not there, or a --vocab that is too small for it.
+        DataError: data that is not there, a --vocab that is too small for it, or an --eod that is not its own.
     """
     if job.plan and job.vocab and not all(path.exists() for path, _ in paths(job)):
         return job  # a plan needs no data
@@ -81,7 +83,9 @@ def with_vocabulary(job: Job) -> Job:
         raise DataError(f"--tokenizer {job.tokenizer} is for text, and --data is prepared: leave it out")
     if 0 < job.vocab < vocab:
         raise DataError(f"--vocab ({job.vocab}) must be at least {vocab}, the token ids of the data")
-    return replace(job, vocab=job.vocab or vocab, eod=eod)
+    if job.eod >= 0 and job.eod != eod:
+        raise DataError(f"--eod ({job.eod}) must be {eod}, the token that begins a document of the data: leave it out")
+    return replace(job, vocab=job.vocab or vocab, eod=-1 if job.join_documents else eod)
 
 
 def tokens_of(job: Job) -> int | None:

@@ -240,6 +240,8 @@ def block_numbers(text: str) -> tuple[int, ...]:
         first, _, last = part.strip().partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()):
             raise ValueError(f"a list of numbers is written as in 2,5-7; got {text!r}")
+        if last and int(last) < int(first):
+            raise ValueError(f"a range goes from the smaller number to the larger, as in 5-7; got {part.strip()!r}")
         numbers += range(int(first), int(last or first) + 1)
     return tuple(numbers)
 

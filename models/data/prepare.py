@@ -52,6 +52,8 @@ def prepare(
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists: name another folder, or delete it")
+    if shard_tokens < 1:
+        raise DataError(f"--shard-tokens must be positive; got {shard_tokens}")
     pairs = [each for each in paths if isinstance(each, tuple)]
     files = pairs + files_in(each for each in paths if not isinstance(each, tuple))
     tokenizer = _tokenizer(tokenizer, eod, files, field)

@@ -223,6 +223,12 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({error}): copy the folder again, or prepare it again") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise DataError(f"{path} is no header of the format {FORMAT!r}: prepare the data again")
+    try:
+        for shard in [shard for name in SPLITS for shard in header["splits"][name]]:
+            Shard(**shard)
+        _ = np.dtype(header["dtype"]), int(header["vocab"]), int(header["eod"]), str(header["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): copy the folder again, or prepare it again") from None
     return header
 
 

@@ -26,20 +26,26 @@ class Document(NamedTuple):
 def files_in(paths: Iterable[str | Path]) -> list[tuple[str, Path]]:
     """Pairs (name, path) of these files, and of all files in these folders, sorted by name.
 
+    A name begins with the last part of the path that was given. If a file of an earlier path has the same name, the
+    number of the path is put before it.
+
     Raises:
         DataError: a path that does not exist.
     """
     found: dict[str, Path] = {}
-    for given in map(Path, paths):
+    for number, given in enumerate(map(Path, paths)):
         if not given.exists():
             raise DataError(f"{given}: there is no such file or folder; check the path")
         inside = [given] if given.is_file() else [path for path in given.rglob("*") if path.is_file()]
-        found |= {path.relative_to(given.parent).as_posix(): path for path in inside}
+        for path in inside:
+            name = path.relative_to(given.parent).as_posix()
+            taken = name in found and not found[name].samefile(path)
+            found[f"//{number}/{name}" if taken else name] = path
     return sorted(found.items())
 
 
 def documents(files: Sequence[tuple[str, Path]], field: str = "text") -> Iterator[Document]:
-    """Documents of files, in order. Files that are not UTF-8 text, and empty documents, are left out.
+    """Documents of files, in order, without NUL characters. Empty ones, and files that are not UTF-8, are left out.
 
     Args:
         files: pairs (name, path). A file whose name ends in .jsonl has a JSON object with a document on each line, any
@@ -57,12 +63,12 @@ def documents(files: Sequence[tuple[str, Path]], field: str = "text") -> Iterato
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if text:
+        if text := text.replace("\0", ""):
             yield Document(name, text)
 
 
 def _of_lines(name: str, path: Path, field: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # json decodes a line by itself, so an error has its number
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -71,12 +77,12 @@ def _of_lines(name: str, path: Path, field: str) -> Iterator[Document]:
                 if not isinstance(text, str):
                     raise TypeError(f"its {field!r} is {type(text).__name__}")
                 text.encode()  # lone surrogates are JSON, but no text
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}, is no JSON object with a text under {field!r} ({error!r}): name another "
                     "key by --field, or mend the file"
                 ) from None
-            if text:
+            if text := text.replace("\0", ""):
                 yield Document(f"{name}:{number}", text)
 
 

@@ -113,6 +113,8 @@ def test_no_file():
         ("--pp 2 --micro-batches 7 --schedule interleaved1f1b --batch 28", 2, "--micro-batches (7) must be a multiple"),
         ("--moe-layers 2,7", 1, "moe_every has the block 7, but the last one is 4"),
         ("--moe-layers 2;3", 1, "a list of numbers is written as in 2,5-7; got '2;3'"),
+        ("--windows 64-0", 1, "a range goes from the smaller number to the larger, as in 5-7; got '64-0'"),
+        ("--eod 0 --cp 4 --cp-attention ring", 4, "--join-documents leaves out documents"),
         ("--mtp -1", 1, "--mtp must be 0 or more; got -1"),
         ("--batch 6 --accumulate 4", 1, "--batch (6) must be a multiple of 4 = dp x micro-batches x accumulate"),
         ("--optimizer lion", 1, "--optimizer must be one of adamw, muon"),

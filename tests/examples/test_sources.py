@@ -79,6 +79,9 @@ def test_more_passes_than_epochs_are_refused(tmp_path, folders):
         ("--data {text}:2", "or text without weights"),
         ("--data {a} --vocab 100", r"--vocab \(100\) must be at least 280"),
         ("--data {a} --tokenizer bpe:300", "is for text, and --data is prepared"),
+        ("--data {a} --eod 7", r"--eod \(7\) must be \d, the token that begins a document"),
+        ("--data {a}:0", "weights must be positive numbers; got 0"),
+        ("--data {a}:nan {b}:1", "weights must be positive numbers; got nan"),
         ("--data no/such", "there is no such file or folder"),
         ("--tokenizer words", "words is no tokenizer"),
     ],
@@ -93,6 +96,7 @@ def test_the_vocabulary_comes_from_the_data(folders):
     assert sources.with_vocabulary(options.parse([])).config().eod == 0
     job = sources.with_vocabulary(options.parse(["--data", folders[0], "--vocab", "320"]))
     assert (job.config().vocab, job.config().eod) == (320, Source.open(folders[0]).eod)
+    assert sources.with_vocabulary(options.parse(["--join-documents"])).config().eod is None
     assert options.parse([]).config().eod is None  # of runs before there were documents
     assert sources.with_vocabulary(options.parse(["--tokenizer", "bpe:512"])).config().vocab == 512
 

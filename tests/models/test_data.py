@@ -14,6 +14,7 @@ from turnout.models.data import Batches, DataError, HeldOut, Prefetcher, Source,
 from turnout.models.data.__main__ import main
 from turnout.models.data.order import permuted, shares
 from turnout.models.data.shards import Shard, write_header
+from turnout.models.data.text_files import files_in
 from turnout.models.data.writing_shards import ShardWriter
 
 
@@ -235,12 +236,44 @@ def test_a_copy_with_other_times_is_the_same_data(copy):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "cannot be read"), ("{}", "no header of the format"), (None, "has no header.json")]
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("{}", "no header of the format"),
+        (None, "has no header.json"),
+        ('{"format": "turnout tokens 1", "splits": {"train": [], "held_out": []}}', "is damaged .KeyError"),
+        (
+            '{"format": "turnout tokens 1", "splits": {"train": [{"name": "t"}], "held_out": []}}',
+            "is damaged .TypeError",
+        ),
+    ],
 )
 def test_headers_that_are_wrong(copy, text, message):
     (copy / "header.json").unlink() if text is None else (copy / "header.json").write_text(text)
     with pytest.raises(DataError, match=message):
         Source.open(copy)
+
+
+def test_files_of_one_name_are_all_read(tmp_path):
+    for parent in ("web", "code"):
+        (tmp_path / parent / "text").mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / parent / "text" / f"{number}.txt").write_text(f"{parent} {number}")
+    web, code = (tmp_path / parent / "text" for parent in ("web", "code"))
+    assert [name for name, _ in files_in([web])] == ["text/0.txt", "text/1.txt", "text/2.txt"]
+    found = files_in([web, code, web])
+    assert [path.read_text() for _, path in found] == [f"{p} {n}" for p in ("code", "web") for n in range(3)]
+    assert len(dict(found)) == 6
+
+
+def test_nul_characters_are_no_text(tmp_path):
+    (tmp_path / "nul.txt").write_bytes(b"\0" * 9)
+    (tmp_path / "some.txt").write_bytes(b"a\0b\0" * 16)
+    (tmp_path / "some.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "c\\u0000d"}\r\n')
+    source = prepare(tmp_path / "out", [tmp_path / "nul.txt", tmp_path / "some.txt", tmp_path / "some.jsonl"])
+    tokens = [*source.train.shards, *source.held_out.shards]
+    assert sum(shard.bytes for shard in tokens) == 2 * 16 + 2
+    assert sum(shard.tokens - shard.documents for shard in tokens) == 2 * 16 + 2
 
 
 def test_mixtures_that_do_not_fit(source, tmp_path):
@@ -256,11 +289,16 @@ def test_mixtures_that_do_not_fit(source, tmp_path):
 
 def test_preparing_refuses_what_it_cannot_use(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"body": "no"}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": "\xff"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "image").write_bytes(b"\xff\xfe")
     out = str(tmp_path / "out")
     for flags, message in (
         ([str(tmp_path / "bad.jsonl")], "bad.jsonl, line 2, is no JSON object with a text under 'text'"),
+        ([str(tmp_path / "bytes.jsonl")], "bytes.jsonl, line 3, is no JSON object"),
+        ([str(tmp_path / "deep.jsonl")], "deep.jsonl, line 1, is no JSON object"),
+        ([str(tmp_path / "empty.txt"), "--shard-tokens", "0"], "--shard-tokens must be positive; got 0"),
         ([str(tmp_path / "no")], "there is no such file or folder"),
         ([str(tmp_path / "empty.txt"), str(tmp_path / "image")], "there is no text in"),
         ([str(tmp_path), "--tokenizer", "bpe:9"], "257 tokens or more"),
