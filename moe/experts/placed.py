@@ -79,11 +79,11 @@ class PlacedCopies:
     def follow(self, copies: Sequence[Tensor]) -> None:
         """Move copies, in place, to where `place_experts` has moved the experts. All ranks call it."""
         before, now = self.placement, self.experts.placement
-        placed = now or before
-        if now is before or placed is None:
+        known = now or before
+        if now is before or known is None:
             return
-        home = range(self.experts.num_experts)
-        exchange([local(t) for t in copies], home if before is None else before.order, self.experts.order, placed.group)
+        order = range(self.experts.num_experts) if before is None else before.order
+        exchange([local(t) for t in copies], order, self.experts.order, known.group)
         self.placement = now
 
     def to_global(self, copies: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def place_experts(
         fault = error
     everyone = axes.token_group(mesh)
     if everyone is not None:
-        check_alike({key: said for move in moves for key, said in move.notes()}, fault, everyone, "place_experts")
+        notes = {key: said for move in moves for key, said in move.notes()}
+        check_alike(notes | {"the number of optimizers": str(len(optimizers))}, fault, everyone, "place_experts")
     elif fault is not None:
         raise fault
     for move in moves:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import WIDTH
 from ranks import errors, run
+from test_adaptive import layers_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import FlatDispatcher, Profile
@@ -73,7 +75,7 @@ def shadowed_as_needed() -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     model = nn.Sequential(MoE(WIDTH, 4, 8, capacity="as needed", seed=0, balance=0.0))
     parallelize(model, mesh, FlatDispatcher(mesh.get_group("ep"), equal_tokens=True))
-    model[0].shadow = [3]
+    layers_of(model)[0].shadow = [3]
     model(torch.randn(40, WIDTH))
 
 
@@ -87,6 +89,8 @@ def late_and_wrong_optimizers() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     Adaptive(model, mesh, optimizer)
     check(model, mesh, optimizer)  # its state dict has experts by their ids
+    with pytest.raises(ValueError, match="the number of optimizers is 0 on rank 0 and 1 on rank 1"):
+        place_experts(model, mesh, [optimizer][: dist.get_rank()], {})  # or a state dict would wait for rank 0
     with pytest.raises(ValueError, match="no optimizer has w_up of layer 0"):
         Adaptive(model, mesh, torch.optim.SGD(model[0].gate.parameters()))
     with pytest.raises(ValueError, match="max_bytes must be a positive number of bytes, or None; got '1 GB'"):
