@@ -22,7 +22,7 @@ class Depth(nn.Module):
     """One module of multi-token prediction: hidden states of depth k - 1 and the k-th next tokens -> those of depth k.
 
     Args:
-        config: sizes. The block is like the model's last one.
+        config: sizes. The block has experts if the model's last one does, and no window.
     """
 
     def __init__(self, config: Config) -> None:
