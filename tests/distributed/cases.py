@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,17 @@ def runnable(cases: Iterable[Any]) -> list[Any]:
     skip = pytest.mark.skipif(not HALVES, reason="zero-bubble schedules need torch 2.13")
     split = (case if isinstance(case, tuple) else (case,) for case in cases)
     return [pytest.param(*case, marks=skip if "zb" in str(case) else ()) for case in split]
+
+
+def log_lines() -> list[str]:
+    """A list that gets what the package logs in this process from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("turnout")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return lines
 
 
 def perceptron() -> nn.Module:

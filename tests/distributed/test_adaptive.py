@@ -61,6 +61,18 @@ def alone(model: nn.Module, x: Tensor, mask: Tensor | None, make: Callable = ADA
     return [*seen, {n: p.detach() for n, p in model.named_parameters()}]
 
 
+def same_history(model: nn.Module, seen: list, expected: list, part: slice) -> None:
+    """A rank's `history`, and its parameters after it, are those of `alone`, of which it had this part."""
+    *steps, last = expected
+    for (y, gx, grads), (y1, gx1, grads1) in zip(seen, steps, strict=True):
+        close(y, y1[part], 1e-10, "y")
+        close(gx / dist.get_world_size(), gx1[part], 1e-10, "x.grad")
+        for name, grad in grads.items():
+            close(grad, grads1[name], 1e-10, name)
+    for name, p in model.named_parameters():
+        close(whole(p), last[name], 1e-9, name)
+
+
 def spread_out(shape, names, make: Callable, x, mask, expected, dispatcher, wrap, seed: int) -> set:
     """Five AdamW steps, each layer with another r and other shadowed experts in every step."""
     mesh, rank, ranks = init_device_mesh("cpu", shape, mesh_dim_names=names), dist.get_rank(), dist.get_world_size()
@@ -82,14 +94,7 @@ def spread_out(shape, names, make: Callable, x, mask, expected, dispatcher, wrap
     mine = x[part], None if mask is None else mask[part]
     optimizer = ADAMW(param_groups(model))
     seen = history(model, optimizer, *mine, ranks / len(x), choose, lambda: sync_gradients(model, mesh))
-    *steps, last = expected
-    for (y, gx, grads), (y1, gx1, grads1) in zip(seen, steps, strict=True):
-        close(y, y1[part], 1e-10, "y")
-        close(gx / ranks, gx1[part], 1e-10, "x.grad")
-        for name, grad in grads.items():
-            close(grad, grads1[name], 1e-10, name)
-    for name, p in model.named_parameters():
-        close(whole(p), last[name], 1e-9, name)
+    same_history(model, seen, expected, part)
     assert all(p.to_local().data_ptr() == where for p, where in storage)  # parameters are where they were
     states = {id(p): p.to_local().numel() for p in expert_parameters(model).values()}
     for p, state in optimizer.state.items():

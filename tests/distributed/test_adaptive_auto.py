@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import WIDTH, close, tokens, whole
+from cases import WIDTH, close, log_lines, tokens, whole
 from ranks import run
-from test_adaptive import SHARDS, alone, build, history, layers_of
+from test_adaptive import SHARDS, alone, build, history, layers_of, same_history
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import AutoDispatcher, Profile
@@ -43,14 +42,7 @@ def switching(case: str, expected: list, x) -> list:
     part = slice(sum(SHARDS[ranks][:rank]), sum(SHARDS[ranks][: rank + 1]))
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
     seen = history(model, optimizer, x[part], None, ranks / len(x), lambda step: None, end_of_step)
-    *steps, last = expected
-    for (y, gx, grads), (y1, gx1, grads1) in zip(seen, steps, strict=True):
-        close(y, y1[part], 1e-10, "y")
-        close(gx / ranks, gx1[part], 1e-10, "x.grad")
-        for name, grad in grads.items():
-            close(grad, grads1[name], 1e-10, name)
-    for name, p in model.named_parameters():
-        close(whole(p), last[name], 1e-9, name)
+    same_history(model, seen, expected, part)
     counts = load(model, mesh)  # is undisturbed by `Adaptive`
     assert all(int(each.tokens_per_expert.sum()) == 5 * min(2, experts) * len(x) for each in counts.values())
     reports = adaptive.reports
@@ -69,12 +61,7 @@ def test_a_choice_in_every_step_computes_what_one_rank_computes(case):
 
 def told() -> tuple[list[str], list[int | None]]:
     """Tokens that are dear, on a slow link: weights travel from the second decision on. Then the user decides."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("turnout")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    lines = log_lines()
     mesh, used = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), []
     slow = Profile(2, 1, SLOW, Link(0.0, 0.0, 1e-3), Flop(1e-12))
     model = nn.Sequential(MoE(WIDTH, 4, 4, top_k=2, seed=0, balance=0.0))

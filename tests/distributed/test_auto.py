@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EXPERTS, WIDTH, build, tokens, whole
+from cases import EXPERTS, WIDTH, build, log_lines, tokens, whole
 from ranks import errors, run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -127,12 +126,7 @@ def test_without_a_profile_it_measures():
 
 
 def said(number: int) -> list[str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("turnout")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    lines = log_lines()
     model = nn.Sequential(*(MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0) for _ in range(2))).double()
     parallelize(model, by_node(), profile=CHUNKS["node"])
     for _ in range(number):
