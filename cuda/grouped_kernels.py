@@ -34,7 +34,7 @@ def tiles_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     before = (until[None, :] <= m[:, None]) & (e < L)[None, :]
     expert = tl.sum(before.to(tl.int32), 1)
-    tile = m - tl.max(tl.where(before, until[None, :], 0), 1)  # of those of its expert
+    tile = m - tl.max(tl.where(before, until[None, :], 0), 1)  # number of the tile within its expert
     used = expert < L
     first = tl.load(ends + expert - 1, mask=used & (expert > 0), other=0)
     tl.store(tile_expert + m, tl.where(used, expert, -1), mask=m < num_m)

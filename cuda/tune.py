@@ -56,7 +56,7 @@ def drawn(shape: Shape, device: torch.device) -> Tensor:
 def runs(shape: Shape, device: torch.device) -> list[tuple[Product, Callable[[Blocks | None], object]]]:
     """Every grouped GEMM of a step, each as a function of its tile sizes (None = the default), on random numbers.
 
-    They are up, down, the gradients of its rows and of the hidden rows, and those of down's matrices and of up's.
+    They are up, down, and the gradients of rows, of hidden rows, of down's matrices and of up's matrices.
     """
     from . import grouped
 

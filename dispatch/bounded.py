@@ -112,7 +112,7 @@ class BoundedDispatcher(Dispatcher):
     def _computed_again(self, *args: Any) -> Tensor:
         """A round that keeps its arguments alone, and is computed again in the backward."""
         # Every rank computes it again as a whole, whatever its experts keep: the last tensors that a dispatcher saves
-        # are those of `decode`, after the last exchange.
+        # are saved by `decode`, after the last exchange.
         return checkpoint(self._round, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
 
     def _round(self, x: Tensor, plan: Plan, weight: Tensor, experts: Experts, number: int, rounds: int) -> Tensor:

@@ -229,7 +229,8 @@ class NodeDispatcher(NodeLocalDispatcher):
         """Exchange the sizes of both exchanges, and check the notes of all ranks, with one host sync.
 
         They go the same way as the rows. Afterwards every rank knows its sizes in both exchanges, and all know in how
-        many pieces the rows go. Sizes are those of the most pieces `p`, and fewer pieces are sums of them.
+        many pieces the rows go. Sizes are exchanged for the largest number of
+        pieces, `p`; sums of them are sizes for fewer pieces.
 
         Args:
             rows: int64 [p * N], rows to each node.

@@ -150,7 +150,7 @@ class Profile:
             degree: number of chunks, 1 by default.
 
         Returns:
-            Seconds by name of transport: those of `TRANSPORTS`.
+            Seconds by name of transport, for all of `TRANSPORTS`.
         """
         n, m, k = self.nodes, self.locals, message.top_k
         size = message.tokens * message.row_bytes  # bytes of one row for each token
