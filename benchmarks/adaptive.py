@@ -34,7 +34,7 @@ from turnout.dispatch import OverlapDispatcher
 from turnout.moe import Adaptive, Capacity, MoE, Routing, parallelize, param_groups, plan_placement
 
 TRACES = Path(__file__).parent / "data" / "routing.npz"
-EVERY, SETTLES = 4, 7  # steps between two decisions; decisions until a choice stays
+EVERY, SETTLES = 4, 21  # steps between two decisions; the most decisions until a choice stays
 
 
 def drawn(tokens: int, E: int, k: int) -> Tensor:
@@ -104,8 +104,11 @@ def measure(E: int, tokens: int, capacity: float | None, args: argparse.Namespac
     dist.all_reduce(load)
     hottest = load.argsort(descending=True, stable=True).tolist()
 
-    for _ in range(EVERY * SETTLES):
+    (inner,) = adaptive._layers.values()
+    tries = 0
+    while tries < EVERY * SETTLES and not (inner.decisions and inner.decisions.settled):  # alike on all ranks
         once(auto, x, routing, adaptive)
+        tries += 1
     choices = statics(slices, E, capacity is None)
     seconds: dict[str, list[float]] = {name: [] for name in (*choices, "auto")}
     for counted in [False, *[True] * args.rounds]:
@@ -116,7 +119,6 @@ def measure(E: int, tokens: int, capacity: float | None, args: argparse.Namespac
             seconds[name] += [took] if counted else []
         took = once(auto, x, routing, adaptive)
         seconds["auto"] += [took] if counted else []
-    (inner,) = adaptive._layers.values()
     assert inner.load is not None
     predicted = {n: inner.costs.predict(inner.load, [r], [hot], ["flat"], [c]) for n, (r, hot, c) in choices.items()}
 
@@ -127,6 +129,7 @@ def measure(E: int, tokens: int, capacity: float | None, args: argparse.Namespac
     return {
         **{"experts": E, "ranks": W, "tokens": tokens, "capacity": capacity, "load": load.tolist()},
         "chosen": str(adaptive.reports[""].choice),
+        "tries": tries,  # steps until the choice stayed
         "imbalance": uneven(range(E)),  # largest load of a rank over the mean, without and with placement
         "placed": uneven(auto.experts.order),
         "planned": uneven(plan_placement(load, W // slices).order),

@@ -5,16 +5,20 @@ Ranks that call it with the same numbers decide alike, so these are reduced over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log2
+from statistics import median
 from typing import NamedTuple
 
 from .costs import Kind, LayerChoice, LayerLoad
 
 GAIN = 0.1  # share of the time that a change must be predicted to save
 DOUBT = 0.3  # a prediction may be wrong by so much for a kind of choice that was never tried
-TRIALS = 4  # choices that are tried in one bucket, besides the first
+NEAR = 0.14  # the same for another number, of chunks or shadowed experts, in the fastest choice
+TRIALS = 6  # choices that are tried in one bucket, besides the first
+NOISE = 0.2  # a choice that was slower by so much may be the fastest one
+REPEATS = 3  # times that choices are measured between which noise may decide
 DRIFT = 1.5  # a settled choice that takes so many times as long is doubted again
 
 
@@ -50,41 +54,55 @@ class Bucket(NamedTuple):
 
 def decide(
     predicted: Mapping[LayerChoice, float],
-    measured: Mapping[LayerChoice, float],
+    measured: Mapping[LayerChoice, Sequence[float]],
     ratios: Mapping[Kind, float],
     current: LayerChoice,
-) -> LayerChoice:
-    """What to do in the next steps: try a choice, keep the current one, or go back to a faster one.
+) -> tuple[LayerChoice, bool]:
+    """What to do in the next steps: try a choice, measure one again, or keep the fastest; and whether that is settled.
 
     A kind that was tried with any load has its ratio of measured to predicted time, which corrects predictions. A kind
-    that was never tried may be better than all others by `DOUBT`. A choice of a kind that was not tried in this bucket
-    is tried if it is then expected to save `GAIN` of the best measured time, the best one first. When none is left, the
-    fastest measured one stays.
+    that was never tried may be better than all others by `DOUBT`, and another number in the fastest choice by `NEAR`.
+    A choice of a kind that was not tried in this bucket, or another number in the fastest choice, is tried if it is
+    then expected to save `GAIN` of the best measured time, the best one first. When none is left, choices that are
+    slower than the fastest by less than `NOISE` are measured up to `REPEATS` times, and so is the fastest. Then the
+    fastest by the median stays.
 
     Args:
         predicted: seconds of each allowed choice.
-        measured: seconds of choices that have been in use in this bucket, the current one among them.
+        measured: seconds of choices that have been in use in this bucket, each time; the current one is among them.
         ratios: measured to predicted time of each kind that was ever in use, the current one among them.
         current: the choice in use.
 
     >>> one, all_ = LayerChoice(1, 0, "flat", 1), LayerChoice(0, 0, "flat", 1)
-    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0}, {one.kind: 2.0}, one).parallelism  # may save half: it is tried
-    0
-    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0, all_: 5.0}, {one.kind: 2.0, all_.kind: 5.0}, all_).parallelism  # back
-    1
-    >>> decide({one: 2.0, all_: 3.0}, {one: 4.0}, {one.kind: 2.0}, one).parallelism  # not worth a trial
-    1
-    >>> decide({one: 2.0, all_: 1.0}, {one: 4.0}, {one.kind: 2.0, all_.kind: 5.0}, one).parallelism  # it is known
-    1
+    >>> def step(predicted, measured, ratios, current):
+    ...     choice, settled = decide(predicted, measured, {each.kind: ratio for each, ratio in ratios.items()}, current)
+    ...     return choice.parallelism, settled
+    >>> step({one: 2.0, all_: 1.0}, {one: [4.0]}, {one: 2.0}, one)  # may save half: it is tried
+    (0, False)
+    >>> step({one: 2.0, all_: 1.0}, {one: [4.0], all_: [5.0]}, {one: 2.0, all_: 5.0}, all_)  # back
+    (1, True)
+    >>> step({one: 2.0, all_: 1.0}, {one: [4.0], all_: [4.2]}, {one: 2.0, all_: 4.2}, all_)  # may be noise: once more
+    (0, False)
+    >>> step({one: 2.0, all_: 3.0}, {one: [4.0]}, {one: 2.0}, one)  # not worth a trial
+    (1, True)
+    >>> step({one: 2.0, all_: 1.0}, {one: [4.0]}, {one: 2.0, all_: 5.0}, one)  # it is known
+    (1, True)
     """
-    fastest = min(measured, key=lambda choice: (measured[choice], choice != current, choice))
+    usual = {choice: median(times) for choice, times in measured.items()}
+    fastest = min(usual, key=lambda choice: (usual[choice], choice != current, choice))
     if len(measured) <= TRIALS:
         unknown, tried = (1 - DOUBT) * min(ratios.values()), {choice.kind for choice in measured}
         expected = {c: s * ratios.get(c.kind, unknown) for c, s in predicted.items() if c.kind not in tried}
+        ratio = (1 - NEAR) * usual[fastest] / predicted[fastest]
+        expected |= {c: s * ratio for c, s in predicted.items() if c.kind == fastest.kind and c not in measured}
         best = min(expected, key=lambda choice: (expected[choice], choice), default=current)
-        if expected and expected[best] < (1 - GAIN) * measured[fastest]:
-            return best
-    return fastest
+        if expected and expected[best] < (1 - GAIN) * usual[fastest]:
+            return best, False
+    close = [choice for choice in measured if usual[choice] < (1 + NOISE) * usual[fastest]]
+    again = [choice for choice in close if len(measured[choice]) < REPEATS]
+    if len(close) > 1 and again:  # the current one first, so that fewer changes are made
+        return min(again, key=lambda choice: (choice != current, usual[choice], choice)), False
+    return fastest, True
 
 
 @dataclass
@@ -94,7 +112,7 @@ class Decisions:
     Attributes:
         choice: the choice in use.
         bucket: the bucket of the last load.
-        measured: seconds of choices that were tried, by bucket.
+        measured: seconds of choices that were tried, each time, by bucket.
         settled: choices that stay, by bucket, with their seconds when they were settled.
         ratios: measured to predicted time of each kind that was in use. Relations between kinds were measured when they
             were tried; the level is that of the last steps.
@@ -102,14 +120,15 @@ class Decisions:
 
     choice: LayerChoice
     bucket: Bucket | None = None
-    measured: dict[Bucket, dict[LayerChoice, float]] = field(default_factory=dict)
+    measured: dict[Bucket, dict[LayerChoice, list[float]]] = field(default_factory=dict)
     settled: dict[Bucket, tuple[LayerChoice, float]] = field(default_factory=dict)
     ratios: dict[Kind, float] = field(default_factory=dict)
     drifts: int = 0
 
     def seconds(self, choice: LayerChoice) -> float | None:
         """What a choice has taken for loads like the last one; None if it is not known."""
-        return self.measured.get(self.bucket, {}).get(choice) if self.bucket else None
+        times = self.measured.get(self.bucket, {}).get(choice) if self.bucket else None
+        return median(times) if times else None
 
     def next(
         self, load: LayerLoad, seconds: float | None, predict: Callable[[], Mapping[LayerChoice, float]]
@@ -147,11 +166,12 @@ class Decisions:
             self.settled[self.bucket] = self.choice, predicted[self.choice]
             return self.choice
         measured = self.measured.setdefault(self.bucket, {})
-        before, measured[self.choice] = self.choice, seconds
-        ratio, kind = seconds / predicted[before], before.kind
-        level = ratio / self.ratios.get(kind, ratio)
-        self.ratios = {each: level * known for each, known in self.ratios.items()} | {kind: ratio}
-        self.choice = decide(predicted, measured, self.ratios, before)
-        if self.choice in measured:
-            self.settled[self.bucket] = self.choice, measured[self.choice]
+        before, times = self.choice, measured.setdefault(self.choice, [])
+        times.append(seconds)
+        ratio = median(times) / predicted[before]
+        level = ratio / self.ratios.get(before.kind, ratio) if len(times) == 1 else 1.0
+        self.ratios = {each: level * known for each, known in self.ratios.items()} | {before.kind: ratio}
+        self.choice, settled = decide(predicted, measured, self.ratios, before)
+        if settled:
+            self.settled[self.bucket] = self.choice, median(measured[self.choice])
         return self.choice

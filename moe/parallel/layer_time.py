@@ -50,10 +50,15 @@ class LayerTimer:
         self.steps.clear()
         return seconds[(len(seconds) - 1) // 4] if seconds else 0.0
 
-    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not _counts(layer):
-            return
-        self._began = _now(_input(args, kwargs))
+            return None
+        x = _input(args, kwargs)
+        self._began = _now(x)
+        # Autograd runs nodes made last first, except that a leaf gets its gradient at once. A view made here gets it
+        # after all backward work of the layer, also after gradients of gathered weights have travelled.
+        x = x.view_as(x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "x": x})
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         if not _counts(layer) or not y.requires_grad:
@@ -64,11 +69,10 @@ class LayerTimer:
             y.register_hook(lambda grad: began.append(_now(grad)))
 
             def end(grad: Tensor) -> None:
-                handle.remove()  # x may be a leaf, and live longer than this step
                 if began:
                     self.spans.append((began[0], _now(grad)))
 
-            handle = x.register_hook(end)
+            x.register_hook(end)
 
     def __reduce__(self) -> tuple[type[LayerTimer], tuple[()]]:
         return LayerTimer, ()  # a copied layer starts without times

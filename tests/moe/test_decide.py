@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from turnout.moe.parallel.costs import LayerChoice, LayerLoad
-from turnout.moe.parallel.decide import DRIFT, GAIN, TRIALS, Bucket, Decisions, decide
+from turnout.moe.parallel.decide import DRIFT, GAIN, REPEATS, TRIALS, Bucket, Decisions, decide
 
 START = LayerChoice(1, 0, "flat", 1)
 CHOICES = [START, LayerChoice(0, 0, "flat", 1)]
@@ -18,6 +18,7 @@ EVEN = LayerLoad(1000.0, (0.125,) * 8, (0, 0, 1, 1, 2, 2, 3, 3))
 SKEWED = EVEN._replace(shares=(0.5, *(0.5 / 7,) * 7))
 SECONDS = st.floats(1e-4, 10)
 TIMES = st.fixed_dictionaries(dict.fromkeys(CHOICES, SECONDS))
+MOST = (TRIALS + 1) * REPEATS  # decisions until a choice stays
 
 
 def history(predicted, true, noise: float, seed: int, steps: int = 40, load=EVEN) -> list[LayerChoice]:
@@ -33,10 +34,61 @@ def history(predicted, true, noise: float, seed: int, steps: int = 40, load=EVEN
 @given(TIMES, TIMES, st.integers(0, 2**20))
 def test_noise_makes_no_choice_flap(predicted, true, seed):
     chosen = history(predicted, true, noise=0.19, seed=seed)  # 1.19 / 0.81 is below `DRIFT`
-    changes = [b for a, b in pairwise(chosen) if a != b]
-    assert len(changes) <= TRIALS + 1  # each kind once, and then what was fastest
-    assert len({choice.kind for choice in changes[:-1]}) == len(changes[:-1])
-    assert len(set(chosen[TRIALS + 2 :])) == 1
+    assert len(set(chosen)) <= TRIALS + 1
+    assert sum(a != b for a, b in pairwise(chosen)) <= MOST
+    assert len(set(chosen[MOST:])) == 1
+
+
+def drawn_times(drawn: random.Random) -> tuple[dict[LayerChoice, float], dict[LayerChoice, float]]:
+    """Predicted and true times: predictions of one kind are wrong by one factor, and each by a little more."""
+    number = {n: drawn.lognormvariate(0, 0.4) for n in (0, 1, 3)}
+    chunks = {1: 1.0, 2: drawn.uniform(0.75, 1.3), 4: drawn.uniform(0.6, 1.6)}
+    transport = {"flat": 1.0, "node": drawn.uniform(0.7, 1.4)}
+    predicted = {c: number[c.shadow] * chunks[c.chunks] * transport[c.transport] for c in CHOICES}
+    predicted[CHOICES[1]] = drawn.lognormvariate(0, 0.5)
+    wrong = {kind: drawn.uniform(0.82, 1.22) for kind in dict.fromkeys(choice.kind for choice in CHOICES)}
+    return predicted, {c: s * wrong[c.kind] * drawn.uniform(0.9, 1.1) for c, s in predicted.items()}
+
+
+def settled(seed: int) -> tuple[float, int]:
+    """True time of what stays over the best one, and the decisions until it stays, for noisy times with spikes."""
+    drawn = random.Random(seed)
+    predicted, true = drawn_times(drawn)
+    decisions, made = Decisions(START), 0
+    while decisions.bucket not in decisions.settled:
+        noise = drawn.gauss(1, 0.05) * (drawn.uniform(1.2, 2) if drawn.random() < 0.03 else 1.0)
+        decisions.next(EVEN, true[decisions.choice] * noise, lambda: predicted)
+        made += 1
+    return true[decisions.choice] / min(true.values()), made
+
+
+def test_what_stays_is_within_a_tenth_of_the_best_in_nearly_all_draws():
+    found = [settled(seed) for seed in range(1000)]
+    assert sum(ratio <= 1.1 for ratio, _ in found) >= 970
+    assert sum(ratio <= 1.25 for ratio, _ in found) >= 995
+    assert max(made for _, made in found) <= MOST
+    assert sum(made for _, made in found) / len(found) < 10
+
+
+def test_close_choices_are_measured_again_before_one_stays():
+    """By their first measurements, the slower one would stay."""
+    hot = LayerChoice(1, 1, "flat", 1)
+    predicted, decisions, seen = {START: 1.5, hot: 1.0}, Decisions(START), []
+    times = {START: iter([1.0]), hot: iter([1.1, 0.8, 0.8])}
+    while decisions.bucket not in decisions.settled:
+        seen.append(decisions.choice)
+        decisions.next(EVEN, next(times[decisions.choice]), lambda: predicted)
+    assert seen == [START, hot, hot, hot]  # and then it is faster by more than noise
+    assert decisions.settled[decisions.bucket] == (hot, 0.8)
+
+
+def test_other_numbers_of_the_fastest_kind_are_tried():
+    """Two chunks are predicted to be faster than four by a little, and are slower."""
+    two, four = (START._replace(chunks=n) for n in (2, 4))
+    predicted, true = {START: 2.0, two: 1.0, four: 1.03}, {START: 2.0, two: 1.0, four: 0.7}
+    assert history(predicted, true, noise=0.0, seed=0)[-1] == four
+    predicted[four] = 1.3  # too far from it
+    assert four not in history(predicted, true, noise=0.0, seed=0)
 
 
 @given(TIMES, TIMES)
@@ -61,10 +113,10 @@ def test_without_measurements_a_change_is_predicted_to_gain(predicted):
     assert all(decisions.next(EVEN, None, lambda: predicted) == first for _ in range(5))
 
 
-@given(TIMES, st.dictionaries(st.sampled_from(CHOICES), SECONDS, min_size=1), st.data())
+@given(TIMES, st.dictionaries(st.sampled_from(CHOICES), st.lists(SECONDS, min_size=1), min_size=1), st.data())
 def test_equal_numbers_give_equal_decisions(predicted, measured, data):
     current = data.draw(st.sampled_from(sorted(measured)))
-    ratios = {choice.kind: seconds / predicted[choice] for choice, seconds in measured.items()}
+    ratios = {choice.kind: times[0] / predicted[choice] for choice, times in measured.items()}
     backwards = (dict(reversed(each.items())) for each in (predicted, measured, ratios))
     assert decide(predicted, measured, ratios, current) == decide(*backwards, current)
 
