@@ -48,8 +48,8 @@ class BoundedDispatcher(Dispatcher):
             ranks that share an expert's hidden width, because a round may have one row from each rank for each expert.
             Choose it above what a rank sends in a balanced step, T * k, or every step runs in rounds.
         over: what a step above the budget does. ``"rounds"``, the default, is exact. ``"drop"`` takes one round: each
-            rank keeps ``max_rows // E`` assignments for each expert, those with the largest router weights, and a
-            warning says so once for each layer.
+            rank keeps ``max_rows // E`` assignments for each expert, those with the largest router weights. A warning
+            says so once for each layer, and `MoE.stats` and `load` count them as dropped.
 
     Raises:
         ValueError: `max_rows` is no positive integer or too small, or `over` is another word. All ranks raise.
@@ -73,9 +73,9 @@ class BoundedDispatcher(Dispatcher):
     inner: Dispatcher
     max_rows: int
     over: Over = "rounds"
-    _told: dict[str, int] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # rounds logged, by layer
+    # rounds that were logged, by layer and policy; `dataclasses.replace` hands them on
+    _told: dict[tuple[str, Over], int] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    _dropped: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # see `sent`
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_rows, int) or isinstance(self.max_rows, bool) or self.max_rows < 1:
@@ -100,7 +100,9 @@ class BoundedDispatcher(Dispatcher):
         if rounds == 1:
             return self.inner(x, plan, weight, experts, beside)
         if self.over == "drop":
-            return self.inner(x, _largest(plan, weight, self.max_rows // blocks), weight, experts, beside)
+            fits = _largest(plan, weight, self.max_rows // blocks)
+            self._dropped[_layer(plan.place)] = (plan.expert >= 0) & (fits.expert < 0)
+            return self.inner(x, fits, weight, experts, beside)
         if gather := getattr(experts, "gather_weights", None):
             gather()  # weights that come here (`WeightTravel`) serve all rounds
         y = self._computed_again(x, plan, weight, experts, 0, rounds)
@@ -134,6 +136,15 @@ class BoundedDispatcher(Dispatcher):
         """Refuse as `inner` does. The other ranks hear of it where they exchange sizes for the budget."""
         self.inner.refuse(num_experts, device, place)
 
+    def sent(self, expert: Tensor, place: Place | None) -> Tensor:
+        """See `Dispatcher.sent`; without what ``over="drop"`` has dropped in the layer's last call."""
+        if self.over == "rounds":
+            return expert
+        if torch.compiler.is_compiling():
+            return outside(self.sent, expert, place)
+        dropped = self._dropped.pop(_layer(place), None)
+        return expert if dropped is None else expert.masked_fill(dropped, -1)
+
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
         """The groups of `inner`."""
@@ -141,6 +152,7 @@ class BoundedDispatcher(Dispatcher):
 
     def _started(self, plan: Plan) -> Plan:
         plan = plan.started()
+        self._dropped.pop(_layer(plan.place), None)  # of a forward that failed
         return plan if plan.call is None else replace(plan, call=plan.call._replace(max_rows=self.max_rows))
 
     def _rounds(self, rows: int, blocks: int, device: torch.device, call: LayerCall | None) -> int:
@@ -152,7 +164,7 @@ class BoundedDispatcher(Dispatcher):
         rows, rank = divmod(int(largest), RANKS)
         if rows <= self.max_rows:
             return 1
-        where = "a layer" if call is None else f"layer {call.place.name!r}"
+        where = _layer(None if call is None else call.place)
         over = f"rank {rank} would hold {rows} rows in {where}, over max_rows={self.max_rows}"
         if self.max_rows <= blocks:
             raise ValueError(
@@ -160,17 +172,22 @@ class BoundedDispatcher(Dispatcher):
                 f"set max_rows above {blocks}"
             )
         rounds = ceil((rows - blocks) / (self.max_rows - blocks))  # parts of blocks are rounded up
-        if rounds > self._told.get(where, 1) and self.over == "rounds":
+        told = self._told.get((where, self.over), 1)
+        if rounds > told and self.over == "rounds":
             log.info("%s: it takes %d rounds", over, rounds)
-        if self.over == "drop" and where not in self._told:
+        if self.over == "drop" and told == 1:
             warnings.warn(
                 f"{over}: assignments beyond {self.max_rows // blocks} of each rank for each expert are dropped, in "
                 'later steps without another warning; raise max_rows, balance the router, or set over="rounds", which '
                 "drops nothing",
                 stacklevel=2,
             )
-        self._told[where] = max(rounds, self._told.get(where, 1))
+        self._told[where, self.over] = max(rounds, told)
         return rounds
+
+
+def _layer(place: Place | None) -> str:
+    return "a layer" if place is None else f"layer {place.name!r}"
 
 
 def _largest(plan: Plan, weight: Tensor, limit: int) -> Plan:

@@ -149,9 +149,8 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = autocast(tokens)
-        beside = []  # shared experts may run while rows travel
-        if self.shared is not None and not isinstance(self.shared, ResidualExperts):
-            beside = [Beside(partial(self.shared, tokens))]
+        alone = self.shared is None or isinstance(self.shared, ResidualExperts)
+        beside = [] if alone else [Beside(partial(self.shared, tokens))]  # shared experts may run while rows travel
         if self.weights is None or self.weights.idle:
             y = self.dispatcher(tokens, plan, kept.weight, self.experts, *beside)  # dispatch, experts, combine
         else:  # weights of some or all experts come here
@@ -165,7 +164,8 @@ class MoE(nn.Module):
         if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
-        self._record(y, routing, None if kept is routed else (routed.expert >= 0) & (kept.expert < 0))
+        sent = self.dispatcher.sent(kept.expert, self.place)  # a budget of rows may have dropped some
+        self._record(y, routing, None if sent is routed.expert else (routed.expert >= 0) & (sent < 0))
         return y
 
     def train(self, mode: bool = True) -> Self:

@@ -15,7 +15,7 @@ from .activation import weighted
 from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_mm
 from .low_rank import LowRank
-from .placed import Placement, check_home, in_global_order, load_into_slots
+from .placed import Placement, in_global_order, load_into_slots
 from .sharded import held_slice, local, seeded, unchanged
 
 
@@ -123,16 +123,13 @@ class Experts(nn.Module, ABC):
         """Initialise the experts held here; call it after `to_empty` from the meta device.
 
         Raises:
-            ValueError: they are in 4 bits, which are made of trained weights or loaded. They have adapters, and
-                `place_experts` has moved them.
+            ValueError: they are in 4 bits, which are made of trained weights or loaded.
         """
         if self.in_four_bits:
             raise ValueError("experts in 4 bits are not initialised: load their weights, or quantise them afterwards")
-        if self.lora is not None:
-            check_home(self, "reset_parameters of adapters")
         for adapter in self.modules():
             if isinstance(adapter, LowRank):
-                adapter.reset_parameters()
+                adapter.reset_parameters(self.order)
         stacked = dict(self.named_parameters()) | dict(self.named_buffers())
         stacked = {name: t for name, t in stacked.items() if not name.startswith("lora.")}
         if not any(t.is_meta for t in stacked.values()):

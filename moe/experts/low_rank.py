@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,12 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise `a`, set `b` to zero, and forget a merge."""
+    def reset_parameters(self, order: Sequence[int] | None = None) -> None:
+        """Initialise `a`, set `b` to zero, and forget a merge.
+
+        Args:
+            order: expert in each slot, as `Experts.order`; None, the default, is the order of their ids.
+        """
         if self.a.is_meta:
             return
         self.merged = False
@@ -55,7 +59,8 @@ class LowRank(nn.Module):
         first, stacked = (held[0].start, local(self.a)) if self.a.ndim == 3 else (0, local(self.a).unsqueeze(0))
         for place, a in enumerate(stacked):
             drawn = torch.empty(self.a.shape[-2:], device="cpu", dtype=torch.float32)
-            drawn.uniform_(-bound, bound, generator=seeded(self.seed, f"{first + place}/low rank/{self.name}"))
+            expert = first + place if order is None else order[first + place]
+            drawn.uniform_(-bound, bound, generator=seeded(self.seed, f"{expert}/low rank/{self.name}"))
             a.copy_(drawn[held[-2:]])
 
     def beside(self, y: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

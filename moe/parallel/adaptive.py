@@ -97,7 +97,7 @@ class Adaptive:
     def step(self) -> None:
         """End a step. Call it after each optimizer step, on every rank; every `every`-th call decides."""
         for each in self._layers.values():
-            each.timer.end_step()
+            each.end_step()
         self._steps += 1
         if self._steps < self.every or not self._layers:
             return
@@ -108,14 +108,27 @@ class Adaptive:
             with named("loads and times of layers (Adaptive)", self._group):
                 dist.all_reduce(numbers, group=self._group)
         first = self._group is None or dist.get_rank(self._group) == 0
-        parts = numbers.cpu().split([len(each) for each in taken])
-        for each, part in zip(self._layers.values(), parts, strict=True):
-            *counts, _, forwards, seconds = part.tolist()
-            if sum(counts):
-                tokens = sum(counts) / each.layer.top_k / forwards
-                steps = self.every * ranks
-                self.reports[each.name] = each.decide(counts, tokens, forwards / steps, seconds / ranks, says=first)
+        parts = [part.tolist() for part in numbers.cpu().split([len(each) for each in taken])]
+        ran = [(each, part) for each, part in zip(self._layers.values(), parts, strict=True) if sum(part[:-3])]
+        self._agree([each for each, _ in ran if each.decisions is None])
+        for each, (*counts, _, forwards, seconds) in ran:
+            tokens = sum(counts) / each.layer.top_k / forwards
+            steps = self.every * ranks
+            self.reports[each.name] = each.decide(counts, tokens, forwards / steps, seconds / ranks, says=first)
         if self._optimizers and self._mesh is not None:
             found = {name: self._layers[name].better_order(says=first) for name in self._movable}
             if orders := {name: order for name, order in found.items() if order is not None}:
                 place_experts(self._model, self._mesh, self._optimizers, orders)
+
+    def _agree(self, layers: list[AdaptiveLayer]) -> None:
+        """Let all ranks use the same transports for layers that decide for the first time.
+
+        An `AutoDispatcher` has chosen with the ranks that share the experts. With "edp" there are several such groups,
+        whose batches may have differed in size.
+        """
+        if layers and self._group is not None:
+            sent = [[each.transport for each in layers]]
+            with named("the first choice of transports (Adaptive)", self._group):
+                dist.broadcast_object_list(sent, group=self._group, group_src=0)
+            for each, choice in zip(layers, sent[0], strict=True):
+                each.use_transport(choice)

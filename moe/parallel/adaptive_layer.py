@@ -163,6 +163,24 @@ class AdaptiveLayer:
             log.info("%s: experts move; predicted %.3g -> %.3g ms in a step, and %.3g ms once", called(self.name), *ms)
         return order
 
+    @property
+    def transport(self) -> Choice | None:
+        """Transport and chunks that the layer's `AutoDispatcher` uses; None without one, or before the first batch."""
+        auto = auto_of(self.layer.dispatcher)
+        return None if auto is None else auto.chosen
+
+    def use_transport(self, choice: Choice | None) -> None:
+        """Let the layer's `AutoDispatcher`, if it has one, use a transport and chunks from now on."""
+        auto = auto_of(self.layer.dispatcher)
+        if auto is not None and choice is not None and auto.chosen != choice:
+            self.layer.dispatcher = with_auto(self.layer.dispatcher, auto.using(choice))
+
+    def end_step(self) -> None:
+        """A step has ended."""
+        self.timer.end_step()
+        if self.layer.weights is not None and not self.layer.weights.stepped:
+            self.layer.weights = replace(self.layer.weights, stepped=True)
+
     def _predicted(self, load: LayerLoad, choice: LayerChoice) -> float:
         r, shadow, transport, chunks = choice
         return self.costs.predict(load, [r], [shadow], [transport], [chunks])[choice]
@@ -212,8 +230,7 @@ class AdaptiveLayer:
         return LayerChoice(r, 0 if travel is None else len(travel.shadow), *used)
 
     def _use(self, choice: LayerChoice, load: LayerLoad) -> None:
-        layer, auto = self.layer, auto_of(self.layer.dispatcher)
-        travel, ids = layer.weights, load.hottest(choice.shadow)
+        layer, travel, ids = self.layer, self.layer.weights, load.hottest(choice.shadow)
         if travel is not None:
             if "shadow" not in travel.free:
                 ids = travel.shadow
@@ -223,9 +240,8 @@ class AdaptiveLayer:
             if (travel.parallelism, travel.shadow) != (choice.parallelism, tuple(sorted(ids))):
                 new = chosen(travel, layer.place, layer.experts, parallelism=choice.parallelism, shadow=ids)
                 layer.weights = replace(new, free=travel.free)
-        wanted = Choice(choice.transport, choice.chunks)
-        if choice.parallelism and auto is not None and auto.chosen != wanted:
-            layer.dispatcher = with_auto(layer.dispatcher, auto.using(wanted))
+        if choice.parallelism:
+            self.use_transport(Choice(choice.transport, choice.chunks))
 
 
 def owners(order: Sequence[int], ranks: int) -> tuple[int, ...]:

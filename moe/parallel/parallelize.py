@@ -34,6 +34,7 @@ from ..layer import MoE
 from .alike import agree
 from .named_dispatchers import BY_NODE, check_options, equipped, named_dispatcher
 from .sharding import shares, spread
+from .unstepped import WarnUnstepped
 from .weight_travel import WeightTravel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,7 +84,8 @@ def parallelize(
         parallelism: r of every layer at first (`WeightTravel`, `MoE.parallelism`). 0 brings experts to their tokens. On
             a mesh with "etp" = s > 1, r may be any divisor of s. Each token then visits r ranks of an expert, and s / r
             ranks share one slice. None, the default, is s, or 1 without "etp". No weights travel then. ``"auto"``
-            starts like that, and lets `Adaptive` choose r, shadowed experts, and the chunks of an "auto" dispatcher.
+            starts like that, and lets `Adaptive` choose r, shadowed experts, and the chunks of an "auto" dispatcher. If
+            it never steps, a warning says so.
         max_rows: the most rows that a rank holds at once in a layer. A step above it runs in rounds, with the same
             results (`BoundedDispatcher`). None, the default, sets no budget.
 
@@ -163,6 +165,8 @@ def parallelize(
     for layer in layers.values():
         layer.weights = weights
         layer.parallelism = "auto" if parallelism == "auto" else weights.parallelism
+    if layers and parallelism == "auto" and not weights.alone:
+        next(iter(layers.values())).register_forward_hook(WarnUnstepped())
     return model
 
 

@@ -46,6 +46,7 @@ class WeightTravel:
             each other gather their slices into one, and each token visits r ranks of each of its experts.
         shadow: global ids of experts that are gathered whole, in ascending order, while tokens of others travel.
         free: which of the two `Adaptive` may change, ``"parallelism"`` and ``"shadow"``.
+        stepped: whether an `Adaptive` of the layer has ended a step.
     """
 
     ep: ProcessGroup | None
@@ -53,11 +54,11 @@ class WeightTravel:
     parallelism: int
     shadow: tuple[int, ...] = ()
     free: frozenset[str] = frozenset()
+    stepped: bool = False
     idle: bool = field(init=False)  # nothing is gathered
 
     def __post_init__(self) -> None:
-        alone = self.ep is None and self.etp is None
-        idle = alone or (self.parallelism == _size(self.etp) and not self.shadow)
+        idle = self.alone or (self.parallelism == _size(self.etp) and not self.shadow)
         object.__setattr__(self, "idle", idle)
 
     @classmethod
@@ -97,6 +98,11 @@ class WeightTravel:
                 )
             chosen = replace(chosen, shadow=tuple(ids))
         return chosen
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has all experts, so that nothing can be gathered."""
+        return self.ep is None and self.etp is None
 
     @property
     def allowed(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from turnout.dispatch import AutoDispatcher, Profile
 from turnout.dispatch.autoselect.profile import Flop, Link
 from turnout.moe import Adaptive, MoE, load, parallelize, param_groups, place_experts, sync_gradients
 from turnout.moe.parallel import adaptive_layer, decide
+from turnout.moe.parallel import unstepped as unstepped_layers
 
 SLOW = Link(1e-4, 1e-4, 1e-7)
 CASES = {  # mesh, experts, profile of "ep"
@@ -155,3 +157,50 @@ def test_experts_move_where_that_pays_and_nothing_changes():
     for order in found[0]:
         ranks = adaptive_layer.owners(order, 4)
         assert ranks[0] != ranks[1]
+
+
+def replicas() -> tuple[list, list]:
+    """Two groups share the experts, and their batches differ in size: the choices of the first batch, and then all."""
+    mesh, rank = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep")), dist.get_rank()
+    profile = Profile(2, 1, SLOW, Link(1e-5, 1e-5, 1e-8), Flop(1e-9))
+    model = parallelize(
+        nn.Sequential(MoE(WIDTH, 12, 8, seed=0, balance=0.0)), mesh, profile=profile, parallelism="auto"
+    )
+    adaptive, x, used = Adaptive(model, mesh, every=1), tokens(4 if rank < 2 else 400, torch.float32), []
+    for _ in range(6):
+        model(x.requires_grad_()).sum().backward()
+        used.append((model[0].parallelism, model[0].shadow, model[0].dispatcher.chosen))
+        adaptive.step()
+    return used, [adaptive.reports]
+
+
+def test_ranks_that_hold_the_same_experts_choose_alike():
+    found = run(4, replicas)
+    assert found[0][0][0] != found[2][0][0]  # each group for itself
+    assert all((used[1:], reports) == (found[0][0][1:], found[0][1]) for used, reports in found)
+
+
+def unstepped(steps: int) -> list[str]:
+    """Warnings of a model with two layers in 8 forwards, of which 4 are enough."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    model = nn.Sequential(*(MoE(WIDTH, 4, 4, seed=0, balance=0.0) for _ in range(2)))
+    parallelize(model, mesh, parallelism="auto")
+    adaptive, most = Adaptive(model, mesh) if steps else None, unstepped_layers.FORWARDS
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        unstepped_layers.FORWARDS = 4
+        for _ in range(8):
+            model(tokens(3, torch.float32))
+            if adaptive is not None:
+                adaptive.step()
+        unstepped_layers.FORWARDS = most
+    return [str(each.message) for each in said]
+
+
+def test_a_layer_that_waits_for_adaptive_in_vain_says_so_once():
+    for said in run(2, unstepped, 0):
+        (message,) = said
+        assert message.startswith('parallelize(parallelism="auto") has left choices to Adaptive, but after 4 training')
+        assert "layer 0" in message
+        assert "call adaptive.step() after each optimizer step" in message
+    assert run(2, unstepped, 1) == [[], []]

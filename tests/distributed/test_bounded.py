@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from turnout.dispatch import BoundedDispatcher, Dispatcher, FlatDispatcher
-from turnout.moe import Capacity, MoE, fully_shard_experts, parallelize
+from turnout.dispatch.bounded import Over
+from turnout.moe import Capacity, MoE, fully_shard_experts, load, parallelize
 
 RANKS, UNEVEN, BUDGET = 4, [7, 0, 9, 1], 20
 MESHES = {"ep": (4,), "node local": (2, 2), "ep etp": (2, 2), "edp": (4,)}
@@ -175,28 +177,55 @@ def test_memory_stays_below_the_formula(experts):
 
 def dropped() -> tuple[float, int, list[str]]:
     torch.manual_seed(0)
-    layer = MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0)
+    layer, mesh = MoE(WIDTH, 12, EXPERTS, top_k=3, seed=0), init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
     crowd(layer)
-    parallelize(layer, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+    parallelize(layer, mesh)
     layer.dispatcher, rows = BoundedDispatcher(layer.dispatcher, BUDGET, over="drop"), Rows(layer)
     x = tokens(RANKS * 9, torch.float32).split(9)[dist.get_rank()]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         y = layer(x)
+        counted = layer.stats
         layer(x)
+        layer.dispatcher = replace(layer.dispatcher, max_rows=BUDGET + 1)
+        layer(x)
+    whole = load(layer, mesh)[""]
+    limit = BUDGET // EXPERTS  # of each rank for each expert
+    assert counted.dropped.item() == pytest.approx((counted.tokens_per_expert - limit).clamp(min=0).sum().item() / 27)
+    mine = counted.dropped.clone()
+    dist.all_reduce(mine)
+    assert whole.dropped.item() == pytest.approx(mine.item() / RANKS)  # each forward dropped as many
     layer.dispatcher = replace(layer.dispatcher, max_rows=1000)
     full = layer(x)
+    assert layer.stats.dropped == 0
     lost = (y - full).abs().amax(1) > 1e-6
     return lost.float().mean().item(), max(rows.seen[:-1]), [str(each.message) for each in said]
 
 
-def test_drop_is_said_once_and_keeps_the_budget():
+def test_drop_is_said_once_and_counted_and_keeps_the_budget():
     for lost, rows, said in run(RANKS, dropped):
         assert 0 < lost < 1
         assert rows <= BUDGET
         (message,) = said
         for word in ("rank ", " rows in layer ''", f"max_rows={BUDGET}", "raise max_rows"):
             assert word in message
+
+
+def test_drops_are_counted_beside_those_of_capacity_and_said_after_rounds():
+    """Twelve tokens choose experts 0 and 1. Capacity keeps 9 for each, then the budget 16 // 4."""
+    layer, x = MoE(WIDTH, 12, 4, top_k=2, capacity=1.5, seed=0, balance=0.0), tokens(12, torch.float32)
+    crowd(layer)
+    layer.dispatcher = BoundedDispatcher(layer.dispatcher, 16)
+    layer(x)  # in rounds
+    assert layer.stats.dropped.item() == pytest.approx(6 / 24)
+    layer.dispatcher = replace(layer.dispatcher, over="drop")
+    with pytest.warns(UserWarning, match="are dropped"):
+        layer(x)
+    assert layer.stats.dropped.item() == pytest.approx((24 - 8) / 24)
+    layer.dispatcher = replace(layer.dispatcher, max_rows=24)  # which one rank holds in any case
+    layer(x)
+    assert layer.stats.dropped.item() == pytest.approx(6 / 24)
+    assert load(layer)[""].dropped.item() == pytest.approx((6 + 16 + 6) / 72)
 
 
 class Plain(Dispatcher):
@@ -240,25 +269,29 @@ def test_every_rank_raises(what, message):
         assert error.startswith(message), error
 
 
-def compiled() -> None:
+def compiled(over: Over) -> None:
     torch.manual_seed(0)
     layer = MoE(WIDTH, 12, EXPERTS, balance=0).double()
     crowd(layer)
     parallelize(layer, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), max_rows=BUDGET)
+    layer.dispatcher = replace(layer.dispatcher, over=over)
     x, results = tokens(18), []
     for forward in (layer, torch.compile(layer, backend="aot_eager")):
         leaf = x.clone().requires_grad_()
         y = forward(leaf)
         y.square().sum().backward()
-        results.append((y.detach(), leaf.grad))
+        results.append((y.detach(), leaf.grad, layer.stats.dropped))
+    assert results[0][2] == 0 if over == "rounds" else results[0][2] > 0
     for actual, expected in zip(*results, strict=True):
         close(actual, expected, 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_under_compile_the_result_is_the_same():
-    run(2, compiled)
+@pytest.mark.filterwarnings("ignore:.*are dropped:UserWarning")
+@pytest.mark.parametrize("over", get_args(Over))
+def test_under_compile_the_result_is_the_same(over):
+    run(2, compiled, over)
 
 
 def test_arguments():

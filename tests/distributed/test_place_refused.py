@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EXPERTS, WIDTH, build, tokens
+from cases import EXPERTS, WIDTH, build, tokens, whole
 from ranks import run
 from test_placed_states import BACKWARDS, MIXED, everything, mesh_of, same
 from torch import nn
@@ -110,6 +110,11 @@ def adapted_and_compiled() -> None:
     assert graphs[1] > graphs[0]  # ids are mapped to slots from now on
     assert graphs[1] == graphs[2]
 
+    model[0].experts.reset_parameters()  # by expert, wherever it lies
+    twin = add_lora(nn.Sequential(MoE(WIDTH, 12, EXPERTS, balance=0.0, seed=0)).double(), 2).state_dict()
+    for name, t in model.state_dict().items():
+        assert "experts" not in name or torch.equal(whole(t), twin[name]), name
+
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own doing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -128,7 +133,6 @@ def test_what_reads_experts_in_the_order_of_their_slots_is_refused():
     readers = [
         lambda: add_lora(model, 2, name="second"),
         lambda: upcycle(model, model),
-        lambda: model[0].experts.reset_parameters(),
         lambda: hf.to_hf(model, "nowhere"),
         lambda: hf.load_hf(model, "nowhere"),
         lambda: restore_moe(model),
