@@ -137,7 +137,12 @@ class BoundedDispatcher(Dispatcher):
         self.inner.refuse(num_experts, device, place)
 
     def sent(self, expert: Tensor, place: Place | None) -> Tensor:
-        """See `Dispatcher.sent`; without what ``over="drop"`` has dropped in the layer's last call."""
+        """Of the expert ids that the layer has just called it with, those that were sent; -1 for what it has dropped.
+
+        Args:
+            expert: int64 [T, k], -1 where capacity has dropped one.
+            place: the layer; None outside of `parallelize`.
+        """
         if self.over == "rounds":
             return expert
         if torch.compiler.is_compiling():

@@ -142,15 +142,6 @@ class Dispatcher(ABC):
             place: the layer; None, the default, outside of `parallelize`.
         """
 
-    def sent(self, expert: Tensor, place: Place | None) -> Tensor:
-        """Of the ids int64 [T, k] that the layer has just called it with, those that went to an expert; -1 for others.
-
-        Args:
-            expert: global expert ids, -1 where capacity has dropped one.
-            place: the layer; None outside of `parallelize`.
-        """
-        return expert
-
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:
         """`dispatch` as a generator (`turnout.dispatch.steps`). Here it is ready at once, and then runs as a whole."""
         yield Ready()

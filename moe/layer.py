@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..dispatch.dispatcher import Dispatcher
+from ..dispatch import BoundedDispatcher, Dispatcher
 from ..dispatch.local import LocalDispatcher
 from ..dispatch.place import Place
 from ..dispatch.plan import Plan
@@ -164,7 +164,7 @@ class MoE(nn.Module):
         if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
-        sent = self.dispatcher.sent(kept.expert, self.place)  # a budget of rows may have dropped some
+        sent = at.sent(kept.expert, self.place) if isinstance(at := self.dispatcher, BoundedDispatcher) else kept.expert
         self._record(y, routing, None if sent is routed.expert else (routed.expert >= 0) & (sent < 0))
         return y
 
