@@ -149,8 +149,8 @@ class MoE(nn.Module):
             self.dispatcher.refuse(self.num_experts, x.device, self.place)  # the other ranks wait for this one
             raise
         tokens = autocast(tokens)
-        alone = self.shared is None or isinstance(self.shared, ResidualExperts)
-        beside = [] if alone else [Beside(partial(self.shared, tokens))]  # shared experts may run while rows travel
+        # shared experts may run while rows travel
+        beside = [] if isinstance(self.shared, ResidualExperts | None) else [Beside(partial(self.shared, tokens))]
         if self.weights is None or self.weights.idle:
             y = self.dispatcher(tokens, plan, kept.weight, self.experts, *beside)  # dispatch, experts, combine
         else:  # weights of some or all experts come here
