@@ -13,9 +13,9 @@ from ...dispatch.autoselect.profile import Profile
 from ..pipeline.partition import PER_RANK
 from . import tables
 from .architecture import Architecture
+from .breakdown import Estimate
 from .chart import draw_steps, draw_timeline
 from .cluster import Cluster, presets
-from .estimate import Estimate
 from .job_file import JobFile, start_commands, toml
 from .layout import DTYPES, RECOMPUTE, ZERO
 from .search import Found, search

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ...dispatch.mesh import Meshes
 from ..gpt import GPTConfig
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate
 from .search import search
 
 DEVICES = {"H200": "h200", "H100": "h100", "B200": "gb200", "A100": "selene"}  # a part of a GPU's name: its preset

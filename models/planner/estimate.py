@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...dispatch.autoselect.profile import Message
 from .architecture import Architecture
 from .block_time import Blocks, Time
+from .breakdown import Breakdown, Estimate
 from .cluster import Cluster
 from .layout import Layout
 from .links import Group
@@ -16,70 +17,6 @@ from .memory import Memory, memory, size_of
 from .placement import Placement
 from .roofline import Kernels
 from .share import Share, bubble, shares
-
-
-@dataclass(frozen=True)
-class Breakdown:
-    """Seconds of a step: compute + pipeline_bubble + optimizer + exposed are the step.
-
-    Communication counts whole along each axis; `exposed` is the part of all axes that hides behind no computing.
-    """
-
-    compute: float = 0.0  # on the rank that has most to do
-    pipeline_bubble: float = 0.0
-    tp: float = 0.0
-    pp: float = 0.0
-    dp: float = 0.0
-    ep: float = 0.0
-    optimizer: float = 0.0
-    exposed: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Seconds of the step."""
-        return self.compute + self.pipeline_bubble + self.optimizer + self.exposed
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What is expected of a layout."""
-
-    layout: Layout
-    breakdown: Breakdown
-    memory: Memory
-    fits: bool
-    tokens: int  # of a step
-    flops: float  # of a step, with what is computed twice
-    model_flops: float  # of a step, each once
-    peak: float  # FLOP/s of a rank by the datasheet
-    transport: str = ""  # of rows to their experts
-    placement: Placement | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.breakdown.total
-
-    @property
-    def mfu(self) -> float:
-        """Share of the peak, each FLOP of the model counted once."""
-        return self.model_flops / self.seconds / self.layout.ranks / self.peak
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``--json`` prints."""
-        layout = asdict(self.layout)
-        return {
-            "seconds_per_step": self.seconds,
-            "tflops_per_gpu": 1e-12 * self.flops / self.seconds / self.layout.ranks,
-            "mfu": self.mfu,
-            "tokens_per_s": self.tokens / self.seconds,
-            "memory_bytes": round(self.memory.total),
-            "bubble": bubble(self.layout) if self.layout.pp > 1 else 0.0,
-            "micro_batch": layout.pop("micro_batch"),
-            "virtual": layout.pop("virtual"),
-            "schedule": layout.pop("schedule"),
-            "breakdown": asdict(self.breakdown),
-        }
 
 
 class PerBlock(NamedTuple):
@@ -132,7 +69,7 @@ class Estimator:
         def of(share: Share) -> tuple[float, float, float]:
             """Seconds of a micro-batch on a rank: computing, and communication along tp and ep."""
             compute = share.dense * dense.compute + share.first * sum(embedding) + share.last * sum(head)
-            tp, ep = share.dense * dense.tp + 2 * reduced * (share.first + share.last), 0.0
+            tp, ep = share.dense * dense.tp + reduced * (share.first + share.last), 0.0
             if mixture is not None:
                 compute += share.mixtures * mixture.compute
                 tp, ep = tp + share.mixtures * mixture.tp, share.mixtures * mixture.ep
@@ -153,16 +90,12 @@ class Estimator:
         idle = bubble(layout) * m * sum(busy[share] for share in ranks) / p if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
-        breakdown = Breakdown(
-            compute=m * compute,
-            pipeline_bubble=idle,
-            tp=m * tp,
-            pp=m * pp,
-            dp=dp,
-            ep=m * ep,
-            optimizer=optimizer,
-            exposed=m * exposed + dp_exposed,
-        )
+        parts = {"compute": m * compute, "pipeline_bubble": idle, "tp": m * tp, "pp": m * pp, "dp": dp, "ep": m * ep}
+        breakdown = Breakdown(**parts, optimizer=optimizer, exposed=m * exposed + dp_exposed)
+        if cores := self.cluster.cores:  # while one rank waits another computes, and so no step ends before the cores do
+            mean = m * (sum(sum(times[share]) for share in ranks) / p + pp) + dp + optimizer
+            work = mean * min(layout.ranks, self.cluster.ranks_per_node) / cores
+            breakdown = replace(breakdown, cores=max(0.0, work - breakdown.total))
         return Estimate(
             layout=layout,
             breakdown=breakdown,
@@ -189,8 +122,8 @@ class Estimator:
             layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout), layout.ranks
         )
         ends = [embedding] * first + [head] * last
-        forward = sum(end.forward + reduced for end in ends)
-        backward = sum(end.backward + reduced for end in ends)
+        forward = sum(end.forward + reduced / 2 for end in ends)
+        backward = sum(end.backward + reduced / 2 for end in ends)
         passes = 3 if layout.recompute == "full" else 2  # of which one is the forward
         for index in blocks:
             block = mixture if mixture is not None and self.model.is_moe(index) else dense
@@ -236,15 +169,16 @@ class Estimator:
         zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
         slow = self.placement.slowdown("dp", layout)
-        for held, group in (
-            (dense, self.group(layout.dp, layout.tp, layout.ranks, slow)),
-            (experts, self.group(layout.edp, layout.ep * layout.etp, layout.ranks, slow)),
+        for held, units, group in (  # FSDP2 wraps each block, experts by themselves, and what is in no block
+            (dense, fullest.blocks + 1, self.group(layout.dp, layout.tp, layout.ranks, slow)),
+            (experts, fullest.mixtures, self.group(layout.edp, layout.ep * layout.etp, layout.ranks, slow)),
         ):
             if not zero:
                 total += group.all_reduce(wire * held)
             else:  # reduce-scattered once a step, or after each micro-batch; gathered once, or twice a micro-batch
-                total += (m if zero > 1 else 1) * group.all_gather(wire * held)
-                total += (2 * m if zero > 2 else 1) * group.all_gather(size * held)
+                scattered, gathered = wire * held, size * held
+                total += (m if zero > 1 else 1) * (group.reduce_scatter(scattered) + group.wrapped(scattered, units))
+                total += (2 * m if zero > 2 else 1) * (group.all_gather(gathered) + group.wrapped(gathered, units))
         tied = 0.0
         if layout.pp > 1:  # both ends have the embedding, and add up its gradients
             matrix = wire * model.vocab * model.dim / layout.tp
@@ -294,13 +228,13 @@ class Estimator:
         times = (2 if not mixture else 1) * (3 if recompute == "full" else 2)
         layout = Layout(tp=tp, dp=ranks // tp, ep=ep, etp=etp, micro_batch=micro_batch, dtype=dtype)
         trip = self.transport(layout)[1] * (1.5 if recompute == "full" else 1.0) if mixture else 0.0
-        return PerBlock(time, times * self.group(tp, 1, ranks).all_reduce(whole), trip)
+        return PerBlock(time, times * self.group(tp, 1, ranks).exchange(whole), trip)
 
     def _ends(self, tp: int, micro_batch: int, dtype: str, sequences: bool, ranks: int) -> tuple[Time, Time, float]:
-        """Embedding, head, and an all-reduce between tensor-parallel ranks at either."""
+        """Embedding, head, and the exchange of tensor-parallel ranks at either, forward or backward."""
         parts = self.parts(tp, micro_batch, dtype, sequences)
         whole = micro_batch * self.model.seq * self.model.dim * size_of(dtype)
-        return parts.embedding(), parts.head(), self.group(tp, 1, ranks).all_reduce(whole)
+        return parts.embedding(), parts.head(), self.group(tp, 1, ranks).exchange(whole)
 
     def _shares(self, pp: int, virtual: int, schedule: str) -> list[Share]:
         return shares(self.model, Layout(pp=pp, virtual=virtual, schedule=schedule))

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate, Estimator
+from .estimate import Estimator
 from .layout import DTYPES, RECOMPUTE, Layout, misfit
 from .placement import check_nodes, placements
 
