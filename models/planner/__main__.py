@@ -24,6 +24,7 @@ from .timeline import replay
 AXES = {
     "pp": "pipeline stages",
     "tp": "ranks that split each layer",
+    "cp": "ranks that split each sequence (default: 1)",
     "dp": "ranks that have parts of the batch",
     "ep": "ranks that share the experts",
     "etp": "ranks that split each expert",

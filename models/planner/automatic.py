@@ -67,7 +67,7 @@ def planned(
         raise plan
     at = plan.layout
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    meshes = Meshes.of(device, pp=at.pp, tp=at.tp, ep=at.ep, etp=at.etp, ranks_per_node=ranks_per_node)
+    meshes = Meshes.of(device, pp=at.pp, cp=at.cp, tp=at.tp, ep=at.ep, etp=at.etp, ranks_per_node=ranks_per_node)
     options = {
         "micro_batches": at.micro_batches,
         "schedule": at.schedule,

@@ -26,6 +26,7 @@ class Breakdown:
     ep: float = 0.0
     optimizer: float = 0.0
     exposed: float = 0.0
+    cp: float = 0.0
     cores: float = 0.0  # waiting for a processor core, where ranks have to share them
 
     @property
@@ -62,8 +63,7 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
         layout, parts = asdict(self.layout), asdict(self.breakdown)
-        if not self.breakdown.cores:
-            del parts["cores"]
+        parts = {name: time for name, time in parts.items() if time or name not in ("cp", "cores")}
         return {
             "seconds_per_step": self.seconds,
             "tflops_per_gpu": 1e-12 * self.flops / self.seconds / self.layout.ranks,

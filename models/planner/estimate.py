@@ -11,6 +11,7 @@ from .architecture import Architecture
 from .block_time import Blocks, Time
 from .breakdown import Breakdown, Estimate
 from .cluster import Cluster
+from .context import exchanges
 from .layout import Layout
 from .links import Group
 from .memory import Memory, memory, size_of
@@ -20,11 +21,12 @@ from .share import Share, bubble, shares
 
 
 class PerBlock(NamedTuple):
-    """Of one block and one micro-batch: seconds of computing, and of communication along tp and ep."""
+    """Of one block and one micro-batch: seconds of computing, and of communication along tp, ep and cp."""
 
     time: Time
     tp: float
     ep: float
+    cp: float
 
     @property
     def compute(self) -> float:
@@ -63,36 +65,46 @@ class Estimator:
         sequences = self.sequence_parallel(layout)
         needs = self.memory(layout)
         dense, mixture = self.blocks(layout)
-        embedding, head, reduced = self.ends(layout.tp, layout.micro_batch, layout.dtype, sequences, layout.ranks)
+        ends = layout.tp, layout.cp, layout.micro_batch, layout.dtype, sequences
+        embedding, head, reduced = self.ends(*ends, layout.ranks)
+        join = sum(self.parts(*ends).join()) if model.mtp else 0.0
         m, p, v = layout.micro_batches, layout.pp, layout.virtual
 
-        def of(share: Share) -> tuple[float, float, float]:
-            """Seconds of a micro-batch on a rank: computing, and communication along tp and ep."""
-            compute = share.dense * dense.compute + share.first * sum(embedding) + share.last * sum(head)
-            tp, ep = share.dense * dense.tp + reduced * (share.first + share.last), 0.0
+        def of(share: Share) -> tuple[float, float, float, float]:
+            """Seconds of a micro-batch on a rank: computing, and communication along tp, ep and cp."""
+            depths = model.mtp * share.last
+            compute = share.dense * dense.compute + (share.first + depths) * sum(embedding)
+            compute += (share.last + depths) * sum(head) + depths * join
+            tp, ep = share.dense * dense.tp + reduced * (share.first + share.last + 2 * depths), 0.0
             if mixture is not None:
                 compute += share.mixtures * mixture.compute
                 tp, ep = tp + share.mixtures * mixture.tp, share.mixtures * mixture.ep
-            return compute, tp, ep
+            return compute, tp, ep, share.blocks * dense.cp
 
         send = self.send(layout, sequences)
         pp = 2 * v * send if p > 1 else 0.0  # each stage on a rank sends its output, and gradients back
 
-        def hidden(compute: float, tp: float, ep: float) -> float:
+        def hidden(compute: float, tp: float, ep: float, cp: float) -> float:
             """Communication behind computing of the same micro-batch, of each axis as much as the software can."""
             return min(compute, software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep)
 
         times = {share: of(share) for share in set(ranks)}
         # what a rank computes and waits for in a micro-batch, messages between stages apart
         busy = {share: sum(time) - hidden(*time) for share, time in times.items()}
-        compute, tp, ep = fullest = times[max(busy, key=busy.__getitem__)]
-        exposed = tp + pp + ep - hidden(*fullest)
+        compute, tp, ep, cp = fullest = times[max(busy, key=busy.__getitem__)]
+        exposed = tp + pp + ep + cp - hidden(*fullest)
         idle = bubble(layout) * m * sum(busy[share] for share in ranks) / p if p > 1 else 0.0
         idle += 2 * (p - 1) * send  # first and last message of the way through the stages
         dp, dp_exposed, optimizer = self.data(layout, ranks, m * compute, compute)
-        parts = {"compute": m * compute, "pipeline_bubble": idle, "tp": m * tp, "pp": m * pp, "dp": dp, "ep": m * ep}
-        breakdown = Breakdown(**parts, optimizer=optimizer, exposed=m * exposed + dp_exposed)
-        if cores := self.cluster.cores:  # while one rank waits another computes, and so no step ends before the cores do
+        each = {"compute": compute, "tp": tp, "pp": pp, "ep": ep, "cp": cp}
+        breakdown = Breakdown(
+            **{part: m * time for part, time in each.items()},
+            pipeline_bubble=idle,
+            dp=dp,
+            optimizer=optimizer,
+            exposed=m * exposed + dp_exposed,
+        )
+        if cores := self.cluster.cores:  # while one rank waits another computes: a step takes no less than all cores do
             mean = m * (sum(sum(times[share]) for share in ranks) / p + pp) + dp + optimizer
             work = mean * min(layout.ranks, self.cluster.ranks_per_node) / cores
             breakdown = replace(breakdown, cores=max(0.0, work - breakdown.total))
@@ -112,23 +124,34 @@ class Estimator:
     def blocks(self, layout: Layout) -> tuple[PerBlock, PerBlock | None]:
         """A dense block, and a mixture if there are any."""
         halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
-        key = layout.tp, layout.ep, layout.etp, layout.micro_batch, layout.recompute, layout.dtype, halves, layout.ranks
-        return self.block(False, *key), self.block(True, *key) if self.model.moe_blocks else None
+        # what a block's times depend on, so that layouts that share it have it computed once
+        key = replace(
+            layout,
+            pp=1,
+            dp=layout.ranks // (layout.cp * layout.tp),
+            micro_batches=1,
+            virtual=1,
+            schedule="1f1b",
+            zero=0,
+        )
+        return self.block(False, key, halves), self.block(True, key, halves) if self.model.moe_blocks else None
 
     def stage(self, layout: Layout, blocks: range, first: bool, last: bool) -> tuple[float, float]:
         """Seconds of a micro-batch in one stage, forward and backward, with what it waits for along tp and ep."""
         dense, mixture = self.blocks(layout)
         embedding, head, reduced = self.ends(
-            layout.tp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout), layout.ranks
+            layout.tp, layout.cp, layout.micro_batch, layout.dtype, self.sequence_parallel(layout), layout.ranks
         )
-        ends = [embedding] * first + [head] * last
+        depths = self.model.mtp * last
+        blocks_here = [*blocks, *[self.model.layers - 1] * depths]
+        ends = [embedding] * (first + depths) + [head] * (last + depths)
         forward = sum(end.forward + reduced / 2 for end in ends)
         backward = sum(end.backward + reduced / 2 for end in ends)
         passes = 3 if layout.recompute == "full" else 2  # of which one is the forward
-        for index in blocks:
+        for index in blocks_here:
             block = mixture if mixture is not None and self.model.is_moe(index) else dense
-            forward += block.time.forward + (block.tp + block.ep) / passes
-            backward += block.time.backward + (block.tp + block.ep) * (1 - 1 / passes)
+            forward += block.time.forward + (block.tp + block.ep + block.cp) / passes
+            backward += block.time.backward + (block.tp + block.ep + block.cp) * (1 - 1 / passes)
         return forward, backward
 
     def group(self, size: int, stride: int, ranks: int, slowdown: float = 1.0) -> Group:
@@ -139,8 +162,8 @@ class Estimator:
         """Seconds for the hidden states of a micro-batch to the next stage: `Boundary`."""
         if layout.pp == 1:
             return 0.0
-        whole = layout.micro_batch * self.model.seq * self.model.dim * size_of(layout.dtype)
-        there = self.group(layout.pp, layout.dp * layout.tp, layout.ranks, self.placement.slowdown("pp", layout))
+        whole = layout.micro_batch * self.model.seq // layout.cp * self.model.dim * size_of(layout.dtype)
+        there = self.group(layout.pp, layout.stage, layout.ranks, self.placement.slowdown("pp", layout))
         if sequences or layout.tp == 1:
             return there.send(whole / layout.tp)
         if not self.cluster.software.scatter_gather:
@@ -150,7 +173,7 @@ class Estimator:
     def transport(self, layout: Layout) -> tuple[str, float]:
         """The transport that the runtime would take in a mixture, and seconds of its trips, forward and backward."""
         model, size = self.model, size_of(layout.dtype)
-        tokens = layout.micro_batch * model.seq / layout.tp * (model.capacity or model.imbalance)
+        tokens = layout.micro_batch * model.seq / layout.tp / layout.cp * (model.capacity or model.imbalance)
         row = model.dim * size
         group = self.group(layout.ep, layout.etp, layout.ranks, self.placement.slowdown("ep", layout))
         # etp ranks of an expert share their rows: gathered, and summed again on the way home
@@ -170,7 +193,7 @@ class Estimator:
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
         slow = self.placement.slowdown("dp", layout)
         for held, units, group in (  # FSDP2 wraps each block, experts by themselves, and what is in no block
-            (dense, fullest.blocks + 1, self.group(layout.dp, layout.tp, layout.ranks, slow)),
+            (dense, fullest.blocks + 1, self.group(layout.replicas, layout.tp, layout.ranks, slow)),
             (experts, fullest.mixtures, self.group(layout.edp, layout.ep * layout.etp, layout.ranks, slow)),
         ):
             if not zero:
@@ -180,60 +203,52 @@ class Estimator:
                 total += (m if zero > 1 else 1) * (group.reduce_scatter(scattered) + group.wrapped(scattered, units))
                 total += (2 * m if zero > 2 else 1) * (group.all_gather(gathered) + group.wrapped(gathered, units))
         tied = 0.0
-        if layout.pp > 1:  # both ends have the embedding, and add up its gradients
+        if layout.pp > 1 and (model.tied or model.mtp):  # both ends have the embedding, and add up its gradients
             matrix = wire * model.vocab * model.dim / layout.tp
             together = layout.ranks <= self.cluster.ranks_per_node
             tied = self.group(2, 1 if together else self.cluster.ranks_per_node, 2, slow).all_reduce(matrix)
         # ZeRO 3 gathers during the whole step; else the first forward and the last backward are beside it
         beside = computing if zero > 1 else one
         exposed = max(total * (1 - software.dp_overlap), total - beside) + tied
-        own = dense / layout.dp + experts / layout.edp if zero else dense + experts
+        own = dense / layout.replicas + experts / layout.edp if zero else dense + experts
         kernels = Kernels(self.cluster.device, self.cluster.device.peak(layout.dtype), size)
         return total + tied, exposed, kernels.moved(software.step_bytes * own)
 
-    def parts(self, tp: int, micro_batch: int, dtype: str, sequences: bool) -> Blocks:
+    def parts(self, tp: int, cp: int, micro_batch: int, dtype: str, sequences: bool) -> Blocks:
         """The times of a micro-batch's parts."""
         kernels = Kernels(self.cluster.device, self.cluster.device.peak(dtype), size_of(dtype))
-        return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences)
+        return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences, cp)
 
-    def _block(
-        self,
-        mixture: bool,
-        tp: int,
-        ep: int,
-        etp: int,
-        micro_batch: int,
-        recompute: str,
-        dtype: str,
-        halves: bool,
-        ranks: int,
-    ) -> PerBlock:
-        model = self.model
-        sequences = tp > 1 and recompute in self.cluster.software.sequence_parallel
-        parts = self.parts(tp, micro_batch, dtype, sequences)
+    def _block(self, mixture: bool, layout: Layout, halves: bool) -> PerBlock:
+        model, tp, ep, etp = self.model, layout.tp, layout.ep, layout.etp
+        size, sequences = size_of(layout.dtype), self.sequence_parallel(layout)
+        parts = self.parts(tp, layout.cp, layout.micro_batch, layout.dtype, sequences)
         core = parts.core()
         inside = parts.mixture(ep, etp) if mixture else parts.feed_forward()
         time = parts.attention() + core + inside
-        if recompute == "full":
+        full = layout.recompute == "full"
+        if full:
             time += (0.0, time.forward * (2 if halves else 1))  # in both halves of a backward
-        elif recompute == "selective":
+        elif layout.recompute == "selective":
             again = core.forward
             if mixture:
-                rows = micro_batch * model.seq / tp * model.top_k * etp * (model.capacity or model.imbalance)
+                rows = parts.tokens / tp * model.top_k * etp * (model.capacity or model.imbalance)
                 experts = model.experts / ep
                 again += parts.experts(experts, rows / experts, model.hidden / etp, model.matrices - 1).forward
             time += (0.0, again)
-        whole = micro_batch * model.seq * model.dim * size_of(dtype)
         # forward and backward, 8 b s h (t - 1) / t numbers of a dense block (PTD-P, section 3.2)
-        times = (2 if not mixture else 1) * (3 if recompute == "full" else 2)
-        layout = Layout(tp=tp, dp=ranks // tp, ep=ep, etp=etp, micro_batch=micro_batch, dtype=dtype)
-        trip = self.transport(layout)[1] * (1.5 if recompute == "full" else 1.0) if mixture else 0.0
-        return PerBlock(time, times * self.group(tp, 1, ranks).exchange(whole), trip)
+        times = (2 if not mixture else 1) * (3 if full else 2)
+        exchanged = times * self.group(tp, 1, layout.ranks).exchange(parts.tokens * model.dim * size)
+        trip = self.transport(layout)[1] * (1.5 if full else 1.0) if mixture else 0.0
+        around = self.group(layout.cp, tp, layout.ranks).sent(*exchanges(model, layout, size))
+        return PerBlock(time, exchanged, trip, around)
 
-    def _ends(self, tp: int, micro_batch: int, dtype: str, sequences: bool, ranks: int) -> tuple[Time, Time, float]:
+    def _ends(
+        self, tp: int, cp: int, micro_batch: int, dtype: str, sequences: bool, ranks: int
+    ) -> tuple[Time, Time, float]:
         """Embedding, head, and the exchange of tensor-parallel ranks at either, forward or backward."""
-        parts = self.parts(tp, micro_batch, dtype, sequences)
-        whole = micro_batch * self.model.seq * self.model.dim * size_of(dtype)
+        parts = self.parts(tp, cp, micro_batch, dtype, sequences)
+        whole = parts.tokens * self.model.dim * size_of(dtype)
         return parts.embedding(), parts.head(), self.group(tp, 1, ranks).exchange(whole)
 
     def _shares(self, pp: int, virtual: int, schedule: str) -> list[Share]:

@@ -105,6 +105,10 @@ class Group:
             return self.all_reduce(size)
         return self.reduce_scatter(size) + self.all_gather(size) + self.wrapped(2 * size, 2)
 
+    def sent(self, size: float, calls: int) -> float:
+        """Seconds of `calls` exchanges in which each rank sends `size` bytes in all to others."""
+        return calls * self._step + size * self._byte if self.size > 1 else 0.0
+
     def send(self, size: float) -> float:
         """Seconds for `size` bytes from each rank to the next one, `stride` ranks away, all at the same time."""
         if self.size == 1:

@@ -111,24 +111,26 @@ def _families(
     def values(name: str, options: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(options)
 
-    for pp in values("pp", [p for p in _divisors(gpus) if p <= model.layers]):
-        for tp in values("tp", [t for t in _divisors(gpus // pp) if t <= cluster.ranks_per_node]):
-            dp, rest = divmod(gpus, pp * tp)
+    cp = fixed.get("cp", 1)  # what each rank computes stays the same with more of them, and so it is not searched
+    for pp in values("pp", [p for p in _divisors(gpus // cp) if p <= model.layers]):
+        for tp in values("tp", [t for t in _divisors(gpus // cp // pp) if t <= cluster.ranks_per_node]):
+            dp, rest = divmod(gpus, pp * tp * cp)
             if rest or dp != fixed.get("dp", dp):
                 found.refused[f"--pp {pp} x --tp {tp} x --dp {fixed.get('dp', dp)} are not --gpus {gpus}"] += 1
                 continue
             if batch % dp:
                 found.refused[f"--batch ({batch}) must be a multiple of --dp ({dp})"] += 1
                 continue
-            stage = dp * tp
+            stage = dp * cp * tp
             eps = [e for e in _divisors(stage) if model.experts % e == 0] if model.moe_blocks else [1]
             for ep in values("ep", eps):
                 etps = [e for e in SLICES if stage % (ep * e) == 0 and e <= cluster.ranks_per_node] if ep > 1 else [1]
                 for etp in values("etp", [e for e in etps if model.hidden % e == 0] or [1]):  # or `misfit` says why
-                    axes = {"pp": pp, "tp": tp, "dp": dp, "ep": ep, "etp": etp}
+                    axes = {"pp": pp, "tp": tp, "cp": cp, "dp": dp, "ep": ep, "etp": etp}
+                    axes |= {name: fixed[name] for name in ("cp_attention",) if name in fixed}
                     for schedule, virtual in _schedules(model, cluster, pp, fixed):
                         # in a pipeline ZeRO 2 and 3 do as 1
-                        stages = [z for z in cluster.software.zero if z < 2 or pp == 1] if dp > 1 else [0]
+                        stages = [z for z in cluster.software.zero if z < 2 or pp == 1] if dp * cp > 1 else [0]
                         for zero in values("zero", stages):
                             yield axes | {"schedule": schedule, "virtual": virtual, "zero": zero}
 
@@ -173,11 +175,11 @@ def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) ->
     for name, value in {"gpus": gpus, "batch": batch, **fixed}.items():
         if isinstance(value, int) and value < (0 if name == "zero" else 1):
             raise ValueError(f"--{name.replace('_', '-')} must be positive; got {value}")
-    split = {name: fixed[name] for name in ("pp", "tp", "dp") if name in fixed}
+    split = {name: fixed[name] for name in ("pp", "tp", "cp", "dp") if name in fixed}
     product, words = 1, " x ".join(f"--{name} {size}" for name, size in split.items())
     for size in split.values():
         product *= size
-    if gpus % product or (len(split) == 3 and product != gpus):
+    if gpus % product or ({"pp", "tp", "dp"} <= split.keys() and product != gpus):
         raise ValueError(
             f"{words} = {product} does not divide --gpus {gpus}; choose --gpus as a multiple of {product}, or leave "
             "one of them to the search"

@@ -16,6 +16,7 @@ REASONS = {  # what a part of the step is called where it is what a layout loses
     "pipeline_bubble": "bubble",
     "tp": "tp traffic",
     "pp": "pp traffic",
+    "cp": "cp traffic",
     "dp": "dp traffic",
     "ep": "all-to-all",
     "optimizer": "optimizer",
