@@ -96,7 +96,7 @@ def estimate(cluster: Cluster, run: Run) -> Estimate:
 
 
 def fit(runs: list[Run], cores: int) -> Cluster:
-    """The laptop's constants, with what three runs say of a core, of links and of wrappers, and of a process' memory."""
+    """The laptop's constants, with those of a core, of links, of wrappers and of a process as the runs have them."""
     cluster = replace(Cluster.load("laptop"), cores=cores)
 
     def core(speed: float) -> Cluster:

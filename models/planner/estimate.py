@@ -18,6 +18,7 @@ from .memory import Memory, memory, size_of
 from .placement import Placement
 from .roofline import Kernels
 from .share import Share, bubble, shares
+from .update import ADAMW, AVERAGE_BYTES, Update
 
 
 class PerBlock(NamedTuple):
@@ -37,8 +38,15 @@ class PerBlock(NamedTuple):
 class Estimator:
     """Estimates layouts of one model on one cluster; what layouts share is computed once."""
 
-    def __init__(self, model: Architecture, cluster: Cluster, batch: int, placement: Placement | None = None) -> None:
-        self.model, self.cluster, self.batch = model, cluster, batch
+    def __init__(
+        self,
+        model: Architecture,
+        cluster: Cluster,
+        batch: int,
+        placement: Placement | None = None,
+        update: Update = ADAMW,
+    ) -> None:
+        self.model, self.cluster, self.batch, self.update = model, cluster, batch, update
         self.placement = Placement(cluster) if placement is None else placement
         self.block = cache(self._block)
         self.ends = cache(self._ends)
@@ -51,7 +59,9 @@ class Estimator:
     def memory(self, layout: Layout) -> Memory:
         """Of the rank that needs most: the first, with most in flight, or the last, with the head."""
         ranks, sequences = self.shares(layout.pp, layout.virtual, layout.schedule), self.sequence_parallel(layout)
-        ends = [memory(self.model, self.cluster, layout, ranks[r], r, sequences) for r in {0, layout.pp - 1}]
+        ends = [
+            memory(self.model, self.cluster, layout, ranks[r], r, sequences, self.update) for r in {0, layout.pp - 1}
+        ]
         return max(ends, key=lambda held: held.total)
 
     def fits(self, held: Memory) -> bool:
@@ -125,15 +135,7 @@ class Estimator:
         """A dense block, and a mixture if there are any."""
         halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
         # what a block's times depend on, so that layouts that share it have it computed once
-        key = replace(
-            layout,
-            pp=1,
-            dp=layout.ranks // (layout.cp * layout.tp),
-            micro_batches=1,
-            virtual=1,
-            schedule="1f1b",
-            zero=0,
-        )
+        key = replace(layout, pp=1, dp=layout.pp * layout.dp, micro_batches=1, virtual=1, schedule="1f1b", zero=0)
         return self.block(False, key, halves), self.block(True, key, halves) if self.model.moe_blocks else None
 
     def stage(self, layout: Layout, blocks: range, first: bool, last: bool) -> tuple[float, float]:
@@ -212,7 +214,9 @@ class Estimator:
         exposed = max(total * (1 - software.dp_overlap), total - beside) + tied
         own = dense / layout.replicas + experts / layout.edp if zero else dense + experts
         kernels = Kernels(self.cluster.device, self.cluster.device.peak(layout.dtype), size)
-        return total + tied, exposed, kernels.moved(software.step_bytes * own)
+        moved = software.step_bytes + 3 * AVERAGE_BYTES * self.update.ema
+        alone = self.update.orthogonalising(model, layout, fullest, self.cluster.device, zero)
+        return total + tied, exposed, kernels.moved(moved * own) + alone
 
     def parts(self, tp: int, cp: int, micro_batch: int, dtype: str, sequences: bool) -> Blocks:
         """The times of a micro-batch's parts."""

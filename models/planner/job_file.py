@@ -11,6 +11,7 @@ from ..blocks import block_numbers
 from ..gpt import GPTConfig
 from .architecture import Architecture
 from .layout import Layout
+from .update import ADAMW, Update
 
 SIZES = (
     *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
@@ -47,6 +48,7 @@ class JobFile(NamedTuple):
     batch: int  # sequences of a step
     dtype: str
     layout: tuple[str, ...]  # keys of a layout that it gives as well
+    update: Update
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
@@ -75,10 +77,11 @@ class JobFile(NamedTuple):
         config = GPTConfig(**sizes, moe=moe)
         dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
         stated = tuple(key for key in LAYOUT if key in given)
-        return cls(Architecture.of(config), given.get("batch", 32), dtype, stated)
+        update = Update(given.get("optimizer", "adamw"), bool(given.get("ema")))
+        return cls(Architecture.of(config), given.get("batch", 32), dtype, stated, update)
 
 
-def toml(model: Architecture, layout: Layout, batch: int) -> str:
+def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW) -> str:
     """A file for the job, with what it has no flag for in comments."""
     values: dict[str, Any] = {
         "batch": batch,
@@ -113,6 +116,8 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
         "recompute": layout.recompute,
         "bf16": layout.dtype == "bf16" or None,
         "fp16": layout.dtype == "fp16" or None,
+        "optimizer": update.optimizer if update.optimizer != "adamw" else None,
+        "ema": 0.999 if update.ema else None,
     }
     if not model.experts:  # the job's dense model is top_k * hidden wide
         values["top-k"] = 1

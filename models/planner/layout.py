@@ -78,8 +78,10 @@ def way(model: Architecture, layout: Layout) -> How:
     Raises:
         ValueError: a way that the model does not allow.
     """
-    heads = {"dim": model.dim, "heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
-    return attention_of(GPTConfig(**heads, windows=model.windows), layout.cp, layout.tp, layout.cp_attention)
+    config = GPTConfig(
+        dim=model.dim, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, windows=model.windows
+    )
+    return attention_of(config, layout.cp, layout.tp, layout.cp_attention)
 
 
 def misfit(layout: Layout, model: Architecture, batch: int) -> str | None:

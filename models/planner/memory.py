@@ -10,6 +10,7 @@ from .architecture import Architecture
 from .cluster import Cluster
 from .layout import Layout
 from .share import Share, in_flight
+from .update import ADAMW, AVERAGE_BYTES, Update
 
 
 class Memory(NamedTuple):
@@ -18,6 +19,7 @@ class Memory(NamedTuple):
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
+    average: float = 0.0  # of the weights, where one is kept
     activations: float = 0.0  # of the micro-batches in flight, and of the block in its backward
     dispatch: float = 0.0  # buffers of an exchange of rows, sent and received
     head: float = 0.0  # logits in the computing dtype and in float32
@@ -36,7 +38,13 @@ def size_of(dtype: str) -> int:
 
 
 def memory(
-    model: Architecture, cluster: Cluster, layout: Layout, share: Share, rank: int, sequence_parallel: bool
+    model: Architecture,
+    cluster: Cluster,
+    layout: Layout,
+    share: Share,
+    rank: int,
+    sequence_parallel: bool,
+    update: Update = ADAMW,
 ) -> Memory:
     """What a rank of the pipeline holds at its fullest."""
     software, size = cluster.software, size_of(layout.dtype)
@@ -47,6 +55,9 @@ def memory(
 
     def held(stage: int) -> float:
         return sharded if zero >= stage else dense + experts
+
+    hidden = share.hidden_parameters(model, layout.tp), experts
+    stepped = hidden[0] / layout.replicas + hidden[1] / layout.edp if zero else sum(hidden)
 
     blocks = Activations(model, cluster, layout, sequence_parallel)
     kept = share.dense * blocks.kept(False) + share.mixtures * blocks.kept(True)
@@ -62,7 +73,8 @@ def memory(
     return Memory(
         weights=software.weight_bytes * held(3),
         gradients=software.gradient_bytes * held(2),
-        optimizer=software.optimizer_bytes * held(1),
+        optimizer=software.optimizer_bytes * held(1) - update.saved_bytes(stepped),
+        average=AVERAGE_BYTES * held(1) * update.ema,
         activations=activations,
         dispatch=4 * blocks.rows * model.dim * size if share.mixtures and layout.ep > 1 else 0.0,
         head=logits,

@@ -15,6 +15,7 @@ from .cluster import Cluster
 from .estimate import Estimator
 from .layout import DTYPES, RECOMPUTE, Layout, misfit
 from .placement import check_nodes, placements
+from .update import ADAMW, Update
 
 WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
@@ -46,12 +47,14 @@ def search(
     batch: int,
     fixed: Mapping[str, Any] | None = None,
     dtype: str = "bf16",
+    update: Update = ADAMW,
 ) -> Found:
     """Estimate every layout that the fixed fields of a `Layout` leave open.
 
     Args:
         gpus: ranks in all.
         batch: sequences of a step, on all ranks together.
+        update: optimizer, and whether there is an average of the weights.
         fixed: fields of `Layout` by name; others are searched. Tensor parallelism stays in a node unless it is fixed.
 
     Raises:
@@ -62,7 +65,7 @@ def search(
     _check(fixed, cluster, gpus, batch)
     check_nodes(cluster, gpus)
     found = Found()
-    estimators = [Estimator(model, cluster, batch, placement) for placement in placements(cluster)]
+    estimators = [Estimator(model, cluster, batch, placement, update) for placement in placements(cluster)]
     for family in _families(model, cluster, gpus, batch, fixed, found):
         fastest = inf
         for micro_batch in _micro_batches(batch // family["dp"], cluster, fixed):

@@ -29,6 +29,11 @@ class Share(NamedTuple):
         whole = model.dim * (2 if model.plain else 1) + model.mtp * model.join_parameters if self.last else 0
         return split / tp + whole + self.mixtures * model.router_parameters
 
+    def hidden_parameters(self, model: Architecture, tp: int) -> float:
+        """On a rank, of matrices inside blocks that are no routed expert: what Muon steps beside experts."""
+        split = self.blocks * model.attention_matrices + self.dense * model.matrices * model.dim * model.ffn
+        return split / tp + self.mixtures * model.matrices * model.dim * model.hidden * model.shared
+
     def embeds(self, model: Architecture) -> bool:
         """Whether it has the embedding: for its tokens, as the head, or for further tokens."""
         return self.first or (self.last and (model.tied or model.mtp > 0))
