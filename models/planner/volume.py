@@ -46,7 +46,8 @@ def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> flo
     exchanges += 2 * share.first + 2 * share.last + 4 * depths  # the embedding's output, and the norm's before the head
     losses = share.last + depths
     loss = 12 * tokens * losses  # largest, sum and target's logit
-    return (exchanges * whole + 2 * loss) * (layout.tp - 1) / layout.tp
+    joins = 4 * model.join_parameters * depths  # whole on each rank, and so are their gradients, which are summed
+    return (exchanges * whole + 2 * (loss + joins)) * (layout.tp - 1) / layout.tp
 
 
 def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
