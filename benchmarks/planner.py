@@ -3,10 +3,9 @@
     python benchmarks/planner.py --save runs.json  # starts examples/pretrain.py on 1 to 8 gloo ranks
     python benchmarks/planner.py --save runs.json  # compares once more: runs that the file has are not started again
 
-One constant each is fitted to the first two runs: how fast a core computes, to one rank alone, and what its links
-cost, to two ranks of data parallelism. So are the memory of a process without tensors, and what it holds beside each
-byte of activations. All else is `clusters/laptop.toml`. Where there are more ranks than cores, a bubble costs nothing,
-since another rank computes meanwhile: a step then takes the work of all ranks over the cores.
+One constant each is fitted to three runs: how fast a core computes, to one rank alone; what its links cost, to two
+ranks of data parallelism; what DTensor adds to a collective, to tensor parallelism.
+Memory of a process, and beside activations, is fitted to the first two. All else is `clusters/laptop.toml`.
 """
 
 from __future__ import annotations
