@@ -1,12 +1,11 @@
 """Does the planner predict this machine? It is fitted to two layouts of the main job, and compared on others.
 
-    python benchmarks/planner.py --save runs.json          # starts examples/pretrain.py on 1 to 8 gloo ranks
-    python benchmarks/planner.py --measured runs.json      # compares once more, without starting anything
+    python benchmarks/planner.py --save runs.json  # starts examples/pretrain.py on 1 to 8 gloo ranks
+    python benchmarks/planner.py --save runs.json  # compares once more: runs that the file has are not started again
 
-One constant each is fitted to the first two runs: how fast a core computes, to one rank alone, and what its links
-cost, to two ranks of data parallelism. So are the memory of a process without tensors, and what it holds beside each
-byte of activations. All else is `clusters/laptop.toml`. Where there are more ranks than cores, a bubble costs nothing,
-since another rank computes meanwhile: a step then takes the work of all ranks over the cores.
+One constant each is fitted to three runs: how fast a core computes, to one rank alone; what its links cost, to two
+ranks of data parallelism; what DTensor adds to a collective, to tensor parallelism.
+Memory of a process, and beside activations, is fitted to the first two. All else is `clusters/laptop.toml`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from turnout.models.planner import Architecture, Cluster, Estimate, Estimator
 from turnout.models.planner.volume import traffic
 
 JOB = "--dim 256 --layers 4 --heads 4 --hidden 256 --experts 8 --seq 128 --batch 16 --eval-size 16 --eval-every 999"
-LAYOUTS = [  # ranks, flags; constants are fitted to the first two
+LAYOUTS = [  # ranks, flags
     (1, "--ep 1"),
     (2, "--ep 1"),
     (2, "--ep 2"),
@@ -42,6 +41,7 @@ LAYOUTS = [  # ranks, flags; constants are fitted to the first two
     (4, "--tp 2 --ep 4"),
     (8, "--pp 2 --tp 2 --ep 4 --micro-batches 4"),
 ]
+FITTED = (0, 1, 3)  # of these, to which constants are fitted
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Run:
 
 def measure(ranks: int, flags: str, steps: int) -> Run:
     with tempfile.TemporaryDirectory() as out:
-        job = [*JOB.split(), *flags.split(), "--steps", str(steps), "--log-every", str(steps), "--out", out]
+        job = [*JOB.split(), *flags.split(), "--steps", str(steps), "--log-every", str(steps // 2), "--out", out]
         script = Path(__file__).parents[1] / "examples" / "pretrain.py"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         done = subprocess.run(
@@ -67,9 +67,10 @@ def measure(ranks: int, flags: str, steps: int) -> Run:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        events = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+        found = [event for event in events if event["event"] == "step"][-1]  # of the second half: the first warms up
     parsed = options.parse(job)
     sent: dict[str, float] = {}
     for key, size in found["sent_bytes"].items():
@@ -93,37 +94,26 @@ def estimate(cluster: Cluster, run: Run) -> Estimate:
     return Estimator(Architecture.of(job.config()), cluster, job.batch)(layout_of(job, run.ranks))
 
 
-def step(cluster: Cluster, cores: int, run: Run) -> float:
-    """Seconds of a step on so many cores."""
-    plan = estimate(cluster, run)
-    parts = plan.breakdown
-    work = parts.compute + parts.optimizer + parts.tp + parts.pp + parts.dp + parts.ep
-    return max(plan.seconds, run.ranks * work / cores)
-
-
 def fit(runs: list[Run], cores: int) -> Cluster:
-    """The laptop's constants, with the speed of a core and of its links from two runs, and the memory of a process."""
-    base = Cluster.load("laptop")
+    """The laptop's constants, with those of a core, of links, of wrappers and of a process as the runs have them."""
+    cluster = replace(Cluster.load("laptop"), cores=cores)
 
     def core(speed: float) -> Cluster:
-        device = base.device
+        device = cluster.device
         rates = {name: speed * getattr(device, name) for name in ("half_tflops", "single_tflops", "memory_gbs")}
-        return replace(base, device=replace(device, **rates, kernel_us=device.kernel_us / speed))
-
-    computing = core(_root(lambda speed: step(core(speed), cores, runs[0]) - runs[0].seconds))
+        return replace(cluster, device=replace(device, **rates))
 
     def links(speed: float) -> Cluster:
-        inside = base.inside
-        wire = replace(
-            inside,
-            gbs=speed * inside.gbs,
-            step_us=inside.step_us / speed,
-            message_us=inside.message_us / speed,
-        )
-        return replace(computing, inside=wire)
+        before = cluster.inside
+        times = {name: getattr(before, name) / speed for name in ("step_us", "message_us")}
+        return replace(cluster, inside=replace(before, gbs=speed * before.gbs, **times))
 
-    linked = links(_root(lambda speed: step(links(speed), cores, runs[1]) - runs[1].seconds))
-    return _with_memory(linked, runs[:2])
+    def wrappers(speed: float) -> Cluster:
+        return replace(cluster, software=replace(cluster.software, wrapper_us=cluster.software.wrapper_us / speed))
+
+    for run, changed in zip(FITTED, (core, links, wrappers), strict=True):
+        cluster = changed(_root(lambda speed: estimate(changed(speed), runs[run]).seconds - runs[run].seconds))  # noqa: B023
+    return _with_memory(cluster, runs[:2])
 
 
 def _with_memory(cluster: Cluster, runs: list[Run]) -> Cluster:
@@ -147,16 +137,16 @@ def _root(excess: Callable[[float], float]) -> float:
     return (low * high) ** 0.5
 
 
-def table(runs: list[Run], cluster: Cluster, cores: int) -> str:
+def table(runs: list[Run], cluster: Cluster) -> str:
     lines = [
         "| ranks | flags | s a step | planned | | GB | planned | | MB sent, by axis | planned |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, run in enumerate(runs):
-        job, planned_step = job_of(run), step(cluster, cores, run)
-        held = estimate(cluster, run).memory.total
+        job, plan = job_of(run), estimate(cluster, run)
+        planned_step, held = plan.seconds, plan.memory.total
         sent = traffic(Architecture.of(job.config()), layout_of(job, run.ranks))
-        fitted = " (fitted)" if number < 2 else ""
+        fitted = " (fitted)" if number in FITTED else ""
         lines.append(
             f"| {run.ranks} | {run.flags}{fitted} | {run.seconds:.3f} | {planned_step:.3f} "
             f"| {planned_step / run.seconds - 1:+.0%} | {run.memory / 1e9:.3f} | {held / 1e9:.3f} "
@@ -169,28 +159,36 @@ def _axes(sent: dict[str, float]) -> str:
     return ", ".join(f"{axis} {size / 1e6:.2f}" for axis, size in sent.items())
 
 
+def runs_of(most: int, steps: int, file: Path | None) -> list[Run]:
+    """Runs of all layouts of at most so many ranks, those that are in the file among them."""
+    known = [Run(**run) for run in json.loads(file.read_text())] if file and file.exists() else []
+    runs = []
+    for ranks, flags in LAYOUTS:
+        if ranks <= most:
+            same = [run for run in known if (run.ranks, run.flags) == (ranks, flags)]
+            runs += same or [measure(ranks, flags, steps)]
+            if file:
+                file.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8, help="leave out layouts of more")
-    parser.add_argument("--steps", type=int, default=12, help="of each run; the last one is counted, not timed")
+    parser.add_argument("--steps", type=int, default=16, help="of each run; the second half is timed, less its last")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--measured", type=Path, help="runs that --save has written, in place of new ones")
-    parser.add_argument("--save", type=Path)
+    parser.add_argument("--save", type=Path, help="keep runs in this file, and start none that it has")
     args = parser.parse_args()
-    if args.measured:
-        runs = [Run(**run) for run in json.loads(args.measured.read_text())]
-    else:
-        runs = [measure(ranks, flags, args.steps) for ranks, flags in LAYOUTS if ranks <= args.ranks]
-    if args.save:
-        args.save.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    runs = runs_of(args.ranks, args.steps, args.save)
     cluster = fit(runs, args.cores)
     device, inside = cluster.device, cluster.inside
     print(
         f"{args.cores} cores; fitted: {1e3 * device.single_tflops:.1f} GFLOP/s and {device.memory_gbs:.2f} GB/s a "
-        f"core, {device.kernel_us:.1f} us a kernel; links {inside.gbs:.3f} GB/s, {inside.step_us:.0f} us a collective; "
+        f"core, {device.kernel_us:.1f} us a kernel; links {inside.gbs:.3f} GB/s, {inside.step_us:.0f} us a collective, "
+        f"{cluster.software.wrapper_us:.0f} more by a wrapper; "
         f"{cluster.software.reserve_gb:.3f} GB a process, {cluster.software.fragmentation:.2f} beside activations\n"
     )
-    print(table(runs, cluster, args.cores))
+    print(table(runs, cluster))
 
 
 if __name__ == "__main__":

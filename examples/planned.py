@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from options import Job
 from turnout.dispatch.autoselect.profile import Profile
 from turnout.models.planner import Architecture, Cluster, Estimate, Estimator, Layout, search, tables
 from turnout.models.planner.automatic import runnable
 from turnout.models.planner.layout import ZERO
+from turnout.models.planner.update import Update
 from turnout.models.planner.volume import traffic
 
 
@@ -25,8 +27,7 @@ def dtype_of(job: Job) -> str:
 
 def layout_of(job: Job, ranks: int) -> Layout:
     """Of a job whose flags fit so many ranks: `Job.fit`."""
-    check(job)
-    dp, micro_batches = ranks // job.pp // job.tp, job.micro_batches * job.accumulate
+    dp, micro_batches = ranks // job.pp // job.cp // job.tp, job.micro_batches * job.accumulate
     return Layout(
         pp=job.pp,
         tp=job.tp,
@@ -40,13 +41,17 @@ def layout_of(job: Job, ranks: int) -> Layout:
         recompute="full" if job.recompute == "sqrt" else job.recompute,
         zero=ZERO.index(job.data_parallel),
         dtype=dtype_of(job),
+        **splits(job),
     )
 
 
-def check(job: Job) -> None:
-    """Raise a ValueError for flags that the planner does not model."""
-    if job.cp > 1:
-        raise ValueError(f"--cp ({job.cp}): the planner does not know context parallelism yet; leave it at 1 to plan")
+def splits(job: Job) -> dict[str, Any]:
+    """Fields of a `Layout` that no search changes: ranks that split sequences."""
+    return {"cp": job.cp, "cp_attention": job.cp_attention or None}
+
+
+def update_of(job: Job) -> Update:
+    return Update(job.optimizer, job.ema > 0)
 
 
 def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
@@ -55,9 +60,8 @@ def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
     Raises:
         ValueError: there is none, in the planner's words.
     """
-    check(job)
     cluster = runnable(cluster_of(job, ranks_per_node))
-    found = search(Architecture.of(job.config()), cluster, ranks, job.batch, dtype=dtype_of(job))
+    found = search(Architecture.of(job.config()), cluster, ranks, job.batch, splits(job), dtype_of(job), update_of(job))
     at = found.plans[0].layout
     return replace(
         job,
@@ -80,7 +84,7 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
     `train_tokens`: tokens of the data, of text its bytes; None if it is not there.
     """
     cluster, model = cluster_of(job), Architecture.of(job.config())
-    estimate = Estimator(model, cluster, job.batch)(layout_of(job, ranks))
+    estimate = Estimator(model, cluster, job.batch, update=update_of(job))(layout_of(job, ranks))
     at, tokens = estimate.layout, job.steps * job.batch * job.seq
     warnings = tables.warnings(model, cluster, estimate)
     over = f"{job.steps:,} steps, {tokens:,} tokens, of data that is not here"
@@ -94,11 +98,12 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
             )
     if job.pp > 1 and job.accumulate > 1:
         warnings.append(f"--accumulate {job.accumulate} fills the pipeline anew for each part: the bubble is larger")
+    split = f"cp {at.cp}, " if at.cp > 1 else ""
     hours = estimate.seconds * job.steps / 3600
     sent = "".join(f"\n| {axis} | {size / 1e6:,.4g} |" for axis, size in traffic(model, at).items())
     parts = [
         tables.describe(model, cluster, job.batch),
-        f"{ranks} ranks: pp {at.pp}, dp {at.dp}, tp {at.tp}; ep {at.ep}, edp {at.edp}, etp {at.etp}; "
+        f"{ranks} ranks: pp {at.pp}, dp {at.dp}, {split}tp {at.tp}; ep {at.ep}, edp {at.edp}, etp {at.etp}; "
         f"{at.micro_batches} micro-batches of {at.micro_batch}",
         over,
         tables.memory_table(estimate, cluster),
@@ -114,7 +119,9 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
 def better(job: Job, estimate: Estimate, cluster: Cluster, model: Architecture) -> str:
     """The best layout that a search finds, in flags."""
     try:
-        best = search(model, cluster, estimate.layout.ranks, job.batch, dtype=dtype_of(job)).plans[0]
+        best = search(
+            model, cluster, estimate.layout.ranks, job.batch, splits(job), dtype_of(job), update_of(job)
+        ).plans[0]
     except ValueError as error:
         return str(error)
     if best.seconds > 0.99 * estimate.seconds and estimate.fits:

@@ -4,8 +4,9 @@
 """
 
 from .architecture import Architecture
+from .breakdown import Breakdown, Estimate
 from .cluster import Cluster
-from .estimate import Breakdown, Estimate, Estimator
+from .estimate import Estimator
 from .layout import Layout
 from .memory import Memory
 from .search import Found, search

@@ -13,17 +13,19 @@ from ...dispatch.autoselect.profile import Profile
 from ..pipeline.partition import PER_RANK
 from . import tables
 from .architecture import Architecture
+from .breakdown import Estimate
 from .chart import draw_steps, draw_timeline
 from .cluster import Cluster, presets
-from .estimate import Estimate
 from .job_file import JobFile, start_commands, toml
 from .layout import DTYPES, RECOMPUTE, ZERO
 from .search import Found, search
 from .timeline import replay
+from .update import ADAMW, OPTIMIZERS, Update
 
 AXES = {
     "pp": "pipeline stages",
     "tp": "ranks that split each layer",
+    "cp": "ranks that split each sequence (default: 1)",
     "dp": "ranks that have parts of the batch",
     "ep": "ranks that share the experts",
     "etp": "ranks that split each expert",
@@ -74,6 +76,8 @@ def parser() -> Parser:
     layout.add_argument("--recompute", choices=RECOMPUTE)
     layout.add_argument("--zero", choices=("0", "1", "2", "3", *ZERO), help="stage of ZeRO, or its name in the job")
     layout.add_argument("--dtype", choices=DTYPES, help="(default: bf16, or that of --config)")
+    made.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: adamw, or that of --config)")
+    made.add_argument("--ema", action="store_true", help="keep an average of the weights")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another constant of the cluster")
     made.add_argument("--profile", help="links and products as turnout.dispatch.autoselect.probe measured them")
     made.add_argument("--json", action="store_true", help="print one object, or with --top a list")
@@ -145,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
         if given.profile:
             cluster = cluster.with_links(Profile.load(given.profile))
         model, batch, dtype = architecture(given), given.batch, given.dtype or "bf16"
+        update = ADAMW
         if given.config:
             job = JobFile.read(given.config)
-            batch, dtype = batch or job.batch, given.dtype or job.dtype
+            batch, dtype, update = batch or job.batch, given.dtype or job.dtype, job.update
             if job.layout:
                 print(f"{given.config}: its {', '.join(job.layout)} are left aside; flags fix them", file=sys.stderr)
         if batch is None:
             raise ValueError("--batch: how many sequences does a step have, on all ranks together?")
+        update = Update(given.optimizer or update.optimizer, given.ema or update.ema)
         chosen = fixed(given)
-        found = search(model, cluster, given.gpus, batch, chosen, dtype)
+        found = search(model, cluster, given.gpus, batch, chosen, dtype, update)
         top = given.top if given.top is not None else 1 if given.json else 10
         if top < 1:
             raise ValueError(f"--top must be positive; got {top}")
@@ -164,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
             objects = [plan.to_json() for plan in best]
             print(json.dumps(objects if given.top is not None else objects[0]))
         else:
-            print(page(model, cluster, batch, found, top, chosen, dtype, given.save or "plan.toml"))
+            print(page(model, cluster, batch, found, top, chosen, dtype, given.save or "plan.toml", update))
         if given.save:
-            Path(given.save).write_text(toml(model, best[0].layout, batch))
+            Path(given.save).write_text(toml(model, best[0].layout, batch, update))
         draw(given, model, cluster, best)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -183,6 +189,7 @@ def page(
     chosen: dict[str, Any],
     dtype: str,
     save: str,
+    update: Update = ADAMW,
 ) -> str:
     """Everything for people."""
     best = found.plans[0]
@@ -190,7 +197,7 @@ def page(
     if "tp" not in chosen:  # the search keeps tp in a node: what would it be beyond?
         try:
             wider = chosen | {"tp": 2 * cluster.ranks_per_node}
-            leaves = search(model, cluster, best.layout.ranks, batch, wider, dtype).plans[0]
+            leaves = search(model, cluster, best.layout.ranks, batch, wider, dtype, update).plans[0]
         except ValueError:
             pass
     parts = [
@@ -200,7 +207,7 @@ def page(
         "why others lost:\n" + "\n".join(f"- {line}" for line in tables.lost(found, cluster, leaves)),
         tables.time_table(best),
         "\n\n".join([tables.memory_table(best, cluster), *tables.segments(model, cluster, best)]),
-        f"{save}, for examples/pretrain.py:\n\n{toml(model, best.layout, batch)}\nstart it with\n"
+        f"{save}, for examples/pretrain.py:\n\n{toml(model, best.layout, batch, update)}\nstart it with\n"
         + "\n".join(f"  {line}" for line in start_commands(best.layout, cluster.ranks_per_node, save)),
         *tables.node_order(best),
     ]

@@ -17,7 +17,7 @@ class Architecture:
     """A decoder-only transformer, dense or with experts.
 
     As a plain GPT (`dense`) it is the one of PTD-P: LayerNorm, biases, learned positions, GELU. Otherwise it is the
-    library's `GPT`: RMSNorm, no biases, rotary positions, gated activations. Embedding and head are one matrix.
+    library's `GPT`: RMSNorm, no biases, rotary positions, gated activations.
 
     Args:
         layers, dim, heads: blocks l, model width D, attention heads.
@@ -29,7 +29,12 @@ class Architecture:
         hidden: width H of one expert.
         shared: experts of that width that every token visits.
         moe_every: every n-th block is a mixture, or those of these numbers, from 1; 0: none.
+        head_size: width of an attention head; 0: dim / heads.
+        windows: positions that attention sees in the first blocks, repeated; 0: all.
+        qk_norm: whether queries and keys are normalised.
         attention_bias: whether attention has biases.
+        tied: whether embedding and head are one matrix.
+        mtp: further tokens that each position learns to predict, each with a block, and with the head once more.
         gated: whether feed-forward networks have a gate projection.
         plain: LayerNorm, biases and learned positions.
         imbalance: tokens of the busiest rank's experts over the mean.
@@ -48,7 +53,12 @@ class Architecture:
     hidden: int = 0
     shared: int = 0
     moe_every: int | tuple[int, ...] = 0
+    head_size: int = 0
+    windows: tuple[int, ...] = ()
+    qk_norm: bool = False
     attention_bias: bool = False
+    tied: bool = True
+    mtp: int = 0
     gated: bool = True
     plain: bool = False
     imbalance: float = 1.0
@@ -58,7 +68,7 @@ class Architecture:
         for name in ("layers", "dim", "heads", "kv_heads", "vocab", "seq", "ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}")
-        if self.dim % self.heads:
+        if not self.head_size and self.dim % self.heads:
             raise ValueError(f"--dim ({self.dim}) must be a multiple of --heads ({self.heads})")
         if self.heads % self.kv_heads:
             raise ValueError(f"--heads ({self.heads}) must be a multiple of --kv-heads ({self.kv_heads})")
@@ -91,21 +101,7 @@ class Architecture:
 
     @classmethod
     def of(cls, config: GPTConfig) -> Architecture:
-        """Architecture of a `GPT`.
-
-        Raises:
-            ValueError: a head of its own, heads whose width is not dim / heads, sliding windows, or further tokens.
-        """
-        if config.windows or config.mtp:
-            raise ValueError(
-                "the planner knows full attention and the next token only: leave out windows and mtp, in a job "
-                "--windows and --mtp"
-            )
-        if not config.tied or config.head_size * config.heads != config.dim:
-            raise ValueError(
-                "the planner knows tied heads of width dim / heads only: set tied=True, in a job no --untied, and "
-                "head_dim=None"
-            )
+        """Architecture of a `GPT`."""
         moe = bool(config.moe_layers())
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
@@ -123,7 +119,12 @@ class Architecture:
             hidden=config.hidden if moe else 0,
             shared=shared if isinstance(shared, int) else 0,
             moe_every=config.moe_every if isinstance(config.moe_every, int) else tuple(config.moe_every),
+            head_size=config.head_dim or 0,
+            windows=tuple(config.windows),
+            qk_norm=config.qk_norm,
             attention_bias=config.attention_bias,
+            tied=config.tied,
+            mtp=config.mtp,
             gated=ACTIVATIONS[name].gated if isinstance(name, str) else True,
             capacity=capacity.factor if capacity and capacity.pad and isinstance(capacity.factor, float) else 0.0,
         )
@@ -131,7 +132,12 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
-        return self.dim // self.heads
+        return self.head_size or self.dim // self.heads
+
+    @property
+    def q_dim(self) -> int:
+        """Width of all queries."""
+        return self.head_dim * self.heads
 
     @property
     def kv_dim(self) -> int:
@@ -153,12 +159,26 @@ class Architecture:
         every, number = self.moe_every if self.experts else 0, index + 1
         return every > 0 and number % every == 0 if isinstance(every, int) else number in every
 
+    def span(self, index: int) -> int:
+        """Positions that a token attends to in a block, counted from 0, causality apart: the rule of `GPTConfig`."""
+        return min(self.windows[index % len(self.windows)] or self.seq, self.seq) if self.windows else self.seq
+
+    @cached_property
+    def windowed(self) -> float:
+        """Share of the blocks whose attention sees a window only."""
+        return sum(self.span(index) < self.seq for index in range(self.layers)) / self.layers
+
+    @property
+    def attention_matrices(self) -> int:
+        """Parameters of a block's projections."""
+        return 2 * self.dim * (self.q_dim + self.kv_dim)
+
     @cached_property
     def attention_parameters(self) -> int:
         """Of a block: attention and both norms."""
-        matrices = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
-        biases = 2 * self.dim + 2 * self.kv_dim if self.plain or self.attention_bias else 0
-        return matrices + biases + (4 if self.plain else 2) * self.dim
+        biases = self.dim + self.q_dim + 2 * self.kv_dim if self.plain or self.attention_bias else 0
+        norms = (4 if self.plain else 2) * self.dim + 2 * self.head_dim * self.qk_norm
+        return self.attention_matrices + biases + norms
 
     @cached_property
     def ffn_parameters(self) -> int:
@@ -177,26 +197,51 @@ class Architecture:
 
     @cached_property
     def embedding_parameters(self) -> int:
-        """Of the embedding, which is the head as well, and of learned positions."""
+        """Of the embedding, which is the head as well where they are tied, and of learned positions."""
         return (self.vocab + (self.seq if self.plain else 0)) * self.dim
+
+    @property
+    def head_parameters(self) -> int:
+        """Of a head that is not the embedding."""
+        return 0 if self.tied else self.vocab * self.dim
+
+    @property
+    def join_parameters(self) -> int:
+        """Of each further token, beside its block: norms, and the matrix that joins it to the hidden states."""
+        return 2 * self.dim * self.dim + 3 * self.dim
 
     @cached_property
     def parameters(self) -> int:
         """Of the whole model."""
-        dense = self.layers - self.moe_blocks
-        mixtures = self.moe_blocks * (self.expert_parameters + self.router_parameters)
+        blocks = sum(self._of_block(index) for index in self.all_blocks)
         norm = self.dim * (2 if self.plain else 1)
-        blocks = self.layers * self.attention_parameters + dense * self.ffn_parameters + mixtures
-        return blocks + self.embedding_parameters + norm
+        ends = self.embedding_parameters + self.head_parameters + norm
+        return blocks + ends + self.mtp * self.join_parameters
+
+    @property
+    def all_blocks(self) -> list[int]:
+        """Numbers of all blocks from 0; those of further tokens are as the last one."""
+        return [*range(self.layers), *[self.layers - 1] * self.mtp]
+
+    def _of_block(self, index: int) -> int:
+        ffn = self.expert_parameters + self.router_parameters if self.is_moe(index) else self.ffn_parameters
+        return self.attention_parameters + ffn
+
+    @cached_property
+    def _active_ffn(self) -> tuple[int, int]:
+        """Parameters that a token meets in a dense feed-forward network, and in a mixture."""
+        mixture = self.router_parameters + self.expert_parameters // max(self.experts, 1) * self.top_k
+        return self.matrices * self.dim * self.ffn, mixture
+
+    def active(self, index: int) -> int:
+        """Parameters that a token meets in matrix products of a block, biases apart."""
+        return self.attention_matrices + self._active_ffn[self.is_moe(index)]
 
     @cached_property
     def active_parameters(self) -> int:
         """That a token meets in matrix products, as `GPT.active_parameters` counts them, biases apart."""
-        ffn = self.matrices * self.dim * self.ffn
-        mixture = self.router_parameters + self.expert_parameters // max(self.experts, 1) * self.top_k
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
-        blocks = self.layers * attention + (self.layers - self.moe_blocks) * ffn + self.moe_blocks * mixture
-        return blocks + self.vocab * self.dim
+        blocks = sum(self.active(index) for index in self.all_blocks)
+        return blocks + self.vocab * self.dim + self.mtp * 2 * self.dim * self.dim
 
     def flops(self, sequences: float, recompute: str = "none") -> float:
         """FLOPs of a step on so many sequences, attention unmasked as in `GPT.flops_per_token`.
@@ -205,9 +250,10 @@ class Architecture:
         PTD-P for its GPT. With "selective" the core of attention does (arXiv:2205.05198). "none" are the FLOPs of the
         model, which `mfu` is made from.
         """
-        core = 4 * self.layers * self.dim * self.seq  # forward, a token
-        head = 2 * self.vocab * self.dim
+        spans = sum(map(self.span, range(self.layers))) + self.mtp * self.seq
+        core, head = 4 * self.q_dim * spans, 2 * self.vocab * self.dim  # forward, a token
         blocks = 2 * self.active_parameters - head + core
+        head *= 1 + self.mtp
         again = {"none": 0, "selective": core, "full": blocks}[recompute]
         return sequences * self.seq * (3 * (blocks + head) + again)
 

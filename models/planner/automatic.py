@@ -14,8 +14,8 @@ import torch.distributed as dist
 from ...dispatch.mesh import Meshes
 from ..gpt import GPTConfig
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate
 from .search import search
 
 DEVICES = {"H200": "h200", "H100": "h100", "B200": "gb200", "A100": "selene"}  # a part of a GPU's name: its preset
@@ -67,7 +67,7 @@ def planned(
         raise plan
     at = plan.layout
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    meshes = Meshes.of(device, pp=at.pp, tp=at.tp, ep=at.ep, etp=at.etp, ranks_per_node=ranks_per_node)
+    meshes = Meshes.of(device, pp=at.pp, cp=at.cp, tp=at.tp, ep=at.ep, etp=at.etp, ranks_per_node=ranks_per_node)
     options = {
         "micro_batches": at.micro_batches,
         "schedule": at.schedule,

@@ -35,11 +35,12 @@ class Blocks:
     micro_batch: int
     tp: int
     sequence_parallel: bool  # norms and dropout run on S / t tokens of each sequence
+    cp: int = 1
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, which matrix products take together."""
-        return self.micro_batch * self.model.seq
+        """Of a micro-batch, which matrix products take together: this rank's part of sequences that cp splits."""
+        return self.micro_batch * self.model.seq // self.cp
 
     @property
     def own(self) -> float:
@@ -88,22 +89,24 @@ class Blocks:
     def attention(self) -> Time:
         """Projections and norm of an attention, without its core."""
         model = self.model
-        width = (model.dim + 2 * model.kv_dim) / self.tp
-        time = self.norm() + self.linear(model.dim + 2 * model.kv_dim, model.dim, "columns")
+        width = (model.q_dim + 2 * model.kv_dim) / self.tp
+        time = self.norm() + self.linear(model.q_dim + 2 * model.kv_dim, model.dim, "columns")
         if model.plain:
             time += self.moved(2, 1, self.tokens * width)  # the bias
         else:
-            time += self.moved(2, 2, self.tokens * (model.dim + model.kv_dim) / self.tp)  # rotary positions
-        time += self.moved(2, 2, self.tokens * model.dim / self.tp)  # heads side by side again
-        return time + self.linear(model.dim, model.dim, "rows") + self.residual()
+            time += self.moved(2, 2, self.tokens * (model.q_dim + model.kv_dim) / self.tp)  # rotary positions
+        if model.qk_norm:
+            time += self.moved(2, 5, self.tokens * (model.q_dim + model.kv_dim) / self.tp, 2)
+        time += self.moved(2, 2, self.tokens * model.q_dim / self.tp)  # heads side by side again
+        return time + self.linear(model.dim, model.q_dim, "rows") + self.residual()
 
     def core(self) -> Time:
         """softmax(q k / sqrt(size)) v, causal."""
-        model, heads = self.model, self.micro_batch * self.model.heads / self.tp
+        model, heads = self.model, self.micro_batch * self.model.heads / self.tp / self.cp
         s, d = model.seq, model.head_dim
         if self.software.attention == "fused":  # half of the scores are masked, and never computed
             device = self.kernels.device
-            flops = 2 * s * s * d * heads
+            flops = 2 * s * s * d * heads * (1 + model.windowed)  # a mask hides scores, but saves none
             rate = self.kernels.peak * device.fused_attention_share
             # no scores in memory; backward computes them once more: 5 products for 2 forward
             moved = self.kernels.elementwise(self.kernels.size * 4 * s * d * heads)
@@ -162,6 +165,11 @@ class Blocks:
     def embedding(self) -> Time:
         """The look-up, and the sum of its gradients by token."""
         return self.moved(2, 4, self.own * self.model.dim)
+
+    def join(self) -> Time:
+        """Hidden states and further tokens: their norms, side by side, and back to the model's width."""
+        tokens, dim = self.own, self.model.dim
+        return self.norm() + self.norm() + self.moved(4, 4, tokens * dim) + self.linear(dim, 2 * dim, "", tokens)
 
     def head(self) -> Time:
         """The last norm, logits over 1/t of the vocabulary, and the loss in float32."""

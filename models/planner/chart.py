@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .estimate import Estimate
+from .breakdown import Estimate
 from .simulator import Simulation
 from .tables import REASONS
 

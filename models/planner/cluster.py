@@ -79,6 +79,8 @@ class Software:
     pp_overlap: float
     dp_overlap: float
     ep_overlap: float
+    whole_reduce_scatter: bool  # a reduce-scatter sums everything on every rank, as gloo's does
+    wrapper_us: float  # host time of a collective that DTensor or FSDP2 makes, beside its own; 0: there is no wrapper
     reserve_gb: float  # memory that no tensor has
     fragmentation: float  # of activations
 
@@ -128,6 +130,7 @@ class Cluster:
 
     about: str
     ranks_per_node: int
+    cores: int  # of a node, where its ranks compute on them; 0: each rank has what it needs
     device: Device
     inside: Wire
     between: Wire

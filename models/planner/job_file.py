@@ -11,19 +11,32 @@ from ..blocks import block_numbers
 from ..gpt import GPTConfig
 from .architecture import Architecture
 from .layout import Layout
+from .update import ADAMW, Update
 
 SIZES = (
     *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
     *("attention_bias", "mtp"),
 )
 MODEL = (*SIZES, "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
-LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
+LAYOUT = (
+    "pp",
+    "cp",
+    "cp_attention",
+    "tp",
+    "ep",
+    "etp",
+    "micro_batches",
+    "virtual",
+    "schedule",
+    "data_parallel",
+    "recompute",
+)
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
     *("timeout", "lr", "warmup", "on_nonfinite", "max_skipped", "check_every", "eval_every", "eval_size"),
     *("accumulate", "compile", "forced_balance", "optimizer", "lr_schedule", "lr_end", "lr_decay", "ema"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
-    *("links", "tokenizer", "epochs", "eod", "join_documents", "cp", "cp_attention", "mtp_weight", "z_loss"),
+    *("links", "tokenizer", "epochs", "eod", "join_documents", "mtp_weight", "z_loss"),
     *("adapt", "place", "watch"),
 )
 
@@ -35,6 +48,7 @@ class JobFile(NamedTuple):
     batch: int  # sequences of a step
     dtype: str
     layout: tuple[str, ...]  # keys of a layout that it gives as well
+    update: Update
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
@@ -48,8 +62,6 @@ class JobFile(NamedTuple):
             raise ValueError(
                 f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
             )
-        if given.get("cp", 1) != 1:
-            raise ValueError(f"--config {path}: cp is {given['cp']}, which the planner does not know; leave it at 1")
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads
@@ -65,10 +77,11 @@ class JobFile(NamedTuple):
         config = GPTConfig(**sizes, moe=moe)
         dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
         stated = tuple(key for key in LAYOUT if key in given)
-        return cls(Architecture.of(config), given.get("batch", 32), dtype, stated)
+        update = Update(given.get("optimizer", "adamw"), bool(given.get("ema")))
+        return cls(Architecture.of(config), given.get("batch", 32), dtype, stated, update)
 
 
-def toml(model: Architecture, layout: Layout, batch: int) -> str:
+def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW) -> str:
     """A file for the job, with what it has no flag for in comments."""
     values: dict[str, Any] = {
         "batch": batch,
@@ -80,13 +93,19 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
         "kv-heads": model.kv_heads if model.kv_heads != model.heads else None,
         "moe-every": model.moe_every if model.experts and isinstance(model.moe_every, int) else None,
         "moe-layers": None if isinstance(model.moe_every, int) else ",".join(map(str, model.moe_every)),
+        "qk-norm": model.qk_norm or None,
+        "windows": ",".join(map(str, model.windows)) or None,
         "attention-bias": model.attention_bias or None,
+        "untied": not model.tied or None,
+        "mtp": model.mtp or None,
         "hidden": model.hidden if model.experts else model.ffn,
         "experts": model.experts or None,
         "top-k": model.top_k or None,
         "dense": None if model.experts else True,
         "capacity-factor": model.capacity or None,
         "pp": layout.pp,
+        "cp": layout.cp if layout.cp > 1 else None,
+        "cp-attention": layout.cp_attention,
         "tp": layout.tp,
         "ep": layout.ep,
         "etp": layout.etp,
@@ -97,6 +116,8 @@ def toml(model: Architecture, layout: Layout, batch: int) -> str:
         "recompute": layout.recompute,
         "bf16": layout.dtype == "bf16" or None,
         "fp16": layout.dtype == "fp16" or None,
+        "optimizer": update.optimizer if update.optimizer != "adamw" else None,
+        "ema": 0.999 if update.ema else None,
     }
     if not model.experts:  # the job's dense model is top_k * hidden wide
         values["top-k"] = 1
@@ -113,6 +134,8 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append('GELU without a gate: GPTConfig(moe=dict(experts="gelu"))')
     if 0 < model.moe_blocks < model.layers and model.ffn != model.top_k * model.hidden:
         differs.append(f"dense blocks {model.ffn:,} wide: the job's are top-k x hidden, {model.top_k * model.hidden:,}")
+    if model.head_size and model.head_size * model.heads != model.dim:
+        differs.append(f"heads {model.head_size} wide: GPTConfig(head_dim={model.head_size})")
     if model.shared:
         differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
     if model.capacity:

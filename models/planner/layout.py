@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..context_parallel import How, attention_of
 from ..data_parallel import Data
+from ..gpt import GPTConfig
 from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
 
@@ -18,7 +20,7 @@ class Layout:
     """Sizes of the axes, as for `Meshes.of`, and the options of a step.
 
     Attributes:
-        pp, tp, dp, ep, etp: ranks along each axis; dp * tp * pp are all, and edp * ep * etp = dp * tp.
+        pp, tp, cp, dp, ep, etp: ranks along each axis; dp * cp * tp * pp are all, and edp * ep * etp = dp * cp * tp.
         micro_batch: sequences that a rank takes at a time, b.
         micro_batches: of a step, m.
         virtual: stages on each rank, v.
@@ -26,6 +28,7 @@ class Layout:
         recompute: "none", "selective" or "full".
         zero: stage of ZeRO, 0 to 3.
         dtype: "bf16", "fp16" or "fp32".
+        cp_attention: "ulysses" or "ring"; None: as `SequenceSplit.of` chooses.
     """
 
     pp: int = 1
@@ -40,21 +43,45 @@ class Layout:
     recompute: str = "none"
     zero: int = 0
     dtype: str = "bf16"
+    cp: int = 1
+    cp_attention: How | None = None
 
     @property
     def ranks(self) -> int:
         """All of them."""
-        return self.pp * self.tp * self.dp
+        return self.pp * self.stage
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one stage of a pipeline."""
+        return self.dp * self.cp * self.tp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that repeat the same dense parameters."""
+        return self.dp * self.cp
 
     @property
     def edp(self) -> int:
         """Ranks that repeat the same experts."""
-        return self.dp * self.tp // (self.ep * self.etp)
+        return self.stage // (self.ep * self.etp)
 
     @property
     def data(self) -> Data:
         """The name of the ZeRO stage in `data_parallel`."""
         return ZERO[self.zero]
+
+
+def way(model: Architecture, layout: Layout) -> How:
+    """How attention works, as the runtime chooses it.
+
+    Raises:
+        ValueError: a way that the model does not allow.
+    """
+    config = GPTConfig(
+        dim=model.dim, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, windows=model.windows
+    )
+    return attention_of(config, layout.cp, layout.tp, layout.cp_attention)
 
 
 def misfit(layout: Layout, model: Architecture, batch: int) -> str | None:
@@ -73,14 +100,21 @@ def _misfits(layout: Layout, model: Architecture, batch: int):
     yield from divides("--heads", model.heads, "--tp", at.tp)
     yield from divides("--kv-heads", model.kv_heads, "--tp", at.tp)
     yield from divides("--vocab", model.vocab, "--tp", at.tp)
-    yield from divides("--seq", model.seq, "--tp", at.tp)
+    yield from divides("--seq", model.seq, "--cp x --tp" if at.cp > 1 else "--tp", at.cp * at.tp)
+    if at.cp > 1:
+        try:
+            ring = way(model, at) == "ring"
+        except ValueError as error:
+            yield str(error)
+        else:
+            yield from divides("--seq", model.seq, "2 x --cp x --tp", at.cp * at.tp * (2 if ring else 1))
     if model.layers > model.moe_blocks:
         yield from divides("--ffn", model.ffn, "--tp", at.tp)
     yield from divides("--batch", batch, "--dp x --micro-batch", at.dp * at.micro_batch)
     if model.experts:
         yield from divides("--experts", model.experts, "--ep", at.ep)
         yield from divides("--hidden", model.hidden, "--etp", at.etp)
-        yield from divides("dp x tp", at.dp * at.tp, "--ep x --etp", at.ep * at.etp)
+        yield from divides("dp x cp x tp", at.stage, "--ep x --etp", at.ep * at.etp)
     elif at.ep * at.etp > 1:
         yield f"--ep ({at.ep}) and --etp ({at.etp}) split experts, and the model has none; leave them at 1"
     least, most = PER_RANK[at.schedule]

@@ -80,6 +80,35 @@ class Group:
         """Seconds of a sum of `size` bytes: 2 (n - 1) / n of them go round the ring."""
         return self._step + 2 * size * (self.size - 1) / self.size * self._byte if self.size > 1 else 0.0
 
+    def reduce_scatter(self, size: float) -> float:
+        """Seconds of a sum of `size` bytes of which every rank keeps its part; gloo's is an all-reduce."""
+        return self.all_reduce(size) if self.cluster.software.whole_reduce_scatter else self.all_gather(size)
+
+    def wrapped(self, size: float, calls: int) -> float:
+        """Seconds that `calls` collectives, of `size` bytes in all, take longer in the hands of DTensor or FSDP2.
+
+        Each is put together in Python and starts by itself, and what it sends or gets is copied once.
+        """
+        device, wrapper = self.cluster.device, self.cluster.software.wrapper_us
+        if self.size == 1 or not wrapper:
+            return 0.0
+        copied = 2 * size / (1e9 * device.memory_gbs * device.memory_share)
+        return 1e-6 * calls * wrapper + (calls - 1) * self._step + copied
+
+    def exchange(self, size: float) -> float:
+        """Seconds of a sum of `size` bytes on its way through tensor parallelism.
+
+        Megatron-LM's is an all-reduce, or with sequence parallelism a reduce-scatter and an all-gather of as many
+        bytes; this library's are the latter, by DTensor.
+        """
+        if not self.cluster.software.wrapper_us:
+            return self.all_reduce(size)
+        return self.reduce_scatter(size) + self.all_gather(size) + self.wrapped(2 * size, 2)
+
+    def sent(self, size: float, calls: int) -> float:
+        """Seconds of `calls` exchanges in which each rank sends `size` bytes in all to others."""
+        return calls * self._step + size * self._byte if self.size > 1 else 0.0
+
     def send(self, size: float) -> float:
         """Seconds for `size` bytes from each rank to the next one, `stride` ranks away, all at the same time."""
         if self.size == 1:

@@ -10,6 +10,7 @@ from .architecture import Architecture
 from .cluster import Cluster
 from .layout import Layout
 from .share import Share, in_flight
+from .update import ADAMW, AVERAGE_BYTES, Update
 
 
 class Memory(NamedTuple):
@@ -18,6 +19,7 @@ class Memory(NamedTuple):
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
+    average: float = 0.0  # of the weights, where one is kept
     activations: float = 0.0  # of the micro-batches in flight, and of the block in its backward
     dispatch: float = 0.0  # buffers of an exchange of rows, sent and received
     head: float = 0.0  # logits in the computing dtype and in float32
@@ -36,23 +38,33 @@ def size_of(dtype: str) -> int:
 
 
 def memory(
-    model: Architecture, cluster: Cluster, layout: Layout, share: Share, rank: int, sequence_parallel: bool
+    model: Architecture,
+    cluster: Cluster,
+    layout: Layout,
+    share: Share,
+    rank: int,
+    sequence_parallel: bool,
+    update: Update = ADAMW,
 ) -> Memory:
     """What a rank of the pipeline holds at its fullest."""
     software, size = cluster.software, size_of(layout.dtype)
     dense, experts = share.dense_parameters(model, layout.tp), share.expert_parameters(model, layout)
     # in a pipeline, ZeRO 2 and 3 do as ZeRO 1 (`data_parallel`)
     zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
-    sharded = dense / layout.dp + experts / layout.edp
+    sharded = dense / layout.replicas + experts / layout.edp
 
     def held(stage: int) -> float:
         return sharded if zero >= stage else dense + experts
 
+    hidden = share.hidden_parameters(model, layout.tp), experts
+    stepped = hidden[0] / layout.replicas + hidden[1] / layout.edp if zero else sum(hidden)
+
     blocks = Activations(model, cluster, layout, sequence_parallel)
     kept = share.dense * blocks.kept(False) + share.mixtures * blocks.kept(True)
     inside = max(blocks.whole(False) if share.dense else 0.0, blocks.whole(True) if share.mixtures else 0.0)
+    kept += 4 * size * blocks.own * model.dim * model.mtp * share.last  # inputs of norms and of the join
     activations = kept * in_flight(layout, rank) + (inside if layout.recompute == "full" else 0.0)
-    logits = layout.micro_batch * model.seq * model.vocab / layout.tp * (size + 8) if share.last else 0.0
+    logits = blocks.tokens * model.vocab / layout.tp * (size + 8) * (1 + model.mtp) * share.last
     gathered = 0.0
     if zero == 3:  # the block in use and the next one
         gathered = 2 * size * (dense + experts) / max(1, share.blocks)
@@ -61,7 +73,8 @@ def memory(
     return Memory(
         weights=software.weight_bytes * held(3),
         gradients=software.gradient_bytes * held(2),
-        optimizer=software.optimizer_bytes * held(1),
+        optimizer=software.optimizer_bytes * held(1) - update.saved_bytes(stepped),
+        average=AVERAGE_BYTES * held(1) * update.ema,
         activations=activations,
         dispatch=4 * blocks.rows * model.dim * size if share.mixtures and layout.ep > 1 else 0.0,
         head=logits,
@@ -101,8 +114,8 @@ class Activations:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.layout.micro_batch * self.model.seq
+        """Of a micro-batch, on the ranks along tp together."""
+        return self.layout.micro_batch * self.model.seq // self.layout.cp
 
     @cached_property
     def own(self) -> float:
@@ -126,10 +139,13 @@ class Activations:
         model, software, size = self.model, self.cluster.software, size_of(self.layout.dtype)
         tp, width = self.layout.tp, self.own * model.dim
         total = 4.0 * size * width + (2 * width if software.dropout else 0)  # inputs of norms and of products, masks
-        total += size * self.tokens * (2 * model.dim + 2 * model.kv_dim) / tp  # queries, keys, values, and their sum
+        total += size * self.tokens * (2 * model.q_dim + 2 * model.kv_dim) / tp  # queries, keys, values, and their sum
+        total += size * self.tokens * (model.q_dim + model.kv_dim) / tp * model.qk_norm
         if core and software.attention == "unfused":
-            scores = self.layout.micro_batch * model.heads * model.seq**2 / tp
+            scores = self.layout.micro_batch * model.heads * model.seq**2 / tp / self.layout.cp
             total += scores * (2 * size + 1 if software.dropout else size)
+        elif core:
+            total += size * model.seq**2 * model.windowed  # the mask
         if not mixture:
             return total + size * self.tokens * model.matrices * model.ffn / tp
         total += 12 * self.tokens / tp * model.experts  # logits, scores and their gradient, in float32

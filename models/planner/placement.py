@@ -31,7 +31,7 @@ class Placement(NamedTuple):
         slow = 1 / min(self._shares(nodes)) if nodes > 1 else 1.0
         if not fabric.pod or fabric.oversubscription == 1 or nodes <= fabric.pod:
             return slow
-        stage = max(1, layout.dp * layout.tp // per_node)  # nodes of one stage
+        stage = max(1, layout.stage // per_node)  # nodes of one stage
         by_stage = self.order == "by stage"
         if axis == "ep":
             spread = -(-layout.ep * layout.etp // per_node)
@@ -46,7 +46,7 @@ class Placement(NamedTuple):
         """The nodes to start, in the order of their ranks: the healthy ones first, slow ones where they must be."""
         number = -(-layout.ranks // self.cluster.ranks_per_node)
         taken = sorted(self._healthy()[:number] if self.cluster.fabric.nodes else range(number))
-        stage = layout.dp * layout.tp // self.cluster.ranks_per_node
+        stage = layout.stage // self.cluster.ranks_per_node
         if self.order == "by stage" or stage < 2:
             return taken
         return [taken[replica * layout.pp + rank] for rank in range(layout.pp) for replica in range(stage)]

@@ -10,10 +10,12 @@ from typing import Any
 
 from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate, Estimator
+from .estimate import Estimator
 from .layout import DTYPES, RECOMPUTE, Layout, misfit
 from .placement import check_nodes, placements
+from .update import ADAMW, Update
 
 WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
@@ -45,12 +47,14 @@ def search(
     batch: int,
     fixed: Mapping[str, Any] | None = None,
     dtype: str = "bf16",
+    update: Update = ADAMW,
 ) -> Found:
     """Estimate every layout that the fixed fields of a `Layout` leave open.
 
     Args:
         gpus: ranks in all.
         batch: sequences of a step, on all ranks together.
+        update: optimizer, and whether there is an average of the weights.
         fixed: fields of `Layout` by name; others are searched. Tensor parallelism stays in a node unless it is fixed.
 
     Raises:
@@ -61,7 +65,7 @@ def search(
     _check(fixed, cluster, gpus, batch)
     check_nodes(cluster, gpus)
     found = Found()
-    estimators = [Estimator(model, cluster, batch, placement) for placement in placements(cluster)]
+    estimators = [Estimator(model, cluster, batch, placement, update) for placement in placements(cluster)]
     for family in _families(model, cluster, gpus, batch, fixed, found):
         fastest = inf
         for micro_batch in _micro_batches(batch // family["dp"], cluster, fixed):
@@ -110,24 +114,26 @@ def _families(
     def values(name: str, options: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(options)
 
-    for pp in values("pp", [p for p in _divisors(gpus) if p <= model.layers]):
-        for tp in values("tp", [t for t in _divisors(gpus // pp) if t <= cluster.ranks_per_node]):
-            dp, rest = divmod(gpus, pp * tp)
+    cp = fixed.get("cp", 1)  # what each rank computes stays the same with more of them, and so it is not searched
+    for pp in values("pp", [p for p in _divisors(gpus // cp) if p <= model.layers]):
+        for tp in values("tp", [t for t in _divisors(gpus // cp // pp) if t <= cluster.ranks_per_node]):
+            dp, rest = divmod(gpus, pp * tp * cp)
             if rest or dp != fixed.get("dp", dp):
                 found.refused[f"--pp {pp} x --tp {tp} x --dp {fixed.get('dp', dp)} are not --gpus {gpus}"] += 1
                 continue
             if batch % dp:
                 found.refused[f"--batch ({batch}) must be a multiple of --dp ({dp})"] += 1
                 continue
-            stage = dp * tp
+            stage = dp * cp * tp
             eps = [e for e in _divisors(stage) if model.experts % e == 0] if model.moe_blocks else [1]
             for ep in values("ep", eps):
                 etps = [e for e in SLICES if stage % (ep * e) == 0 and e <= cluster.ranks_per_node] if ep > 1 else [1]
                 for etp in values("etp", [e for e in etps if model.hidden % e == 0] or [1]):  # or `misfit` says why
-                    axes = {"pp": pp, "tp": tp, "dp": dp, "ep": ep, "etp": etp}
+                    axes = {"pp": pp, "tp": tp, "cp": cp, "dp": dp, "ep": ep, "etp": etp}
+                    axes |= {name: fixed[name] for name in ("cp_attention",) if name in fixed}
                     for schedule, virtual in _schedules(model, cluster, pp, fixed):
                         # in a pipeline ZeRO 2 and 3 do as 1
-                        stages = [z for z in cluster.software.zero if z < 2 or pp == 1] if dp > 1 else [0]
+                        stages = [z for z in cluster.software.zero if z < 2 or pp == 1] if dp * cp > 1 else [0]
                         for zero in values("zero", stages):
                             yield axes | {"schedule": schedule, "virtual": virtual, "zero": zero}
 
@@ -172,11 +178,11 @@ def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) ->
     for name, value in {"gpus": gpus, "batch": batch, **fixed}.items():
         if isinstance(value, int) and value < (0 if name == "zero" else 1):
             raise ValueError(f"--{name.replace('_', '-')} must be positive; got {value}")
-    split = {name: fixed[name] for name in ("pp", "tp", "dp") if name in fixed}
+    split = {name: fixed[name] for name in ("pp", "tp", "cp", "dp") if name in fixed}
     product, words = 1, " x ".join(f"--{name} {size}" for name, size in split.items())
     for size in split.values():
         product *= size
-    if gpus % product or (len(split) == 3 and product != gpus):
+    if gpus % product or ({"pp", "tp", "dp"} <= split.keys() and product != gpus):
         raise ValueError(
             f"{words} = {product} does not divide --gpus {gpus}; choose --gpus as a multiple of {product}, or leave "
             "one of them to the search"

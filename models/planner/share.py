@@ -13,7 +13,7 @@ class Share(NamedTuple):
     """Of the rank that has most of a kind; with pp = 1 all ranks have the same."""
 
     dense: int  # blocks with a dense feed-forward network
-    mixtures: int  # blocks with experts
+    mixtures: int  # blocks with experts; those of further tokens count, in either kind
     first: bool  # has the embedding
     last: bool  # has the head
 
@@ -25,9 +25,18 @@ class Share(NamedTuple):
     def dense_parameters(self, model: Architecture, tp: int) -> float:
         """On a rank, of all that is no routed expert: split over tp, but for routers and shared experts."""
         split = self.blocks * model.attention_parameters + self.dense * model.ffn_parameters
-        split += model.embedding_parameters * max(self.first, self.last)
-        norm = self.last * model.dim * (2 if model.plain else 1)
-        return split / tp + norm + self.mixtures * model.router_parameters
+        split += model.embedding_parameters * self.embeds(model) + model.head_parameters * self.last
+        whole = model.dim * (2 if model.plain else 1) + model.mtp * model.join_parameters if self.last else 0
+        return split / tp + whole + self.mixtures * model.router_parameters
+
+    def hidden_parameters(self, model: Architecture, tp: int) -> float:
+        """On a rank, of matrices inside blocks that are no routed expert: what Muon steps beside experts."""
+        split = self.blocks * model.attention_matrices + self.dense * model.matrices * model.dim * model.ffn
+        return split / tp + self.mixtures * model.matrices * model.dim * model.hidden * model.shared
+
+    def embeds(self, model: Architecture) -> bool:
+        """Whether it has the embedding: for its tokens, as the head, or for further tokens."""
+        return self.first or (self.last and (model.tied or model.mtp > 0))
 
     def expert_parameters(self, model: Architecture, layout: Layout) -> float:
         """On a rank, of routed experts."""
@@ -44,6 +53,7 @@ def shares(model: Architecture, layout: Layout) -> list[Share]:
         if p == 1:
             own = list(range(len(stages)))
         blocks = [block for stage in own for block in stages[stage]]
+        blocks += [model.layers - 1] * model.mtp if len(stages) - 1 in own else []
         mixtures = sum(map(model.is_moe, blocks))
         ranks.append(Share(len(blocks) - mixtures, mixtures, 0 in own, len(stages) - 1 in own))
     return ranks
@@ -51,13 +61,15 @@ def shares(model: Architecture, layout: Layout) -> list[Share]:
 
 def stage_blocks(model: Architecture, number: int) -> list[range]:
     """The blocks of each stage, as `Stages.of` cuts a model into so many."""
+    width = 2 * model.q_dim
+    costs = [model.active(index) + width * model.span(index) for index in range(model.layers)]
     head = model.vocab * model.dim
-    block = (model.active_parameters - head) // model.layers
+    further = model.active(model.layers - 1) + 2 * model.dim * model.dim + width * model.seq + head
+    extra = head + model.mtp * further
     size, rest = divmod(model.layers, number)
-    if not rest and head <= block:  # equal stages are what `cut` finds, in much less time
+    if not rest and extra <= costs[-1] and len(set(costs)) == 1:  # `cut` finds equal stages, in much more time
         return [range(size * index, size * (index + 1)) for index in range(number)]
-    costs = [block] * model.layers
-    costs[-1] += head
+    costs[-1] += extra
     return list(cut(costs, number))
 
 

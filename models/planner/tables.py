@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate
 from .memory import Activations, best_segment
 from .search import Found
 from .share import in_flight
@@ -16,9 +16,11 @@ REASONS = {  # what a part of the step is called where it is what a layout loses
     "pipeline_bubble": "bubble",
     "tp": "tp traffic",
     "pp": "pp traffic",
+    "cp": "cp traffic",
     "dp": "dp traffic",
     "ep": "all-to-all",
     "optimizer": "optimizer",
+    "cores": "waiting for a core",
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .architecture import Architecture
+from .breakdown import Estimate
 from .cluster import Cluster
-from .estimate import Estimate, Estimator
+from .estimate import Estimator
 from .share import stage_blocks
 from .simulator import Simulation, StageTimes, simulate
 

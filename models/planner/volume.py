@@ -7,6 +7,7 @@ an all-to-all, twice that for an all-reduce; a message whole. The mean over rank
 from __future__ import annotations
 
 from .architecture import Architecture
+from .context import exchanges
 from .layout import Layout
 from .memory import size_of
 from .share import Share, shares
@@ -22,6 +23,7 @@ def traffic(model: Architecture, layout: Layout) -> dict[str, float]:
     ranks, size = shares(model, layout), size_of(layout.dtype)
     sent = {
         "tp": _mean(ranks, lambda share: _tensor(model, layout, share, size)),
+        "cp": _mean(ranks, lambda share: share.blocks * layout.micro_batches * exchanges(model, layout, size).bytes),
         "pp": _pipeline(model, layout, size),
         "dp": _mean(ranks, lambda share: _data(model, layout, share, size)),
         "ep": _mean(ranks, lambda share: _experts(model, layout, share, size)),
@@ -35,21 +37,26 @@ def _mean(ranks: list[Share], of) -> float:
 
 def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> float:
     """Sequences are gathered before attention and a dense network and scattered after, forward and backward."""
-    whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size
+    tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.cp
+    whole = tokens * model.dim * size
     full = layout.recompute == "full"
     exchanges = (3 if full else 2) * 2 * (2 * share.dense + share.mixtures)
     exchanges -= full * share.dense  # a recomputation stops where all is there again, before a block's last exchange
-    exchanges += 2 * share.first + 2 * share.last  # the embedding's output, and the norm's before the head
-    loss = 12 * layout.micro_batch * layout.micro_batches * model.seq * share.last  # largest, sum and target's logit
-    return (exchanges * whole + 2 * loss) * (layout.tp - 1) / layout.tp
+    depths = model.mtp * share.last  # each embeds further tokens, and has a norm before the head
+    exchanges += 2 * share.first + 2 * share.last + 4 * depths  # the embedding's output, and the norm's before the head
+    losses = share.last + depths
+    loss = 12 * tokens * losses  # largest, sum and target's logit
+    joins = 4 * model.join_parameters * depths  # whole on each rank, and so are their gradients, which are summed
+    return (exchanges * whole + 2 * (loss + joins)) * (layout.tp - 1) / layout.tp
 
 
 def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
     """Each boundary between ranks is crossed forward and backward; both ends add up the embedding's gradient."""
     p, v = layout.pp, layout.virtual
-    whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size / layout.tp
+    whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size / layout.tp / layout.cp
     crossed = 2 * (p - 1) if layout.schedule == "zbv" else p * v - 1
-    tied = 0 if layout.schedule == "zbv" else 2 * 4 * model.vocab * model.dim / layout.tp
+    shared = layout.schedule != "zbv" and (model.tied or model.mtp)
+    tied = 2 * 4 * model.vocab * model.dim / layout.tp if shared else 0
     return (2 * crossed * whole + tied) / p if p > 1 else 0.0
 
 
@@ -57,9 +64,10 @@ def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float
     """Gradients travel in float32, gathered parameters in the computing dtype."""
     total = 0.0
     zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
-    root = (model.vocab * model.dim / layout.tp + model.dim) * max(share.first, share.last)
+    root = (model.embedding_parameters * share.embeds(model) + model.head_parameters * share.last) / layout.tp
+    root += (model.dim + model.mtp * model.join_parameters) * share.last
     for held, number, whole in (
-        (share.dense_parameters(model, layout.tp), layout.dp, root),
+        (share.dense_parameters(model, layout.tp), layout.replicas, root),
         (share.expert_parameters(model, layout), layout.edp, 0.0),
     ):
         if not zero:
@@ -75,7 +83,7 @@ def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float
 
 def _experts(model: Architecture, layout: Layout, share: Share, size: int) -> float:
     """Rows to their experts and home, forward and backward."""
-    tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.tp
+    tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.tp / layout.cp
     rows = tokens * model.top_k * (model.capacity or 1.0) * model.dim * size
     passes = 5 if layout.recompute == "full" else 4  # of a recomputation the way home is left out
     return share.mixtures * passes * rows * (layout.ep - 1) / layout.ep

@@ -49,6 +49,14 @@ def test_plans_that_do_not_fit_are_refused(tmp_path, flags, words):
     assert words in done.stderr
 
 
+def test_a_plan_takes_every_flag_of_the_model():
+    flags = "--cp 2 --mtp 1 --windows 8,0 --untied --qk-norm --kv-heads 2 --optimizer muon --ema 0.99"
+    job = options.parse([*SIZES.split(), *flags.split()]).fit(4)
+    text = planned.plan(job, 4, train_tokens=10**9)
+    for words in ("4 ranks: pp 1, dp 2, cp 2, tp 1", "| average |", "| cp |", "| cp traffic |"):
+        assert words in text, words
+
+
 def test_warnings_of_a_plan():
     job = options.parse(
         [*SIZES.split(), "--batch", "64", "--eval-size", "64", "--ep", "4", "--cluster", "h100", "--steps", "1000"]
@@ -74,6 +82,12 @@ FLAGS = [
     "--tp 2 --ep 2",
     "--dense --tp 2 --recompute full",
     "--ep 2 --recompute full",
+    "--dense --tp 2 --mtp 1 --windows 8,0 --qk-norm",
+    "--dense --untied --pp 2 --micro-batches 4",
+    "--dense --mtp 1 --pp 2 --micro-batches 4",
+    "--dense --cp 2 --kv-heads 1",
+    "--dense --cp 2 --cp-attention ring --recompute full",
+    "--dense --cp 2 --data-parallel zero1",
 ]
 
 
@@ -82,7 +96,7 @@ def sent() -> list[tuple[dict[str, float], dict[str, float]]]:
     found = []
     for flags in FLAGS:
         job = options.parse([*SIZES.split(), *flags.split()]).fit(dist.get_world_size())
-        meshes = Meshes.of("cpu", pp=job.pp, tp=job.tp, ep=job.ep, etp=job.etp)
+        meshes = Meshes.of("cpu", pp=job.pp, cp=job.cp, tp=job.tp, ep=job.ep, etp=job.etp)
         model = steps.build(job, meshes)
         tokens = torch.randint(256, (job.batch // meshes.dense["dp"].size(), job.seq + 1))
         model.step(tokens[:, :-1], tokens[:, 1:])
@@ -90,7 +104,11 @@ def sent() -> list[tuple[dict[str, float], dict[str, float]]]:
         seen: dict[str, float] = {}
         for key, size in counted(meshes, partial(model.step, tokens[:, :-1], tokens[:, 1:])).items():
             axis, kind = key.split()
-            axis = "ep" if kind == "all_to_all" else axis.split("=")[0]
+            axis = axis.split("=")[0]
+            if axis == "cp":  # keys and values, or gradients of both ranks
+                axis = "cp" if kind == "all_to_all" else "dp"
+            elif kind == "all_to_all":
+                axis = "ep"
             seen[axis] = seen.get(axis, 0) + size
         layout = planned.layout_of(job, dist.get_world_size())
         found.append((seen, traffic(Architecture.of(job.config()), layout)))

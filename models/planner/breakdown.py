@@ -1,0 +1,78 @@
+"""What is expected of a layout: seconds of a step by part, memory, and rates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .layout import Layout
+from .memory import Memory
+from .placement import Placement
+from .share import bubble
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of a step: compute + pipeline_bubble + optimizer + exposed + cores are the step.
+
+    Communication counts whole along each axis; `exposed` is the part of all axes that hides behind no computing.
+    """
+
+    compute: float = 0.0  # on the rank that has most to do
+    pipeline_bubble: float = 0.0
+    tp: float = 0.0
+    pp: float = 0.0
+    dp: float = 0.0
+    ep: float = 0.0
+    optimizer: float = 0.0
+    exposed: float = 0.0
+    cp: float = 0.0
+    cores: float = 0.0  # waiting for a processor core, where ranks have to share them
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.compute + self.pipeline_bubble + self.optimizer + self.exposed + self.cores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is expected of a layout."""
+
+    layout: Layout
+    breakdown: Breakdown
+    memory: Memory
+    fits: bool
+    tokens: int  # of a step
+    flops: float  # of a step, with what is computed twice
+    model_flops: float  # of a step, each once
+    peak: float  # FLOP/s of a rank by the datasheet
+    transport: str = ""  # of rows to their experts
+    placement: Placement | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.breakdown.total
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak, each FLOP of the model counted once."""
+        return self.model_flops / self.seconds / self.layout.ranks / self.peak
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        layout, parts = asdict(self.layout), asdict(self.breakdown)
+        parts = {name: time for name, time in parts.items() if time or name not in ("cp", "cores")}
+        return {
+            "seconds_per_step": self.seconds,
+            "tflops_per_gpu": 1e-12 * self.flops / self.seconds / self.layout.ranks,
+            "mfu": self.mfu,
+            "tokens_per_s": self.tokens / self.seconds,
+            "memory_bytes": round(self.memory.total),
+            "bubble": bubble(self.layout) if self.layout.pp > 1 else 0.0,
+            "micro_batch": layout.pop("micro_batch"),
+            "virtual": layout.pop("virtual"),
+            "schedule": layout.pop("schedule"),
+            "breakdown": parts,
+        }
