@@ -1,4 +1,4 @@
-"""Does the planner predict this machine? It is fitted to two layouts of the main job, and compared on others.
+"""Does the planner predict this machine? It is fitted to three layouts of the main job, and compared on others.
 
     python benchmarks/planner.py --save runs.json  # starts examples/pretrain.py on 1 to 8 gloo ranks
     python benchmarks/planner.py --save runs.json  # compares once more: runs that the file has are not started again
