@@ -4,19 +4,21 @@
     MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_MAX_=0 OMP_NUM_THREADS=1 python benchmarks/layer.py
     OMP_NUM_THREADS=1 python benchmarks/layer.py --only dense bare layer --dtype bfloat16
     OMP_NUM_THREADS=1 python benchmarks/layer.py --processor --only bare layer "all at once"
+    OMP_NUM_THREADS=2 python benchmarks/layer.py --activation swiglu --only torch bare layer padded index loop bmm hf
     OMP_NUM_THREADS=1 python benchmarks/layer.py --peak
 
 The second command stops glibc from returning memory to the system between steps, as other allocators do by default.
 Then no time is spent on zeroing new pages.
 
 Lower bounds: `dense` is an MLP of equal active FLOPs. `bare` has only the grouped matrix products and the activation,
-on sorted rows. Alternatives with routing: `all at once` is the layer as on other devices, where rows are encoded and
-each product covers all experts. `index` uses grouped_mm and plain index operations, `loop` one product per expert, and
-`bmm` rows padded to the largest load.
+on sorted rows, and `torch` the same with torch's grouped_mm. Alternatives with routing: `all at once` is the layer as
+on other devices, where rows are encoded and each product covers all experts. `padded` is the layer with capacity factor
+1.25. `index` uses torch's grouped_mm and plain index operations, `loop` one product per expert, and `bmm` rows padded
+to the largest load. `hf` is Mixtral's block of transformers with its grouped_mm, if that is installed (SwiGLU only).
 
 All run in turn in each round. Results are medians over rounds, as ratios to the first. Gradients are None before each
 run. On a CPU without bfloat16 products, torch's take 4 to 90 times as long as float32. There `dense`, `bare` and the
-layer compute in float32, and `index`, `loop` and `bmm`, which would need minutes per step, are left out.
+layer compute in float32, and `torch`, `index`, `loop`, `bmm` and `hf`, which would need minutes per step, are left out.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from turnout.dispatch.torch_internals import has_half_products
 from turnout.moe import Capacity, MoE, aux_loss
+from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.experts.feed_forward import FeedForwardExperts
-from turnout.moe.experts.grouped_mm import computed, grouped_mm
+from turnout.moe.experts.grouped_mm import grouped_mm
 
 SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8)]  # T, D, H, E, k
 
@@ -59,15 +63,30 @@ def home(y: Tensor, weight: Tensor, token: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, token, (y * weight).to(x.dtype))
 
 
+def projections(layer: MoE) -> list[Tensor]:
+    """The matrices before the activation: up, and gate if there is one."""
+    names = ("w_up", "w_gate") if ACTIVATIONS[layer.experts.activation].gated else ("w_up",)
+    return [getattr(layer.experts, name) for name in names]
+
+
+def activated(up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """GELU or SwiGLU in plain PyTorch."""
+    return F.gelu(up) if gate is None else F.silu(gate) * up
+
+
+def torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weight, offs=ends)
+
+
 def index(layer: MoE, x: Tensor) -> Tensor:
     token, weight, counts = route(layer, x)
-    return home(grouped(layer, x[token], counts), weight, token, x)
+    return home(grouped(layer, x[token], counts, torch_grouped_mm), weight, token, x)
 
 
-def grouped(layer: MoE, rows: Tensor, counts: Tensor) -> Tensor:
+def grouped(layer: MoE, rows: Tensor, counts: Tensor, product: Callable[..., Tensor] = grouped_mm) -> Tensor:
     ends = counts.cumsum(0).to(torch.int32)
-    up, down = layer.experts.w_up, layer.experts.w_down
-    return grouped_mm(F.gelu(grouped_mm(rows, up, ends)), down, ends)
+    hidden = activated(*(product(rows, matrix, ends) for matrix in projections(layer)))
+    return product(hidden, layer.experts.w_down, ends)
 
 
 def all_at_once(layer: MoE, x: Tensor) -> Tensor:
@@ -81,9 +100,9 @@ def all_at_once(layer: MoE, x: Tensor) -> Tensor:
 
 def loop(layer: MoE, x: Tensor) -> Tensor:
     token, weight, counts = route(layer, x)
-    up, down = layer.experts.w_up.unbind(0), layer.experts.w_down.unbind(0)
-    blocks = x[token].split(counts.tolist())
-    return home(torch.cat([F.gelu(b @ u) @ d for b, u, d in zip(blocks, up, down, strict=True)]), weight, token, x)
+    matrices = (m.unbind(0) for m in (layer.experts.w_down, *projections(layer)))
+    parts = zip(x[token].split(counts.tolist()), *matrices, strict=True)
+    return home(torch.cat([activated(*(b @ u for u in ups)) @ down for b, down, *ups in parts]), weight, token, x)
 
 
 def bmm(layer: MoE, x: Tensor) -> Tensor:
@@ -91,8 +110,28 @@ def bmm(layer: MoE, x: Tensor) -> Tensor:
     expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
     place = torch.arange(len(token)) - (counts.cumsum(0) - counts)[expert]
     padded = x.new_zeros(len(counts), int(counts.max()), x.shape[1]).index_put((expert, place), x[token])
-    y = torch.bmm(F.gelu(torch.bmm(padded, layer.experts.w_up)), layer.experts.w_down)
+    y = torch.bmm(activated(*(torch.bmm(padded, matrix) for matrix in projections(layer))), layer.experts.w_down)
     return home(y[expert, place], weight, token, x)
+
+
+def mixtral(layer: MoE, dtype: torch.dtype) -> nn.Module | None:
+    """Mixtral's block with the layer's sizes and random weights, or None without transformers."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return None
+    D, H = layer.experts.dim, layer.experts.hidden
+    config = MixtralConfig(
+        hidden_size=D, intermediate_size=H, num_local_experts=layer.num_experts, num_experts_per_tok=layer.top_k
+    )
+    config._experts_implementation = "grouped_mm"
+    block = MixtralSparseMoeBlock(config).to(dtype)
+    with torch.no_grad():
+        block.gate.weight.copy_(layer.gate.weight)  # the same loads
+        block.experts.gate_up_proj.normal_(std=D**-0.5)
+        block.experts.down_proj.normal_(std=H**-0.5)
+    return block
 
 
 def timed(forward: Callable[[], Tensor], grad: Tensor, tensors: list[Tensor]) -> Callable[[], None]:
@@ -104,36 +143,50 @@ def timed(forward: Callable[[], Tensor], grad: Tensor, tensors: list[Tensor]) ->
     return run
 
 
-def contenders(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def contenders(
+    T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype, activation: str
+) -> dict[str, Callable[[], None]]:
     torch.manual_seed(0)
-    layer = MoE(D, H, E, k, experts="gelu").to(dtype)
+    layer = MoE(D, H, E, k, experts=activation).to(dtype)
+    padded = MoE(D, H, E, k, experts=activation, capacity=Capacity(1.25, pad=True)).to(dtype)
+    padded.load_state_dict(layer.state_dict())
     x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
     rows, rows_grad = torch.randn(T * k, D, dtype=dtype, requires_grad=True), torch.randn(T * k, D, dtype=dtype)
-    wide = computed(x)
-    up = torch.randn(D, k * H, dtype=wide, requires_grad=True)
+    native = dtype == torch.float32 or has_half_products(dtype)
+    wide = dtype if native else torch.float32
+    ups = [torch.randn(D, k * H, dtype=wide, requires_grad=True) for _ in projections(layer)]
     down = torch.randn(k * H, D, dtype=wide, requires_grad=True)
     dense, dense_grad = x.detach().to(wide).requires_grad_(), grad.to(wide)
     layer(x)
     counts = layer.stats.tokens_per_expert
-    tensors = [x, rows, up, down, dense, *layer.parameters()]
-    routed = {"layer": partial(ours, layer), "all at once": partial(all_at_once, layer)}
-    if wide == dtype:
+    tensors = [x, rows, *ups, down, dense, *layer.parameters(), *padded.parameters()]
+    bounds = {"bare": partial(grouped, layer, rows, counts)}
+    routed = {name: partial(ours, which) for name, which in {"layer": layer, "padded": padded}.items()}
+    routed["all at once"] = partial(all_at_once, layer)
+    if native:
+        bounds["torch"] = partial(grouped, layer, rows, counts, torch_grouped_mm)
         routed |= {"index": partial(index, layer), "loop": partial(loop, layer), "bmm": partial(bmm, layer)}
+        block = mixtral(layer, dtype) if activation == "swiglu" else None
+        if block is not None:
+            tensors += block.parameters()
+            routed["hf"] = lambda x: block(x.unsqueeze(0)).squeeze(0)
     return {
-        "dense": timed(lambda: F.gelu(dense @ up) @ down, dense_grad, tensors),
-        "bare": timed(lambda: grouped(layer, rows, counts), rows_grad, tensors),
+        "dense": timed(lambda: activated(*(dense @ up for up in ups)) @ down, dense_grad, tensors),
+        **{name: timed(run, rows_grad, tensors) for name, run in bounds.items()},
         **{name: timed(partial(run, x), grad, tensors) for name, run in routed.items()},
     }
 
 
-def compiled(T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def compiled(
+    T: int, D: int, H: int, E: int, k: int, dtype: torch.dtype, activation: str
+) -> dict[str, Callable[[], None]]:
     """The layer, dropless and padded, in eager mode and under torch.compile."""
     torch._dynamo.reset()
     x, grad = torch.randn(T, D, dtype=dtype, requires_grad=True), torch.randn(T, D, dtype=dtype)
     runs = {}
     for name, options in {"layer": {}, "padded": {"capacity": Capacity(1.25, pad=True)}}.items():
         torch.manual_seed(0)
-        layer = MoE(D, H, E, k, experts="gelu", **options).to(dtype)
+        layer = MoE(D, H, E, k, experts=activation, **options).to(dtype)
         layer.balance = 0  # the step has no `aux_loss`
         tensors = [x, *layer.parameters()]
         runs[name] = timed(partial(layer, x), grad, tensors)
@@ -179,17 +232,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", help="names of the contenders to run; ratios are to the first")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--activation", choices=["gelu", "swiglu"], default="gelu")
     parser.add_argument("--minimum", action="store_true", help="print the fastest round, not the median")
     parser.add_argument("--processor", action="store_true", help="measure processor time, for a busy machine")
     parser.add_argument("--peak", action="store_true", help="measure peak MiB above layer and input, in new processes")
     parser.add_argument("--compile", action="store_true", help="compare the layer with itself under torch.compile")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
+    print(f"torch {torch.__version__}, {args.activation}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
     typical = min if args.minimum else statistics.median
     clock = time.process_time if args.processor else time.perf_counter
     for size in SIZES:
         for dtype in args.dtype:
-            runs = (compiled if args.compile else contenders)(*size, getattr(torch, dtype))
+            runs = (compiled if args.compile else contenders)(*size, getattr(torch, dtype), args.activation)
             runs = {name: run for name, run in runs.items() if name in (args.only or runs)}
             cells = {"T, D, H, E, k": ", ".join(map(str, size)), "dtype": dtype}
             if args.peak:
@@ -201,7 +255,9 @@ def main() -> None:
                 cells |= {name: f"{times[name] / times[base]:.2f}" for name in others}
                 if times.keys() >= {"bare", "layer"}:
                     cells["layer / bare"] = f"{times['layer'] / times['bare']:.2f}"
-                plain = [times[name] for name in ("index", "loop", "bmm") if name in times]
+                if times.keys() >= {"torch", "layer"}:
+                    cells["layer / torch"] = f"{times['layer'] / times['torch']:.2f}"
+                plain = [times[name] for name in ("index", "loop", "bmm", "hf") if name in times]
                 if not args.compile and (plain or not args.only):
                     cells["layer / best other"] = f"{times['layer'] / min(plain):.2f}" if plain else ""
             if (size, dtype) == (SIZES[0], args.dtype[0]):

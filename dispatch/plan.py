@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cuda.launch import backends
@@ -167,6 +168,18 @@ class Plan:
     def trimmed(self, rows: int) -> Plan:
         """The same plan without the empty rows at its end. `rows` is counts.sum(), known to the host."""
         return replace(self, token=self.token[:rows])
+
+    def compact(self) -> Plan:
+        """The same assignments, ragged and without empty rows. The host waits for their number.
+
+        >>> plan = Plan.of(torch.tensor([[1], [-1], [1]]), num_experts=2, capacity=3).compact()
+        >>> plan.token.tolist(), plan.slot.tolist(), plan.counts.tolist()
+        ([0, 2], [[0], [-1], [1]], [0, 2])
+        """
+        filled = self.token >= 0
+        row = F.pad(filled.cumsum(0) - 1, (0, 1), value=-1)  # slots of -1 read the extra row
+        counts = load(self.expert, self.counts.numel())
+        return replace(self, token=self.token[filled], slot=row[self.slot], counts=counts, capacity=None)
 
     def reordered(self, order: Tensor) -> Plan:
         """The same assignments with permuted rows: row r of the result is row order[r] of this plan.

@@ -31,6 +31,7 @@ def half_units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     Nothing else in the package depends on the kind of CPU.
     """
     monkeypatch.setattr("turnout.moe.experts.grouped_mm._emulated", lambda dtype: not request.param)
+    monkeypatch.setattr("turnout.moe.experts.grouped_mm._slow", lambda dtype: False)
     return request.param
 
 

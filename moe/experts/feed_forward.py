@@ -112,6 +112,9 @@ class FeedForwardExperts(Experts):
     def forward(self, rows: Tensor | Tokens, weight: Tensor, counts: Tensor) -> Tensor:
         """See `Experts.forward`. It also takes `Tokens` [T, D] with weight [T, k], and then returns tokens [T, D]."""
         x, plan = rows if isinstance(rows, Tokens) else (rows, None)
+        if plan is not None and plan.capacity is not None and x.device.type == "cpu" and _is_eager():
+            plan = plan.compact()  # a CPU needs no static shapes, and products of padding take as long as others
+            counts = plan.counts
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         number = len(weight) if plan is None else len(plan.token)
         if self._kernel == "triton":
@@ -126,8 +129,7 @@ class FeedForwardExperts(Experts):
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
     def _in_blocks(self, x: Tensor, rows: int) -> bool:
-        plain = self.lora is None and not torch.compiler.is_compiling() and not transformed()
-        return plain and pays(x, rows, max(self.dim, self.hidden))
+        return self.lora is None and _is_eager() and pays(x, rows, max(self.dim, self.hidden))
 
     def _at_once(
         self,
@@ -182,3 +184,7 @@ class FeedForwardExperts(Experts):
     def extra_repr(self) -> str:
         """Text that ``print(model)`` shows."""
         return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and not transformed()

@@ -75,6 +75,20 @@ def test_trimmed_plan_has_no_empty_row(case):
     check_inverse(trimmed)
 
 
+@given(assignments(), st.sampled_from([None, 0, 2]))
+def test_compact_plan_is_the_ragged_one_without_empty_rows(case, spare):
+    expert, E = case
+    ragged = Plan.of(expert, E)
+    plan = Plan.of(expert, E, None if spare is None else int(ragged.counts.max()) + spare).compact()
+    wanted = ragged.trimmed(int(ragged.counts.sum()))
+    for found, same in zip(
+        (plan.token, plan.slot, plan.counts), (wanted.token, wanted.slot, wanted.counts), strict=True
+    ):
+        assert torch.equal(found, same)
+    assert plan.capacity is None
+    check_inverse(plan)
+
+
 def test_the_check_of_the_inverse_can_fail():
     plan = Plan.of(torch.tensor([[0], [1]]), 2)
     plan.slot[0, 0] = 1

@@ -95,6 +95,17 @@ def test_a_plan_in_place_of_rows(hidden, capacity, few, monkeypatch):
     assert close(dispatcher(x, plan, weight, experts), apart, 1e-12)
 
 
+@pytest.mark.parametrize("few", [False, True])
+def test_padding_is_not_multiplied(few, monkeypatch):
+    monkeypatch.setattr("turnout.moe.experts.feed_forward.pays", lambda *sizes: few)
+    number = []
+    monkeypatch.setattr(torch, "mm", lambda a, *b, mm=torch.mm, **out: number.append(len(a)) or mm(a, *b, **out))
+    experts, chosen = FeedForwardExperts(8, 16, 2, "gelu").double(), torch.tensor([[1], [0], [1], [-1]])
+    with torch.no_grad():
+        LocalDispatcher()(random(4, 8), Plan.of(chosen, 2, capacity=9), torch.ones(4, 1), experts)
+    assert sorted(number) == [1, 1, 2, 2], "rows of both experts, up and down"
+
+
 def test_gathered_rows_are_not_kept():
     experts, kept = FeedForwardExperts(8, 16, 4, "gelu"), []
     plan = Plan.of(torch.arange(40).reshape(10, 4) % 4, 4)
