@@ -18,6 +18,7 @@ from .pipeline.boundary import Boundary
 from .pipeline.engine import Pipeline
 from .pipeline.partition import Stages
 from .recompute import recompute
+from .swin import Swin, SwinConfig
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
 
@@ -36,6 +37,8 @@ __all__ = [
     "Pipeline",
     "SequenceSplit",
     "Stages",
+    "Swin",
+    "SwinConfig",
     "T5Config",
     "context_parallel",
     "corrupt_spans",
