@@ -25,7 +25,6 @@ from ..moe.layer import MoE
 from .recompute import Blocks
 from .windows import WindowAttention
 
-
 CAPACITY = Capacity(1.25, drop="priority")  # tokens with the highest score come first
 
 
