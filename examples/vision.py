@@ -82,7 +82,8 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
     if job.experts:
         parallelize(model, mesh)
     optimizer = AdamW(param_groups(model, weight_decay=job.weight_decay), lr=job.lr, betas=(0.9, 0.99))
-    check(model, mesh, optimizer)
+    if job.experts:
+        check(model, mesh, optimizer)
     found = checkpoint.load_newest(job.out, model, optimizer, accept=lambda step, extra: accept(job, extra))
     first = found.step if found else 0
     seconds, recent = (found.extra["seconds"] if found else 0.0), torch.zeros((), device=device)
@@ -175,10 +176,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--capacity", type=float, default=1.25, help="capacity factor in training; 0: no limit")
     add("--capacities", type=float, nargs="*", default=[], help="capacity factors to evaluate with at the end")
     add("--aux-weight", type=float, default=0.01, help="weight of the load-balancing loss")
-    add("--drop-path", type=float, default=0.1, help="probability of stochastic depth in the last block")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--drop-path", type=float, default=0.0, help="probability of stochastic depth in the last block")
+    add("--smoothing", type=float, default=0.0, help="label smoothing")
     add("--shift", type=int, default=2, help="most pixels that an image is moved by in training")
-    add("--steps", type=int, default=1000, help="number of optimizer steps")
+    add("--steps", type=int, default=400, help="number of optimizer steps")
     add("--batch", type=int, default=64, help="images in a step, on all ranks together")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; a cosine decay follows")

@@ -200,6 +200,8 @@ class SwinBlock(nn.Module):
         else:
             self.feed_forward = FeedForward(dim, hidden, "gelu", bias=True)
             self.feed_forward_norm = nn.LayerNorm(dim, config.norm_eps)
+        for norm in (self.attention_norm, self.feed_forward_norm):
+            nn.init.zeros_(norm.weight)  # as the released SwinV2: at first a block changes nothing
         before = sum(config.depths[:stage]) + index
         self.drop_path = config.drop_path * before / max(sum(config.depths) - 1, 1)
 
