@@ -1,8 +1,7 @@
 """Transformers with MoE layers, and what trains them on many ranks: GPT, BERT, T5, Swin, parallelism, checkpoints.
 
 Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` and `t5.py`. `swin.py` is for
-images. For many ranks, start at
-`parallel_model.py`.
+images. For many ranks, start at `parallel_model.py`.
 """
 
 from .bert import BERT, BERTConfig

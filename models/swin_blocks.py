@@ -242,6 +242,8 @@ class NormedExperts(FeedForwardExperts):
         eps: number that the norm adds to the variance; 1e-5 by default.
     """
 
+    normed = True
+
     def __init__(
         self,
         dim: int,

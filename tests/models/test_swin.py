@@ -13,6 +13,8 @@ from turnout.models import Swin, SwinConfig, recompute
 from turnout.models.swin_blocks import NormedExperts, SwinBlock
 from turnout.models.windows import WindowAttention
 from turnout.moe import Capacity, MoE, aux_loss
+from turnout.moe.gates import TopKGate
+from turnout.moe.upcycling import upcycle
 
 CONFIG = SwinConfig(channels=2, patch=2, dim=8, depths=(2, 2), heads=(2, 4), window=2, classes=5, num_experts=4)
 
@@ -180,7 +182,7 @@ def test_autocast_computes_in_bfloat16():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_one_graph_has_the_same_results():
     model = build(replace(CONFIG, depths=(2,), heads=(2,), moe_stages=1)).float()
     x, results = images(2, 2, 8, 8).float(), []
@@ -189,9 +191,21 @@ def test_one_graph_has_the_same_results():
         y = forward(x)
         (y.square().sum() + aux_loss(model)).backward()
         results.append([y.detach(), *(p.grad for p in model.parameters())])
+    torch._dynamo.reset()
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
-    torch._dynamo.reset()
+
+
+def test_a_dense_model_becomes_a_mixture():
+    """Copies compute what the dense block does where a token's weights add up to 1; shards cannot."""
+    dense, x = build(replace(CONFIG, moe_stages=0)), images(3, 2, 16, 8)
+    whole = {"capacity": None, "gate": lambda dim, number, k: TopKGate(dim, number, k, normalize=True)}
+    copies = upcycle(build(replace(CONFIG, **whole), seed=1), dense)
+    torch.testing.assert_close(copies(x), dense(x))
+    with pytest.raises(ValueError, match="shards of a block do not add up"):
+        upcycle(build(replace(CONFIG, **whole, top_k=2)), dense)
+    with pytest.raises(ValueError, match="cannot be scaled"):
+        upcycle(build(), dense, scale=2.0)
 
 
 def test_flops_count_what_a_token_uses():
