@@ -52,20 +52,22 @@ def swin_from_hf(model: Swinv2Model | Swinv2ForImageClassification) -> Swin:
     if not isinstance(model, Swinv2Model | Swinv2ForImageClassification):
         raise TypeError(f"model must be a Swinv2Model or Swinv2ForImageClassification; got {type(model).__name__}")
     base = model if isinstance(model, Swinv2Model) else model.swinv2
-    config = swin_config_from_hf(base.config, classes=0 if base is model else model.num_labels)
+    config = swin_config_from_hf(base.config, classes=0 if base is model else int(base.config.num_labels))
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         swin = Swin(config).to(first.dtype)
-    tensors = dict(_renamed(base.state_dict()))
+    tensors: dict[str, Tensor] = dict(_renamed(base.state_dict()))
     if swin.head is not None:
         assert isinstance(model, Swinv2ForImageClassification)
         tensors |= {f"head.{name}": p for name, p in model.classifier.state_dict().items()}
     swin.load_state_dict({name: p.detach().clone() for name, p in tensors.items()}, assign=True)
-    return swin.requires_grad_().eval()
+    swin.requires_grad_()
+    return swin.eval()
 
 
-def swin_config_from_hf(hf: Swinv2Config, classes: int) -> SwinConfig:
+def swin_config_from_hf(hf_config: Swinv2Config, classes: int) -> SwinConfig:
     """The config of the dense `Swin` with the sizes of a `Swinv2Config`; raises as `swin_from_hf` does."""
+    hf: Any = hf_config
     square = not isinstance(hf.image_size, int) and len(set(hf.image_size)) == 1
     size = hf.image_size[0] if square else hf.image_size
     refused = {
