@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Swinv2Config, Swinv2ForImageClassification, Swinv2Model
+from transformers import Swinv2ForImageClassification, Swinv2Model
 
 from ..swin import Swin, SwinConfig
 
@@ -52,7 +52,8 @@ def swin_from_hf(model: Swinv2Model | Swinv2ForImageClassification) -> Swin:
     if not isinstance(model, Swinv2Model | Swinv2ForImageClassification):
         raise TypeError(f"model must be a Swinv2Model or Swinv2ForImageClassification; got {type(model).__name__}")
     base = model if isinstance(model, Swinv2Model) else model.swinv2
-    config = swin_config_from_hf(base.config, classes=0 if base is model else int(base.config.num_labels))
+    classes = 0 if base is model else base.config.num_labels or 0
+    config = swin_config_from_hf(base.config, classes)
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         swin = Swin(config).to(first.dtype)
@@ -65,9 +66,8 @@ def swin_from_hf(model: Swinv2Model | Swinv2ForImageClassification) -> Swin:
     return swin.eval()
 
 
-def swin_config_from_hf(hf_config: Swinv2Config, classes: int) -> SwinConfig:
+def swin_config_from_hf(hf: Any, classes: int) -> SwinConfig:
     """The config of the dense `Swin` with the sizes of a `Swinv2Config`; raises as `swin_from_hf` does."""
-    hf: Any = hf_config
     square = not isinstance(hf.image_size, int) and len(set(hf.image_size)) == 1
     size = hf.image_size[0] if square else hf.image_size
     refused = {
