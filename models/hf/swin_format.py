@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +68,9 @@ def swin_from_hf(model: Swinv2Model | Swinv2ForImageClassification) -> Swin:
 
 def swin_config_from_hf(hf: Any, classes: int) -> SwinConfig:
     """The config of the dense `Swin` with the sizes of a `Swinv2Config`; raises as `swin_from_hf` does."""
-    square = not isinstance(hf.image_size, int) and len(set(hf.image_size)) == 1
-    size = hf.image_size[0] if square else hf.image_size
+    size: Any = hf.image_size
+    if isinstance(size, Sequence) and len(set(size)) == 1:
+        size = size[0]
     refused = {
         "image_size": not isinstance(size, int),
         "patch_size": not isinstance(hf.patch_size, int),
