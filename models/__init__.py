@@ -1,7 +1,7 @@
-"""Transformers with MoE layers, and what trains them on many ranks: GPT, BERT, T5, parallelism, checkpoints.
+"""Transformers with MoE layers, and what trains them on many ranks: GPT, BERT, T5, Swin, parallelism, checkpoints.
 
-Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` and `t5.py`. For many ranks, start at
-`parallel_model.py`.
+Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` and `t5.py`. `swin.py` is for
+images. For many ranks, start at `parallel_model.py`.
 """
 
 from .bert import BERT, BERTConfig
@@ -18,6 +18,7 @@ from .pipeline.boundary import Boundary
 from .pipeline.engine import Pipeline
 from .pipeline.partition import Stages
 from .recompute import recompute
+from .swin import Swin, SwinConfig
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
 
@@ -36,6 +37,8 @@ __all__ = [
     "Pipeline",
     "SequenceSplit",
     "Stages",
+    "Swin",
+    "SwinConfig",
     "T5Config",
     "context_parallel",
     "corrupt_spans",

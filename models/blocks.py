@@ -274,9 +274,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def active_parameters(module: nn.Module) -> int:
     """Number of matrix parameters that one token uses: an `MoE` layer counts with its router and top_k experts."""
-    count = sum(p.numel() for p in module.parameters() if p.ndim > 1)
-    for layer in module.modules():
-        if isinstance(layer, MoE):
-            each = sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts
-            count -= each * (layer.num_experts - layer.top_k)
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+    stacked = {p for layer in layers for p in layer.experts.parameters()}
+    count = sum(p.numel() for p in module.parameters() if p.ndim > 1 and p not in stacked)
+    for layer in layers:  # experts' tensors are stacked: their biases have two axes
+        matrices = sum(p.numel() for p in layer.experts.parameters() if p.ndim > 2)
+        count += matrices // layer.num_experts * layer.top_k
     return count

@@ -38,6 +38,7 @@ class Experts(nn.Module, ABC):
 
     output_parts: frozenset[str] = frozenset()  # of `split_axes`, tensors whose parts are parts of the output
     recompute: bool = False
+    normed: bool = False  # whether outputs are normalised before the router's weight multiplies them
     lora: nn.ModuleDict | None
 
     def __init__(self, num_experts: int, seed: int) -> None:

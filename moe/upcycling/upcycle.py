@@ -133,7 +133,12 @@ def _plan(
             f"top_k={layer.top_k} must be multiples of {groups}, so that a token gets all shards of a copy"
         )
     factor = 1 / _share(where, layer.gate, groups) if scale is None else scale
-    if not isinstance(experts, FeedForwardExperts) and abs(factor - 1) > 1e-6:
+    if experts.normed and groups > 1:
+        raise ValueError(
+            f"experts of {where} normalise their outputs, so that shards of a block do not add up to it: build them as "
+            "wide as the block"
+        )
+    if (experts.normed or not isinstance(experts, FeedForwardExperts)) and abs(factor - 1) > 1e-6:
         raise ValueError(
             f"router weights of {where} add up to {1 / factor:.3g}, and {type(experts).__name__} cannot be scaled: use "
             "a gate whose weights add up to 1"
