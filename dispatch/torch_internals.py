@@ -39,6 +39,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "replicate",
+    "scaled_grouped_mm",
     "skips_side_effects_in_recomputation",
     "transformed",
     "unscale",
@@ -78,6 +79,21 @@ def has_half_products(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def scaled_grouped_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, ends: Tensor) -> Tensor:
+    """Grouped GEMM in float8 on sm_90: (a a_scale) (b b_scale), bfloat16 [R, N]. Rows past ends[-1] are undefined.
+
+    `F.scaled_grouped_mm` is documented, but has no rule for the meta device, on which a test compares layouts.
+
+    Args:
+        a: float8_e4m3fn [R, K], contiguous.
+        b: float8_e4m3fn [L, K, N], each matrix transposed in memory. K and N are multiples of 16.
+        a_scale: float32 [R].
+        b_scale: float32 [L, N].
+        ends: int32 [L], end of each expert's rows.
+    """
+    return torch._scaled_grouped_mm(a, b, a_scale, b_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 @torch.compiler.assume_constant_result
