@@ -83,15 +83,15 @@ def up_kernel(
     found = source(row, end, token)
     u = tl.zeros([BM, BN], tl.float32)
     u, g = product(u, u, x, found, first, end, w_up, w_gate, expert, n * BN, D, H, TRANSPOSED, PRECISION, BM, BN, BK)
+    # Round as for storing: the backward recomputes the hidden rows from stored values, and must get the same rows.
     u = unscaled(u, x_scale, found, up_scale, expert, column, H, BN)
-    if w_gate is not None:
-        g = unscaled(g, x_scale, found, gate_scale, expert, column, H, BN)
     if b_up is not None:
         u += tl.load(b_up + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+    u = u.to(hidden.dtype.element_ty)
+    if w_gate is not None:
+        g = unscaled(g, x_scale, found, gate_scale, expert, column, H, BN)
         if b_gate is not None:
             g += tl.load(b_gate + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
-    # Round as for storing: the backward recomputes the hidden rows from stored values, and must get the same rows.
-    u = u.to(hidden.dtype.element_ty)
     g = g.to(hidden.dtype.element_ty)
     at = row.to(tl.int64)[:, None] * H + column[None, :]
     mask = (row < end)[:, None] & wide[None, :]

@@ -116,7 +116,7 @@ _MEDIUM_FLOAT8 = {
     "hidden": Blocks(128, 64, 64, 4, 3),
 }
 _LARGE_FLOAT8 = {
-    "up": Blocks(128, 128, 128, 8, 3, True),
+    "up": Blocks(256, 64, 128, 8, 3, True),
     "down": Blocks(128, 128, 128, 8, 4, True),
     "hidden": Blocks(128, 128, 128, 8, 4, True),
 }

@@ -62,8 +62,8 @@ def scales(largest: Tensor) -> tuple[Tensor, Tensor]:
     >>> scales(torch.tensor([448.0, 449.0, 1.0]))[0].tolist()
     [1.0, 2.0, 0.00390625]
     """
-    bits = largest.view(torch.int32)  # the carry tells mantissas above 1.75 = 448 / 256
-    exponent = ((bits + 0x1FFFFF) >> 23).clamp(min=9) - 8
+    bits = largest.view(torch.int32) & 0x7FFFFFFF  # NaN may have a sign
+    exponent = ((bits + 0x1FFFFF) >> 23).clamp(min=9) - 8  # the carry tells mantissas above 1.75 = 448 / 256
     scale = (exponent << 23).view(torch.float32).masked_fill(bits >= 0x7F800000, torch.nan)
     return scale, ((254 - exponent) << 23).view(torch.float32)
 
