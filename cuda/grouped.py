@@ -115,7 +115,7 @@ def up(
     tiles = groups.tiles(size.rows)
     up_kernel[(_programs(tiles, H, size),)](
         _rows(x, token, size), x_scale, token, weight,
-        *(_matrices(w, size, transposed) for w in (w_up, w_gate)), up_scale, gate_scale, b_up, b_gate,
+        _matrices(w_up, size, transposed), _matrices(w_gate, size, transposed), up_scale, gate_scale, b_up, b_gate,
         *tiles, before, gate, hidden, len(tiles.expert), D=D, H=H, TRANSPOSED=transposed,
         ACTIVATION=getattr(activations, activation), SAVE=save, **_constants(x, size),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from .scaled import Scaled
 from .scaling_kernels import columns_kernel, rows_kernel
 
 FLOAT8 = torch.float8_e4m3fn
+_WARPS = {number: {"num_warps": number} for number in (4, 8)}  # an option of Triton's, not an argument
 
 
 def rows(*each: Tensor, ends: Tensor | None = None) -> list[Scaled]:
@@ -27,7 +28,7 @@ def rows(*each: Tensor, ends: Tensor | None = None) -> list[Scaled]:
     if R:
         BM, BK = (16, 16) if a.device.type == "cpu" else (4, 512)
         L = 0 if ends is None else len(ends)
-        rows_kernel[(cdiv(R, BM),)](a, b, ends, to_a, to_b, scale, R, L=L, K=K, BM=BM, BK=BK, num_warps=4)
+        rows_kernel[(cdiv(R, BM),)](a, b, ends, to_a, to_b, scale, R, L=L, K=K, BM=BM, BK=BK, **_WARPS[4])
     return [Scaled(t, scale, a.dtype) for t in (to_a, to_b) if t is not None]
 
 
@@ -36,7 +37,7 @@ def columns(matrix: Tensor) -> Scaled:
     L, K, N = matrix.shape
     values, scale = matrix.new_empty(L, N, K, dtype=FLOAT8), matrix.new_empty(L, N, dtype=torch.float32)
     BK, BN = (16, 16) if matrix.device.type == "cpu" else (128, 64)
-    columns_kernel[(cdiv(N, BN), L)](matrix, values, scale, K=K, N=N, BK=BK, BN=BN, num_warps=8)
+    columns_kernel[(cdiv(N, BN), L)](matrix, values, scale, K=K, N=N, BK=BK, BN=BN, **_WARPS[8])
     return Scaled(values, scale, matrix.dtype)
 
 

@@ -22,6 +22,9 @@ from torch.distributed._composable.replicate import replicate
 # The only all-to-all whose forward and backward `torch.compile` takes into a graph.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+# The store through which the ranks of a job found each other. Ranks can read it without a collective.
+from torch.distributed.distributed_c10d import _get_default_store as default_store
+
 # Tells which part of a DTensor this rank holds, for any placements.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +36,7 @@ __all__ = [
     "all_to_all_single_autograd",
     "composed_by",
     "compute_local_shape_and_global_offset",
+    "default_store",
     "embedding_bag_weight_backward",
     "has_half_products",
     "in_backward",
@@ -93,7 +97,8 @@ def scaled_grouped_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, en
         b_scale: float32 [L, N].
         ends: int32 [L], end of each expert's rows.
     """
-    return torch._scaled_grouped_mm(a, b, a_scale, b_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
+    product = torch.ops.aten._scaled_grouped_mm
+    return product(a, b, a_scale, b_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 @torch.compiler.assume_constant_result

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...cuda.tune import Shape
 from ...dispatch.plan import Plan, Tokens
 from ...dispatch.reorder import decode, encode, encode_weight
-from ...dispatch.torch_internals import transformed
+from ...dispatch.torch_internals import in_backward, transformed
+from ..routing import can_be_read
 from .activation import ACTIVATIONS, activated, weighted
 from .base import Experts
 from .blocked import Layer, pays, perceptrons
@@ -33,8 +35,9 @@ class FeedForwardExperts(Experts):
 
     `kernel` chooses the implementation, and may be set at any time. ``"torch"`` is torch's grouped GEMM. ``"triton"``
     reads tokens without a copy and saves less for backward (`fused`; CUDA, not run on a GPU yet). It is checked at its
-    first use, and "torch" takes its place with a warning if it is wrong there. ``"auto"``, the default, is "torch".
-    `autotune` measures both and sets the faster one.
+    first use, and "torch" takes its place with a warning if it is wrong there. ``"auto"``, the default, is
+    the faster one on a GPU, timed at the first training step of experts of these sizes (`moe.autotune.first_choice`),
+    and "torch" elsewhere. `autotune` measures tiles as well, and sets the faster one.
 
     `precision` chooses the numbers that are multiplied, and may be set at any time. ``"fp8"`` rounds operands of the
     products with tokens to float8 (e4m3), with a scale for each row and for each column of a matrix: W x forward, and
@@ -134,9 +137,10 @@ class FeedForwardExperts(Experts):
         x, plan = rows if isinstance(rows, Tokens) else (rows, None)
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         number = len(weight) if plan is None else len(plan.token)
+        kernel = self._faster(x, up[0], number, plan) if self._kernel == "auto" else self._kernel
         if self._precision is not None:
-            compute = partial(fused, how=self._how(x, up[0], number, plan))
-        elif self._kernel == "triton":
+            compute = partial(fused, how=self._how(kernel, x, up[0], number, plan))
+        elif kernel == "triton":
             check_triton(x, self.activation)
             self._check_plain('kernel="triton"', 'kernel="torch"')
             right = computes_correctly(x, self.activation, up[0], self.bias, number, plan is not None)
@@ -147,13 +151,27 @@ class FeedForwardExperts(Experts):
             compute = self._at_once
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
-    def _how(self, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
+    def _faster(self, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
+        """The kernel that ``"auto"`` stands for: the only one that can compute these rows, or on a GPU the faster."""
+        if not x.is_cuda or torch.compiler.is_compiling() or self.adapts or self.in_four_bits:
+            return "torch"
+        (L, D, H), fp8 = up.shape, self._precision is not None
+        if fp8 and not torch_multiplies(x.device, x.dtype, D, H):
+            return "triton"
+        if not isinstance(self.w_up, nn.Parameter):
+            return "torch"  # gathered experts, of which each step has others: timing them would stall every step
+        from ..autotune.first_choice import faster  # imports the layer
+
+        k, dtype = 1 if plan is None else plan.slot.shape[1], str(x.dtype).removeprefix("torch.")
+        kind, gated = self.activation, ACTIVATIONS[self.activation].gated
+        shape = Shape(rows // k, D, H, L, k, kind, self.bias, dtype, plan is not None, gated, self._precision or "")
+        learns = self.training and torch.is_grad_enabled() and can_be_read(x) and not in_backward()
+        return faster(shape, x.device, self.w_up, learns)
+
+    def _how(self, kernel: str, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
         """What computes experts in float8, as `fused` calls it."""
         self._check_plain('precision="fp8"', "precision=None")
-        sizes, kernel = up.shape[1:], self._kernel
-        check_float8(x, kernel, *sizes)
-        if kernel == "auto":
-            kernel = "triton" if x.is_cuda and not torch_multiplies(x.device, x.dtype, *sizes) else "torch"
+        check_float8(x, kernel, *up.shape[1:])
         if kernel == "triton":
             check_triton(x, self.activation)
             right = computes_correctly(x, self.activation, up, self.bias, rows, plan is not None, self._precision)
