@@ -33,16 +33,26 @@ def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
     named["times of routing"] = partial(times, clock, shape, routing)
     if "triton" in kernels(device):
         named["times of experts"] = partial(times, clock, shape, products)
+        if has_float8(device):
+            named["experts float8"] = partial(experts, device, shape, "fp8")
+            named["times of experts, float8"] = partial(times, clock, shape, float8_products)
     return named
 
 
-def experts(device: torch.device, shape: Shape) -> list[Row]:
-    """Errors of the Triton kernels at the sizes of the shape, against plain PyTorch on the same GPU."""
+def has_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def experts(device: torch.device, shape: Shape, precision: str | None = None) -> list[Row]:
+    """Errors of the Triton kernels at the sizes of the shape, against plain PyTorch on the same GPU.
+
+    In float8 plain PyTorch rounds the same operands, so that the tolerance is the same.
+    """
     _, D, H, _, _ = shape
     result: list[Row] = []
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16,) if precision else (torch.bfloat16, torch.float16):
         for gathers in (True, False):
-            kind = first_use.Kind(device, dtype, D, H, "swiglu", bias=False, many=True, gathers=gathers)
+            kind = first_use.Kind(device, dtype, D, H, "swiglu", False, True, gathers, precision)
             for name, error in first_use.differences(kind).items():
                 limit = first_use.TOLERANCE[dtype]
                 row: Row = {"check": name, "dtype": str(dtype).removeprefix("torch."), "gathers": gathers}
@@ -52,7 +62,7 @@ def experts(device: torch.device, shape: Shape) -> list[Row]:
 
 def times(clock: Clock, shape: Shape, make: Callable[[torch.device, Shape], dict[str, Run]]) -> list[Row]:
     """Device time of each kernel beside its floor and expected time, if the rates of the GPU are known."""
-    works = gpu_floors.works(shape)
+    works = gpu_floors.works(shape) | gpu_floors.float8_works(shape)
     name = torch.cuda.get_device_properties(clock.device).name if clock.cuda else "cpu"
     rates = gpu_floors.device(name)
     result: list[Row] = []
@@ -105,6 +115,28 @@ def products(device: torch.device, shape: Shape) -> dict[str, Run]:
             tune.runs(sizes, device),
             strict=True,
         )
+    }
+
+
+def float8_products(device: torch.device, shape: Shape) -> dict[str, Run]:
+    """Products in float8 and the casts before them, as functions that run them."""
+    from turnout.cuda import scaling
+
+    T, D, H, E, k = shape
+    kinds = {"activation": "swiglu", "bias": False, "dtype": "bfloat16", "gathers": True, "gated": True}
+    runs = tune.runs(tune.Shape(T, D, H, E, k, **kinds, precision="fp8"), device)[:4]
+    named = zip(("up, float8", "down, float8", "down, backward, float8", "hidden, backward, float8"), runs, strict=True)
+    x, w_up, w_down, hidden = (
+        torch.randn(*size, device=device, dtype=torch.bfloat16) for size in ((T, D), (E, D, H), (E, H, D), (T * k, H))
+    )
+    return {name: partial(run, None) for name, (_, run) in named} | {
+        "cast of tokens": partial(scaling.rows, x),
+        "cast of columns, up": partial(scaling.columns, w_up),
+        "cast of columns, down": partial(scaling.columns, w_down),
+        "cast of hidden rows": partial(scaling.rows, hidden),
+        "cast of rows, down": partial(scaling.matrix_rows, w_down),
+        "cast of rows, up": partial(scaling.matrix_rows, w_up, w_up),
+        "cast of gradients": partial(scaling.rows, hidden, hidden),
     }
 
 

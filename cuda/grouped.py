@@ -19,6 +19,7 @@ alone, so CUDA graphs may capture them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import activations
 from .grouped_kernels import bias_kernel, down_kernel, hidden_kernel, tiles_kernel, up_kernel, weight_kernel
+from .scaled import Scaled, parts
 from .tiles import Blocks, blocks
 
 
@@ -72,12 +74,12 @@ class Groups:
 
 
 def up(
-    x: Tensor,
+    x: Tensor | Scaled,
     token: Tensor | None,
     groups: Groups,
     weight: Tensor,
-    w_up: Tensor,
-    w_gate: Tensor | None,
+    w_up: Tensor | Scaled,
+    w_gate: Tensor | Scaled | None,
     activation: str,
     save: bool,
     b_up: Tensor | None = None,
@@ -87,11 +89,11 @@ def up(
     """Up and gate projections, activation, and multiplication by the router's weight: the hidden rows [R, H].
 
     Args:
-        x: [T, D] if `token` is given, else rows [R, D].
+        x: [T, D] if `token` is given, else rows [R, D]; in float8, then with matrices in float8.
         token: int64 [R], token in each row, -1 = empty row; None if x has the rows.
         groups: the rows of each expert.
         weight: [R], the router's weight of each row.
-        w_up: [L, D, H], up projections.
+        w_up: [L, D, H], up projections. In float8 values are [L, H, D].
         w_gate: [L, D, H], gate projections; None for activations without a gate.
         activation: name of a function in `activations.py`.
         save: whether a backward follows.
@@ -103,21 +105,25 @@ def up(
         The hidden rows [R, H], then up and gate before the activation, [R, H] each. The last two are empty if they are
         not saved or there is no gate.
     """
-    (_, D, H), R = w_up.shape, groups.rows
-    hidden = x.new_empty(R, H)
-    before, gate = (x.new_empty(R if save and wanted else 0, H) for wanted in (True, w_gate is not None))
+    dtype, (x, x_scale), (w_up, up_scale) = x.dtype, parts(x), parts(w_up)
+    w_gate, gate_scale = (None, None) if w_gate is None else parts(w_gate)
+    transposed = up_scale is not None
+    (D, H), R = w_up.shape[:0:-1] if transposed else w_up.shape[1:], groups.rows
+    hidden = x.new_empty(R, H, dtype=dtype)
+    before, gate = (hidden.new_empty(R if save and wanted else 0, H) for wanted in (True, w_gate is not None))
     size = size or blocks("up", x, groups.average, (D, H))
     tiles = groups.tiles(size.rows)
     up_kernel[(_programs(tiles, H, size),)](
-        _rows(x, token, size), token, weight, _matrices(w_up, size), _matrices(w_gate, size), b_up, b_gate,
-        *tiles, before, gate, hidden, len(tiles.expert),
-        D=D, H=H, ACTIVATION=getattr(activations, activation), SAVE=save, **_constants(x, size),
+        _rows(x, token, size), x_scale, token, weight,
+        _matrices(w_up, size, transposed), _matrices(w_gate, size, transposed), up_scale, gate_scale, b_up, b_gate,
+        *tiles, before, gate, hidden, len(tiles.expert), D=D, H=H, TRANSPOSED=transposed,
+        ACTIVATION=getattr(activations, activation), SAVE=save, **_constants(x, size),
     )  # fmt: skip
     return hidden, before, gate
 
 
 def down(
-    pairs: list[tuple[Tensor, Tensor]],
+    pairs: Sequence[tuple[Tensor | Scaled, Tensor | Scaled]],
     groups: Groups,
     transposed: bool = False,
     bias: Tensor | None = None,
@@ -127,33 +133,35 @@ def down(
     """Sum over one or two pairs (a, b) of the grouped GEMM of a [R, K] with b [L, K, N]: [R, N].
 
     Args:
-        pairs: one or two pairs (a, b).
+        pairs: one or two pairs (a, b). In float8, values of b are [L, N, K], and two pairs have the same scales.
         groups: the rows of each expert.
-        ends: int32 [L], end of each expert's rows.
-        transposed: whether b is [L, N, K] instead; False by default.
+        transposed: whether b is [L, N, K] instead, as always in float8; False by default.
         bias: [L, N], added times `weight`; None, the default, for no bias.
         weight: [R], the factor of the bias in each row.
         size: tile sizes; None, the default, takes them from `blocks`.
     """
-    (a, b), (a2, b2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
+    dtype, ((a, a_scale), (b, b_scale)) = pairs[0][0].dtype, map(parts, pairs[0])
+    a2, b2 = (parts(t)[0] for t in pairs[1]) if len(pairs) == 2 else (None, None)
+    transposed = transposed or b_scale is not None
     R, K = a.shape
     N = b.shape[1 if transposed else 2]
-    out = a.new_empty(R, N)
+    out = a.new_empty(R, N, dtype=dtype)
     size = size or blocks("down", a, groups.average, (K, N))
     tiles = groups.tiles(size.rows)
     down_kernel[(_programs(tiles, N, size),)](
         _rows(a, None, size), _matrices(b, size, transposed), _rows(a2, None, size), _matrices(b2, size, transposed),
-        bias, weight, *tiles, out, len(tiles.expert), K=K, N=N, TRANSPOSED=transposed, **_constants(a, size),
+        a_scale, b_scale, bias, weight, *tiles, out, len(tiles.expert),
+        K=K, N=N, TRANSPOSED=transposed, **_constants(a, size),
     )  # fmt: skip
     return out
 
 
 def hidden_backward(
-    grad: Tensor,
+    grad: Tensor | Scaled,
     token: Tensor | None,
     groups: Groups,
     weight: Tensor,
-    w_down: Tensor,
+    w_down: Tensor | Scaled,
     up: Tensor,
     gate: Tensor | None,
     activation: str,
@@ -162,11 +170,11 @@ def hidden_backward(
     """Backward through the down projection and the activation.
 
     Args:
-        grad: gradient of the output, [T, D] if `token` is given, else [R, D].
+        grad: gradient of the output, [T, D] if `token` is given, else [R, D]; in float8, then with w_down in float8.
         token: int64 [R], token in each row, -1 = empty row; None if grad has the rows.
         groups: the rows of each expert.
         weight: [R], the router's weight of each row.
-        w_down: [L, H, D], down projections.
+        w_down: [L, H, D], down projections, by rows in float8.
         up, gate: [R, H], values before the activation that `up` saved; gate is None without a gate projection.
         activation: name of a function in `activations.py`.
         size: tile sizes; None, the default, takes them from `blocks`.
@@ -175,6 +183,7 @@ def hidden_backward(
         The hidden rows [R, H], recomputed; a list of the gradients of up and, if there is one, gate, [R, H] each; and
         the gradient of weight, float32 [R].
     """
+    (grad, grad_scale), (w_down, down_scale) = parts(grad), parts(w_down)
     (_, H, D), R = w_down.shape, groups.rows
     hidden, to_up = torch.empty_like(up), torch.empty_like(up)
     to_gate = None if gate is None else torch.empty_like(gate)
@@ -182,8 +191,8 @@ def hidden_backward(
     tiles = groups.tiles(size.rows)
     to_weight = torch.zeros(-(-H // size.columns), R, device=grad.device)
     hidden_kernel[(_programs(tiles, H, size),)](
-        _rows(grad, token, size), token, weight, _matrices(w_down, size, transposed=True), *tiles,
-        up, gate, to_up, to_gate, hidden, to_weight, len(tiles.expert), R,
+        _rows(grad, token, size), grad_scale, token, weight, _matrices(w_down, size, transposed=True), down_scale,
+        *tiles, up, gate, to_up, to_gate, hidden, to_weight, len(tiles.expert), R,
         D=D, H=H, ACTIVATION=getattr(activations, activation), **_constants(grad, size),
     )  # fmt: skip
     return hidden, [to_up] if to_gate is None else [to_up, to_gate], to_weight.sum(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_product import columns, place, product, rows, source, span, within
+from .grouped_product import columns, place, product, rows, source, span, unscaled, within
 
 
 @triton.jit(do_not_specialize=["num_m"])
@@ -44,10 +44,13 @@ def tiles_kernel(
 @triton.jit(do_not_specialize=["num_m"])
 def up_kernel(
     x,
+    x_scale,
     token,
     weight,
     w_up,
     w_gate,
+    up_scale,
+    gate_scale,
     b_up,
     b_gate,
     tile_expert,
@@ -59,6 +62,7 @@ def up_kernel(
     num_m,
     D: tl.constexpr,
     H: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -78,13 +82,16 @@ def up_kernel(
     wide = within(column, H, BN)
     found = source(row, end, token)
     u = tl.zeros([BM, BN], tl.float32)
-    u, g = product(u, u, x, found, first, end, w_up, w_gate, expert, n * BN, D, H, False, PRECISION, BM, BN, BK)
+    u, g = product(u, u, x, found, first, end, w_up, w_gate, expert, n * BN, D, H, TRANSPOSED, PRECISION, BM, BN, BK)
+    # Round as for storing: the backward recomputes the hidden rows from stored values, and must get the same rows.
+    u = unscaled(u, x_scale, found, up_scale, expert, column, H, BN)
     if b_up is not None:
         u += tl.load(b_up + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
+    u = u.to(hidden.dtype.element_ty)
+    if w_gate is not None:
+        g = unscaled(g, x_scale, found, gate_scale, expert, column, H, BN)
         if b_gate is not None:
             g += tl.load(b_gate + expert * H + column, mask=wide, other=0.0).to(tl.float32)[None, :]
-    # Round as for storing: the backward recomputes the hidden rows from stored values, and must get the same rows.
-    u = u.to(hidden.dtype.element_ty)
     g = g.to(hidden.dtype.element_ty)
     at = row.to(tl.int64)[:, None] * H + column[None, :]
     mask = (row < end)[:, None] & wide[None, :]
@@ -103,6 +110,8 @@ def down_kernel(
     b,
     a2,
     b2,
+    a_scale,
+    b_scale,
     bias,
     weight,
     tile_expert,
@@ -118,7 +127,10 @@ def down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out [R, N] = a b + a2 b2 + weight * bias, for rows a and a2 [R, K]. See `matrix` for TRANSPOSED."""
+    """out [R, N] = a b + a2 b2 + weight * bias, for rows a and a2 [R, K]. See `matrix` for TRANSPOSED.
+
+    a and a2 have the same scales in float8, and so have b and b2.
+    """
     m, n = place(num_m, tl.cdiv(N, BN))
     expert = tl.load(tile_expert + m)
     if expert < 0:
@@ -137,6 +149,7 @@ def down_kernel(
         total, _ = product(
             total, total, a2, found, first, end, b2, None, expert, n * BN, K, N, TRANSPOSED, PRECISION, BM, BN, BK
         )
+    total = unscaled(total, a_scale, found, b_scale, expert, column, N, BN)
     if bias is not None:
         scale = tl.load(weight + row, mask=row < end, other=0.0).to(tl.float32)
         total += scale[:, None] * tl.load(bias + expert * N + column, mask=wide, other=0.0).to(tl.float32)[None, :]
@@ -147,9 +160,11 @@ def down_kernel(
 @triton.jit(do_not_specialize=["num_m", "R"])
 def hidden_kernel(
     grad,
+    grad_scale,
     token,
     weight,
     w_down,
+    down_scale,
     tile_expert,
     tile_start,
     ends,
@@ -183,6 +198,7 @@ def hidden_kernel(
     found = source(row, end, token)
     d = tl.zeros([BM, BN], tl.float32)
     d, _ = product(d, d, grad, found, first, end, w_down, None, expert, n * BN, D, H, True, PRECISION, BM, BN, BK)
+    d = unscaled(d, grad_scale, found, None, expert, found, H, BN)  # and the columns' scales part by part
     inside = row < end
     scale = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     dtype = hidden.dtype.element_ty
@@ -192,8 +208,8 @@ def hidden_kernel(
     for i in tl.static_range(2):
         quarters = tl.split(tl.permute(tl.reshape(halves[i], (BM, 2, BN // 4)), (0, 2, 1)))
         for j in tl.static_range(2):
-            part = quarters[j]
             column = n * BN + (2 * i + j) * (BN // 4) + tl.arange(0, BN // 4)
+            part = unscaled(quarters[j], None, found, down_scale, expert, column, H, BN)
             at = row.to(tl.int64)[:, None] * H + column[None, :]
             mask = inside[:, None] & within(column, H, BN)[None, :]
             u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)

@@ -84,6 +84,17 @@ def columns(a, found, first, end, start, K: tl.constexpr, BM: tl.constexpr, BK: 
 
 
 @triton.jit
+def unscaled(total, row_scale, found, column_scale, expert, column, N: tl.constexpr, BN: tl.constexpr):
+    """A sum of products in float8, times the scales of its rows and columns [L, N]; unchanged without scales."""
+    if row_scale is not None:
+        total *= tl.load(row_scale + found, mask=found >= 0, other=0.0)[:, None]
+    if column_scale is not None:
+        by = tl.load(column_scale + expert * N + column, mask=within(column, N, BN), other=0.0)
+        total *= by[None, :]
+    return total
+
+
+@triton.jit
 def matrix(
     b,
     expert,
@@ -129,12 +140,16 @@ def product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total + rows of a times b[expert], and second + the same rows times c[expert] if c is given."""
+    """total + rows of a times b[expert], and second + the same rows times c[expert] if c is given.
+
+    Hopper sums products in float8 with 14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). So each BK of them are
+    added to a sum in float32.
+    """
     for start in range(0, K, BK):
         left = rows(a, found, first, end, start, K, BM, BK)
         right = matrix(b, expert, start, across, K, N, TRANSPOSED, BK, BN)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision=PRECISION, max_num_imprecise_acc=BK)
         if c is not None:
             right = matrix(c, expert, start, across, K, N, TRANSPOSED, BK, BN)
-            second = tl.dot(left, right, second, input_precision=PRECISION)
+            second = tl.dot(left, right, second, input_precision=PRECISION, max_num_imprecise_acc=BK)
     return total, second

@@ -87,7 +87,8 @@ def sizes(kernel: str, itemsize: int, major: int, many: bool) -> Blocks:
         return _BIAS
     if itemsize == 4:
         return _FLOAT32
-    size = (_LARGE if major in (9, 10) else _MEDIUM)[kernel]
+    tables = (_LARGE, _LARGE_FLOAT8) if major in (9, 10) else (_MEDIUM, _MEDIUM_FLOAT8)
+    size = tables[itemsize == 1][kernel]
     return size if many or kernel in WEIGHTS else size._replace(rows=64, warps=4)
 
 
@@ -107,4 +108,15 @@ _LARGE = {  # fits 227 KiB of shared memory: sm_90, sm_100
     "hidden": Blocks(128, 128, 64, 8, 4, True),
     "weight": Blocks(128, 256, 64, 8, 3, True),
     "weights": Blocks(128, 128, 64, 8, 3, True),
+}
+# Products in float8 alone. Gradients of weights are not among them. Each sum holds a second one of 128 terms on sm_90.
+_MEDIUM_FLOAT8 = {
+    "up": Blocks(128, 64, 64, 4, 3),
+    "down": Blocks(128, 64, 64, 4, 3),
+    "hidden": Blocks(128, 64, 64, 4, 3),
+}
+_LARGE_FLOAT8 = {
+    "up": Blocks(256, 64, 128, 8, 3, True),
+    "down": Blocks(128, 128, 128, 8, 4, True),
+    "hidden": Blocks(128, 128, 128, 8, 4, True),
 }

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tiles import Blocks, Product, sizes
+from .scaled import parts
+from .tiles import WEIGHTS, Blocks, Product, sizes
 
 Run = Callable[[], object]
 
@@ -32,6 +33,7 @@ class Shape(NamedTuple):
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         gathers: whether kernels gather rows from tokens, or rows are sorted already.
         gated: whether there is a gate projection beside the up projection.
+        precision: ``"fp8"``, or ``""`` for products in `dtype`.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class Shape(NamedTuple):
     dtype: str
     gathers: bool
     gated: bool
+    precision: str = ""
 
 
 def drawn(shape: Shape, device: torch.device) -> Tensor:
@@ -60,7 +63,7 @@ def runs(shape: Shape, device: torch.device) -> list[tuple[Product, Callable[[Bl
     """
     from . import grouped
 
-    _, D, H, L, k, activation, _, dtype, gathers, gated = shape
+    _, D, H, L, k, activation, _, dtype, gathers, gated, precision = shape
     g = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -76,23 +79,35 @@ def runs(shape: Shape, device: torch.device) -> list[tuple[Product, Callable[[Bl
     w_up, w_down, hidden, up = random(L, D, H), random(L, H, D), random(R, H), random(R, H)
     w_gate, gate = (random(L, D, H), random(R, H)) if gated else (None, None)
     back = [(up, w_up)] if w_gate is None or gate is None else [(up, w_up), (gate, w_gate)]
+    a, d, h, pairs, first, second, w_forward, w_backward = x, grad, hidden, back, w_up, w_gate, w_down, w_down
+    if precision == "fp8":
+        from . import scaling
+
+        (a,), (d,), (h,), (w_backward,) = (*map(scaling.rows, (x, grad, hidden)), scaling.matrix_rows(w_down))
+        first, w_forward = scaling.columns(w_up), scaling.columns(w_down)
+        second = None if w_gate is None else scaling.columns(w_gate)
+        rows, matrices = zip(*back, strict=True)
+        pairs = list(zip(scaling.rows(*rows), scaling.matrix_rows(*matrices), strict=True))
     every: list[tuple[str, tuple[int, int], Callable[[Blocks | None], object]]] = [
-        ("up", (D, H), lambda size: grouped.up(x, token, groups, weight, w_up, w_gate, activation, True, size=size)),
-        ("down", (H, D), lambda size: grouped.down([(hidden, w_down)], groups, size=size)),
-        ("down", (H, D), lambda size: grouped.down(back, groups, transposed=True, size=size)),
+        ("up", (D, H), lambda size: grouped.up(a, token, groups, weight, first, second, activation, True, size=size)),
+        ("down", (H, D), lambda size: grouped.down([(h, w_forward)], groups, size=size)),
+        ("down", (H, D), lambda size: grouped.down(pairs, groups, transposed=True, size=size)),
         (
             "hidden",
             (D, H),
-            lambda size: grouped.hidden_backward(grad, token, groups, weight, w_down, up, gate, activation, size=size),
+            lambda size: grouped.hidden_backward(d, token, groups, weight, w_backward, up, gate, activation, size=size),
         ),
         ("weight", (H, D), lambda size: grouped.weight_backward(hidden, [grad], groups, b_token=token, size=size)),
         (
             "weight" if len(back) == 1 else "weights",
             (D, H),
-            lambda size: grouped.weight_backward(x, [a for a, _ in back], groups, a_token=token, size=size),
+            lambda size: grouped.weight_backward(x, [b for b, _ in back], groups, a_token=token, size=size),
         ),
     ]
-    return [(Product.of(kernel, x, R // L, matrix), run) for kernel, matrix, run in every]
+    return [
+        (Product.of(kernel, x if kernel in WEIGHTS else parts(a)[0], R // L, matrix), run)
+        for kernel, matrix, run in every
+    ]
 
 
 def products(shape: Shape, device: torch.device) -> dict[Product, Callable[[Blocks], object]]:
@@ -144,9 +159,9 @@ def candidates(product: Product, major: int) -> list[Blocks]:
     """
     if not major:
         return [Blocks(16, 16, 16, 4, 1, descriptors) for descriptors in (True, False)]
-    kernel, narrow = product.kernel, product.dtype != "torch.float32"
-    default = sizes(kernel, 2 if narrow else 4, major, product.many)
-    tables = _LARGE if major in (9, 10) else _MEDIUM
+    kernel, narrow, float8 = product.kernel, product.dtype != "torch.float32", "float8" in product.dtype
+    default = sizes(kernel, 1 if float8 else 2 if narrow else 4, major, product.many)
+    tables = (_LARGE_FLOAT8 if float8 else _LARGE) if major in (9, 10) else (_MEDIUM_FLOAT8 if float8 else _MEDIUM)
     found = [Blocks(*size, descriptors=default.descriptors) for size in (tables[kernel] if narrow else _FLOAT32)]
     if narrow and not product.many:
         found = [size._replace(rows=rows, warps=4) for rows, size in pairs((64, 16), found[:3])]
@@ -195,5 +210,15 @@ _LARGE = {
         (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 128, 8, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
         (256, 64, 64, 8, 3), (64, 256, 64, 8, 3),
     ],
+}
+_MEDIUM_FLOAT8 = {
+    "up": [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4)],
+    "down": [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4)],
+    "hidden": [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4)],
+}
+_LARGE_FLOAT8 = {
+    "up": [(128, 64, 128, 8, 4), (128, 64, 128, 8, 3)],
+    "down": [(128, 128, 128, 8, 3), (128, 64, 128, 8, 4)],
+    "hidden": [(128, 128, 128, 8, 3), (128, 64, 128, 8, 4)],
 }
 # fmt: on

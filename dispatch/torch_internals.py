@@ -22,6 +22,9 @@ from torch.distributed._composable.replicate import replicate
 # The only all-to-all whose forward and backward `torch.compile` takes into a graph.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+# The store through which the ranks of a job found each other. Ranks can read it without a collective.
+from torch.distributed.distributed_c10d import _get_default_store as default_store
+
 # Tells which part of a DTensor this rank holds, for any placements.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +36,7 @@ __all__ = [
     "all_to_all_single_autograd",
     "composed_by",
     "compute_local_shape_and_global_offset",
+    "default_store",
     "embedding_bag_weight_backward",
     "has_half_products",
     "has_slow_half_products",
@@ -40,6 +44,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "mark_dynamic",
     "replicate",
+    "scaled_grouped_mm",
     "skips_side_effects_in_recomputation",
     "transformed",
     "unscale",
@@ -92,6 +97,22 @@ def has_slow_half_products(dtype: torch.dtype) -> bool:
     has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
     amx_core = has.get("cpu_name", "").startswith("Intel") and has.get("avx512_fp16", False)
     return dtype == torch.bfloat16 and amx_core and not has.get("amx_bf16", False)
+
+
+def scaled_grouped_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, ends: Tensor) -> Tensor:
+    """Grouped GEMM in float8 on sm_90: (a a_scale) (b b_scale), bfloat16 [R, N]. Rows past ends[-1] are undefined.
+
+    `F.scaled_grouped_mm` is documented, but has no rule for the meta device, on which a test compares layouts.
+
+    Args:
+        a: float8_e4m3fn [R, K], contiguous.
+        b: float8_e4m3fn [L, K, N], each matrix transposed in memory. K and N are multiples of 16.
+        a_scale: float32 [R].
+        b_scale: float32 [L, N].
+        ends: int32 [L], end of each expert's rows.
+    """
+    product = torch.ops.aten._scaled_grouped_mm
+    return product(a, b, a_scale, b_scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 @torch.compiler.assume_constant_result

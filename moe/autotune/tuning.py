@@ -155,6 +155,7 @@ def _wanted(layer: MoE, tokens: int, dtype: torch.dtype | None) -> tuple[Shape, 
         dtype=str(dtype).removeprefix("torch."),
         gathers=isinstance(layer.dispatcher, LocalDispatcher),
         gated=ACTIVATIONS[experts.activation].gated,
+        precision=experts.precision or "",
     )
     before = experts.kernel
     try:
@@ -201,13 +202,14 @@ def _step(shape: Shape, device: torch.device, kernel: str) -> Run:
     """A function that runs one forward and backward of such experts, on tokens if `shape.gathers`, else on rows."""
     dtype, g = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
     many = shape.tokens * shape.top_k // shape.experts > MANY
-    kind = device, dtype, shape.dim, shape.hidden, shape.activation, shape.bias, many, shape.gathers
+    precision = shape.precision or None
+    kind = device, dtype, shape.dim, shape.hidden, shape.activation, shape.bias, many, shape.gathers, precision
     if kernel == "triton" and not first_use.correct(*kind):
         raise RuntimeError("wrong at first use: see the warning")
     with torch.device("meta"):
         experts = FeedForwardExperts(shape.dim, shape.hidden, shape.experts, shape.activation, shape.bias)
     experts = experts.to(dtype).to_empty(device=device)
-    experts.kernel = kernel
+    experts.kernel, experts.precision = kernel, precision
     parameters = list(experts.parameters())
     with torch.no_grad():
         for p in parameters:

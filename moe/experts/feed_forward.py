@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...cuda.tune import Shape
 from ...dispatch.plan import Plan, Tokens
 from ...dispatch.reorder import decode, encode, encode_weight
-from ...dispatch.torch_internals import transformed
+from ...dispatch.torch_internals import in_backward, transformed
+from ..routing import can_be_read
 from .activation import ACTIVATIONS, activated, weighted
 from .base import Experts
 from .blocked import Layer, pays, perceptrons
 from .first_use import computes_correctly
+from .float8 import check_float8, torch_multiplies
 from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_linear, grouped_product
 from .sharded import held_slice, local_as
-from .triton_path import KERNELS, check_triton, fused
+from .triton_path import KERNELS, PRECISIONS, check_triton, fused
 
 
 class FeedForwardExperts(Experts):
@@ -31,8 +35,14 @@ class FeedForwardExperts(Experts):
 
     `kernel` chooses the implementation, and may be set at any time. ``"torch"`` is torch's grouped GEMM. ``"triton"``
     reads tokens without a copy and saves less for backward (`fused`; CUDA, not run on a GPU yet). It is checked at its
-    first use, and "torch" takes its place with a warning if it is wrong there. ``"auto"``, the default, is "torch".
-    `autotune` measures both and sets the faster one.
+    first use, and "torch" takes its place with a warning if it is wrong there. ``"auto"``, the default, is
+    the faster one on a GPU, timed at the first training step of experts of these sizes (`moe.autotune.first_choice`),
+    and "torch" elsewhere. `autotune` measures tiles as well, and sets the faster one.
+
+    `precision` chooses the numbers that are multiplied, and may be set at any time. ``"fp8"`` rounds operands of the
+    products with tokens to float8 (e4m3), with a scale for each row and for each column of a matrix: W x forward, and
+    the gradients of rows backward. Gradients of the weights stay in the dtype of the tokens, and parameters as they
+    are. None, the default, multiplies in the dtype of the tokens.
 
     Args:
         dim: model width D.
@@ -59,7 +69,7 @@ class FeedForwardExperts(Experts):
         if activation not in ACTIVATIONS:
             raise ValueError(f"experts must be one of {', '.join(ACTIVATIONS)} or a factory; got {activation!r}")
         self.dim, self.hidden, self.activation, self.bias = dim, hidden, activation, bias
-        self.kernel = "auto"
+        self.kernel, self.precision = "auto", None
         self.sizes = {"up": (dim, hidden), "down": (hidden, dim)}
         if ACTIVATIONS[activation].gated:
             self.sizes["gate"] = (dim, hidden)
@@ -81,15 +91,28 @@ class FeedForwardExperts(Experts):
         if kernel == "triton" and not ACTIVATIONS[self.activation].triton:
             raise ValueError(f'kernel="triton" has no activation {self.activation!r}: set kernel="torch"')
         if kernel == "triton":
-            self._check_plain()
+            self._check_plain('kernel="triton"', 'kernel="torch"')
         self._kernel = kernel
 
-    def _check_plain(self) -> None:
-        """Triton's kernels compute the matrices alone, from tensors."""
+    @property
+    def precision(self) -> str | None:
+        """Numbers that are multiplied: ``"fp8"``, or None for the dtype of the tokens."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str | None) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
+        if precision is not None:
+            self._check_plain(f'precision="{precision}"', "precision=None")
+        self._precision = precision
+
+    def _check_plain(self, what: str, instead: str) -> None:
+        """Triton's kernels, and products in float8, compute the matrices alone, from tensors."""
         if self.adapts:
-            raise ValueError('kernel="triton" has no adapters: merge_lora(model) first, or set kernel="torch"')
+            raise ValueError(f"{what} has no adapters: merge_lora(model) first, or set {instead}")
         if self.in_four_bits:
-            raise ValueError('kernel="triton" takes no experts in 4 bits: set kernel="torch"')
+            raise ValueError(f"{what} takes no experts in 4 bits: set {instead}")
 
     def split_axes(self) -> dict[str, int]:
         """See `Experts.split_axes`: the hidden axis. For `b_down` it is the output, and each part adds its piece."""
@@ -117,9 +140,12 @@ class FeedForwardExperts(Experts):
             counts = plan.counts
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         number = len(weight) if plan is None else len(plan.token)
-        if self._kernel == "triton":
+        kernel = self._faster(x, up[0], number, plan) if self._kernel == "auto" else self._kernel
+        if self._precision is not None:
+            compute = partial(fused, how=self._how(kernel, x, up[0], number, plan))
+        elif kernel == "triton":
             check_triton(x, self.activation)
-            self._check_plain()
+            self._check_plain('kernel="triton"', 'kernel="torch"')
             right = computes_correctly(x, self.activation, up[0], self.bias, number, plan is not None)
             compute = fused if right else self._at_once
         elif isinstance(up[0], Tensor) and self._in_blocks(x, number):
@@ -127,6 +153,33 @@ class FeedForwardExperts(Experts):
         else:
             compute = self._at_once
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
+
+    def _faster(self, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
+        """The kernel that ``"auto"`` stands for: the only one that can compute these rows, or on a GPU the faster."""
+        if not x.is_cuda or torch.compiler.is_compiling() or self.adapts or self.in_four_bits:
+            return "torch"
+        (L, D, H), fp8 = up.shape, self._precision is not None
+        if fp8 and not torch_multiplies(x.device, x.dtype, D, H):
+            return "triton"
+        if not isinstance(self.w_up, nn.Parameter):
+            return "torch"  # gathered experts, of which each step has others: timing them would stall every step
+        from ..autotune.first_choice import faster  # imports the layer
+
+        k, dtype = 1 if plan is None else plan.slot.shape[1], str(x.dtype).removeprefix("torch.")
+        kind, gated = self.activation, ACTIVATIONS[self.activation].gated
+        shape = Shape(rows // k, D, H, L, k, kind, self.bias, dtype, plan is not None, gated, self._precision or "")
+        learns = self.training and torch.is_grad_enabled() and can_be_read(x) and not in_backward()
+        return faster(shape, x.device, self.w_up, learns)
+
+    def _how(self, kernel: str, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
+        """What computes experts in float8, as `fused` calls it."""
+        self._check_plain('precision="fp8"', "precision=None")
+        check_float8(x, kernel, *up.shape[1:])
+        if kernel == "triton":
+            check_triton(x, self.activation)
+            right = computes_correctly(x, self.activation, up, self.bias, rows, plan is not None, self._precision)
+            kernel = "triton" if right else "torch"
+        return f"{kernel}, fp8"
 
     def _in_blocks(self, x: Tensor, rows: int) -> bool:
         return self.lora is None and _is_eager() and pays(x, rows, max(self.dim, self.hidden))

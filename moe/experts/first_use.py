@@ -35,6 +35,7 @@ class Kind(NamedTuple):
         bias: whether layers have biases.
         many: whether an expert has many rows on average, which decides the tile sizes.
         gathers: whether rows are gathered from tokens.
+        precision: ``"fp8"``, or None for products in `dtype`.
     """
 
     device: torch.device
@@ -45,13 +46,17 @@ class Kind(NamedTuple):
     bias: bool
     many: bool
     gathers: bool
+    precision: str | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype if self.precision is None else f"{self.precision}, {dtype}"
         return f"experts (D={self.dim}, H={self.hidden}, {self.activation}, {dtype}) on {self.device}"
 
 
-def computes_correctly(x: Tensor, activation: str, up: Tensor, bias: bool, rows: int, gathers: bool) -> bool:
+def computes_correctly(
+    x: Tensor, activation: str, up: Tensor, bias: bool, rows: int, gathers: bool, precision: str | None = None
+) -> bool:
     """Whether `fused` computes experts correctly on this device. If not, a warning says so once.
 
     The first call for each kind of experts compares one expert on few rows with plain PyTorch, forward and backward. It
@@ -65,11 +70,12 @@ def computes_correctly(x: Tensor, activation: str, up: Tensor, bias: bool, rows:
         bias: whether layers have biases.
         rows: number of rows of all experts.
         gathers: whether rows are gathered from tokens.
+        precision: as in `Kind`.
     """
     if not torch.compiler.is_compiling() and not can_be_read(x):
         return True  # a CUDA graph is captured after a warm-up, which has checked
     L, D, H = up.shape
-    return correct(x.device, x.dtype, D, H, activation, bias, bool(rows // L > MANY), gathers)
+    return correct(x.device, x.dtype, D, H, activation, bias, bool(rows // L > MANY), gathers, precision)
 
 
 @torch.compiler.assume_constant_result
@@ -82,9 +88,10 @@ def correct(
     bias: bool,
     many: bool,
     gathers: bool,
+    precision: str | None = None,
 ) -> bool:
     """`computes_correctly` for a `Kind` with these properties."""
-    return _checked(Kind(device, dtype, dim, hidden, activation, bias, many, gathers))
+    return _checked(Kind(device, dtype, dim, hidden, activation, bias, many, gathers, precision))
 
 
 def forget() -> None:
@@ -117,7 +124,7 @@ def _checked(kind: Kind) -> bool:
 
 def differences(kind: Kind) -> dict[str, float]:
     """Largest error of the output and of each gradient, as a share of its largest value."""
-    device, dtype, D, H, activation, bias, many, gathers = kind
+    device, dtype, D, H, activation, bias, many, gathers, precision = kind
     T = 25 if device.type != "cuda" else 240 if many else 60
     number = T * 4 // 5  # rows, in at most two tiles; the other tokens are dropped
     g = torch.Generator(device).manual_seed(0)
@@ -139,14 +146,18 @@ def differences(kind: Kind) -> dict[str, float]:
         inputs = {"gradient of x": x, "of the router's weight": weight}
         for name, (matrix, b) in zip([*names, "down"], [*ups, down], strict=True):
             inputs |= {f"of w_{name}": matrix} | ({} if b is None else {f"of b_{name}": b})
+        how = "triton" if precision is None else f"triton, {precision}"
         if gathers:
-            y = fused(x, weight, plan.counts, activation, ups, down, plan)
+            y = fused(x, weight, plan.counts, activation, ups, down, plan, how)
         else:  # then three rows of padding, whose results are undefined
             rows, by_row = (F.pad(t[plan.token[:number]], (0, 0, 0, 3)) for t in (x, weight))
-            rows = fused(rows, by_row.squeeze(1), plan.counts, activation, ups, down)[:number]
+            rows = fused(rows, by_row.squeeze(1), plan.counts, activation, ups, down, how=how)[:number]
             y = torch.zeros_like(x).index_copy(0, plan.token[:number], rows)
-        hidden = ACTIVATIONS[activation](*(_linear(x, *up) for up in ups)).to(dtype)
-        expected = torch.where(weight > 0, _linear(hidden, *down) * weight, 0)
+        if precision is None:
+            hidden = ACTIVATIONS[activation](*(_linear(x, *up) for up in ups)).to(dtype)
+            expected = torch.where(weight > 0, _linear(hidden, *down) * weight, 0)
+        else:
+            expected = fused(x, weight, plan.counts, activation, ups, down, plan, f"torch, {precision}").float()
         pairs = {"output": (y, expected)}
         got = torch.autograd.grad(y, list(inputs.values()), grad)
         true = torch.autograd.grad(expected, list(inputs.values()), grad.float())

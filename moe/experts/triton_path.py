@@ -1,8 +1,14 @@
-"""Feed-forward experts as one operator on Triton kernels, from tokens to tokens or from rows to rows."""
+"""Feed-forward experts as one operator, from tokens to tokens or from rows to rows: Triton kernels, or float8.
+
+`_kit` is the one place that says which functions compute: `cuda/grouped.py` on given operands, the same on operands in
+float8, or `float8.py`, which is plain PyTorch.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +20,7 @@ from .activation import ACTIVATIONS
 from .blocked import Layer
 
 KERNELS = ("auto", "torch", "triton")
+PRECISIONS = (None, "fp8")
 
 
 def fused(
@@ -24,8 +31,9 @@ def fused(
     ups: list[Layer],
     down: Layer,
     plan: Plan | None = None,
+    how: str = "triton",
 ) -> Tensor:
-    """Weighted output of each row's expert, weight * (W_down act(W_up x + b_up) + b_down), with Triton kernels.
+    """Weighted output of each row's expert, weight * (W_down act(W_up x + b_up) + b_down), as one operator.
 
     Only x and the inputs of the activation are saved for backward, which computes hidden rows again (SonicMoE,
     arXiv:2512.14080).
@@ -39,6 +47,7 @@ def fused(
             None.
         down: the down projection, a matrix [L, H, D] and a bias [L, D] or None.
         plan: plan of the tokens. Rows are then read from x without a copy. None, the default, for rows.
+        how: ``"triton"``, the default, ``"triton, fp8"`` or ``"torch, fp8"``.
 
     Returns:
         Weighted rows [R, D], undefined past ``counts.sum()``. With a `plan`, the sum of each token's rows [T, D].
@@ -49,7 +58,7 @@ def fused(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *layers))
     token, slot = (None, None) if plan is None else (plan.token, plan.slot)
     ends = counts.cumsum(0).to(torch.int32)
-    return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save)[0]
+    return _experts(x.contiguous(), weight, ends, token, slot, *layers, activation, save, how)[0]
 
 
 def check_triton(x: Tensor, activation: str) -> None:
@@ -88,13 +97,16 @@ def _experts(
     b_down: Tensor | None,
     activation: str,
     save: bool,
+    how: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ...cuda import grouped
-
+    kit = _kit(how)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        groups = grouped.Groups(ends, len(weight))
-        hidden, up, gate = grouped.up(x, token, groups, weight, w_up, w_gate, activation, save, b_up, b_gate)
-        rows = grouped.down([(hidden, w_down)], groups, bias=b_down, weight=weight)
+        groups = kit.Groups(ends, len(weight))
+        (a,) = kit.rows(x, ends=None if token is not None else ends)
+        ups = [None if w is None else kit.columns(w) for w in (w_up, w_gate)]
+        hidden, up, gate = kit.up(a, token, groups, weight, *ups, activation, save, b_up, b_gate)
+        (a,) = kit.rows(hidden, ends=ends)
+        rows = kit.down([(a, kit.columns(w_down))], groups, bias=b_down, weight=weight)
         return _unpermuted(rows, token, slot), up, gate
 
 
@@ -114,32 +126,52 @@ def _experts_backward(
     gate: Tensor,
     activation: str,
     wanted: list[bool],
+    how: str,
 ) -> list[Tensor]:
     """Gradients of x, weight, w_up, w_gate, w_down, b_up, b_gate, b_down.
 
     `wanted` says whether x, the matrices, and the biases need theirs. The others are empty.
     """
-    from ...cuda import grouped
-
     to_x, to_weights, to_biases = wanted
+    kit = _kit(how)
     with torch.cuda.device_of(x):
-        groups, gates = grouped.Groups(ends, len(weight)), None if w_gate is None else gate
-        hidden, before, to_weight = grouped.hidden_backward(grad, token, groups, weight, w_down, up, gates, activation)
+        groups, gates = kit.Groups(ends, len(weight)), None if w_gate is None else gate
+        (a,), (matrix,) = kit.rows(grad, ends=None if token is not None else ends), kit.matrix_rows(w_down)
+        hidden, before, to_weight = kit.hidden_backward(a, token, groups, weight, matrix, up, gates, activation)
         out = [x.new_empty(0) for _ in range(8)]
         if to_x:
-            ups = [w_up] if w_gate is None else [w_up, w_gate]
-            rows = grouped.down(list(zip(before, ups, strict=True)), groups, transposed=True)
-            out[0] = _unpermuted(rows, token, slot)
+            ups = kit.matrix_rows(*([w_up] if w_gate is None else [w_up, w_gate]))
+            pairs = list(zip(kit.rows(*before, ends=ends), ups, strict=True))
+            out[0] = _unpermuted(kit.down(pairs, groups, transposed=True), token, slot)
         if to_weights:
-            out[2 : 2 + len(before)] = grouped.weight_backward(x, before, groups, a_token=token)
-            (out[4],) = grouped.weight_backward(hidden, [grad], groups, b_token=token)
+            out[2 : 2 + len(before)] = kit.weight_backward(x, before, groups, a_token=token)
+            (out[4],) = kit.weight_backward(hidden, [grad], groups, b_token=token)
         if b_down is not None:
             if to_biases:
-                out[5 : 5 + len(before)] = [grouped.bias_backward(b, groups)[0] for b in before]
-            out[7], more = grouped.bias_backward(grad, groups, token, weight, b_down)
+                out[5 : 5 + len(before)] = [kit.bias_backward(b, groups)[0] for b in before]
+            out[7], more = kit.bias_backward(grad, groups, token, weight, b_down)
             to_weight += more
     out[1] = to_weight.to(weight.dtype)
     return out
+
+
+def _kit(how: str) -> Any:
+    """Functions that compute: products, and what makes their operands from rows and from matrices."""
+    if how == "torch, fp8":
+        from . import float8
+
+        return float8
+    from ...cuda import grouped
+
+    if how == "triton":
+        return SimpleNamespace(**vars(grouped), rows=_as_given, columns=lambda w: w, matrix_rows=_as_given)
+    from ...cuda import scaling
+
+    return SimpleNamespace(**vars(grouped), rows=scaling.rows, columns=scaling.columns, matrix_rows=scaling.matrix_rows)
+
+
+def _as_given(*each: Tensor, ends: Tensor | None = None) -> tuple[Tensor, ...]:
+    return each
 
 
 def _unpermuted(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tensor:
@@ -147,13 +179,13 @@ def _unpermuted(rows: Tensor, token: Tensor | None, slot: Tensor | None) -> Tens
 
 
 @_experts.register_fake
-def _(x, weight, ends, token, slot, w_up, w_gate, w_down, b_up, b_gate, b_down, activation, save):
+def _(x, weight, ends, token, slot, w_up, w_gate, w_down, b_up, b_gate, b_down, activation, save, how):
     rows, H = len(weight) if save else 0, w_up.shape[2]
     return torch.empty_like(x), x.new_empty(rows, H), x.new_empty(0 if w_gate is None else rows, H)
 
 
 @_experts_backward.register_fake
-def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, b_down, up, gate, activation, wanted):
+def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, b_down, up, gate, activation, wanted, how):
     to_x, to_weights, to_biases = wanted
     biased, gated = b_down is not None, w_gate is not None
     asked = [to_x, True, to_weights, to_weights and gated, to_weights]
@@ -163,7 +195,7 @@ def _(grad, x, weight, ends, token, slot, w_up, w_gate, w_down, b_down, up, gate
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, _b_up, _b_gate, b_down, ctx.activation, _ = inputs
+    *tensors, _b_up, _b_gate, b_down, ctx.activation, _, ctx.how = inputs
     _, up, gate = output
     ctx.mark_non_differentiable(up, gate)
     ctx.set_materialize_grads(False)  # or the backward would begin with zeros as large as up and gate
@@ -173,8 +205,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor, *_):
     needs = ctx.needs_input_grad  # of x, weight, ends, token, slot, three matrices, three biases
     wanted = [needs[0], any(needs[5:8]), any(needs[8:11])]
-    to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted)
-    everything = to_x, to_weight, None, None, None, *others, None, None
+    to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted, ctx.how)
+    everything = to_x, to_weight, None, None, None, *others, None, None, None
     return tuple(g if need else None for g, need in zip(everything, needs, strict=True))
 
 

@@ -12,6 +12,7 @@ import torch
 from gpu_clock import Clock
 from gpu_floors import DEVICES, FIRST, Work
 from gpu_report import judge, table
+from turnout.cuda import tune
 from turnout.moe.experts import first_use
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,26 @@ def test_rates_are_found_by_name(name, rates):
 
 
 def test_the_record_has_the_table():
-    assert table(gpu_floors.rows(FIRST)) in (ROOT / "docs/records/gpu.md").read_text()
+    record = (ROOT / "docs/records/gpu.md").read_text()
+    assert table(gpu_floors.rows(FIRST)) in record
+    assert table(gpu_floors.rows(FIRST, float8=True)) in record
+
+
+def test_the_work_of_a_step_in_float8():
+    step, plain = gpu_floors.float8_step(FIRST), gpu_floors.works(FIRST)
+    assert gpu_floors.total(step).tflop == pytest.approx(gpu_floors.total(plain).tflop)
+    in_float8 = sum(work.tflop for work in step.values() if work.float8)
+    T, D, H, _, k = FIRST
+    assert in_float8 == pytest.approx(12 * T * k * D * H / 1e12), "all but the gradients of the weights"
+    H200 = DEVICES["H200"]
+    assert step["up, float8"].floor(H200) == pytest.approx(plain["up"].floor(H200) / 2, rel=1e-3)
+
+
+def test_each_kernel_in_float8_has_a_floor(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "runs", lambda sizes, device: [(sizes, lambda size: None)] * 6)
+    made = gpu_first.float8_products(CPU, (32, 16, 32, 4, 2))
+    assert made.keys() == gpu_floors.float8_works(FIRST).keys()
 
 
 def test_a_late_kernel_is_named(monkeypatch):
@@ -65,6 +85,7 @@ def test_wrong_experts_are_named(monkeypatch):
     monkeypatch.setattr(first_use, "differences", lambda kind: {"output": 0.01, "of w_up": float("nan")})
     rows = gpu_first.experts(CPU, FIRST)
     assert [row["ok"] for row in rows] == [True, False] * 4
+    assert len(gpu_first.experts(CPU, FIRST, "fp8")) == 4
 
 
 def test_first_runs_two_parts(monkeypatch):

@@ -2,6 +2,7 @@
 
 python compile_experts.py 80 90 100
 python compile_experts.py 90 --all            in every size and dtype
+python compile_experts.py 90 --float8         in float8
 python compile_experts.py 90 --candidates     in every size that `turnout.moe.autotune` tries: many minutes
 
 What is compiled is what `turnout.cuda.grouped` launches, recorded as it launches it, on tensors without memory.
@@ -23,11 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turnout.cuda import grouped, grouped_kernels, tiles
+from turnout.cuda import grouped, grouped_kernels, scaling, scaling_kernels, tiles
 from turnout.cuda.tune import candidates
 
 T, D, H, E = 4096, 2048, 1024, 4
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+DTYPES[torch.float8_e4m3fn] = "fp8e4nv"
 MOST = 10  # candidates of a kernel
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -84,6 +86,35 @@ def launches(dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blo
     cut = [launch for launch in recorded if launch.kernel is grouped_kernels.tiles_kernel]
     recorded = [launch for launch in recorded if launch.kernel is not grouped_kernels.tiles_kernel]
     return dict(zip(names, recorded, strict=True)) | ({} if gathered else {"tiles": cut[0]})
+
+
+def float8_launches(gathered: bool, blocks: Callable[..., tiles.Blocks]) -> dict[str, Launch]:
+    """What a step of SwiGLU in float8 launches, without its gradients of weights."""
+    recorded: list[Launch] = []
+    for name in ("tiles", "up", "down", "hidden"):
+        setattr(grouped, f"{name}_kernel", Recorder(getattr(grouped_kernels, f"{name}_kernel"), recorded))
+    for name in ("rows_kernel", "columns_kernel"):
+        setattr(scaling, name, Recorder(getattr(scaling_kernels, name), recorded))
+    grouped.blocks = blocks
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    R = 2 * T
+    ends, weight = empty(E, dtype=torch.int32), empty(R, dtype=torch.float32)
+    groups, token = grouped.Groups(ends, R), empty(R, dtype=torch.int64) if gathered else None
+    w_up, w_down = empty(E, D, H), empty(E, H, D)
+    (x,), columns = scaling.rows(empty(T if gathered else R, D)), scaling.columns(w_up)
+    hidden, *before = grouped.up(x, token, groups, weight, columns, columns, "swiglu", True)
+    (hidden,) = scaling.rows(hidden, ends=ends)
+    grouped.down([(hidden, scaling.columns(w_down))], groups, bias=None, weight=weight)
+    grouped.hidden_backward(x, token, groups, weight, scaling.matrix_rows(w_down)[0], *before, "swiglu")
+    pairs = zip(scaling.rows(*before, ends=ends), scaling.matrix_rows(w_up, w_up), strict=True)
+    grouped.down(list(pairs), groups)
+    names = ["rows", "columns", "up", "rows, hidden", "columns, down", "down", "matrix rows, down", "hidden"]
+    names += ["rows, two", "matrix rows, two", "down, backward"]
+    recorded = [launch for launch in recorded if launch.kernel is not grouped_kernels.tiles_kernel]
+    return dict(zip(names, recorded, strict=True))
 
 
 def chosen(arch: int, many: bool = True, pointers: bool = False) -> Callable[..., tiles.Blocks]:
@@ -153,6 +184,7 @@ def resources(found: Any) -> dict:
         "asynchronous": ptx.count("cp.async.cg"),
         "described": ptx.count("cp.async.bulk.tensor"),
         "waited for": len(re.findall(r"tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr", loops)),
+        "float8": bool(re.search(r"mma[^\n]*(e4m3\.e4m3|f8f6f4)", ptx)),
         "product": next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync", "fma.rn") if name in ptx), "none"),
     }
 
@@ -182,6 +214,14 @@ def compile_all(archs: list[int], everything: bool) -> Iterator[dict]:
                 yield from compile_these(arch, dtype, gathered, chosen(arch, many, pointers))
 
 
+def compile_float8(archs: list[int]) -> Iterator[dict]:
+    """What each kernel takes in float8, for many rows an expert and for few."""
+    for arch in archs:
+        for many, gathered in ((True, True), (True, False), (False, True)):
+            for name, launch in float8_launches(gathered, chosen(arch, many)).items():
+                yield described(launch, arch, name, gathered)
+
+
 def compile_candidates(archs: list[int]) -> Iterator[dict]:
     """What each kernel takes in all the tiles that are tried for it, some of them twice."""
     for arch in archs:
@@ -193,13 +233,20 @@ def compile_candidates(archs: list[int]) -> Iterator[dict]:
 
 def compile_these(arch: int, dtype: torch.dtype, gathered: bool, blocks: Callable[..., tiles.Blocks]) -> Iterator[dict]:
     for name, launch in launches(dtype, gathered, blocks).items():
-        size = [launch.arguments.get(n) for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
-        head = {"arch": arch, "dtype": DTYPES[dtype], "kernel": name, "gathered": gathered, "blocks": size}
-        yield head | resources(compiled(launch, arch))
+        yield {"dtype": DTYPES[dtype]} | described(launch, arch, name, gathered)
+
+
+def described(launch: Launch, arch: int, name: str, gathered: bool) -> dict:
+    size = [launch.arguments.get(n) for n in ("BM", "BN", "BK", "num_warps", "num_stages")]
+    return {"arch": arch, "kernel": name, "gathered": gathered, "blocks": size} | resources(compiled(launch, arch))
 
 
 if __name__ == "__main__":
     archs = [int(a) for a in sys.argv[1:] if a.isdigit()]
-    found = compile_candidates(archs) if "--candidates" in sys.argv else compile_all(archs, "--all" in sys.argv)
+    found = compile_all(archs, "--all" in sys.argv)
+    if "--candidates" in sys.argv:
+        found = compile_candidates(archs)
+    if "--float8" in sys.argv:
+        found = compile_float8(archs)
     for line in found:
         print(json.dumps(line), flush=True)

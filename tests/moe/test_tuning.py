@@ -212,7 +212,7 @@ def test_the_shape_is_that_of_one_rank(machine):
     moe = layer(shared=1, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
         (tuned,) = autotune(moe, 6, clock=clock).experts
-    assert tuned.shape == (6, 8, 16, 4, 2, "swiglu", False, "bfloat16", True, True)
+    assert tuned.shape == (6, 8, 16, 4, 2, "swiglu", False, "bfloat16", True, True, "")
     (tuned,) = autotune(moe.bfloat16(), 6, dtype=torch.float16, clock=clock).experts
     assert tuned.shape.dtype == "float16"
 
