@@ -45,6 +45,8 @@ def layout_of(job: Job, ranks: int) -> Layout:
 
 def check(job: Job) -> None:
     """Raise a ValueError for flags that the planner does not model."""
+    if job.objective != "clm":
+        raise ValueError(f"--objective {job.objective}: the planner knows GPTs alone, so this job cannot be planned")
     if job.cp > 1:
         raise ValueError(f"--cp ({job.cp}): the planner does not know context parallelism yet; leave it at 1 to plan")
 
@@ -79,6 +81,7 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
 
     `train_tokens`: tokens of the data, of text its bytes; None if it is not there.
     """
+    check(job)
     cluster, model = cluster_of(job), Architecture.of(job.config())
     estimate = Estimator(model, cluster, job.batch)(layout_of(job, ranks))
     at, tokens = estimate.layout, job.steps * job.batch * job.seq
