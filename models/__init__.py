@@ -7,6 +7,7 @@ Read `gpt.py` first. `blocks.py` has the blocks that it shares with `bert.py` an
 from .bert import BERT, BERTConfig
 from .context_parallel import SequenceSplit, context_parallel
 from .data_parallel import data_parallel
+from .distillation import distillation_loss, inherit
 from .ema import EMA
 from .generation import generate
 from .gpt import GPT, GPTConfig
@@ -40,7 +41,9 @@ __all__ = [
     "context_parallel",
     "corrupt_spans",
     "data_parallel",
+    "distillation_loss",
     "generate",
+    "inherit",
     "mask_tokens",
     "muon_groups",
     "next_token_loss",
