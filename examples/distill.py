@@ -4,8 +4,8 @@
     python examples/distill.py runs/pretrain runs/student --until 100     # the teacher speaks in the first steps alone
     torchrun --standalone --nproc-per-node 4 examples/distill.py runs/pretrain runs/student
 
-The student has the teacher's blocks, with dense feed-forward networks of equal FLOPs in place of experts. Its checkpoint
-is one of pretrain.py --dense: generate.py reads it, and pretrain.py --resume continues it.
+The student has the teacher's blocks, with dense feed-forward networks of equal FLOPs in place of experts. Its
+checkpoint is one of pretrain.py --dense: generate.py reads it, and pretrain.py --resume continues it.
 """
 
 from __future__ import annotations
