@@ -30,7 +30,7 @@ from launch import say
 from options import Job
 from torch import Tensor
 from torch.optim import Optimizer
-from turnout.models import GPT, ParallelModel, checkpoint, distillation_loss, inherit
+from turnout.models import GPT, ParallelModel, checkpoint, distillation_loss, inherit, next_token_loss
 from turnout.models.data import Prefetcher
 from turnout.moe import aux_loss, sync_gradients
 
@@ -80,12 +80,15 @@ def one_step(
     """A training step on tokens int64 [B, S + 1], this rank's part; returns its loss, the mean over ranks."""
     inputs, targets, model = tokens[:, :-1], tokens[:, 1:], student.parts[0]
     assert isinstance(model, GPT)
-    teacher.eval()
-    with torch.no_grad():
-        said = teacher.parts[0](inputs)
     for group in optimizer.param_groups:
         group["lr"] = job.lr_at(step)
-    loss = distillation_loss(model.train()(inputs, targets=targets), said, targets, alpha)
+    logits = model.train()(inputs, targets=targets)
+    if alpha:
+        with torch.no_grad():
+            said = teacher.eval().parts[0](inputs)
+        loss = distillation_loss(logits, said, targets, alpha)
+    else:
+        loss = next_token_loss(logits, targets)
     (loss + aux_loss(model)).backward()
     sync_gradients(student, student.meshes)
     student.clip_grad_norm_(1.0)
