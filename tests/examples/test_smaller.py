@@ -22,15 +22,22 @@ def done(example: str, *words: object, ranks: int = 1) -> dict:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def test_a_student_learns_alike_on_one_rank_and_two(teacher, tmp_path):
+STUDENT = ("--steps", 4, "--batch", 4, "--eval-size", 4, "--lr", 2e-2, "--until", 3)
+
+
+def test_a_student_learns_from_its_teacher(teacher, tmp_path):
     figures, out = teacher
-    flags = ("--steps", 4, "--batch", 4, "--eval-size", 4, "--lr", 2e-2, "--until", 3)
-    one = done("distill.py", out, tmp_path / "one", *flags)
-    two = done("distill.py", out, tmp_path / "two", *flags, ranks=2)
+    two = done("distill.py", out, tmp_path, *STUDENT, ranks=2)
+    assert two["teacher"] == pytest.approx(figures["val_bpb"], rel=1e-4)
+    assert two["after"] < two["before"]
+    assert (tmp_path / "step-4").is_dir()
+
+
+@pytest.mark.thorough
+def test_a_student_learns_alike_on_one_rank_and_two(teacher, tmp_path):
+    one, two = (done("distill.py", teacher[1], tmp_path / str(n), *STUDENT, ranks=n) for n in (1, 2))
     assert one == pytest.approx(two, rel=1e-4)
-    assert one["teacher"] == pytest.approx(figures["val_bpb"], rel=1e-5)
-    assert one["after"] < one["before"]
-    again = script(ROOT / "examples" / "distill.py", str(out), str(tmp_path / "one"), alone=True)
+    again = script(ROOT / "examples" / "distill.py", str(teacher[1]), str(tmp_path / "1"), alone=True)
     assert again.returncode == 1
     assert "holds a checkpoint: name another folder" in again.stderr
 
@@ -45,6 +52,11 @@ def test_fewer_experts_are_compared_and_trained_on(teacher, text, tmp_path):
     more = run(tmp_path / "pruned", "--data", text, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume")
     assert result(more)["steps"] == 8
     assert "resuming after step 6" in more.stderr
+
+
+@pytest.mark.thorough
+def test_numbers_of_experts_that_do_not_fit_are_refused(teacher, tmp_path):
+    _, out = teacher
     wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), "--experts", "4", alone=True)
     assert wrong.returncode == 1
     assert "--experts (4) must be from 2, --top-k, to 3" in wrong.stderr
