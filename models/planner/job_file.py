@@ -16,7 +16,7 @@ SIZES = (
     *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
     *("attention_bias", "mtp"),
 )
-MODEL = (*SIZES, "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
+MODEL = (*SIZES, "objective", "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
 LAYOUT = ("pp", "tp", "ep", "etp", "micro_batches", "virtual", "schedule", "data_parallel", "recompute")
 OTHERS = (  # flags of the job that change neither memory nor the time of a step, or nothing that the planner models
     *("steps", "out", "data", "resume", "allow_changes", "elastic", "seed", "balance", "aux_weight", "overlap", "wire"),
@@ -50,6 +50,8 @@ class JobFile(NamedTuple):
             )
         if given.get("cp", 1) != 1:
             raise ValueError(f"--config {path}: cp is {given['cp']}, which the planner does not know; leave it at 1")
+        if (task := given.get("objective", "clm")) != "clm":
+            raise ValueError(f"--config {path}: objective is {task}, and the planner knows GPTs alone, of clm")
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads
