@@ -243,9 +243,8 @@ def balance_loss(
     terms = (E * share / tokens.clamp(min=1).unsqueeze(1) * mass).sum(1)
     if over != "sequence":
         return terms.squeeze(0)
-    # short documents have high terms; a mean over all tokens, masked or not, is the same for any micro-batches
     weight = tokens if routing.documents is not None else (tokens > 0).to(terms.dtype)
-    number = weight.sum() if routing.documents is None else tokens.new_full((), len(tokens))
+    number = weight.sum() if routing.documents is None else tokens.new_full((), len(tokens))  # masked ones as well
     return _mean_over_ranks((weight * terms).sum(), number, group)
 
 
@@ -259,8 +258,9 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGr
         raise ValueError("z_loss needs router logits, and routing.logits is None: return logits from the gate")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
-    sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])
-    return _mean_over_ranks(*_sum(sums, split, averaged=False), group)
+    own = [torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)]
+    total, number = _sum(torch.stack(own), split, averaged=False).unbind()
+    return _mean_over_ranks(total, number, group)
 
 
 def cv_squared(amount: Tensor) -> Tensor:
