@@ -46,7 +46,8 @@ class Board:
             self.writer.add_histogram(f"router/{name}", held.detach(), step)
 
     def held_out(self, event: dict[str, Any]) -> None:
-        self.writer.add_scalar("held out/bits per byte", event["bits_per_byte"], event["step"])
+        for name in {"bits_per_byte", "loss", "accuracy"} & event.keys():
+            self.writer.add_scalar(f"held out/{name.replace('_', ' ')}", event[name], event["step"])
 
     def close(self) -> None:
         self.writer.close()

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import hashlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -128,7 +129,7 @@ def say(text: str, every_rank: bool = False) -> None:
 
 def once(text: str) -> None:
     """Print a line to standard error once, though all ranks call this: the first one prints it."""
-    said = False
+    said, named = False, re.match(r"rank \d+: ", text) is not None  # by what gathered it from the ranks
     with suppress(Exception):  # without a store each rank prints it
         if LAUNCHED:
             known = dist.is_initialized()
@@ -136,12 +137,12 @@ def once(text: str) -> None:
             key = f"said/{hashlib.sha256(text.encode()).hexdigest()}"
             said = store.add(key, 1) > 1
             if not said:
-                say(text, every_rank=True)
+                say(text, every_rank=not named)
             said = True
             if RANK == 0:  # the store may live in this process: keep it for the others
                 _wait_for(store, key, RANKS)
     if not said:
-        say(text, every_rank=True)
+        say(text, every_rank=not named)
 
 
 def _wait_for(store: dist.Store, key: str, ranks: int) -> None:

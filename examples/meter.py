@@ -11,28 +11,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from objective import built, flops_per_token
 from traffic import KINDS, Traffic, axes_of
 from turnout.dispatch import Meshes
-from turnout.models import GPT, GPTConfig
+from turnout.models.blocks import Config
 
 
 class Meter:
     """Measures training steps that run in `with meter.step():`.
 
     Args:
-        config: sizes of the model. FLOPs are those of `GPT.flops_per_token`, without recomputation.
+        config: sizes of the model. FLOPs are those of `GPT.flops_per_token` and the like, without recomputation.
         meshes: meshes of the job, to count bytes by axis.
         tokens: number of tokens in a step, on all ranks together.
         peak_tflops: peak TFLOP/s of one device; 0: unknown.
         device: device of this rank.
     """
 
-    def __init__(self, config: GPTConfig, meshes: Meshes, tokens: int, peak_tflops: float, device: torch.device):
+    def __init__(self, config: Config, meshes: Meshes, tokens: int, peak_tflops: float, device: torch.device):
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = GPT(config)
+            model = built(config)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = model.active_parameters()
-        self.flops, self.tokens, self.peak, self.device = model.flops_per_token(), tokens, peak_tflops, device
+        self.flops, self.tokens, self.peak, self.device = flops_per_token(model), tokens, peak_tflops, device
         self.names = axes_of(meshes)
         self.sent: dict[str, int] = {}  # bytes that this rank sent in the last counted step
         self.seconds, self.steps = 0.0, 0  # of the timed steps, those that were not counted

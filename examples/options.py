@@ -7,12 +7,13 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
+import objective
 import torch
 from command_line import divides, flag, given
 from profiling import BEFORE
 from schedules import SCHEDULES, factor
 from turnout.dispatch.wire import WIRES
-from turnout.models import GPT, GPTConfig
+from turnout.models import BERTConfig, GPTConfig, T5Config
 from turnout.models.blocks import block_numbers
 from turnout.models.context_parallel import attention_of
 from turnout.models.pipeline.partition import PER_RANK
@@ -20,6 +21,7 @@ from turnout.moe import Balance
 from turnout.moe.gates import GATES
 
 CHOICES = {
+    "objective": tuple(objective.MODELS),
     "gate": tuple(GATES),
     "balance": ("sequence", "global", "local"),
     "schedule": tuple(PER_RANK),
@@ -40,7 +42,7 @@ MAY_BE_ZERO = (
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
     *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
-    "join_documents",
+    *("join_documents", "objective"),
     *("optimizer", "ema", "moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss", "forced_balance"),
 )
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
@@ -64,13 +66,14 @@ class Job:
     ] = ()
     tokenizer: Annotated[str, "what makes tokens of text: bytes, bpe:SIZE or a tokenizer.json"] = "bytes"
     epochs: Annotated[int, "number of times that the steps may pass over the data"] = 4
-    vocab: Annotated[int, "number of token ids of the model; 0 takes those of the data"] = 0
+    vocab: Annotated[int, "number of token ids of text; 0 takes those of the data"] = 0
     eod: Annotated[int, "id of the token that begins a document; -1 takes that of the data"] = -1
     join_documents: Annotated[bool, "let attention cross the boundaries of documents, as ring attention needs"] = False
     resume: Annotated[bool, "resume from the newest checkpoint in --out, on any mesh"] = False
     allow_changes: Annotated[bool, "let --resume accept flags that change the model or its data"] = False
     seed: Annotated[int, "seed of the weights and of the order of the data"] = 0
     # the model
+    objective: Annotated[str, "task: next tokens (GPT), masked tokens (BERT), or removed spans (T5)"] = "clm"
     seq: Annotated[int, "number of tokens in a sequence"] = 128
     dim: Annotated[int, "width of the model"] = 128
     layers: Annotated[int, "number of blocks"] = 4
@@ -155,6 +158,7 @@ class Job:
             ValueError: flags that are out of range or do not go together. No rank waits for another before.
         """
         self._in_range()
+        objective.check(self)
         divides("the number of ranks", ranks, "pp x cp x tp", self.pp * self.cp * self.tp)
         stage, split = ranks // self.pp, self.cp * self.tp
         divides(f"dp x cp x tp, the ranks of one of {self.pp} stages,", stage, "etp", self.etp)
@@ -188,7 +192,8 @@ class Job:
                 "--dense trains without"
             )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            GPT(replace(config, layers=1, moe_every=0 if self.dense else 1, mtp=0))  # lets the gate check its arguments
+            one = replace(config, layers=1, moe_every=0 if self.dense else 1)
+            objective.built(replace(one, mtp=0) if isinstance(one, GPTConfig) else one)  # lets the gate check arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:
@@ -251,14 +256,14 @@ class Job:
         words = {name: f"{flag(name)} {_shown(now[name])} (was {_shown(before[name])})" for name in differs}
         return [words[n] for n in differs if n in DEFINES_RUN], [words[n] for n in differs if n in MAY_CHANGE]
 
-    def config(self) -> GPTConfig:
+    def config(self) -> GPTConfig | BERTConfig | T5Config:
         """Sizes of the whole model."""
         moe = {
             "gate": self.gate,
             "capacity": self.capacity_factor or None,
             "balance": Balance(self.aux_weight, over=self.balance),
         }
-        return GPTConfig(
+        config = GPTConfig(
             vocab=self.vocab or 256,
             eod=None if self.eod < 0 else self.eod,
             dim=self.dim,
@@ -279,6 +284,7 @@ class Job:
             top_k=self.top_k,
             moe=moe,
         )
+        return objective.config_of(self.objective, config)
 
     def lr_at(self, step: int) -> float:
         """Learning rate at a step, from 0."""

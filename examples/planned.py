@@ -54,12 +54,19 @@ def update_of(job: Job) -> Update:
     return Update(job.optimizer, job.ema > 0)
 
 
+def check(job: Job) -> None:
+    """Raise a ValueError for flags that the planner does not model."""
+    if job.objective != "clm":
+        raise ValueError(f"--objective {job.objective}: the planner knows GPTs alone, so this job cannot be planned")
+
+
 def elastic(job: Job, ranks: int, ranks_per_node: int) -> Job:
     """The job in the best layout for the ranks that are here; the model and the batch stay what they are.
 
     Raises:
         ValueError: there is none, in the planner's words.
     """
+    check(job)
     cluster = runnable(cluster_of(job, ranks_per_node))
     found = search(Architecture.of(job.config()), cluster, ranks, job.batch, splits(job), dtype_of(job), update_of(job))
     at = found.plans[0].layout
@@ -83,6 +90,7 @@ def plan(job: Job, ranks: int, train_tokens: int | None) -> str:
 
     `train_tokens`: tokens of the data, of text its bytes; None if it is not there.
     """
+    check(job)
     cluster, model = cluster_of(job), Architecture.of(job.config())
     estimate = Estimator(model, cluster, job.batch, update=update_of(job))(layout_of(job, ranks))
     at, tokens = estimate.layout, job.steps * job.batch * job.seq

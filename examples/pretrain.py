@@ -1,4 +1,4 @@
-"""Train a GPT with MoE layers, on one rank or on any mesh of data, context, tensor, pipeline and expert ranks.
+"""Train a GPT, BERT or T5 with MoE layers, on any mesh of data, context, tensor, pipeline and expert ranks.
 
     torchrun --standalone --nproc-per-node 4 examples/pretrain.py --steps 300
     torchrun --standalone --nproc-per-node 8 examples/pretrain.py --pp 2 --tp 2 --ep 4 --micro-batches 4
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import launch
+import objective
 import options
 import planned
 import sources
@@ -49,7 +50,6 @@ from watch import Watch
 
 # exit statuses: an error in training, wrong flags or files, and the shell's status for SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
-BYTES = 256  # token ids of a vocabulary of bytes, whose experts are described by them
 
 
 def train(job: Job, device: torch.device, place: launch.Place) -> int:
@@ -62,7 +62,7 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
     per_node = launch.RANKS_PER_NODE if launch.NODES > 1 else None
     sizes = {"pp": job.pp, "cp": job.cp, "tp": job.tp, "ep": job.ep, "etp": job.etp}
     meshes = Meshes.of(device.type, **sizes, ranks_per_node=per_node, timeout=job.timeout)
-    batches = data.batches(job, meshes)
+    batches = objective.Asked(job, data.batches(job, meshes))
     held_out = data.held_out(job, meshes)
     model = steps.build(job, meshes)
     optimizer = steps.optimizer_of(model, job)
@@ -86,18 +86,17 @@ def train(job: Job, device: torch.device, place: launch.Place) -> int:
         Prefetcher(batches, job.steps) as batch,
         tqdm(total=job.steps, initial=first, disable=silent, file=sys.stderr) as bar,
     ):
-        start = log.write(
-            "start", first, **described(job, run, meter, data, device), bytes_per_token=batches.bytes_per_token
-        )
+        known = described(job, run, meter, data, device)
+        start = log.write("start", first, **known, bytes_per_token=batches.rows.bytes_per_token)
         say(header(start))
         if job.forced_balance:
             say("--forced-balance: tokens go to experts in turn. This run measures speed, and its losses mean nothing")
 
         def evaluate() -> None:
             place.at("the evaluation")
-            with BytesOfExperts(model) if batches.vocab == BYTES else nullcontext() as experts:
-                bits = steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token, ema)
-            event = log.write("held out", done, bits_per_byte=bits, bytes=experts.most() if experts else None)
+            with BytesOfExperts(model) if batches.of_bytes else nullcontext() as experts:
+                found = steps.held_out_figures(model, held_out, job, ema)
+            event = log.write("held out", done, **found, bytes=experts.most() if experts else None)
             if board:
                 board.held_out(event)
 
@@ -243,7 +242,7 @@ def header(start: dict[str, Any]) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     return "; ".join(
         [
-            f"GPT of {job['layers']} blocks ({kind}), {sizes}",
+            f"{objective.described(job)} ({kind}), {sizes}",
             f"{start['train_bytes']:,} bytes of text and {start['held_out_bytes']:,} held out",
             f"{start['device']}, ranks {start['ranks']}: {axes}",
             f"steps {start['step'] + 1} to {job['steps']}",
@@ -257,7 +256,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
     return {
         "steps": job.steps,
         "loss": step.get("loss"),
-        "val_bpb": held_out.get("bits_per_byte"),
+        **objective.figures(held_out),
         "memory_bytes": step.get("memory_bytes"),
         "sent_bytes": step.get("sent_bytes"),
         **meter.rates(),

@@ -11,14 +11,17 @@ import torch
 import torch.distributed as dist
 from forced_balance import force_balance
 from launch import say
+from objective import HELD_OUT, Pair, asked, pair
 from options import Job
+from sources import Rows
 from spikes import Spike, Spikes
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
-from turnout.models import EMA, Muon, ParallelModel, muon_groups, parallel_model
+from turnout.models import EMA, Muon, ParallelModel, muon_groups, next_token_loss, parallel_model
 from turnout.models import recompute as recomputing
-from turnout.models.data_parallel import computed_in
+from turnout.models.data_parallel import computed_in, reshard
+from turnout.models.loss import IGNORED
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 
 
@@ -82,12 +85,12 @@ def train(
     model: ParallelModel,
     optimizer: Optimizer,
     scaler: GradScaler,
-    tokens: Tensor,
+    tokens: Tensor | Pair,
     lr: float,
     max_norm: float = 1.0,
     spikes: Spikes | None = None,
 ) -> Step:
-    """Run one training step on tokens, int64 [B, S + 1], this data rank's part of the batch.
+    """Run one training step on tokens, int64 [B, S + 1], or another task of this data rank's part of the batch.
 
     If a loss or gradient is not finite on any rank, no rank's optimizer steps, and the weights stay as they are.
     `spikes` compares the loss with the losses before.
@@ -95,11 +98,12 @@ def train(
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
-    scale = float(scaler.scale(torch.ones((), device=tokens.device)))  # 1 without float16
-    losses = model.step(tokens[:, :-1], tokens[:, 1:], scale)
+    inputs, targets = pair(tokens)
+    scale = float(scaler.scale(torch.ones((), device=targets.device)))  # 1 without float16
+    losses = model.step(inputs, targets, scale)
     scaler.unscale_(optimizer)
     norm = model.clip_grad_norm_(max_norm)
-    means = torch.stack([x.double().to(tokens.device) for x in (losses.task, losses.aux, norm)])
+    means = torch.stack([x.double().to(targets.device) for x in (losses.task, losses.aux, norm)])
     dist.all_reduce(means)  # NaN or infinity of one rank reaches all of them
     task, aux, whole = (means / dist.get_world_size()).tolist()
     wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": whole}
@@ -177,12 +181,44 @@ def evaluate(
     with ema.applied() if ema else nullcontext():
         nats = torch.stack([model.evaluate(part[:, :-1], part[:, 1:]) * len(part) for part in parts]).sum()
     dist.all_reduce(nats, group=dp.get_group())
-    if not math.isfinite(bits := float(nats) / job.eval_size / bytes_per_token / math.log(2)):
+    return _finite(float(nats) / job.eval_size / bytes_per_token / math.log(2))
+
+
+def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | None = None) -> dict[str, float]:
+    """Figures of held-out rows, the same on all ranks: bits per byte, or loss and accuracy of predicted tokens.
+
+    The loss is in nats per predicted token, and the accuracy is the share of them that has the highest logit. Bits per
+    byte are for next tokens alone: the other models give a text no probability.
+
+    Raises:
+        NonFiniteError: on every rank.
+    """
+    if job.objective == "clm":
+        return {"bits_per_byte": evaluate(model, held_out.tokens, job, held_out.bytes_per_token, ema)}
+    model.eval()
+    dp, device = model.meshes.dense["dp"], model.meshes.dense.device_type
+    numbers = range(job.eval_size)[dp.get_local_rank() :: dp.size()]
+    inputs, targets = pair(asked(job, held_out.tokens, HELD_OUT, numbers)).to(device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens predicted well, tokens predicted
+    rows = job.batch // job.accumulate // dp.size()  # as in training, for the same memory
+    with ema.applied() if ema else nullcontext(), torch.no_grad():
+        for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
+            logits, known = model.parts[0](*x), y != IGNORED
+            number = known.sum()
+            sums += torch.stack([next_token_loss(logits, y) * number, (logits.argmax(-1) == y)[known].sum(), number])
+        reshard(model)
+    dist.all_reduce(sums, group=dp.get_group())
+    nats, right, number = sums.tolist()
+    return {"loss": _finite(nats / number), "accuracy": right / number}
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
         raise NonFiniteError(
             "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
             "--resume continues from the newest checkpoint."
         )
-    return bits
+    return loss
 
 
 def gather(model: ParallelModel) -> tuple[list[list[int]], list[int]]:

@@ -37,6 +37,8 @@ def newest(out: Path, device_type: str, data: Data = "replicate") -> Trained:
     if path is None:
         raise ValueError(f"{out} has no checkpoint: name the --out of a run of pretrain.py")
     _, extra = checkpoint.described(path)
+    if (task := extra["job"].get("objective", "clm")) != "clm":
+        raise ValueError(f"{out} was trained by --objective {task}: only a GPT (--objective clm) says next tokens")
     known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
     exact = {"bf16": False, "fp16": False, "compile": False, "forced_balance": False, "recompute": "none"}
     exact |= {"adapt": False, "place": False, "cp_attention": ""}

@@ -7,6 +7,7 @@ images. For many ranks, start at `parallel_model.py`.
 from .bert import BERT, BERTConfig
 from .context_parallel import SequenceSplit, context_parallel
 from .data_parallel import data_parallel
+from .distillation import distillation_loss, inherit
 from .ema import EMA
 from .generation import generate
 from .gpt import GPT, GPTConfig
@@ -43,7 +44,9 @@ __all__ = [
     "context_parallel",
     "corrupt_spans",
     "data_parallel",
+    "distillation_loss",
     "generate",
+    "inherit",
     "mask_tokens",
     "muon_groups",
     "next_token_loss",

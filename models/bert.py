@@ -102,3 +102,13 @@ class BERT(nn.Module):
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
         return active_parameters(self)
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """FLOPs of one token's forward and backward: 6 per active parameter, plus attention.
+
+        Args:
+            seq_len: number of tokens in a sequence. None, the default, is ``config.seq_len``.
+        """
+        config = self.config
+        span = config.seq_len if seq_len is None else seq_len
+        return 6 * self.active_parameters() + 12 * config.heads * config.head_size * span * config.layers

@@ -95,6 +95,10 @@ class Config:
         every, number = self.moe_every, index + 1
         return every > 0 and number % every == 0 if isinstance(every, int) else number in every
 
+    def moe_layers(self) -> list[str]:
+        """Names of all MoE layers of the model, in their order."""
+        return [f"blocks.{index}.feed_forward" for index in range(self.layers) if self.has_experts(index)]
+
     @property
     def head_size(self) -> int:
         """Width of one head: `head_dim`, or dim / heads."""

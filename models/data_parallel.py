@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,18 @@ from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from ..moe.layer import MoE
 from ..moe.parallel.parallelize import expert_parameters, fully_shard_experts
+from .bert import BERT
 from .blocks import Block
-from .gpt import GPT, check_gpt
+from .gpt import GPT
+from .t5 import T5
 
+Model = TypeVar("Model", bound=GPT | BERT | T5)
 Data = Literal["replicate", "zero1", "zero2", "fsdp"]
 
 
-def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = False, cpu_offload: bool = False) -> GPT:
+def data_parallel(
+    model: Model, meshes: Meshes, how: Data = "fsdp", bf16: bool = False, cpu_offload: bool = False
+) -> Model:
     """Apply data parallelism to a model, in place. Call it on every rank.
 
     Call it after `tensor_parallel` and `parallelize`, and make the optimizer afterwards. On d ranks:
@@ -36,7 +41,7 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
     - ``"fsdp"``: ZeRO-3. Parameters are split as well, and gathered before a block's forward and before its backward.
 
     Args:
-        model: `GPT`, or a pipeline stage of one.
+        model: `GPT`, or a pipeline stage of one, `BERT` or `T5`.
         meshes: meshes that the model was spread over.
         how: kind of data parallelism, as above; ``"fsdp"`` by default. In a pipeline "zero2" and "fsdp" act as
             "zero1": a stage stays gathered during a step, since its backward may come in two halves.
@@ -51,9 +56,10 @@ def data_parallel(model: GPT, meshes: Meshes, how: Data = "fsdp", bf16: bool = F
 
     Raises:
         ValueError: options that do not go together.
-        TypeError: a model that is no `GPT`.
+        TypeError: another model.
     """
-    check_gpt(model, "data_parallel")
+    if not isinstance(model, GPT | BERT | T5):
+        raise TypeError(f"data_parallel shards a GPT, BERT or T5; got {type(model).__name__}: use fully_shard of FSDP2")
     if how not in get_args(Data):
         raise ValueError(f"data parallelism must be one of {', '.join(get_args(Data))}; got {how!r}")
     if how == "replicate":
@@ -106,7 +112,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def computed_in(dtype: torch.dtype, model: GPT, device_type: str) -> GPT:
+def computed_in(dtype: torch.dtype, model: Model, device_type: str) -> Model:
     """Run a model's forward under autocast to `dtype`, in place. Its output is float32.
 
     The backward stays outside: autocast would round values in it that must not be rounded.

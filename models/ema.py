@@ -14,6 +14,8 @@ from ..moe.experts.base import Experts
 from ..moe.experts.placed import PlacedCopies
 from ..moe.experts.sharded import local
 
+AVERAGE, UPDATES = "ema ", "updates"  # buffers: an average, before the name of its parameter, and the number of updates
+
 
 class EMA(nn.Module):
     """Exponential moving average of the parameters of a model. Each rank averages the parts that it holds.
@@ -65,7 +67,7 @@ class EMA(nn.Module):
         self._averaged = [(_buffer(name), same) for name, same in named.items()]
         for name, (first, *_) in self._averaged:
             self.register_buffer(name, first.detach().clone())
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(UPDATES, torch.zeros((), dtype=torch.int64))
         modules = {module for part in parts for module in part.modules() if isinstance(module, Experts)}
         owners = {id(p): experts for experts in modules for p in experts.parameters()}
         stacked: dict[Experts, list[str]] = {}
@@ -136,4 +138,4 @@ def _into_slots(ema: EMA, state: dict[str, Any], prefix: str, *_: Any) -> None:
 
 def _buffer(name: str) -> str:
     """Name of a parameter's average. It has no dots, as a buffer's must."""
-    return "ema " + name.replace(".", "/")
+    return AVERAGE + name.replace(".", "/")

@@ -62,9 +62,8 @@ class GPTConfig(RotaryConfig):
 
     def moe_layers(self) -> list[str]:
         """Names of all MoE layers of the model, in their order."""
-        blocks = [f"blocks.{index}" for index in range(self.layers) if self.has_experts(index)]
         further = range(self.mtp if self.has_experts(self.layers - 1) else 0)
-        return [f"{block}.feed_forward" for block in (*blocks, *(f"mtp.{depth}.blocks.0" for depth in further))]
+        return [*super().moe_layers(), *(f"mtp.{depth}.blocks.0.feed_forward" for depth in further)]
 
 
 class GPT(nn.Module):
@@ -203,6 +202,6 @@ def check_gpt(given: object, what: str) -> None:
     """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
     if not isinstance(given, GPT | GPTConfig):
         raise TypeError(
-            f"{what} splits a GPT; got {type(given).__name__}: spread the experts of other models by "
-            "parallelize(model, mesh), and shard the rest with FSDP2 (fully_shard_experts, fully_shard)"
+            f"{what} splits a GPT; got {type(given).__name__}: leave pp, cp and tp at 1, where parallel_model takes a "
+            "BERT or a T5 as well, and spread experts and batches of any model by parallelize(model, mesh) and FSDP2"
         )

@@ -18,7 +18,9 @@ from ..dispatch.reorder import wide
 IGNORED = -100  # target of a position without a loss, as in torch's cross_entropy
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def next_token_loss(
+    logits: Tensor, targets: Tensor, group: ProcessGroup | None = None, positions: int | None = None
+) -> Tensor:
     """Mean cross entropy of next tokens, in nats, computed in float32 or wider.
 
     Logits that `tensor_parallel` has split over the vocabulary are never gathered. The ranks exchange three numbers
@@ -29,6 +31,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None 
         targets: token after each one, int64 [B, S]. -100 leaves a position out.
         group: ranks along "cp", which have other parts of the same sequences (`context_parallel`). None, the default,
             is this rank alone.
+        positions: number to divide the sum by, on all ranks of `group` together. None, the default, is the number of
+            positions that are not left out, whose mean depends on how a batch is cut if their number differs.
 
     Returns:
         The mean as a scalar, over the tokens of all ranks of `group`. Their gradients are summed, not averaged.
@@ -41,14 +45,14 @@ def next_token_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None 
     """
     flat = wide(logits.flatten(0, 1))
     targets = targets.flatten()
-    how = "mean" if group is None else "sum"
+    how = "mean" if group is None and positions is None else "sum"
     if isinstance(flat, DTensor):
         loss = cast(Tensor, _SplitCrossEntropy.apply(flat, targets, how))
     else:
         loss = F.cross_entropy(flat, targets, reduction=how)
-    if group is None:
-        return loss
-    return _mean(loss, targets, group)
+    if positions is not None:
+        return (loss if group is None else all_reduce(loss, group, averaged=False)) / positions
+    return loss if group is None else _mean(loss, targets, group)
 
 
 def head_z_loss(logits: Tensor, targets: Tensor, group: ProcessGroup | None = None) -> Tensor:

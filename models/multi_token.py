@@ -53,6 +53,10 @@ class Join(nn.Module):
 class HeadLosses(AuxiliaryLoss):
     """The losses of a training step that belong to the head: z-loss, and the mean loss of all depths.
 
+    The loss of a depth is the sum over its targets, divided by the number of all positions (eq. 24). Documents end at
+    other places in each sequence, so the number of targets differs between micro-batches. A mean over targets would
+    make gradients depend on how the batch is cut.
+
     Args:
         z_loss: weight of the z-loss.
         mtp_weight: weight of the mean over depths.
@@ -78,11 +82,11 @@ class HeadLosses(AuxiliaryLoss):
             targets: token after each one, int64 [B, S], of whole sequences.
             further: logits of depth 1, 2 and so on, each as `logits`.
         """
-        losses = []
+        losses, positions = [], targets.numel()
         if self.z_loss:
             losses.append(self.z_loss * head_z_loss(logits, self.own(targets), self.group))
         for depth, each in enumerate(further, 1):
-            loss = next_token_loss(each, self.own(further_targets(targets, depth, self.eod)), self.group)
+            loss = next_token_loss(each, self.own(further_targets(targets, depth, self.eod)), self.group, positions)
             losses.append(self.mtp_weight / len(further) * loss)
         total = torch.stack(losses).sum()
         self.keep(total, logits)

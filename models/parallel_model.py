@@ -1,8 +1,10 @@
-"""One GPT under data, tensor, pipeline and expert parallelism together, and its training step."""
+"""One model under data, tensor, pipeline and expert parallelism together, and its training step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from ..dispatch.mesh import Meshes
 from ..moe.auxiliary import aux_loss
 from ..moe.parallel.gradients import clip_grad_norm_, sync_gradients
 from ..moe.parallel.parallelize import moe_layers, parallelize
+from .bert import BERT, BERTConfig
 from .context_parallel import How, SequenceSplit, context_parallel
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig, check_gpt
@@ -22,11 +25,14 @@ from .pipeline.checks import check_batch
 from .pipeline.engine import Losses, Pipeline
 from .pipeline.partition import Stages
 from .recompute import recompute as recomputing
+from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
+
+Inputs = Tensor | tuple[Tensor, ...]
 
 
 def parallel_model(
-    config: GPTConfig,
+    config: GPTConfig | BERTConfig | T5Config,
     meshes: Meshes | None = None,
     *,
     layout: Literal["auto"] | None = None,
@@ -45,7 +51,7 @@ def parallel_model(
     dtype: torch.dtype = torch.float32,
     **experts: Any,
 ) -> ParallelModel:
-    """Build a GPT and spread it over the ranks of a job.
+    """Build a GPT, BERT or T5 and spread it over the ranks of a job.
 
     Call it on every rank, after the same `torch.manual_seed`. The model then has the same initial values on any mesh::
 
@@ -58,7 +64,8 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: sizes of the whole model.
+        config: sizes of the whole model. Pipeline stages, "cp" and "tp" split a GPT alone; batches and experts of a
+            BERT or T5 are spread over ranks in the same way.
         meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
         layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
             recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
@@ -82,29 +89,34 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
-        TypeError: a config that is no `GPTConfig`.
+        TypeError: a config of another model, or one of BERT or T5 with pp, cp or tp above 1, or with `layout`.
     """
-    check_gpt(config, "parallel_model")
+    whole: Any = config  # of a GPT, wherever it is split
     if layout is not None:
+        check_gpt(config, 'layout="auto"')
         from .planner.automatic import planned  # models are imported without the planner
 
         if layout != "auto" or meshes is not None or batch is None:
             raise ValueError(f'layout="auto" takes batch=, and no meshes; got layout={layout!r}, batch={batch}')
-        meshes, chosen, _ = planned(config, batch, dtype="bf16" if bf16 else "fp32")
+        meshes, chosen, _ = planned(whole, batch, dtype="bf16" if bf16 else "fp32")
         micro_batches, schedule, stages_per_rank = (chosen[k] for k in ("micro_batches", "schedule", "stages_per_rank"))
         data, recompute = chosen["data"], chosen["recompute"]
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
-    split = SequenceSplit.of(config, meshes, cp_attention)
-    stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
-    parts = stages.build(pp.get_local_rank()) if stages else [GPT(config)]
+    if not isinstance(config, BERTConfig | T5Config) or max(pp.size(), meshes.sequences.size()) > 1:
+        check_gpt(config, "parallel_model")
+    split = SequenceSplit.of(whole, meshes, cp_attention)
+    stages = Stages.of(whole, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
+    parts: Sequence[Any] = stages.build(pp.get_local_rank()) if stages else [_built(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
-        context_parallel(tensor_parallel(part, tp), split)
+        if isinstance(part, GPT):
+            context_parallel(tensor_parallel(part, tp), split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
-        for block in part.blocks if compile else ():
+        stacks = [part.encoder, part.decoder] if isinstance(part, T5) else [part.blocks]
+        for block in chain(*stacks) if compile else ():
             if block is not None:
                 block.compile()  # before FSDP2 wraps it
     pipeline = None
@@ -118,10 +130,11 @@ def parallel_model(
 
 
 class ParallelModel(nn.Module):
-    """This rank's part of a GPT, and the training step that all ranks take together; made by `parallel_model`.
+    """This rank's part of a model, and the training step that all ranks take together; made by `parallel_model`.
 
     Attributes:
-        parts: list of one whole `GPT`, or of the pipeline stages that this rank runs. Pass it to `checkpoint.save`.
+        parts: list of one whole `GPT`, `BERT` or `T5`, or of the pipeline stages of a GPT that this rank runs. Pass it
+            to `checkpoint.save`.
         meshes: meshes of the job.
         split: how sequences are split over "cp".
         micro_batches: number of micro-batches in a part of the batch.
@@ -131,7 +144,7 @@ class ParallelModel(nn.Module):
 
     def __init__(
         self,
-        parts: list[GPT],
+        parts: Sequence[GPT | BERT | T5],
         split: SequenceSplit,
         micro_batches: int,
         data: Data,
@@ -143,13 +156,14 @@ class ParallelModel(nn.Module):
         for name, number in {"micro_batches": micro_batches, "accumulate": accumulate}.items():
             if number < 1:
                 raise ValueError(f"{name} must be positive; got {number}")
-        self.parts, self._held = parts, nn.ModuleList(parts)
+        self.parts: list[Any] = list(parts)
+        self._held = nn.ModuleList(parts)
         self.split, self.meshes = split, split.meshes
         self.micro_batches, self.accumulate, self.pipeline = micro_batches, accumulate, pipeline
         self.data: Data = data
         self.activations_on_cpu = activations_on_cpu
 
-    def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
+    def step(self, tokens: Inputs, targets: Tensor, scale: float = 1.0) -> Losses:
         """Run forward and backward of a batch, and synchronise gradients. All ranks call it.
 
         Gradients must be None or zero before. The step computes the gradients of the mean loss over micro-batches and
@@ -157,8 +171,9 @@ class ParallelModel(nn.Module):
 
         Args:
             tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches` times
-                `accumulate`. Ranks along "pp", "cp" and "tp" give the same.
-            targets: token after each one, int64 [B, S].
+                `accumulate`. Ranks along "pp", "cp" and "tp" give the same. For a T5 the pair of what encoder and
+                decoder read, [B, M] and [B, S].
+            targets: token after each one, or that a BERT has to find, int64 [B, S]. -100 leaves a position out.
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
         Returns:
@@ -167,31 +182,35 @@ class ParallelModel(nn.Module):
         Raises:
             ValueError: a batch that does not split into micro-batches, or sequences that do not split over "cp".
         """
-        check_batch(tokens, self.micro_batches * self.accumulate)
-        self.split.own(tokens)  # raises before any rank waits for another
+        check_batch(targets, self.micro_batches * self.accumulate)
+        self.split.own(targets)  # raises before any rank waits for another
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
-            losses = (self._one_by_one if self.pipeline is None else self._piped)(tokens, targets, scale)
+            if self.pipeline is None:
+                losses = self._one_by_one(_columns(tokens, targets), scale)
+            else:
+                losses = self._piped(_columns(tokens, targets)[0], targets, scale)
         sync_gradients(self, self.meshes)
         return losses
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
         """Mean loss of a batch, without gradients. Call ``eval()`` before.
 
         Args:
-            tokens: this data rank's part of the batch, int64 [B, S], with any positive B.
-            targets: token after each one, int64 [B, S].
+            tokens: this data rank's part of the batch, as for `step`, with any positive B.
+            targets: as for `step`.
 
         Returns:
             Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
-        self.split.own(tokens)  # raises before any rank waits for another
+        self.split.own(targets)  # raises before any rank waits for another
+        columns = _columns(tokens, targets)
         if self.pipeline is not None:
-            mean = self.pipeline.evaluate(tokens, targets)
+            mean = self.pipeline.evaluate(columns[0], targets)
         else:
-            pairs = zip(tokens.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True)
-            losses = [self.split.loss(self.parts[0](x), y) * len(x) for x, y in pairs if len(x)]
-            mean = torch.stack(losses).sum(dtype=torch.float64) / len(tokens)
+            rows = zip(*(each.tensor_split(self.micro_batches) for each in columns), strict=True)
+            losses = [self.split.loss(self.parts[0](*x), y) * len(y) for *x, y in rows if len(y)]
+            mean = torch.stack(losses).sum(dtype=torch.float64) / len(targets)
         reshard(self)
         return mean
 
@@ -201,13 +220,14 @@ class ParallelModel(nn.Module):
             return self.pipeline.clip_grad_norm_(max_norm)
         return clip_grad_norm_(self, max_norm)
 
-    def _one_by_one(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
-        """Run the micro-batches one after the other, on the whole model."""
+    def _one_by_one(self, columns: Sequence[Tensor], scale: float) -> Losses:
+        """Run the micro-batches of inputs and targets one after the other, on the whole model."""
         m, (model,) = self.micro_batches * self.accumulate, self.parts
         seen = []
-        for number, (x, y) in enumerate(zip(tokens.chunk(m), targets.chunk(m), strict=True), 1):
+        for number, (*x, y) in enumerate(zip(*(each.chunk(m) for each in columns), strict=True), 1):
             begin_micro_batch(model, self.data, last=number == m)
-            task = self.split.loss(model(x, targets=y), y)
+            logits = model(*x, targets=y) if isinstance(model, GPT) else model(*x)
+            task = self.split.loss(logits, y)
             aux = aux_loss(model)
             ((task + aux) * (scale / m)).backward()
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
@@ -220,3 +240,17 @@ class ParallelModel(nn.Module):
         parts = zip(tokens.chunk(n), targets.chunk(n), strict=True)
         losses = [self.pipeline.step(x, y, scale / n) for x, y in parts]
         return Losses(*(torch.stack(each).mean(0) for each in zip(*losses, strict=True)))
+
+
+def _built(config: GPTConfig | BERTConfig | T5Config) -> GPT | BERT | T5:
+    if isinstance(config, GPTConfig):
+        return GPT(config)
+    return BERT(config) if isinstance(config, BERTConfig) else T5(config)
+
+
+def _columns(inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
+    """Inputs and targets, which have a row for each sequence."""
+    columns = (*inputs, targets) if isinstance(inputs, tuple) else (inputs, targets)
+    if lengths := {len(each) for each in columns} - {len(targets)}:
+        raise ValueError(f"inputs and targets must be of as many sequences; got {lengths.pop()} and {len(targets)}")
+    return columns

@@ -49,6 +49,12 @@ class T5Config(Config):
                 f"got {self.buckets} and {self.max_distance}"
             )
 
+    def moe_layers(self) -> list[str]:
+        """Names of all MoE layers of the model: the encoder's, then the decoder's."""
+        decoder = self.layers if self.decoder_layers is None else self.decoder_layers
+        stacks = {"encoder": self.layers, "decoder": decoder}
+        return [f"{name}.{i}.feed_forward" for name, n in stacks.items() for i in range(n) if self.has_experts(i)]
+
 
 class T5(nn.Module):
     """Encoder-decoder: pre-norm blocks, relative positions, cross attention in the decoder, tied embeddings.
@@ -134,6 +140,21 @@ class T5(nn.Module):
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
         return active_parameters(self)
 
+    def flops(self, source: int, target: int) -> int:
+        """FLOPs of the forward and backward of one text: 6 per active parameter and token, plus attention.
+
+        Args:
+            source: number of tokens that the encoder reads.
+            target: number of tokens that the decoder reads. The keys and values of its cross attention are those of
+                the source.
+        """
+        config = self.config
+        read = sum(p.numel() for block in self.decoder for p in _cross(block))  # matrices that the source runs through
+        encoder, decoder = active_parameters(self.encoder), active_parameters(self.decoder) - read
+        matrices = (encoder + read) * source + (decoder + config.vocab * config.dim) * target
+        scores = len(self.encoder) * source**2 + len(self.decoder) * target * (target + source)
+        return 6 * matrices + 12 * config.heads * config.head_size * scores
+
 
 class RelativeBias(nn.Module):
     """Relative position bias: a learned number per head and bucket of distances (arXiv:1910.10683, section 2.1)."""
@@ -152,6 +173,13 @@ class RelativeBias(nn.Module):
         if self.causal:
             bias = bias.masked_fill((distance > 0).unsqueeze(-1), -torch.inf)
         return rearrange(bias, "query key heads -> 1 heads query key")
+
+
+def _cross(block: nn.Module) -> list[Tensor]:
+    """Matrices of the keys and values of a block's cross attention."""
+    assert isinstance(block, Block)
+    assert block.cross is not None
+    return [block.cross.key.weight, block.cross.value.weight]
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int, causal: bool) -> Tensor:

@@ -205,7 +205,7 @@ def balance_loss(
         routing: router output for this rank's tokens. With `routing.first(1)`, f counts first choices alone (GShard).
         over: ``"local"``, the default: the tokens of `split`. The value depends on the number of ranks.
             ``"global"``: the tokens of all ranks of `group` and `split`. ``"sequence"``: the mean over sequences, or
-            over `Routing.documents` by their tokens. The last two do not depend on how tokens are spread over ranks.
+            over `Routing.documents` by their share of all tokens, masked or not. The last two do not depend on ranks.
         sequences: number of sequences on this rank. It divides T, and the tokens of a sequence are adjacent.
         group: ranks that share the batch. None, the default, is this rank alone.
         split: ranks that hold equally long parts of the same sequences, and whose gradients are summed. None, the
@@ -243,9 +243,9 @@ def balance_loss(
     terms = (E * share / tokens.clamp(min=1).unsqueeze(1) * mass).sum(1)
     if over != "sequence":
         return terms.squeeze(0)
-    # short documents have high terms, and a mean over tokens is the same for any division into micro-batches
     weight = tokens if routing.documents is not None else (tokens > 0).to(terms.dtype)
-    return _mean_over_ranks((weight * terms).sum(), weight.sum(), group)
+    number = weight.sum() if routing.documents is None else tokens.new_full((), len(tokens))  # masked ones as well
+    return _mean_over_ranks((weight * terms).sum(), number, group)
 
 
 def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGroup | None = None) -> Tensor:
@@ -258,8 +258,8 @@ def z_loss(routing: Routing, group: ProcessGroup | None = None, split: ProcessGr
         raise ValueError("z_loss needs router logits, and routing.logits is None: return logits from the gate")
     terms = routing.logits.logsumexp(-1).square()
     counted = torch.ones_like(terms, dtype=torch.bool) if routing.mask is None else routing.mask
-    sums = torch.stack([torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)])
-    total, number = _sum(sums, split, averaged=False)
+    own = [torch.where(counted, terms, 0).sum(), counted.sum().to(terms.dtype)]
+    total, number = _sum(torch.stack(own), split, averaged=False).unbind()
     return _mean_over_ranks(total, number, group)
 
 

@@ -253,13 +253,12 @@ def balance_loss_sequence(scores, expert, E, sequences, mask=None, choices=None)
 
 
 def balance_loss_documents(scores, expert, E, documents, mask=None):
-    """The mean of `balance_loss` over documents, each weighted by its number of tokens; `documents`: of each token."""
-    total, number = scores.sum() * 0, 0
+    """The sum of `balance_loss` over documents by their share of all tokens; `documents`: of each token."""
+    total = scores.sum() * 0
     for document in set(documents):
         own = [t for t in range(len(scores)) if documents[t] == document and (mask is None or bool(mask[t]))]
         total = total + len(own) * balance_loss(scores[own], expert[own], E) if own else total
-        number += len(own)
-    return total / max(number, 1)
+    return total / max(len(scores), 1)
 
 
 def z_loss(logits, mask=None):

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ...moe.experts.sharded import local
 from ...moe.parallel.place_experts import keep_global_order
+from ..ema import AVERAGE, UPDATES
 from .frozen import BASE, check_base, frozen_base, sums
 from .plain_files import PlainReader, is_finite, may_overflow, plain_bytes, read_values
 from .together import CheckpointError, place, together
@@ -86,7 +87,7 @@ class Contents:
 
         def fit() -> None:
             if left := [name for name in saved if name.startswith("model.") and name not in everyones]:
-                raise _misfit("a model of other sizes", f"the model has no {left[0].removeprefix('model.')}")
+                raise _lacking("model", [name.removeprefix("model.") for name in left])
             _start(self.optimizer, started)
             own.update(self.optimizer.state_dict())
             for index, (name, _) in enumerate(self.parameters):
@@ -218,7 +219,7 @@ def _start(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 
 def _check_fit(values: _Values, settings: Collection[str], saved: _Values) -> None:
     if missing := [name for name in (*values, *settings) if name not in saved]:
-        raise _misfit("a model of other sizes", f"the checkpoint has no {missing[0]}")
+        raise _lacking("checkpoint", missing)
     for name, value in values.items():
         entry = saved[name]
         if isinstance(value, Tensor) != isinstance(entry, TensorStorageMetadata):
@@ -226,6 +227,16 @@ def _check_fit(values: _Values, settings: Collection[str], saved: _Values) -> No
         if isinstance(value, Tensor) and value.shape != entry.size:
             sizes = f"{list(entry.size)}, and the model's {list(value.shape)}"
             raise _misfit("a model of other sizes", f"the checkpoint's {name} is {sizes}")
+
+
+def _lacking(what: str, names: list[str]) -> CheckpointError:
+    """Error for names that the model or the checkpoint lacks."""
+    averages = tuple(prefix + name for prefix in ("", "model.") for name in (AVERAGE, UPDATES))
+    if others := [name for name in names if not name.startswith(averages)]:
+        return _misfit("a model of other sizes", f"the {what} has no {others[0]}")
+    if what == "model":
+        return _misfit("a model with averages (EMA)", "it has averages of the weights; give an EMA here as well")
+    return _misfit("a model without averages (EMA)", "it has no averages of the weights; leave out the EMA here")
 
 
 def _misfit(of: str, why: str) -> CheckpointError:

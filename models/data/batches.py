@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .order import permuted, shares
 from .shards import DataError, Source, Tokens
+
+T = TypeVar("T")
 
 
 class Mixture:
@@ -148,7 +150,7 @@ class HeldOut(Mixture):
         return self._rows(starts[rank::ranks], source[rank::ranks])
 
 
-class Prefetcher:
+class Prefetcher(Generic[T]):
     """Reads the batches of the next steps on a thread, while a step is computed. Use it in a `with` block.
 
     Args:
@@ -161,12 +163,12 @@ class Prefetcher:
     [0, 1, 2]
     """
 
-    def __init__(self, batches: Callable[[int], Tensor], end: int, ahead: int = 2) -> None:
+    def __init__(self, batches: Callable[[int], T], end: int, ahead: int = 2) -> None:
         self.batches, self.end, self.ahead = batches, end, ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._coming: dict[int, Future[Tensor]] = {}
+        self._coming: dict[int, Future[T]] = {}
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int) -> T:
         """The batch of a step. An error of the thread is raised here."""
         for number in range(step, max(step + 1, min(step + 1 + self.ahead, self.end))):
             if number not in self._coming:

@@ -158,6 +158,8 @@ def _parts(model: Model) -> Sequence[GPT]:
         model = model.parts
     parts = [model] if isinstance(model, nn.Module) else model
     for part in parts:
+        if not isinstance(part, GPT):
+            raise TypeError(f"this format is of a GPT; got {type(part).__name__}, which has no counterpart there")
         check_home(part, "weights are read or written in this format")
     return parts
 

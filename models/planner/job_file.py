@@ -17,7 +17,7 @@ SIZES = (
     *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
     *("attention_bias", "mtp"),
 )
-MODEL = (*SIZES, "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
+MODEL = (*SIZES, "objective", "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
 LAYOUT = (
     "pp",
     "cp",
@@ -62,6 +62,8 @@ class JobFile(NamedTuple):
             raise ValueError(
                 f"--config {path}: unknown {', '.join(unknown)}; the keys are flags of examples/pretrain.py"
             )
+        if (task := given.get("objective", "clm")) != "clm":
+            raise ValueError(f"--config {path}: objective is {task}, and the planner knows GPTs alone, of clm")
         names = {"seq": "seq_len", "experts": "num_experts"}
         sizes = {names.get(key, key): given[key] for key in SIZES if key in given}
         sizes["kv_heads"] = given.get("kv_heads") or None  # 0: as many as heads

@@ -7,7 +7,7 @@ from typing import Any
 
 from .curves import Series
 from .log import Log, Start
-from .panels import bits, curve, drawn, grid
+from .panels import curve, drawn, grid, shown
 from .parts import Section, details, duration, moment, number, setting, table, text
 
 MOST = 200  # most rows of a table
@@ -39,10 +39,16 @@ def restarts(log: Log) -> str:
 def spikes(log: Log) -> str:
     """HTML table of losses far above the median."""
     rows = [
-        (f"{each.step:,}", number(bits(each.loss)), number(bits(each.median)), each.parameter, number(each.rank))
+        (
+            f"{each.step:,}",
+            number(shown(log, each.loss)),
+            number(shown(log, each.median)),
+            each.parameter,
+            number(each.rank),
+        )
         for each in log.spikes
     ]
-    head = ("step", "bits per byte", "median before", "largest gradient", "rank")
+    head = ("step", log.unit, "median before", "largest gradient", "rank")
     return _folded(f"Spikes of the loss: {len(rows):,}", head, rows, numbers=head[:3])
 
 

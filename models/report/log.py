@@ -53,7 +53,7 @@ class Start(Event):
 class Step(Event):
     """Training steps since the last such line. Lists have an entry for each MoE layer."""
 
-    loss: float | None = None  # mean, in nats per byte; None: all steps were skipped
+    loss: float | None = None  # mean, in nats per byte or predicted token; None: all steps were skipped
     lr: float | None = None
     gradient_norm: float | None = None
     tokens_per_s: float | None = None
@@ -76,6 +76,8 @@ class HeldOut(Event):
     """An evaluation. `bytes` has, for each layer and expert, pairs (byte, tokens) of bytes that it gets most of."""
 
     bits_per_byte: float | None = None
+    loss: float | None = None  # nats per predicted token, of masked or removed tokens
+    accuracy: float | None = None  # share of these tokens with the highest logit
     bytes: list[list[list[tuple[int, int]]]] | None = None
 
 
@@ -146,6 +148,11 @@ class Log:
         return self.starts[-1].job
 
     @property
+    def unit(self) -> str:
+        """Unit of the loss as the report shows it. Models of masked or removed tokens give a text no probability."""
+        return "bits per byte" if self.job.get("objective", "clm") == "clm" else "nats per predicted token"
+
+    @property
     def step(self) -> int:
         """Last step in the log."""
         return max(event.step for event in (*self.starts[-1:], *self.steps[-1:], *self.held_out[-1:]))
@@ -167,7 +174,7 @@ class Log:
         elif isinstance(event, End):
             self.end = event
         else:
-            if isinstance(event, Step | Spike) and self.starts:
+            if isinstance(event, Step | Spike) and self.starts and self.unit == "bits per byte":
                 event = event.per_byte(self.starts[-1].bytes_per_token)
             kept[type(event)].append(event)
         self.time = event.time

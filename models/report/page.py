@@ -117,7 +117,7 @@ def tiles(log: Log, total: int | None, now: float) -> list[str]:
     shown = [
         tile("Step", f"{log.step:,}", f"of {total:,}" if total else ""),
         tile("Held out", *held_out(log)),
-        tile("Train", number(panels.bits(newest.loss), ".4f") if newest else NONE, "bits per byte"),
+        tile("Train", number(panels.shown(log, newest.loss), ".4f") if newest else NONE, log.unit),
         tile("Time", duration(log.time - log.starts[0].time), left(log, total, now)),
     ]
     if newest:
@@ -145,12 +145,12 @@ def tiles(log: Log, total: int | None, now: float) -> list[str]:
 
 def held_out(log: Log) -> tuple[str, str]:
     """Newest evaluation, and the best one if it is another."""
-    known = [(each.bits_per_byte, each.step) for each in log.held_out if each.bits_per_byte is not None]
+    known = [(value, each.step) for each in log.held_out if (value := panels.evaluated(each)) is not None]
     if not known:
         return NONE, "no evaluation yet"
     best, step = min(known)
     newest, at = known[-1]
-    return f"{newest:.4f}", f"bits per byte, step {at:,}" if newest == best else f"best {best:.4f}, step {step:,}"
+    return f"{newest:.4f}", f"{log.unit}, step {at:,}" if newest == best else f"best {best:.4f}, step {step:,}"
 
 
 def left(log: Log, total: int | None, now: float) -> str:

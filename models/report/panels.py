@@ -10,16 +10,16 @@ from operator import attrgetter
 from typing import TypeVar
 
 from .curves import LINES, MOST, WIDE, Form, Kind, Series, chart
-from .log import Event, Log, Step
+from .log import Event, HeldOut, Log, Step
 from .parts import Section, large, panel, table
 
 BITS = 1 / math.log(2)  # bits per nat
 E = TypeVar("E", bound=Event)
 
 
-def bits(nats: float | None) -> float | None:
-    """Convert nats to bits."""
-    return None if nats is None else nats * BITS
+def shown(log: Log, nats: float | None) -> float | None:
+    """A loss of training in the unit of the log: bits, or nats."""
+    return nats * BITS if nats is not None and log.unit == "bits per byte" else nats
 
 
 def curve(
@@ -61,20 +61,25 @@ def grid(*panels: str) -> str:
 
 
 def losses(log: Log, first: int = 0) -> list[Series]:
-    """Series of bits per byte of training and held-out text, from step `first` on."""
+    """Series of the loss of training and held-out text, in the unit of the log, from step `first` on."""
     steps = [step for step in log.steps if step.step >= first]
     held_out = [each for each in log.held_out if each.step >= first]
     return [
-        curve(steps, lambda step: bits(step.loss), "train"),
-        curve(held_out, lambda each: each.bits_per_byte, "held out", "green", "dots"),
+        curve(steps, lambda step: shown(log, step.loss), "train"),
+        curve(held_out, evaluated, "held out", "green", "dots"),
     ]
+
+
+def evaluated(event: HeldOut) -> float | None:
+    """Loss of an evaluation: bits per byte, or nats per predicted token."""
+    return event.loss if event.bits_per_byte is None else event.bits_per_byte
 
 
 def loss(log: Log) -> Section:
     """Section with the loss over the whole run."""
-    title = "Bits per byte"
+    title = log.unit.capitalize()
     known = losses(log)
-    spikes = curve(log.spikes, lambda spike: bits(spike.loss), colour="orange", kind="marks")
+    spikes = curve(log.spikes, lambda spike: shown(log, spike.loss), colour="orange", kind="marks")
     if all(each.empty for each in (*known, spikes)):
         return Section("Loss", panel(title, '<p class="empty">There is no loss yet.</p>'))
     marks = restart_steps(log)
@@ -92,6 +97,7 @@ def optimizer(log: Log) -> Section:
     norm = curve(log.steps, lambda step: step.gradient_norm)
     html = grid(
         drawn(log, "Loss, second half", *late, first=half) if len(late[0].values) > 1 else "",
+        drawn(log, "Accuracy", curve(log.held_out, lambda each: each.accuracy, "held out", "green", "dots")),
         drawn(log, "Learning rate", curve(log.steps, lambda step: step.lr)),
         drawn(log, "Gradient norm", norm, note="before clipping", log_scale=True),
     )

@@ -53,7 +53,7 @@ def refused(what: str) -> None:
     elif what == "BERT, tp":
         tensor_parallel(BERT(BERTConfig()), meshes.dense["tp"])
     else:
-        data_parallel(T5(T5Config()), meshes)
+        data_parallel(torch.nn.Linear(2, 2), meshes)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def refused(what: str) -> None:
             "ValueError: sequences of 7 tokens do not split into 2 parts for cp=2 ranks; pad or cut them",
         ),
         ("forgotten", "ValueError: cp > 1, but sequences are not split: every cp rank would send all tokens; call"),
-        ("T5", "TypeError: context parallelism splits a GPT; got T5: spread the experts of other models by"),
-        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: spread the experts of other models by"),
-        ("BERT, tp", "TypeError: tensor parallelism splits a GPT; got BERT: spread the experts of other models by"),
-        ("T5, dp", "TypeError: data_parallel splits a GPT; got T5: spread the experts of other models by"),
+        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave pp, cp and tp at 1, where"),
+        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave pp, cp and tp at 1, where"),
+        ("BERT, tp", "TypeError: tensor parallelism splits a GPT; got BERT: leave pp, cp and tp at 1, where"),
+        ("another, dp", "TypeError: data_parallel shards a GPT, BERT or T5; got Linear: use fully_shard of FSDP2"),
     ],
 )
 def test_what_does_not_fit_is_refused(what, message):

@@ -107,3 +107,16 @@ def test_averages_follow_experts_that_are_placed(mesh, tmp_path):
 def test_decays_out_of_range(decay):
     with pytest.raises(ValueError, match=r"decay must lie in \(0, 1\)"):
         EMA(nn.Linear(2, 2), decay)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_averages_on_one_side_alone_are_named(saved, tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    both = [[model], [model, EMA(model, 0.9)]]
+    checkpoint.save(tmp_path, both[saved], optimizer, 1)
+    said = "of a model with averages .EMA.. rank 0: it has averages of the weights; give an EMA here as well"
+    if not saved:
+        said = "of a model without averages .EMA.. rank 0: it has no averages of the weights; leave out the EMA here"
+    with pytest.raises(checkpoint.CheckpointError, match=said):
+        checkpoint.load(tmp_path / "step-1", both[not saved], optimizer)

@@ -76,6 +76,7 @@ def test_a_setting_that_no_family_has_is_named(tmp_path, text):
     done = to_hf(tmp_path / "run", tmp_path / "model")
     assert done.returncode == 1
     assert "Capacity(factor=1.25" in done.stderr
+    assert done.stderr.count("rank 0: ") == 1
     assert not (tmp_path / "model").exists()
     assert to_hf(tmp_path / "run", tmp_path / "model", "--dropless").returncode == 0
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "mixtral"

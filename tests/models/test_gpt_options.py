@@ -116,7 +116,7 @@ def test_z_loss_comes_with_the_auxiliary_losses():
 
 
 def further_losses(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """Loss of each depth, sequence by sequence and only where there is a target: eq. 21-24 of arXiv:2412.19437."""
+    """Loss of each depth, a sum where there is a target over all positions: eq. 21-24 of arXiv:2412.19437."""
     hidden = []
     handle = model.blocks.register_forward_hook(lambda *call: hidden.append(call[-1]))
     model.eval()(tokens)
@@ -129,7 +129,8 @@ def further_losses(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> l
         cos, sin = rotary(length, model.config.head_size)
         states = depth.blocks[0](torch.cat(pair, dim=-1) @ depth.join.project.weight.T, Context(cos=cos, sin=sin))
         logits = F.linear(depth.norm(states), model.embed.weight)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), targets[:, number + 1 :].flatten()))
+        total = F.cross_entropy(logits.flatten(0, 1), targets[:, number + 1 :].flatten(), reduction="sum")
+        losses.append(total / targets.numel())
     model.train()
     return losses
 
@@ -200,7 +201,7 @@ def test_flops_of_further_tokens_are_counted():
 
 @pytest.mark.parametrize("config", [BERTConfig(), T5Config()], ids=["bert", "t5"])
 def test_a_pipeline_of_others_is_refused(config):
-    message = f"a pipeline splits a GPT; got {type(config).__name__}: spread the experts of other models by"
+    message = f"a pipeline splits a GPT; got {type(config).__name__}: leave pp, cp and tp at 1, where"
     with pytest.raises(TypeError, match=message):
         Stages.of(config, "1f1b", 1)
 

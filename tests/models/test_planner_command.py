@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from turnout.models.planner.__main__ import architecture, main, parser
-from turnout.models.planner.job_file import toml
+from turnout.models.planner.job_file import JobFile, toml
 from turnout.models.planner.layout import Layout
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -79,6 +79,12 @@ def test_every_flag_of_the_job_is_known():
     known = [*MODEL, *LAYOUT, *OTHERS, "batch", "bf16", "fp16"]
     assert sorted(known) == sorted(field.name for field in dataclasses.fields(options.Job))
     assert Architecture.of(options.Job().config()) == Architecture.of(GPTConfig())  # what a file leaves out
+
+
+def test_a_job_of_another_model_is_not_planned(tmp_path):
+    (tmp_path / "job.toml").write_text('objective = "mlm"\n')
+    with pytest.raises(ValueError, match=r"job.toml: objective is mlm, and the planner knows GPTs alone"):
+        JobFile.read(tmp_path / "job.toml")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Train a dense student on what pretrain.py has trained with experts: from its weights, and from its logits.
+
+    python examples/distill.py runs/pretrain runs/student --steps 200
+    python examples/distill.py runs/pretrain runs/student --until 100     # the teacher speaks in the first steps alone
+    torchrun --standalone --nproc-per-node 4 examples/distill.py runs/pretrain runs/student
+
+The student has the teacher's blocks, with dense feed-forward networks of equal FLOPs in place of experts. Its
+checkpoint is one of pretrain.py --dense: generate.py reads it, and pretrain.py --resume continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from argparse import Namespace
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import launch
+import sources
+import steps
+import torch
+import torch.distributed as dist
+import trained
+from launch import say
+from options import Job
+from torch import Tensor
+from torch.optim import Optimizer
+from turnout.models import GPT, ParallelModel, checkpoint, distillation_loss, inherit, next_token_loss
+from turnout.models.data import Prefetcher
+from turnout.moe import aux_loss, sync_gradients
+
+
+def distil(args: Namespace, device: torch.device) -> dict[str, Any]:
+    """Train the student, save it, and return figures. All ranks call it."""
+    found = trained.newest(args.teacher, device.type)
+    wanted = {"steps": args.steps, "batch": args.batch, "eval_size": args.eval_size, "lr": args.lr, "ema": 0.0}
+    job = replace(found.job, **wanted, seed=args.seed, out=str(args.out), epochs=10**9)
+    job = replace(job, dense=True, ep=1, adapt=False, place=False, watch=False).fit(launch.RANKS)
+    if checkpoint.newest(args.out):
+        raise ValueError(f"{args.out} holds a checkpoint: name another folder")
+    data = sources.Data.open(job)
+    student = steps.build(job, found.model.meshes)
+    batches, held_out = data.batches(job, student.meshes), data.held_out(job, student.meshes)
+
+    def bits(model: ParallelModel) -> float:
+        return steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token)
+
+    with found.averaged():
+        left = [] if args.fresh else inherit(student.parts[0], found.model.parts[0])
+        figures: dict[str, Any] = {"teacher": bits(found.model), "before": bits(student)}
+        if not args.fresh:
+            say(f"the student inherits all but {len(left)} matrices; held out {figures['before']:.3f} bits per byte")
+        optimizer = steps.optimizer_of(student, job)
+        with Prefetcher(batches, job.steps) as batch:
+            for step in range(job.steps):
+                alpha = args.alpha if step < (args.until or job.steps) else 0.0
+                loss = one_step(student, found.model, optimizer, batch(step).to(device), job, step, alpha)
+                if (step + 1) % job.log_every == 0:
+                    say(f"step {step + 1} of {job.steps}: loss {loss:.3f}")
+    figures["after"] = bits(student)
+    optimizer.zero_grad()
+    checkpoint.save(args.out, student.parts, optimizer, job.steps, {"job": asdict(job), "text": data.fingerprint})
+    return figures
+
+
+def one_step(
+    student: ParallelModel,
+    teacher: ParallelModel,
+    optimizer: Optimizer,
+    tokens: Tensor,
+    job: Job,
+    step: int,
+    alpha: float,
+) -> float:
+    """A training step on tokens int64 [B, S + 1], this rank's part; returns its loss, the mean over ranks."""
+    inputs, targets, model = tokens[:, :-1], tokens[:, 1:], student.parts[0]
+    assert isinstance(model, GPT)
+    for group in optimizer.param_groups:
+        group["lr"] = job.lr_at(step)
+    logits = model.train()(inputs, targets=targets)
+    if alpha:
+        with torch.no_grad():
+            said = teacher.eval().parts[0](inputs)
+        loss = distillation_loss(logits, said, targets, alpha)
+    else:
+        loss = next_token_loss(logits, targets)
+    (loss + aux_loss(model)).backward()
+    sync_gradients(student, student.meshes)
+    student.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    mean = loss.detach()
+    dist.all_reduce(mean)
+    return float(mean) / launch.RANKS
+
+
+def main() -> int:
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, help="--out of the run that trained the teacher")
+    parser.add_argument("out", type=Path, help="folder for the student")
+    parser.add_argument("--steps", type=int, default=200, help="number of optimizer steps (200)")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step (32)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (0.004)")
+    parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss (0.25)")
+    parser.add_argument("--until", type=int, default=0, help="step from which on the teacher is silent; 0: never (0)")
+    parser.add_argument("--fresh", action="store_true", help="let the student begin with random weights")
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data (0)")
+    args = parser.parse_args()
+    with launch.process_group(timedelta(minutes=10)) as device:
+        try:
+            figures = distil(args, device)
+        except (ValueError, checkpoint.CheckpointError) as error:
+            launch.once(str(error))
+            return 1
+    if launch.RANK == 0:
+        print(json.dumps(figures), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

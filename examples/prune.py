@@ -1,0 +1,130 @@
+"""Drop or merge the least used experts of what pretrain.py has trained, and compare the loss before and after.
+
+    python examples/prune.py runs/pretrain runs/pruned --experts 6
+    python examples/prune.py runs/pretrain runs/merged --experts 6 --merge
+    python examples/pretrain.py --resume --out runs/pruned --experts 6 --steps 400      # and train on
+
+Loads are counted on the text that the run was trained on. Each layer drops its own experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import launch
+import sources
+import steps
+import torch
+import torch.nn.functional as F
+import trained
+from launch import say
+from torch import Tensor, nn
+from turnout.dispatch import Meshes
+from turnout.models import GPT, ParallelModel, checkpoint
+from turnout.moe import Gate, MoE
+from turnout.moe.experts.sharded import whole
+from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.upcycling import merge_experts, prune_experts
+
+
+def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
+    """Prune or merge the experts, save the model, and return figures."""
+    found = trained.newest(args.run, device.type)
+    job = replace(found.job, batch=args.batch, eval_size=args.eval_size, epochs=10**9, out=str(args.out))
+    if job.dense or not job.top_k <= args.experts < job.experts:
+        raise ValueError(f"--experts ({args.experts}) must be from {job.top_k}, --top-k, to {job.experts - 1}")
+    if checkpoint.newest(args.out):
+        raise ValueError(f"{args.out} holds a checkpoint: name another folder")
+    data = sources.Data.open(job)
+    meshes = Meshes.of(device.type)
+    held_out, batches = data.held_out(job, meshes), data.batches(job, meshes)
+
+    def bits(model: ParallelModel) -> float:
+        return steps.evaluate(model, held_out.tokens, job, held_out.bytes_per_token)
+
+    model = found.model
+    with found.averaged():
+        before = bits(model)
+        loads = loads_of(model.parts[0], (batches(step)[:, :-1].to(device) for step in range(args.batches)))
+        plain = GPT(job.config()).to(device)  # that `parallelize` has not spread
+        plain.load_state_dict({name: whole(t) for name, t in model.parts[0].state_dict().items()})
+    lost = []
+    for name, tokens in loads.items():
+        layer = plain.get_submodule(name)
+        assert isinstance(layer, MoE)
+        groups = grouped(layer.gate, tokens, args.experts)
+        lost.append(1 - float(sum(tokens[group[0]] for group in groups) / tokens.sum()))
+        if args.merge:
+            merge_experts(layer, groups, tokens)
+        else:
+            prune_experts(layer, [group[0] for group in groups])
+        say(f"{name}: tokens of the experts {tokens.tolist()}; {lost[-1]:.1%} were of those that are left out")
+    job = replace(job, experts=args.experts, ep=1, ema=0.0).fit(1)
+    smaller = steps.build(job, meshes)
+    smaller.parts[0].load_state_dict(plain.state_dict())
+    after = bits(smaller)
+    optimizer = steps.optimizer_of(smaller, job)
+    step = checkpoint.described(found.path)[0]
+    checkpoint.save(args.out, smaller.parts, optimizer, step, {"job": asdict(job), "text": data.fingerprint})
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (model.parts[0], smaller.parts[0])]
+    return {"before": before, "after": after, "parameters": sizes, "left_out": max(lost)}
+
+
+@torch.no_grad()
+def loads_of(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tokens of each expert of each MoE layer, int64 [E], over batches of token ids."""
+    layers, sums = moe_layers(model), {}
+    for tokens in batches:
+        model(tokens)
+        for name, layer in layers.items():
+            sums[name] = sums.get(name, 0) + layer.stats.tokens_per_expert.cpu()
+    return sums
+
+
+def grouped(gate: Gate, tokens: Tensor, number: int) -> list[list[int]]:
+    """The most used experts, each with those of the others whose row of the router is most like its own."""
+    order = tokens.argsort(descending=True, stable=True).tolist()
+    kept, rest = sorted(order[:number]), order[number:]
+    assert isinstance(gate.weight, Tensor)
+    rows = F.normalize(gate.weight.detach(), dim=1)
+    groups = [[expert] for expert in kept]
+    for expert in rest:
+        groups[int((rows[kept] @ rows[expert]).argmax())].append(expert)
+    return groups
+
+
+def main() -> int:
+    logging.basicConfig(format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="--out of the run")
+    parser.add_argument("out", type=Path, help="folder for the smaller model")
+    parser.add_argument("--experts", type=int, required=True, help="number of experts that each layer keeps")
+    parser.add_argument("--merge", action="store_true", help="merge the others into those whose router rows are alike")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches to count loads on (8)")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a batch (32)")
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
+    args = parser.parse_args()
+    if launch.RANKS > 1:
+        launch.once("experts are dropped on one rank: start prune.py without torchrun")
+        return 1
+    with launch.process_group(timedelta(minutes=10)) as device:
+        try:
+            figures = pruned(args, device)
+        except (ValueError, checkpoint.CheckpointError) as error:
+            launch.once(str(error))
+            return 1
+    print(json.dumps(figures), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A trained mixture of experts made smaller: by a dense student, and by fewer experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from main_job import ROOT, result, run
+from scripts import script
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, text) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("teacher")
+    return result(run(out, "--steps", "6", "--lr", "2e-2", "--data", text)), out
+
+
+def done(example: str, *words: object, ranks: int = 1) -> dict:
+    ended = script(ROOT / "examples" / example, *map(str, words), ranks=ranks, alone=ranks == 1)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+STUDENT = ("--steps", 4, "--batch", 4, "--eval-size", 4, "--lr", 2e-2, "--until", 3)
+
+
+def test_a_student_learns_from_its_teacher(teacher, tmp_path):
+    figures, out = teacher
+    two = done("distill.py", out, tmp_path, *STUDENT, ranks=2)
+    assert two["teacher"] == pytest.approx(figures["val_bpb"], rel=1e-4)
+    assert two["after"] < two["before"]
+    assert (tmp_path / "step-4").is_dir()
+
+
+@pytest.mark.thorough
+def test_a_student_learns_alike_on_one_rank_and_two(teacher, tmp_path):
+    one, two = (done("distill.py", teacher[1], tmp_path / str(n), *STUDENT, ranks=n) for n in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+    again = script(ROOT / "examples" / "distill.py", str(teacher[1]), str(tmp_path / "1"), alone=True)
+    assert again.returncode == 1
+    assert "holds a checkpoint: name another folder" in again.stderr
+
+
+def test_fewer_experts_are_compared_and_trained_on(teacher, text, tmp_path):
+    figures, out = teacher
+    flags = ("--batch", 4, "--eval-size", 4, "--batches", 2, "--experts", 3)
+    pruned = done("prune.py", out, tmp_path / "pruned", *flags)
+    assert pruned["before"] == pytest.approx(figures["val_bpb"], rel=1e-5)
+    assert 0 < pruned["left_out"] < 0.25
+    assert pruned["parameters"][1] == pruned["parameters"][0] - 16 - 3 * 16 * 16  # a row of the router, and an expert
+    more = run(tmp_path / "pruned", "--data", text, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume")
+    assert result(more)["steps"] == 8
+    assert "resuming after step 6" in more.stderr
+
+
+@pytest.mark.thorough
+def test_numbers_of_experts_that_do_not_fit_are_refused(teacher, tmp_path):
+    _, out = teacher
+    wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), "--experts", "4", alone=True)
+    assert wrong.returncode == 1
+    assert "--experts (4) must be from 2, --top-k, to 3" in wrong.stderr
+
+
+@pytest.mark.thorough
+def test_merged_experts_are_others(teacher, tmp_path):
+    flags = ("--batch", 4, "--eval-size", 4, "--batches", 2, "--experts", 2)
+    pruned = done("prune.py", teacher[1], tmp_path / "pruned", *flags)
+    merged = done("prune.py", teacher[1], tmp_path / "merged", *flags, "--merge")
+    assert merged["parameters"] == pruned["parameters"]
+    assert merged["after"] != pruned["after"]
