@@ -68,11 +68,10 @@ def swin_from_hf(model: Swinv2Model | Swinv2ForImageClassification) -> Swin:
 
 def swin_config_from_hf(hf: Any, classes: int) -> SwinConfig:
     """The config of the dense `Swin` with the sizes of a `Swinv2Config`; raises as `swin_from_hf` does."""
-    size: Any = hf.image_size
-    if isinstance(size, Sequence) and len(set(size)) == 1:
-        size = size[0]
+    sides = set(hf.image_size if isinstance(hf.image_size, Sequence) else [hf.image_size])
+    size: int = sides.pop() if len(sides) == 1 else 0
     refused = {
-        "image_size": not isinstance(size, int),
+        "image_size": not size,
         "patch_size": not isinstance(hf.patch_size, int),
         "hidden_act": hf.hidden_act != "gelu",
         "qkv_bias": not hf.qkv_bias,
