@@ -19,7 +19,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
 
 train: $(VENV)/train.stamp ## train the example model on 4 ranks
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain.py $(ARGS)
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) examples/pretrain.py --config examples/configs/quick.toml $(ARGS)
 
 test: lint ## lint, then all tests: what CI runs
 	# a file's tests stay together and keep their order, so that their fixtures are made once

@@ -48,8 +48,8 @@ VARIANTS = {
 class Runs:
     """Results of runs by their flags. Missing runs are made."""
 
-    def __init__(self, out: Path, workers: int) -> None:
-        self.out, self.pool = out, ThreadPoolExecutor(workers)
+    def __init__(self, out: Path, workers: int, budget: str = BUDGET) -> None:
+        self.out, self.pool, self.budget = out, ThreadPoolExecutor(workers), budget.split()
 
     def __call__(self, wanted: list[str]) -> dict[str, dict]:
         wanted = list(dict.fromkeys(wanted))
@@ -59,7 +59,7 @@ class Runs:
         folder = folder_of(self.out, flags)
         result = folder / "result.json"
         if not result.exists():
-            command = [sys.executable, "examples/pretrain.py", *BUDGET.split(), *flags.split(), "--out", str(folder)]
+            command = [sys.executable, "examples/pretrain.py", *self.budget, *flags.split(), "--out", str(folder)]
             print(f"# {' '.join(command[1:])}", file=sys.stderr, flush=True)
             done = subprocess.run(
                 command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ from turnout.dispatch import Meshes
 from turnout.dispatch import mesh as axes
 from turnout.models import GPT, Stages, tensor_parallel
 
-CONFIGS = {"laptop": 4, "one_node": 8, "cluster": 512}  # ranks
+CONFIGS = {"quick": 4, "laptop": 4, "one_node": 8, "cluster": 512}  # ranks
 SCRIPTS = {"slurm": "cluster", "multi_node": "one_node"}
 
 
