@@ -139,6 +139,15 @@ def test_experts_without_rows_and_no_tokens():
     assert nothing["w_down"].eq(0).all()
 
 
+@pytest.mark.parametrize("experts", ["swiglu", "gelu"])
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(no_grad, experts):
+    moe, x = layer(experts=experts), drawn(30, D)
+    expected = moe(x)
+    with no_grad():
+        assert torch.equal(moe(x), expected)
+
+
 def test_nan_stays_in_its_row_and_in_its_expert():
     moe, x, grad = layer(), drawn(40, D), drawn(40, D, seed=1)
     before = step(moe, x, grad)
