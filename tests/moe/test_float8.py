@@ -219,6 +219,11 @@ def test_what_is_refused(monkeypatch):
     adapted = add_lora(layer(precision=None), 2)
     with pytest.raises(ValueError, match=r'precision="fp8" has no adapters: merge_lora\(model\) first'):
         adapted.experts.precision = "fp8"
+    modules = layer(experts=lambda: nn.Linear(D, D), precision=None)
+    with pytest.raises(ValueError, match="ModuleExperts has no precision='fp8', which FeedForwardExperts alone"):
+        modules.experts.precision = "fp8"
+    assert "fp8" in repr(moe.experts)
+    assert "precision" not in repr(adapted.experts)
     monkeypatch.setattr(torch.version, "hip", "7.1")
     with pytest.raises(NotImplementedError, match="never compiled for ROCm"):
         moe(drawn(3, D))
