@@ -259,7 +259,7 @@ def _check(where: str, layer: MoE, name: str) -> None:
         )
     if getattr(layer.experts, "kernel", "auto") == "triton":
         raise ValueError(f'the experts of {where} are computed by kernel="triton", which has no adapters: set "torch"')
-    if getattr(layer.experts, "precision", None) is not None:
+    if layer.experts.precision is not None:
         raise ValueError(f'the experts of {where} have precision="fp8", which has no adapters: set precision=None')
     for own, (matrix, _) in matrices.items():
         _check_whole(f"{own} of {where}", matrix)

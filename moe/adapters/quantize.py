@@ -106,7 +106,7 @@ def _check(name: str, experts: Experts) -> None:
         raise ValueError(f"the experts of {name} are in 4 bits already")
     if getattr(experts, "kernel", "auto") == "triton":
         raise ValueError(f'the experts of {name} are computed by kernel="triton", which takes no 4 bits: set "torch"')
-    if getattr(experts, "precision", None) is not None:
+    if experts.precision is not None:
         raise ValueError(f'the experts of {name} have precision="fp8", which takes no 4 bits: set precision=None')
     for own, (matrix, _) in experts.matrices().items():
         if isinstance(matrix, DTensor) and any(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ...cuda.tune import Run, Shape
 from ...dispatch.torch_internals import default_store
+from ..experts.first_use import apart
 from .results import Times, fastest
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def faster(
     if (bucket, ranks) not in CHOSEN:
         if not learns:
             return "torch"
-        times = _timed(shape, device, step, clock or (lambda: _now(device)))
+        times = apart(lambda: _timed(shape, device, step, clock or (lambda: _now(device))))
         if many:
             times = _slowest(times, bucket, ranks)
         CHOSEN[bucket, ranks] = kernel = fastest(times) or "torch"
@@ -72,19 +73,18 @@ def _timed(shape: Shape, device: torch.device, step: Step | None, clock: Callabl
     runs: dict[str, Run] = {}
     times: Times[str] = {}
     each: dict[str, list[float]] = {name: [] for name in KERNELS}
-    with torch.inference_mode(False), torch.enable_grad():
-        for name in KERNELS:
-            try:
-                runs[name] = step(shape, device, name)
-                runs[name]()  # compiles
-            except Exception as error:
-                times[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                runs.pop(name, None)
-        for _ in range(ROUNDS):
-            for name, run in runs.items():
-                start = clock()
-                run()
-                each[name].append(1e3 * (clock() - start))
+    for name in KERNELS:
+        try:
+            runs[name] = step(shape, device, name)
+            runs[name]()  # compiles
+        except Exception as error:
+            times[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            runs.pop(name, None)
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            each[name].append(1e3 * (clock() - start))
     runs.clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -64,6 +64,19 @@ class Experts(nn.Module, ABC):
         self._weight_on = weight_on
 
     @property
+    def precision(self) -> str | None:
+        """Numbers that are multiplied: None, which is their dtype, except in `FeedForwardExperts`."""
+        return None
+
+    @precision.setter
+    def precision(self, precision: str | None) -> None:
+        if precision is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no precision={precision!r}, which FeedForwardExperts alone have, such as "
+                'those of MoE(experts="swiglu"): leave precision at None'
+            )
+
+    @property
     def gathers(self) -> bool:
         """Whether `forward` also takes `Tokens` in place of rows, as `FeedForwardExperts` does."""
         return False

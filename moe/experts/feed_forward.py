@@ -236,7 +236,8 @@ class FeedForwardExperts(Experts):
 
     def extra_repr(self) -> str:
         """Text that ``print(model)`` shows."""
-        return f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+        said = f"{self.num_experts} x {self.activation}, dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+        return said if self._precision is None else f"{said}, precision={self._precision!r}"
 
 
 def _is_eager() -> bool:

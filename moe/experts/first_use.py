@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from ...cuda.tiles import MANY
 from ...dispatch.plan import Plan
+from ...dispatch.torch_internals import in_backward
 from ..routing import can_be_read
 from .activation import ACTIVATIONS
 from .blocked import Layer
 from .triton_path import fused
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 # Largest error that passes, as a share of the largest value. Rounding makes a tenth of it, a wrong product 0.1 to 1.
@@ -99,10 +104,20 @@ def forget() -> None:
     _checked.cache_clear()
 
 
+def apart(run: Callable[[], Result]) -> Result:
+    """Call a function that trains something else amid a forward, in a thread without the hooks and modes of this one.
+
+    Activation checkpointing counts the tensors that a forward saves, and would take others for its own.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
 @functools.cache
 def _checked(kind: Kind) -> bool:
     try:
-        errors = differences(kind)
+        # a backward that waited for one of another thread might wait for ever: they share the device's thread
+        errors = differences(kind) if in_backward() else apart(lambda: differences(kind))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -104,8 +104,10 @@ def up(
         if w is not None
     ]
     hidden = (ACTIVATIONS[activation](*map(wide, before)) * weight.unsqueeze(1)).to(x.dtype)
-    none = hidden.new_empty(0, hidden.shape[1])
-    saved = [*before, none] if save else [none, none]
+    saved = before if save else []
+    saved += [
+        hidden.new_empty(0, hidden.shape[1]) for _ in range(2 - len(saved))
+    ]  # an operator returns no tensor twice
     return hidden, saved[0], saved[1]
 
 

@@ -105,6 +105,7 @@ def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
     for option in ("num_experts", "capacity", "balance", "parallelism", "shadow"):
         yield f"{option} of {called(name)}", repr(getattr(layer, option))
     yield f"experts.weight_on of {called(name)}", repr(layer.experts.weight_on)
+    yield f"experts.precision of {called(name)}", repr(layer.experts.precision)
     if layer.experts.placement is not None:
         yield f"experts.order of {called(name)}", repr(layer.experts.order)
     for own, module in layer.named_modules():

@@ -153,7 +153,8 @@ class Decisions:
             if self.drifts < 2:
                 self.choice = stays
                 return stays
-            del self.settled[self.bucket], self.measured[self.bucket]
+            del self.settled[self.bucket]
+            self.measured.pop(self.bucket, None)  # predictions alone may have settled it
             self.ratios = {}
         self.drifts, predicted = 0, predict()
         if self.choice not in predicted:  # the user had set it, and it is none of the allowed ones

@@ -165,8 +165,8 @@ def check_operator(device: str) -> str:
     ends = plan.counts.cumsum(0).to(torch.int32)
     other = w.detach().clone().requires_grad_()
     bias = random(2, 16, seed=2).to(device).requires_grad_()
-    given = (x, weight, ends, plan.token, plan.slot, w, None, other, bias, None, bias.detach().clone(), "relu", True)
-    torch.library.opcheck(torch.ops.turnout.experts.default, given)
+    tensors = (x, weight, ends, plan.token, plan.slot, w, None, other, bias, None, bias.detach().clone())
+    torch.library.opcheck(torch.ops.turnout.experts.default, (*tensors, "relu", True, "triton"))
     return "well formed"
 
 

@@ -52,6 +52,8 @@ def differs(what):
                 moe.shared.up.weight.neg_()
             elif what == "rate":
                 moe.gate.rate = 0.5
+            elif what == "precision":
+                moe.experts.precision = "fp8"
             elif what == "activation":
                 moe.experts.activation = "gelu"
             else:
@@ -68,6 +70,7 @@ def differs(what):
         ("shared", "the values of parameter shared.up.weight of layer 1 on rank 1 differ from ranks 0, 2"),
         ("rate", "rate=0.5"),
         ("activation", "activation='gelu'"),
+        ("precision", "experts.precision of layer 1 is None on ranks 0, 2, 'fp8' on rank 1"),
         ("seed of the hash", "seed=1"),
     ],
 )

@@ -165,6 +165,16 @@ def test_what_has_become_slow_is_doubted_again():
     assert seen == [START, START, START, hot]  # once may be noise
 
 
+def test_what_predictions_have_settled_is_doubted_by_measurements():
+    """A compiled layer is not timed; run without compiling it is, and takes longer than was predicted."""
+    load, one, none = LayerLoad(1000.0, (0.25,) * 4, (0, 0, 1, 1)), *(LayerChoice(r, 0, "flat", 1) for r in (1, 0))
+    decisions, took = Decisions(one), {one: 9.0, none: 5.0}
+    assert decisions.next(load, None, lambda: {one: 1.0, none: 1.2}) == one
+    for _ in range(6):
+        decisions.next(load, took[decisions.choice], lambda: {one: 1.0, none: 1.2})
+    assert decisions.choice == none
+
+
 @pytest.mark.parametrize("border", [0.99, 1.01])
 def test_a_load_near_a_border_stays_in_its_bucket(border):
     near = EVEN._replace(tokens=2**9.5 * border)  # half-way between two buckets

@@ -2,6 +2,7 @@
 
 import logging
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from turnout.cuda.tune import Shape
+from turnout.dispatch.torch_internals import in_backward
 from turnout.moe import MoE, parallelize
 from turnout.moe.autotune import first_choice
-from turnout.moe.experts import feed_forward
+from turnout.moe.experts import feed_forward, first_use
 
 tuning = import_module("turnout.moe.autotune.tuning")
 CPU = torch.device("cpu")
@@ -92,6 +95,37 @@ def test_a_measurement_is_kept_for_like_numbers_of_tokens():
 def test_the_check_at_first_use_comes_before():
     """Triton cannot run here: the real step says so, and torch is chosen."""
     assert first_choice.faster(SHAPE, CPU, PARAMETER, clock=lambda: 0.0) == "torch"
+
+
+@pytest.mark.parametrize("contexts", [None, partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])])
+def test_checkpointing_takes_no_measurement_for_its_own(contexts, monkeypatch):
+    """The first training step of a layer whose activations are recomputed, and of one that checks its kernels."""
+    matrix = torch.ones(3, 3, requires_grad=True)
+
+    def check(kind):
+        torch.autograd.grad((matrix @ matrix).sigmoid().sum(), matrix)
+        return {}
+
+    def step(shape, device, kernel):
+        first_use.correct(CPU, torch.float32, 3, 3, kernel, False, False, True)
+        return tuning._step(shape, device, "torch")
+
+    first_use.forget()
+    monkeypatch.setattr(first_use, "differences", check)
+    ticks = iter(range(1000))
+
+    def block(x):
+        learns = not in_backward()
+        shape = SHAPE._replace(dtype="float32")
+        assert first_choice.faster(shape, CPU, PARAMETER, learns, step, lambda: next(ticks)) == "torch"
+        assert first_use.correct(CPU, torch.float32, 3, 3, "relu", False, False, True)
+        return (x @ matrix).tanh()
+
+    x = torch.ones(3, 3, requires_grad=True)
+    options = {} if contexts is None else {"context_fn": contexts}
+    checkpoint(block, x, use_reentrant=False, **options).sum().backward()
+    assert next(ticks) == 2 * 2 * first_choice.ROUNDS, "both were timed, once"
+    first_use.forget()
 
 
 class OnGpu(torch.Tensor):

@@ -139,6 +139,15 @@ def test_experts_without_rows_and_no_tokens():
     assert nothing["w_down"].eq(0).all()
 
 
+@pytest.mark.parametrize("experts", ["swiglu", "gelu"])
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(no_grad, experts):
+    moe, x = layer(experts=experts), drawn(30, D)
+    expected = moe(x)
+    with no_grad():
+        assert torch.equal(moe(x), expected)
+
+
 def test_nan_stays_in_its_row_and_in_its_expert():
     moe, x, grad = layer(), drawn(40, D), drawn(40, D, seed=1)
     before = step(moe, x, grad)
@@ -210,6 +219,11 @@ def test_what_is_refused(monkeypatch):
     adapted = add_lora(layer(precision=None), 2)
     with pytest.raises(ValueError, match=r'precision="fp8" has no adapters: merge_lora\(model\) first'):
         adapted.experts.precision = "fp8"
+    modules = layer(experts=lambda: nn.Linear(D, D), precision=None)
+    with pytest.raises(ValueError, match="ModuleExperts has no precision='fp8', which FeedForwardExperts alone"):
+        modules.experts.precision = "fp8"
+    assert "fp8" in repr(moe.experts)
+    assert "precision" not in repr(adapted.experts)
     monkeypatch.setattr(torch.version, "hip", "7.1")
     with pytest.raises(NotImplementedError, match="never compiled for ROCm"):
         moe(drawn(3, D))
