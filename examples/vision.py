@@ -13,6 +13,7 @@ ranks, except for capacity, which is of a rank's own tokens. docs/guides/vision.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from argparse import Namespace
@@ -70,6 +71,12 @@ def build(job: Namespace, data: sets.Images) -> Swin:
 
 def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name in ("steps", "batch", "log_every"):
+        if getattr(job, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
+    for name in ("experts", "shift", "warmup", "eval_every", "save_every"):
+        if getattr(job, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more; got {getattr(job, name)}")
     if job.batch % ranks:
         raise ValueError(f"--batch ({job.batch}) must be a multiple of the {ranks} ranks")
     if len(data.train) < job.batch:
@@ -86,7 +93,9 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         check(model, mesh, optimizer)
     found = checkpoint.load_newest(job.out, model, optimizer, accept=lambda step, extra: accept(job, extra))
     first = found.step if found else 0
-    seconds, recent = (found.extra["seconds"] if found else 0.0), torch.zeros((), device=device)
+    seconds, recent, logged = (found.extra["seconds"] if found else 0.0), torch.zeros((), device=device), first
+    if found:
+        launch.say(f"resuming after step {first} of {job.steps}")
     for step in range(first, job.steps):
         log.place.at("training", step + 1)
         start = time.perf_counter()
@@ -105,7 +114,9 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         done = step + 1
         if done % job.log_every == 0:
             dist.all_reduce(recent)
-            mean = float(recent) / ranks / job.log_every
+            mean, logged = float(recent) / ranks / (done - logged), done
+            if not math.isfinite(mean):
+                raise ValueError(f"step {done}: the loss is NaN or infinite; try a smaller --lr or other images")
             loads = load(model, mesh).values() if job.experts else ()
             uneven = float(max((each.imbalance for each in loads), default=1.0))
             log.write("step", done, loss=mean, imbalance=uneven, images_per_second=done * job.batch / seconds)
