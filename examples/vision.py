@@ -77,6 +77,7 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
     for name in ("experts", "shift", "warmup", "eval_every", "save_every"):
         if getattr(job, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more; got {getattr(job, name)}")
+    capacities = [Capacity(factor, drop="priority") for factor in job.capacities]
     if job.batch % ranks:
         raise ValueError(f"--batch ({job.batch}) must be a multiple of the {ranks} ranks")
     if len(data.train) < job.batch:
@@ -130,12 +131,12 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
             extra = {"job": vars(job), "seconds": seconds}
             checkpoint.save(job.out, model, optimizer, done, extra)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
-    for factor in job.capacities if layers else ():  # inference with another capacity than training
+    for capacity in capacities if layers else ():  # inference with another capacity than training
         for layer in layers:
-            layer.capacity = Capacity(factor, drop="priority")
+            layer.capacity = capacity
         right, loss_there = evaluate(job, model, data, device)
-        log.write("capacity", job.steps, capacity=factor, accuracy=right, loss=loss_there)
-        launch.say(f"capacity {factor}: {right:.2%} of held-out images are right, loss {loss_there:.4f}")
+        log.write("capacity", job.steps, capacity=capacity.factor, accuracy=right, loss=loss_there)
+        launch.say(f"capacity {capacity.factor}: {right:.2%} of held-out images are right, loss {loss_there:.4f}")
 
 
 def loss_of(job: Namespace, model: Swin, x: Tensor, y: Tensor) -> Tensor:

@@ -119,8 +119,8 @@ class SwinConfig:
             )
         if wrong := self.moe.keys() & {"shared", "free"}:
             raise ValueError(
-                f"moe={self.moe} must not have {', '.join(sorted(wrong))}: the norm is inside of routed experts, so the "
-                "output of others would have none"
+                f"moe={self.moe} must not have {', '.join(sorted(wrong))}: routed experts normalise their outputs, and "
+                "these would not"
             )
         if not isinstance(self.moe.get("experts", "gelu"), str):
             raise ValueError(f"moe['experts'] must be the name of an activation; got {self.moe['experts']!r}")

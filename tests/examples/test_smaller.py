@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import prune
 import pytest
+import torch
 from main_job import ROOT, result, run
 from scripts import script
+from turnout.models import GPT, GPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,25 @@ def test_fewer_experts_are_compared_and_trained_on(teacher, text, tmp_path):
     assert "resuming after step 6" in more.stderr
 
 
+def test_loads_of_further_tokens_are_counted():
+    model = GPT(GPTConfig(dim=16, layers=2, heads=2, hidden=8, num_experts=4, seq_len=8, mtp=1))
+    loads = prune.loads_of(model, [torch.randint(256, (3, 9)) for _ in range(2)])
+    assert {name: int(tokens.sum()) for name, tokens in loads.items()} == {
+        "blocks.1.feed_forward": 2 * 3 * 8 * 2,
+        "mtp.0.blocks.0.feed_forward": 2 * 3 * 8 * 2,
+    }
+
+
 @pytest.mark.thorough
 def test_numbers_of_experts_that_do_not_fit_are_refused(teacher, tmp_path):
     _, out = teacher
     wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), "--experts", "4", alone=True)
     assert wrong.returncode == 1
     assert "--experts (4) must be from 2, --top-k, to 3" in wrong.stderr
+    none = ("--experts", "3", "--batches", "0")
+    wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), *none, alone=True)
+    assert wrong.returncode == 1
+    assert "--batches must be positive" in wrong.stderr
 
 
 @pytest.mark.thorough
