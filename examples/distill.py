@@ -46,6 +46,9 @@ def distil(args: Namespace, device: torch.device) -> dict[str, Any]:
     if checkpoint.newest(args.out):
         raise ValueError(f"{args.out} holds a checkpoint: name another folder")
     data = sources.Data.open(job)
+    if launch.RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data.keep_tokenizer(args.out)
     student = steps.build(job, found.model.meshes)
     batches, held_out = data.batches(job, student.meshes), data.held_out(job, student.meshes)
 

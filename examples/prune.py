@@ -47,6 +47,8 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     if checkpoint.newest(args.out):
         raise ValueError(f"{args.out} holds a checkpoint: name another folder")
     data = sources.Data.open(job)
+    args.out.mkdir(parents=True, exist_ok=True)
+    data.keep_tokenizer(args.out)
     meshes = Meshes.of(device.type)
     held_out, batches = data.held_out(job, meshes), data.batches(job, meshes)
 
