@@ -12,11 +12,13 @@ from main_job import ROOT, result, run
 from scripts import script
 from turnout.models import GPT, GPTConfig
 
+SUBWORDS = ("--tokenizer", "bpe:300")
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, text) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("teacher")
-    return result(run(out, "--steps", "6", "--lr", "2e-2", "--data", text)), out
+    return result(run(out, "--steps", "6", "--lr", "2e-2", "--data", text, *SUBWORDS)), out
 
 
 def done(example: str, *words: object, ranks: int = 1) -> dict:
@@ -34,6 +36,7 @@ def test_a_student_learns_from_its_teacher(teacher, tmp_path):
     assert two["teacher"] == pytest.approx(figures["val_bpb"], rel=1e-4)
     assert two["after"] < two["before"]
     assert (tmp_path / "step-4").is_dir()
+    assert (tmp_path / "tokenizer.json").read_text() == (out / "tokenizer.json").read_text()
 
 
 @pytest.mark.thorough
@@ -52,7 +55,10 @@ def test_fewer_experts_are_compared_and_trained_on(teacher, text, tmp_path):
     assert pruned["before"] == pytest.approx(figures["val_bpb"], rel=1e-5)
     assert 0 < pruned["left_out"] < 0.25
     assert pruned["parameters"][1] == pruned["parameters"][0] - 16 - 3 * 16 * 16  # a row of the router, and an expert
-    more = run(tmp_path / "pruned", "--data", text, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume")
+    assert (tmp_path / "pruned" / "tokenizer.json").is_file()
+    more = run(
+        tmp_path / "pruned", "--data", text, *SUBWORDS, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume"
+    )
     assert result(more)["steps"] == 8
     assert "resuming after step 6" in more.stderr
 
