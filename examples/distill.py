@@ -1,7 +1,7 @@
 """Train a dense student on what pretrain.py has trained with experts: from its weights, and from its logits.
 
     python examples/distill.py runs/pretrain runs/student --steps 200
-    python examples/distill.py runs/pretrain runs/student --until 100     # the teacher speaks in the first steps alone
+    python examples/distill.py runs/pretrain runs/student --until 100     # no teacher after 100 steps
     torchrun --standalone --nproc-per-node 4 examples/distill.py runs/pretrain runs/student
 
 The student has the teacher's blocks, with dense feed-forward networks of equal FLOPs in place of experts. Its
@@ -41,9 +41,14 @@ def distil(args: Namespace, device: torch.device) -> dict[str, Any]:
     wanted = {"steps": args.steps, "batch": args.batch, "eval_size": args.eval_size, "lr": args.lr, "ema": 0.0}
     job = replace(found.job, **wanted, seed=args.seed, out=str(args.out), epochs=10**9)
     job = replace(job, dense=True, ep=1, adapt=False, place=False, watch=False).fit(launch.RANKS)
+    if args.until < 0 or not 0 <= args.alpha <= 1:
+        raise ValueError(f"--until must be 0 or more, and --alpha in [0, 1]; got {args.until} and {args.alpha}")
     if checkpoint.newest(args.out):
         raise ValueError(f"{args.out} holds a checkpoint: name another folder")
     data = sources.Data.open(job)
+    if launch.RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data.keep_tokenizer(args.out)
     student = steps.build(job, found.model.meshes)
     batches, held_out = data.batches(job, student.meshes), data.held_out(job, student.meshes)
 
@@ -108,7 +113,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step (32)")
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (0.004)")
     parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss (0.25)")
-    parser.add_argument("--until", type=int, default=0, help="step from which on the teacher is silent; 0: never (0)")
+    parser.add_argument("--until", type=int, default=0, help="number of steps with the teacher's loss; 0: all (0)")
     parser.add_argument("--fresh", action="store_true", help="let the student begin with random weights")
     parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data (0)")
@@ -116,7 +121,7 @@ def main() -> int:
     with launch.process_group(timedelta(minutes=10)) as device:
         try:
             figures = distil(args, device)
-        except (ValueError, checkpoint.CheckpointError) as error:
+        except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
             launch.once(str(error))
             return 1
     if launch.RANK == 0:

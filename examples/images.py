@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -49,7 +50,13 @@ def load(data: str, size: int | None = None, share: float = 0.2) -> Images:
     elif Path(data).is_dir():
         images, labels = _folder(Path(data), size)
     elif Path(data).is_file():
-        with np.load(data) as file:
+        try:
+            file = np.load(data)
+        except (ValueError, OSError, BadZipFile) as error:
+            raise ValueError(f"{data} is no .npz file: {error}") from None
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{data} has one array: make a .npz file of `images` and `labels` by numpy.savez")
+        with file:
             if missing := {"images", "labels"} - set(file.files):
                 raise ValueError(f"{data} lacks {', '.join(sorted(missing))}: it has {', '.join(file.files)}")
             images, labels = file["images"], file["labels"]
@@ -64,13 +71,17 @@ def _folder(folder: Path, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     if size is None:
         raise ValueError(f"images of the folder {folder} are resized: give their side in pixels by --size")
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    files = [(path, label) for label, each in enumerate(classes) for path in sorted(each.iterdir())]
+    found = [(path, label) for label, each in enumerate(classes) for path in sorted(each.iterdir())]
+    files = [(path, label) for path, label in found if not path.name.startswith(".")]
     if not files:
         raise ValueError(f"{folder} has no images: it needs a folder for each class, with image files")
     images = []
     for path, _ in files:
-        with Image.open(path) as image:
-            images.append(np.asarray(image.convert("RGB").resize((size, size))))
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB").resize((size, size))))
+        except OSError as error:
+            raise ValueError(f"{path} is no image that can be read: move it out of {folder} ({error})") from None
     return np.stack(images), np.array([label for _, label in files])
 
 
@@ -79,8 +90,8 @@ def _split(data: str, images: np.ndarray, labels: np.ndarray, size: int | None, 
     if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
         given = f"{images.dtype} {images.shape} and labels {labels.shape}"
         raise ValueError(f"{data} must have images uint8 [N, H, W] or [N, H, W, C], and labels [N]; got {given}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(f"labels of {data} must be integers from 0; got {labels.dtype} from {labels.min()}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise ValueError(f"labels of {data} must be integers from 0; got {labels.dtype} from {labels.min(initial=0)}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = round(share * len(images))
     if not 0 < held < len(images):

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import trained
 from launch import say
-from torch import Tensor, nn
+from torch import Tensor
 from turnout.dispatch import Meshes
 from turnout.models import GPT, ParallelModel, checkpoint
 from turnout.moe import Gate, MoE
@@ -39,12 +39,16 @@ from turnout.moe.upcycling import merge_experts, prune_experts
 def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     """Prune or merge the experts, save the model, and return figures."""
     found = trained.newest(args.run, device.type)
-    job = replace(found.job, batch=args.batch, eval_size=args.eval_size, epochs=10**9, out=str(args.out))
+    job = replace(found.job, batch=args.batch, eval_size=args.eval_size, epochs=10**9, out=str(args.out)).fit(1)
     if job.dense or not job.top_k <= args.experts < job.experts:
         raise ValueError(f"--experts ({args.experts}) must be from {job.top_k}, --top-k, to {job.experts - 1}")
+    if args.batches < 1:
+        raise ValueError(f"--batches must be positive; got {args.batches}")
     if checkpoint.newest(args.out):
         raise ValueError(f"{args.out} holds a checkpoint: name another folder")
     data = sources.Data.open(job)
+    args.out.mkdir(parents=True, exist_ok=True)
+    data.keep_tokenizer(args.out)
     meshes = Meshes.of(device.type)
     held_out, batches = data.held_out(job, meshes), data.batches(job, meshes)
 
@@ -54,8 +58,8 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     model = found.model
     with found.averaged():
         before = bits(model)
-        loads = loads_of(model.parts[0], (batches(step)[:, :-1].to(device) for step in range(args.batches)))
-        plain = GPT(job.config()).to(device)  # that `parallelize` has not spread
+        loads = loads_of(model.parts[0], (batches(step).to(device) for step in range(args.batches)))
+        plain = GPT(job.config()).to(device)  # a copy that `parallelize` has not spread
         plain.load_state_dict({name: whole(t) for name, t in model.parts[0].state_dict().items()})
     lost = []
     for name, tokens in loads.items():
@@ -79,12 +83,13 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     return {"before": before, "after": after, "parameters": sizes, "left_out": max(lost)}
 
 
-@torch.no_grad()
-def loads_of(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Tokens of each expert of each MoE layer, int64 [E], over batches of token ids."""
+def loads_of(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tokens of each expert of each MoE layer, int64 [E], over batches of token ids, int64 [B, S + 1]."""
     layers, sums = moe_layers(model), {}
+    model.eval()
+    model.training = model.config.mtp > 0  # blocks of further tokens run in training alone; routers stay in eval mode
     for tokens in batches:
-        model(tokens)
+        model(tokens[:, :-1], targets=tokens[:, 1:])
         for name, layer in layers.items():
             sums[name] = sums.get(name, 0) + layer.stats.tokens_per_expert.cpu()
     return sums
@@ -119,7 +124,7 @@ def main() -> int:
     with launch.process_group(timedelta(minutes=10)) as device:
         try:
             figures = pruned(args, device)
-        except (ValueError, checkpoint.CheckpointError) as error:
+        except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
             launch.once(str(error))
             return 1
     print(json.dumps(figures), flush=True)

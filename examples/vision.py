@@ -13,6 +13,7 @@ ranks, except for capacity, which is of a rank's own tokens. docs/guides/vision.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from argparse import Namespace
@@ -70,6 +71,13 @@ def build(job: Namespace, data: sets.Images) -> Swin:
 
 def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name in ("steps", "batch", "log_every"):
+        if getattr(job, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
+    for name in ("experts", "shift", "warmup", "eval_every", "save_every"):
+        if getattr(job, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more; got {getattr(job, name)}")
+    capacities = [Capacity(factor, drop="priority") for factor in job.capacities]
     if job.batch % ranks:
         raise ValueError(f"--batch ({job.batch}) must be a multiple of the {ranks} ranks")
     if len(data.train) < job.batch:
@@ -86,7 +94,9 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         check(model, mesh, optimizer)
     found = checkpoint.load_newest(job.out, model, optimizer, accept=lambda step, extra: accept(job, extra))
     first = found.step if found else 0
-    seconds, recent = (found.extra["seconds"] if found else 0.0), torch.zeros((), device=device)
+    seconds, recent, logged = (found.extra["seconds"] if found else 0.0), torch.zeros((), device=device), first
+    if found:
+        launch.say(f"resuming after step {first} of {job.steps}")
     for step in range(first, job.steps):
         log.place.at("training", step + 1)
         start = time.perf_counter()
@@ -105,7 +115,9 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         done = step + 1
         if done % job.log_every == 0:
             dist.all_reduce(recent)
-            mean = float(recent) / ranks / job.log_every
+            mean, logged = float(recent) / ranks / (done - logged), done
+            if not math.isfinite(mean):
+                raise ValueError(f"step {done}: the loss is NaN or infinite; try a smaller --lr or other images")
             loads = load(model, mesh).values() if job.experts else ()
             uneven = float(max((each.imbalance for each in loads), default=1.0))
             log.write("step", done, loss=mean, imbalance=uneven, images_per_second=done * job.batch / seconds)
@@ -119,12 +131,12 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
             extra = {"job": vars(job), "seconds": seconds}
             checkpoint.save(job.out, model, optimizer, done, extra)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
-    for factor in job.capacities if layers else ():  # inference with another capacity than training
+    for capacity in capacities if layers else ():  # inference with another capacity than training
         for layer in layers:
-            layer.capacity = Capacity(factor, drop="priority")
+            layer.capacity = capacity
         right, loss_there = evaluate(job, model, data, device)
-        log.write("capacity", job.steps, capacity=factor, accuracy=right, loss=loss_there)
-        launch.say(f"capacity {factor}: {right:.2%} of held-out images are right, loss {loss_there:.4f}")
+        log.write("capacity", job.steps, capacity=capacity.factor, accuracy=right, loss=loss_there)
+        launch.say(f"capacity {capacity.factor}: {right:.2%} of held-out images are right, loss {loss_there:.4f}")
 
 
 def loss_of(job: Namespace, model: Swin, x: Tensor, y: Tensor) -> Tensor:

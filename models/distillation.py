@@ -50,15 +50,21 @@ def distillation_loss(
             f"logits of the student are {tuple(logits.shape)}, and of the teacher {tuple(teacher_logits.shape)}: both "
             "need one vocabulary"
         )
+    if logits.ndim != 3 or targets.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits must be [B, S, vocab], and targets [B, S]; got {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
     if not 0 <= alpha <= 1 or not temperature > 0:
         raise ValueError(f"alpha must lie in [0, 1], and temperature above 0; got {alpha} and {temperature}")
     task = next_token_loss(logits, targets)
-    known = (targets != IGNORED).flatten()
+    known = targets.flatten() != IGNORED
+    # zeros where a target is left out: NaN there would get into gradients
     student, teacher = (
-        (wide(x.flatten(0, 1)) / temperature).log_softmax(-1) for x in (logits, teacher_logits.detach())
+        (wide(x.flatten(0, 1)).masked_fill(~known[:, None], 0) / temperature).log_softmax(-1)
+        for x in (logits, teacher_logits.detach())
     )
-    apart = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    apart = torch.where(known, apart, 0).sum() / known.sum()
+    apart = F.kl_div(student, teacher, reduction="none", log_target=True)
+    apart = apart.masked_fill(teacher == -torch.inf, 0).sum() / known.sum()  # 0 log 0: ids that the teacher rules out
     return (1 - alpha) * task + alpha * temperature**2 * apart
 
 

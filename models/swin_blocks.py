@@ -59,7 +59,8 @@ class SwinConfig:
         norm_eps: number that a norm adds to the variance.
         drop_path: probability that the last block leaves out each of its two branches for an image in training
             (stochastic depth, arXiv:1603.09382). It grows evenly from 0 in the first block.
-        moe: further arguments of `MoE`, by name. `experts` is an activation; ``"gelu"`` with biases by default.
+        moe: further arguments of `MoE`, by name, without `shared` and `free`. `experts` is an activation; ``"gelu"``
+            with biases by default.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -91,9 +92,18 @@ class SwinConfig:
             object.__setattr__(self, name, tuple(given))
             if len(given) != len(self.depths) or not len(given):
                 raise ValueError(f"{name}={given} must have one number for each stage, as depths={self.depths}")
-        for name in ("channels", "patch", "dim", "window", "moe_every", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        for name in ("channels", "patch", "dim", "window", "moe_every", "num_experts", "top_k", "depths", "heads"):
+            given = getattr(self, name)
+            if any(number < 1 for number in (given if isinstance(given, tuple) else (given,))):
+                raise ValueError(f"{name} must be positive; got {given}")
+        for name, number in {"classes": self.classes, "pretrained_windows": min(self.windows_before)}.items():
+            if number < 0:
+                raise ValueError(f"{name} must be 0 or more; got {number}")
+        if int(self.mlp_ratio * self.dim) < self.top_k:
+            raise ValueError(
+                f"mlp_ratio={self.mlp_ratio} x dim={self.dim} is the hidden width, which top_k={self.top_k} experts "
+                "share: it must be at least 1 for each"
+            )
         for stage, heads in enumerate(self.heads):
             if self.width(stage) % heads:
                 raise ValueError(f"heads={heads} of stage {stage + 1} must divide its width {self.width(stage)}")
@@ -106,6 +116,11 @@ class SwinConfig:
         if wrong := self.moe.keys() & {"gate", "capacity", "top_k", "num_experts", "hidden", "dim"}:
             raise ValueError(
                 f"moe={self.moe} must not have {', '.join(sorted(wrong))}: SwinConfig has arguments of its own"
+            )
+        if wrong := self.moe.keys() & {"shared", "free"}:
+            raise ValueError(
+                f"moe={self.moe} must not have {', '.join(sorted(wrong))}: routed experts normalise their outputs, and "
+                "these would not"
             )
         if not isinstance(self.moe.get("experts", "gelu"), str):
             raise ValueError(f"moe['experts'] must be the name of an activation; got {self.moe['experts']!r}")

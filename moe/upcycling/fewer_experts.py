@@ -22,7 +22,7 @@ def prune_experts(layer: MoE, keep: Sequence[int]) -> MoE:
 
     Tokens of a dropped expert go to their next best ones. `merge_experts` keeps a part of what it has learned. Take the
     loads of many batches to choose, as `turnout.moe.load` gives them. Shared experts, the capacity factor and the
-    expert bias of "sigmoid" stay as they are. Make the optimizer afterwards, and call `parallelize` afterwards.
+    expert bias of "sigmoid" stay as they are. Call `parallelize` and make the optimizer afterwards.
 
     A model's config is not changed: a model built with the new `num_experts` loads the state dict.
 
@@ -139,7 +139,7 @@ def _check(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | None) -> 
     if experts.placement is not None:
         raise ValueError("place_experts has moved the experts: prune them before")
     if unknown := own - ROWS - SHARED:
-        raise ValueError(f"{kind} has {', '.join(sorted(unknown))}, and nobody knows which rows are of which expert")
+        raise ValueError(f"{kind} has {', '.join(sorted(unknown))}: it is unknown which rows belong to an expert")
     ids = [expert for group in groups for expert in group]
     if not groups or not all(len(group) for group in groups):
         raise ValueError(f"there must be one group of experts or more, and none without experts; got {list(groups)}")

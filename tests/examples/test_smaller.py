@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import prune
 import pytest
+import torch
 from main_job import ROOT, result, run
 from scripts import script
+from turnout.models import GPT, GPTConfig
+
+SUBWORDS = ("--tokenizer", "bpe:300")
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, text) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("teacher")
-    return result(run(out, "--steps", "6", "--lr", "2e-2", "--data", text)), out
+    return result(run(out, "--steps", "6", "--lr", "2e-2", "--data", text, *SUBWORDS)), out
 
 
 def done(example: str, *words: object, ranks: int = 1) -> dict:
@@ -31,6 +36,7 @@ def test_a_student_learns_from_its_teacher(teacher, tmp_path):
     assert two["teacher"] == pytest.approx(figures["val_bpb"], rel=1e-4)
     assert two["after"] < two["before"]
     assert (tmp_path / "step-4").is_dir()
+    assert (tmp_path / "tokenizer.json").read_text() == (out / "tokenizer.json").read_text()
 
 
 @pytest.mark.thorough
@@ -49,9 +55,21 @@ def test_fewer_experts_are_compared_and_trained_on(teacher, text, tmp_path):
     assert pruned["before"] == pytest.approx(figures["val_bpb"], rel=1e-5)
     assert 0 < pruned["left_out"] < 0.25
     assert pruned["parameters"][1] == pruned["parameters"][0] - 16 - 3 * 16 * 16  # a row of the router, and an expert
-    more = run(tmp_path / "pruned", "--data", text, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume")
+    assert (tmp_path / "pruned" / "tokenizer.json").is_file()
+    more = run(
+        tmp_path / "pruned", "--data", text, *SUBWORDS, "--lr", "2e-2", "--experts", "3", "--steps", "8", "--resume"
+    )
     assert result(more)["steps"] == 8
     assert "resuming after step 6" in more.stderr
+
+
+def test_loads_of_further_tokens_are_counted():
+    model = GPT(GPTConfig(dim=16, layers=2, heads=2, hidden=8, num_experts=4, seq_len=8, mtp=1))
+    loads = prune.loads_of(model, [torch.randint(256, (3, 9)) for _ in range(2)])
+    assert {name: int(tokens.sum()) for name, tokens in loads.items()} == {
+        "blocks.1.feed_forward": 2 * 3 * 8 * 2,
+        "mtp.0.blocks.0.feed_forward": 2 * 3 * 8 * 2,
+    }
 
 
 @pytest.mark.thorough
@@ -60,6 +78,10 @@ def test_numbers_of_experts_that_do_not_fit_are_refused(teacher, tmp_path):
     wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), "--experts", "4", alone=True)
     assert wrong.returncode == 1
     assert "--experts (4) must be from 2, --top-k, to 3" in wrong.stderr
+    none = ("--experts", "3", "--batches", "0")
+    wrong = script(ROOT / "examples" / "prune.py", str(out), str(tmp_path / "x"), *none, alone=True)
+    assert wrong.returncode == 1
+    assert "--batches must be positive" in wrong.stderr
 
 
 @pytest.mark.thorough

@@ -51,13 +51,25 @@ def test_two_ranks_learn_as_one_and_a_run_goes_on(squares, tmp_path):
     assert [line["loss"] for line in two if line["event"] == "step"] == pytest.approx(steps, rel=1e-4)
 
     shutil.rmtree(checkpoints[12])  # as if it had been stopped after 8 steps
-    again = job(tmp_path / "one", *flags)
+    again = job(tmp_path / "one", *flags, "--log-every", "12")  # its line is a mean of the four steps that are left
     assert [line["loss"] for line in again if line["event"] == "step"][-1] == pytest.approx(steps[-1], rel=1e-5)
     assert sum(line["event"] == "step" for line in again) == 4  # three, and the last one again
 
     other = script(Path(vision.__file__), *FLAGS, "--out", str(tmp_path / "one"), *flags, "--seed", "1")
     assert other.returncode == 1
     assert "--seed was 0, is 1" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--log-every", "0"), "--log-every must be positive"), (("--lr", "1e30"), "step 4: the loss is NaN or infinite")],
+)
+def test_wrong_numbers_and_a_loss_that_is_not_finite_end_the_job(flags, words, squares, tmp_path):
+    flags = ("--data", squares, "--out", str(tmp_path), "--experts", "0", "--steps", "4", *flags)
+    done = script(Path(vision.__file__), *FLAGS, *flags)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert not [*tmp_path.glob("step-*")]
 
 
 def test_the_dense_twin_runs(squares, tmp_path):
@@ -94,6 +106,11 @@ def test_a_folder_of_images(tmp_path):
     assert ((data.train.mean((1, 2, 3)) > 0) == (data.train_labels == 1)).all()
     with pytest.raises(ValueError, match="--size"):
         images.load(str(tmp_path))
+    (tmp_path / "a" / ".hidden").write_text("of the file browser")
+    assert len(images.load(str(tmp_path), size=4).train) == 8
+    (tmp_path / "b" / "notes.txt").write_text("a file that is no image")
+    with pytest.raises(ValueError, match=r"b/notes.txt is no image that can be read"):
+        images.load(str(tmp_path), size=4)
 
 
 def test_wrong_data_is_refused(tmp_path):
@@ -105,6 +122,7 @@ def test_wrong_data_is_refused(tmp_path):
         ),
         ({"images": np.zeros((9, 4, 4), np.uint8), "labels": np.full(9, -1)}, "labels .* must be integers from 0"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2, int)}, "too few to hold out 20%"),
+        ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, "has 0 images: too few"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(ValueError, match=words):
@@ -112,6 +130,11 @@ def test_wrong_data_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 4, 4), np.uint8), labels=np.zeros(9, int))
     with pytest.raises(ValueError, match="more than --size 3"):
         images.load(str(tmp_path / "x.npz"), size=3)
+    np.save(tmp_path / "x.npy", np.zeros((9, 4, 4), np.uint8))
+    (tmp_path / "text.npz").write_text("text")
+    for name, words in (("x.npy", "has one array"), ("text.npz", "is no .npz file")):
+        with pytest.raises(ValueError, match=words):
+            images.load(str(tmp_path / name))
     with pytest.raises(ValueError, match="--data must be digits, mnist"):
         images.load("nothing")
 

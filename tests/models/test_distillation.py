@@ -42,12 +42,32 @@ def test_a_temperature_softens_both():
     [
         ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], and temperature above 0; got 1.5 and 1.0"),
         ({"temperature": 0.0}, "temperature above 0; got 0.25 and 0.0"),
+        ({"logits": LOGITS[0], "teacher_logits": TAUGHT[0]}, r"must be \[B, S, vocab\]"),
+        ({"targets": TARGETS[:1]}, r"targets \[B, S\]; got \(2, 5, 7\) and \(1, 5\)"),
         ({"teacher_logits": TAUGHT[..., :5]}, r"logits of the student are \(2, 5, 7\), and of the teacher \(2, 5, 5\)"),
     ],
 )
 def test_what_does_not_fit_is_said(change, message):
     with pytest.raises(ValueError, match=message):
         distillation_loss(**{"logits": LOGITS, "teacher_logits": TAUGHT, "targets": TARGETS, **change})
+
+
+def test_what_the_teacher_says_where_no_target_is_does_not_matter():
+    expected, grads = distillation_loss(LOGITS, TAUGHT, TARGETS), []
+    for said in (TAUGHT, TAUGHT.masked_fill((TARGETS == -100).unsqueeze(-1), torch.nan)):
+        logits = LOGITS.clone().requires_grad_()
+        loss = distillation_loss(logits, said, TARGETS)
+        assert torch.equal(loss, expected)
+        grads += torch.autograd.grad(loss, logits)
+    assert torch.equal(*grads)
+
+
+def test_ids_that_teacher_and_student_rule_out_change_nothing():
+    logits = LOGITS.clone().requires_grad_()
+    wide, taught = (F.pad(x, (0, 2), value=-torch.inf) for x in (logits, TAUGHT))
+    loss = distillation_loss(wide, taught, TARGETS)
+    torch.testing.assert_close(loss, distillation_loss(LOGITS, TAUGHT, TARGETS))
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(("kind", "config"), [(GPT, CONFIG), (BERT, BERTConfig(dim=16, heads=2, layers=4, hidden=8))])

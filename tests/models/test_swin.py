@@ -120,6 +120,11 @@ def test_wrong_inputs_and_sizes_are_refused():
         "must not have top_k": {"moe": {"top_k": 2}},
         "name of an activation": {"moe": {"experts": torch.nn.Identity}},
         "window must be positive": {"window": 0},
+        "top_k must be positive": {"top_k": 0},
+        "heads must be positive": {"heads": (0, 4)},
+        "classes must be 0 or more": {"classes": -1},
+        "mlp_ratio=0.05 x dim=": {"mlp_ratio": 0.05},
+        "must not have shared": {"moe": {"shared": torch.nn.Identity()}},
         "drop_path must lie": {"drop_path": 1.0},
     }.items():
         with pytest.raises(ValueError, match=options):

@@ -106,7 +106,7 @@ def four_bits() -> MoE:
         (lambda: layer(free=("null",)), [0, 1, 2], "its gate also chooses free experts"),
         (lambda: add_lora(layer(), rank=2), [0, 1, 2], "it has adapters: call merge_lora"),
         (four_bits, [0, 1, 2], "its experts are in 4 bits: prune before quantize_experts"),
-        (lambda: layer(Odd()), [0, 1, 2], "Odd has more, and nobody knows which rows"),
+        (lambda: layer(Odd()), [0, 1, 2], "Odd has more: it is unknown which rows"),
         (layer, [1], "1 experts are fewer than top_k=2: keep more"),
         (layer, [0, 6], "must be different integers from 0 to 5; got"),
         (layer, [2, 2], "must be different integers from 0 to 5; got"),
