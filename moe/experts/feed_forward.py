@@ -140,7 +140,9 @@ class FeedForwardExperts(Experts):
             counts = plan.counts
         up, down, *gate = (self._layer(name, x) for name in self.sizes)
         number = len(weight) if plan is None else len(plan.token)
-        kernel = self._faster(x, up[0], number, plan) if self._kernel == "auto" else self._kernel
+        kernel = self._kernel
+        if kernel == "auto":
+            kernel = self._faster(x, up[0], number, plan) if x.is_cuda else "torch"
         if self._precision is not None:
             compute = partial(fused, how=self._how(kernel, x, up[0], number, plan))
         elif kernel == "triton":
@@ -155,8 +157,8 @@ class FeedForwardExperts(Experts):
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
     def _faster(self, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
-        """The kernel that ``"auto"`` stands for: the only one that can compute these rows, or on a GPU the faster."""
-        if not x.is_cuda or torch.compiler.is_compiling() or self.adapts or self.in_four_bits:
+        """The kernel that ``"auto"`` stands for on a GPU: the only one that can compute these rows, or the faster."""
+        if torch.compiler.is_compiling() or self.adapts or self.in_four_bits:
             return "torch"
         (L, D, H), fp8 = up.shape, self._precision is not None
         if fp8 and not torch_multiplies(x.device, x.dtype, D, H):
