@@ -157,7 +157,7 @@ class FeedForwardExperts(Experts):
         return compute(x, weight, counts, self.activation, [up, *gate], down, plan)
 
     def _faster(self, x: Tensor, up: Any, rows: int, plan: Plan | None) -> str:
-        """The kernel that ``"auto"`` stands for: the only one that can compute these rows, or on a GPU the faster."""
+        """The kernel that ``"auto"`` stands for on a GPU: the only one that can compute these rows, or the faster."""
         if torch.compiler.is_compiling() or self.adapts or self.in_four_bits:
             return "torch"
         (L, D, H), fp8 = up.shape, self._precision is not None

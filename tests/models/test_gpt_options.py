@@ -12,7 +12,6 @@ from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, Stages, T5Confi
 from turnout.models.blocks import Context, rotary
 from turnout.models.loss import head_z_loss
 from turnout.models.multi_token import further_targets
-from turnout.models.planner import Architecture
 from turnout.moe import MoE, aux_loss
 
 SMALL = GPTConfig(
@@ -204,12 +203,6 @@ def test_a_pipeline_of_others_is_refused(config):
     message = f"a pipeline splits a GPT; got {type(config).__name__}: leave pp, cp and tp at 1, where"
     with pytest.raises(TypeError, match=message):
         Stages.of(config, "1f1b", 1)
-
-
-@pytest.mark.parametrize("config", [GPTConfig(windows=(8,)), GPTConfig(mtp=1), GPTConfig(tied=False)])
-def test_what_the_planner_cannot_count_is_refused(config):
-    with pytest.raises(ValueError, match=r"the planner knows .* only: .*--"):
-        Architecture.of(config)
 
 
 def test_biases_and_lists_of_blocks_are_for_all_models():
