@@ -12,6 +12,7 @@ from ranks import run
 from test_placed_states import BACKWARDS, MIXED, everything, mesh_of, same
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from turnout.models import GPT, GPTConfig
 from turnout.moe import MoE, aux_loss, check, parallelize, param_groups, place_experts, sync_gradients
 from turnout.moe.adapters import add_lora
 from turnout.moe.experts.placed import Placement
@@ -129,12 +130,14 @@ def test_what_reads_experts_in_the_order_of_their_slots_is_refused():
     from turnout.models.hf.slots import family_slots
 
     model = add_lora(nn.Sequential(MoE(WIDTH, 12, EXPERTS)), 2)
-    vars(model[0].experts)["_placement"] = Placement(tuple(MIXED), None)
+    gpt = GPT(GPTConfig(dim=8, layers=1, heads=2, hidden=4, num_experts=EXPERTS, moe_every=1, seq_len=4))
+    for experts in (model[0].experts, gpt.blocks[0].feed_forward.experts):
+        vars(experts)["_placement"] = Placement(tuple(MIXED), None)
     readers = [
         lambda: add_lora(model, 2, name="second"),
         lambda: upcycle(model, model),
-        lambda: hf.to_hf(model, "nowhere"),
-        lambda: hf.load_hf(model, "nowhere"),
+        lambda: hf.to_hf(gpt, "nowhere"),
+        lambda: hf.load_hf(gpt, "nowhere"),
         lambda: restore_moe(model),
         lambda: family_slots(model),
     ]
