@@ -122,14 +122,15 @@ def end_with_launcher() -> None:
 
 
 def say(text: str, every_rank: bool = False) -> None:
-    """Print a line to standard error, on rank 0 or on every rank."""
+    """Print a line to standard error, on rank 0 or on every rank, which is then named if `text` names none."""
     if every_rank or RANK == 0:
-        print(f"rank {RANK}: {text}" if every_rank else text, file=sys.stderr, flush=True)
+        named = re.match(r"rank \d+: ", text)  # by what gathered it from the ranks
+        print(f"rank {RANK}: {text}" if every_rank and not named else text, file=sys.stderr, flush=True)
 
 
 def once(text: str) -> None:
     """Print a line to standard error once, though all ranks call this: the first one prints it."""
-    said, named = False, re.match(r"rank \d+: ", text) is not None  # by what gathered it from the ranks
+    said = False
     with suppress(Exception):  # without a store each rank prints it
         if LAUNCHED:
             known = dist.is_initialized()
@@ -137,12 +138,12 @@ def once(text: str) -> None:
             key = f"said/{hashlib.sha256(text.encode()).hexdigest()}"
             said = store.add(key, 1) > 1
             if not said:
-                say(text, every_rank=not named)
+                say(text, every_rank=True)
             said = True
             if RANK == 0:  # the store may live in this process: keep it for the others
                 _wait_for(store, key, RANKS)
     if not said:
-        say(text, every_rank=not named)
+        say(text, every_rank=True)
 
 
 def _wait_for(store: dist.Store, key: str, ranks: int) -> None:
