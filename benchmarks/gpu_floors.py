@@ -100,7 +100,7 @@ def works(shape: Shape) -> dict[str, Work]:
 
 
 def float8_works(shape: Shape) -> dict[str, Work]:
-    """Work of the kernels of such a step with precision="fp8", in order: those of `works` that differ, and casts.
+    """Work of the kernels of such a step with precision="fp8", in order: kernels of `works` that differ, and casts.
 
     A cast reads 2 bytes and writes 1. Gradients of the weights are products in bfloat16, as before. Scales, 4 bytes for
     each row, are left out.

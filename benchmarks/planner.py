@@ -95,7 +95,7 @@ def estimate(cluster: Cluster, run: Run) -> Estimate:
 
 
 def fit(runs: list[Run], cores: int) -> Cluster:
-    """The laptop's constants, with those of a core, of links, of wrappers and of a process as the runs have them."""
+    """The laptop's constants, with the speeds of core, links and wrappers and the memory of a process from the runs."""
     cluster = replace(Cluster.load("laptop"), cores=cores)
 
     def core(speed: float) -> Cluster:

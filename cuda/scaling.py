@@ -1,6 +1,6 @@
 """Operands in float8 (e4m3) with a scale for each row, or for each column of an expert's matrix, made by Triton.
 
-Import this module where it is used, as `grouped.py`. The numbers are those of `moe/experts/float8.py`, to the bit.
+Import this module where it is used, as `grouped.py`. `moe/experts/float8.py` makes the same numbers, to the bit.
 """
 
 # A Triton kernel is an object, not the function that pyright sees.

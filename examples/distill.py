@@ -5,7 +5,8 @@
     torchrun --standalone --nproc-per-node 4 examples/distill.py runs/pretrain runs/student
 
 The student has the teacher's blocks, with dense feed-forward networks of equal FLOPs in place of experts. Its
-checkpoint is one of pretrain.py --dense: generate.py reads it, and pretrain.py --resume continues it.
+checkpoint is one of pretrain.py --dense: generate.py reads it, and pretrain.py --resume continues it
+with the flags of the run.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python examples/prune.py runs/pretrain runs/pruned --experts 6
     python examples/prune.py runs/pretrain runs/merged --experts 6 --merge
-    python examples/pretrain.py --resume --out runs/pruned --experts 6 --steps 400      # and train on
 
 Loads are counted on the text that the run was trained on. Each layer drops its own experts.
+pretrain.py --resume trains on, with the flags of the run and --experts.
 """
 
 from __future__ import annotations
