@@ -1,4 +1,4 @@
-"""Draws dispatch.svg, and quality.png and transports.png from the tables in docs/records: python docs/images/draw.py"""
+"""Draws dispatch.svg, and the other pictures from tables in docs/records: python docs/images/draw.py"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parent / "records"
@@ -67,6 +68,40 @@ def table(page: str, first: str) -> list[list[str]]:
     return rows
 
 
+def narrow(path: Path) -> None:
+    """Bits per held-out byte of narrow models: over the steps, and over active parameters for budgets of FLOPs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    colors = {"dense": "tab:gray", "mixture": "tab:blue"}
+    for name, *cells in table("quality.md", "mean of three seeds"):
+        bits = [float(cell) for cell in cells if cell]
+        left.plot(range(500, 500 * len(bits) + 1, 500), bits, "o-", color=colors[name.split(",")[0]], ms=4, label=name)
+    left.axhline(bits[-1], color=colors["mixture"], ls=":")
+    left.set(xlabel="step", ylabel="bits per held-out byte, less is better", title="equal active FLOPs")
+    runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for budget, model, _, active, _, bits in table("quality.md", "FLOPs of a run | model"):
+        runs.setdefault((model, budget), []).append((float(active.replace(",", "")), float(bits)))
+    for (model, budget), points in runs.items():
+        active, bits = np.array(points).T
+        over = np.geomspace(active.min(), active.max())
+        right.plot(active, bits, "o", color=colors[model], ms=4)
+        right.plot(over, np.polyval(np.polyfit(np.log10(active), bits, 2), np.log10(over)), color=colors[model])
+        if model == "dense":
+            right.annotate(
+                f"{budget} FLOPs",
+                (active[0], bits[0]),
+                fontsize=7,
+                ha="right",
+                xytext=(-4, 0),
+                textcoords="offset points",
+            )
+    right.set(xscale="log", xlabel="active parameters", title="four budgets of FLOPs")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def quality(path: Path) -> None:
     """Bits per held-out byte of the long runs, and how many fewer than the dense model's."""
     steps = range(500, 4001, 500)
@@ -115,5 +150,6 @@ def transports(path: Path) -> None:
 
 if __name__ == "__main__":
     (HERE / "dispatch.svg").write_text(dispatch())
+    narrow(HERE / "narrow.png")
     quality(HERE / "quality.png")
     transports(HERE / "transports.png")

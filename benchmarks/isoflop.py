@@ -1,0 +1,85 @@
+"""How much compute does a mixture save? Four budgets of FLOPs, each spent by models of several widths, dense or not.
+
+    OMP_NUM_THREADS=1 python benchmarks/isoflop.py --workers 2
+
+A narrow model sees more tokens for the same FLOPs than a wide one, so each budget has a best width (the isoFLOP curves
+of Hoffmann et al. 2022, arXiv:2203.15556). This prints all runs, the best of each budget by a parabola over the
+logarithm of active parameters, and a power law through these. Each run is the main job, in one process with one thread.
+Runs that are in --out are not made again. The results are in docs/records/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from quality import ROOT, Runs
+
+sys.path.insert(0, str(ROOT / "examples"))
+import options
+
+CONFIG = "examples/configs/quick.toml"
+JOB = f"--config {CONFIG} --balance global --eval-every 100000 --eval-size 512 --save-every 100000"
+# FLOPs of a run, forward and backward, without the optimizer; and the widths that may be the best for them
+BUDGETS = {0.5e12: (16, 24, 32, 48), 1e12: (16, 24, 32, 48), 2e12: (16, 24, 32, 48), 4e12: (24, 32, 48, 64)}
+HEADS = {16: 1, 24: 1, 32: 2, 48: 3, 64: 4}  # by width
+# each with its best learning rate at width 32
+MODELS = {"dense": "--dense --lr 0.016", "mixture": "--moe-every 2 --experts 64 --lr 0.008"}
+
+
+def flags_of(model: str, width: int, budget: float) -> str:
+    """Flags of the run that spends a budget on a model of some width: experts are 4 times as wide."""
+    sizes = f"{MODELS[model]} --dim {width} --heads {HEADS[width]} --hidden {4 * width}"
+    job = options.parse([*JOB.split(), *sizes.split()])
+    with torch.device("meta"):
+        flops = options.objective.built(job.config()).flops_per_token()
+    return f"{sizes} --steps {round(budget / (flops * job.batch * job.seq))}"
+
+
+def lowest(active: list[int], bits: list[float]) -> tuple[float, float]:
+    """Active parameters and bits per byte at the minimum of a parabola over log10 of the active parameters."""
+    a, b, c = np.polyfit(np.log10(active), bits, 2)
+    at = -b / (2 * a) if a > 0 else np.log10(active)[np.argmin(bits)]
+    at = float(np.clip(at, np.log10(min(active)), np.log10(max(active))))
+    return 10**at, float(np.polyval((a, b, c), at))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "isoflop")
+    parser.add_argument("--workers", type=int, default=1, help="number of runs at a time")
+    args = parser.parse_args()
+    cells = [(budget, model, width) for budget, widths in BUDGETS.items() for model in MODELS for width in widths]
+    flags = {cell: flags_of(cell[1], cell[2], cell[0]) for cell in cells}
+    results = Runs(args.out.resolve(), args.workers, JOB)(list(flags.values()))
+    best: dict[str, list[float]] = {model: [] for model in MODELS}
+    print("| FLOPs of a run | model | width | active parameters | bytes trained on | bits per byte |")
+    print("|---|---|---|---|---|---|")
+    for budget, model, width in cells:
+        found = results[flags[budget, model, width]]
+        trained = found["steps"] * 32 * 128
+        print(
+            f"| {budget / 1e12:.1f}e12 | {model} | {width} | {found['active_parameters']:,} | {trained:,} | "
+            f"{found['val_bpb']:.3f} |"
+        )
+    print("\n| FLOPs of a run | best dense: active parameters | bits | best mixture: active parameters | bits |")
+    print("|---|---|---|---|---|")
+    for budget, widths in BUDGETS.items():
+        row = [f"{budget / 1e12:.1f}e12"]
+        for model in MODELS:
+            found = [results[flags[budget, model, width]] for width in widths]
+            active, bits = lowest([r["active_parameters"] for r in found], [r["val_bpb"] for r in found])
+            best[model].append(bits)
+            row += [f"{active:,.0f}", f"{bits:.3f}"]
+        print(f"| {' | '.join(row)} |")
+    flops = np.log10(list(BUDGETS))
+    for model, bits in best.items():
+        slope, at = np.polyfit(flops, np.log10(bits), 1)
+        print(f"\n{model}: bits = {10 ** (at + 12 * slope):.3f} x (FLOPs / 1e12) ^ {slope:.4f}")
+
+
+if __name__ == "__main__":
+    main()
