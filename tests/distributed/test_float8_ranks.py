@@ -1,12 +1,13 @@
 """Experts in float8 on many ranks: on every mesh and transport they compute what one rank computes.
 
-A row's scale is its own, so spreading rows and experts changes nothing. Scales are powers of two, so a slice of a row or
-of a column is rounded as the whole, but for numbers below 2^-14 of the largest. Tests take numbers of few bits, whose sums
-are exact in any order: otherwise a sum in another order would turn a cast now and then. Tokens differ in size by 2^20, so
-that a scale for more than a row would make small ones zero.
+A row's scale is its own, so spreading rows and experts changes nothing. Scales are powers of two, so a slice of a row
+or of a column is rounded as the whole, but for numbers below 2^-14 of the largest. Tests take numbers of few bits, so
+that sums are exact in any order: otherwise another order would turn a cast now and then. Tokens differ in size by 2^20,
+so that a scale for more than a row would make small ones zero.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -25,17 +26,18 @@ from turnout.moe import Balance, Capacity, MoE, aux_loss, fully_shard_experts, p
 from turnout.moe.experts.sharded import whole
 
 D, H, E, k = 32, 48, 4, 2
-UNEVEN, ALL_ON_ONE = [7, 0, 9, 1], [17, 0, 0, 0]
+UNEVEN, ALL_ON_ONE = (7, 0, 9, 1), (17, 0, 0, 0)
 EXACT = 1e-6
 EP, NODES, ETP = {"ep": 4}, {"node": 2, "local": 2}, {"ep": 2, "etp": 2}
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     axes: dict[str, int]
-    options: dict[str, Any] = {}  # of parallelize
-    choices: dict[str, Any] = {}  # set on the layer afterwards
-    layer: dict[str, Any] = {}
-    sizes: list[int] = UNEVEN
+    options: dict[str, Any] = field(default_factory=dict)  # of parallelize
+    choices: dict[str, Any] = field(default_factory=dict)  # set on the layer afterwards
+    layer: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, ...] = UNEVEN
     limit: float = EXACT
     crowded: bool = False  # all tokens choose the same experts
 
