@@ -40,7 +40,7 @@ def newest(out: Path, device_type: str, data: Data = "replicate") -> Trained:
     if (task := extra["job"].get("objective", "clm")) != "clm":
         raise ValueError(f"{out} was trained by --objective {task}: only a GPT (--objective clm) says next tokens")
     known = {name: value for name, value in extra["job"].items() if name in Job.__dataclass_fields__}
-    exact = {"bf16": False, "fp16": False, "compile": False, "forced_balance": False, "recompute": "none"}
+    exact = {"bf16": False, "fp16": False, "fp8": False, "compile": False, "forced_balance": False, "recompute": "none"}
     exact |= {"adapt": False, "place": False, "cp_attention": ""}
     axes = {"pp": 1, "cp": 1, "tp": 1, "ep": 0, "etp": 1, "micro_batches": 1, "accumulate": 1, "data_parallel": data}
     sizes = {"batch": launch.RANKS, "eval_size": launch.RANKS}
