@@ -7,6 +7,7 @@ there, where s is below 1/224 of the largest of its row. Sums and casts add what
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -80,8 +81,10 @@ def activated(activation: str, up: Near, gate: Near) -> list[Near]:
     g = (gate.value + at.view(1, -1, 1, 1) * gate.error).expand(9, 9, *up.value.shape).clone().requires_grad_()
     hidden = reference.ACTIVATIONS[activation](u, g)
     slopes = torch.autograd.grad(hidden.sum(), [u, g], materialize_grads=True)
-    lost = 2.0**-20 * (1 + up.most) ** 2 * (1 + gate.most)  # of the functions themselves, in float32
-    return [Near(t[4, 4], (t - t[4, 4]).abs().amax((0, 1)) + lost) for t in (hidden.detach(), *slopes)]
+    more = (1 + up.most) * (1 + gate.most)  # what the functions themselves lose in float32 grows with it
+    lost = [2.0**-20 * more * t for t in (gate.most, 1 + up.most, 1 + gate.most)]
+    found = zip((hidden.detach(), *slopes), lost, strict=True)
+    return [Near(t[4, 4], (t - t[4, 4]).abs().amax((0, 1)) + by) for t, by in found]
 
 
 def bounds(case: dict[str, Tensor], plan: Plan, activation: str) -> dict[str, Near]:
@@ -90,7 +93,7 @@ def bounds(case: dict[str, Tensor], plan: Plan, activation: str) -> dict[str, Ne
     given = {name: exact(t) for name, t in case.items()}
     layers = ["up", "gate"] if gated else ["up"]
     stops = [0, *plan.counts.cumsum(0).tolist()]
-    spans = [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+    spans = [slice(a, b) for a, b in pairwise(stops)]
     R = stops[-1]
     token, kept = plan.token[:R], plan.slot >= 0
     weight = torch.zeros(R, 1, dtype=torch.float64)
@@ -186,9 +189,37 @@ def worst(case: dict[str, Tensor], plan: Plan, activation: str) -> dict[str, flo
 KINDS = st.tuples(st.sampled_from(sorted(reference.ACTIVATIONS)), st.booleans(), st.sampled_from(sorted(STEP, key=str)))
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), assignments(), KINDS, st.integers(0, 12))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), assignments(), KINDS, st.integers(0, 24))
 def test_results_are_within_the_bound_of_their_roundings(seed, D, H, assigned, kind, spread):
     expert, E = assigned
     case = drawn(seed, D, H, E, *expert.shape, kind, spread)
     shares = worst(case, Plan.of(expert, E), kind[0])
     assert max(shares.values()) <= 1, shares
+
+
+def scales(change):
+    """`float8.scales` of largest magnitudes that `change` has changed."""
+    return lambda largest, plain=float8.scales: plain(change(largest))
+
+
+FLAWS = {
+    "one scale for all rows": ("scales", scales(lambda t: torch.full_like(t, float(t.max()) if t.numel() else 0))),
+    "numbers saturate": ("scales", scales(lambda t: t / 4)),
+    "scales of other columns": (
+        "columns",
+        lambda t, plain=float8.columns: (c := plain(t))._replace(scale=c.scale.roll(1, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_the_bound_finds_flaws(flaw, monkeypatch):
+    plan = Plan.of(torch.arange(18).view(9, 2) % 3, 3)
+
+    def most() -> float:
+        drawns = [drawn(seed, D, 8, 3, 9, 2, ("swiglu", False, torch.float32), 24) for seed, D in enumerate((1, 1, 8))]
+        return max(max(worst(case, plan, "swiglu").values()) for case in drawns)
+
+    assert most() < 1
+    monkeypatch.setattr(float8, *FLAWS[flaw])
+    assert most() > 1.5
