@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import math
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +101,14 @@ def one_step(
     optimizer.zero_grad()
     mean = loss.detach()
     dist.all_reduce(mean)
+    if not math.isfinite(mean):
+        raise steps.NonFiniteError(
+            f"step {step + 1}: the loss is NaN or infinite. Nothing is saved: try a smaller --lr"
+        )
     return float(mean) / launch.RANKS
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path, help="--out of the run that trained the teacher")
     parser.add_argument("out", type=Path, help="folder for the student")
@@ -119,15 +121,7 @@ def main() -> int:
     parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data (0)")
     args = parser.parse_args()
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            figures = distil(args, device)
-        except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
-            launch.once(str(error))
-            return 1
-    if launch.RANK == 0:
-        print(json.dumps(figures), flush=True)
-    return 0
+    return trained.run(lambda device: json.dumps(distil(args, device)))
 
 
 if __name__ == "__main__":

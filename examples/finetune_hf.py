@@ -24,9 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM
-from turnout.models.hf import replace_moe, save_pretrained
 from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from turnout.models.hf import replace_moe, save_pretrained
+except ModuleNotFoundError as error:
+    launch.missing(error, "hf")
 
 # Sizes of a small model. Families have different names for some of them, so each takes the names that it knows.
 SIZES = {
@@ -144,7 +148,7 @@ def main() -> int:
         with launch.process_group(timedelta(seconds=300)) as device:
             figures = train(job, text, device)
     except ValueError as error:
-        launch.say(str(error), every_rank=True)
+        launch.once(str(error))
         return 2
     if launch.RANK == 0:
         print(json.dumps({**figures, "losses": figures["losses"][-1:], "saved": job.out}), flush=True)

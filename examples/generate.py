@@ -10,17 +10,14 @@ The text goes to standard output. Prompt and text together have at most as many 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 
-import launch
 import torch
 import torch.distributed as dist
 import trained
-from turnout.models import checkpoint, generate
+from turnout.models import generate
 from turnout.models.data.tokenizing import FILE, Bytes, tokenizer_of, words_of
 
 
@@ -50,7 +47,6 @@ def texts(args: Namespace, device: torch.device) -> list[str]:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="--out of the run")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
@@ -60,15 +56,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=1, help="number of texts (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (0)")
     args = parser.parse_args()
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            found = texts(args, device)
-        except (ValueError, checkpoint.CheckpointError) as error:
-            launch.once(str(error))
-            return 1
-    if launch.RANK == 0:
-        print("\n\n".join(found), flush=True)
-    return 0
+    return trained.run(lambda device: "\n\n".join(texts(args, device)))
 
 
 if __name__ == "__main__":

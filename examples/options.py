@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import objective
@@ -212,6 +213,8 @@ class Job:
             raise ValueError(f"--ema must be below 1; got {self.ema}")
         if self.forced_balance and self.dense:
             raise ValueError("--forced-balance needs experts: leave out --dense")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: the package tensorboard is not installed: pip install -e '.[train]'")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.ranks and not self.plan:

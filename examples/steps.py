@@ -155,14 +155,11 @@ class Skips:
             return
         self.in_a_row += 1
         found = f"step {number}: {step.nonfinite} is NaN or infinite on some rank"
-        remedy = (
-            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume continues from the "
-            "newest checkpoint"
-        )
+        remedy = "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data"
         if self.policy == "stop":
-            raise NonFiniteError(f"{found}. {remedy}, and --on-nonfinite skip skips such steps.")
+            raise NonFiniteError(f"{found}. {remedy}; --on-nonfinite skip skips such steps")
         if self.in_a_row >= self.most:
-            raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}.")
+            raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}")
         say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
@@ -216,8 +213,7 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
 def _finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise NonFiniteError(
-            "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
-            "--resume continues from the newest checkpoint."
+            "the loss of held-out text is NaN or infinite, so the model is not saved. Try a smaller --lr or other data"
         )
     return loss
 
