@@ -11,7 +11,6 @@ with the flags of the run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ import steps
 import torch
 import torch.distributed as dist
 import trained
+from command_line import Parser
 from launch import say
 from options import Job
 from torch import Tensor
@@ -109,19 +109,18 @@ def one_step(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("teacher", type=Path, help="--out of the run that trained the teacher")
     parser.add_argument("out", type=Path, help="folder for the student")
-    parser.add_argument("--steps", type=int, default=200, help="number of optimizer steps (200)")
-    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step (32)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (0.004)")
-    parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss (0.25)")
-    parser.add_argument("--until", type=int, default=0, help="number of steps with the teacher's loss; 0: all (0)")
+    parser.add_argument("--steps", type=int, default=200, help="number of optimizer steps")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step")
+    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss")
+    parser.add_argument("--until", type=int, default=0, help="number of steps with the teacher's loss; 0 takes all")
     parser.add_argument("--fresh", action="store_true", help="let the student begin with random weights")
-    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data (0)")
-    args = parser.parse_args()
-    return trained.run(lambda device: json.dumps(distil(args, device)))
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data")
+    return trained.run(parser, lambda args, device: json.dumps(distil(args, device)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -276,8 +276,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
-        with redirect_stdout(None) if launch.RANK else nullcontext():  # only rank 0 prints --help
-            job = options.parse(about=__doc__)
+        job = options.parse(about=__doc__)
         job = sources.with_vocabulary(job)
         if job.elastic:
             job = planned.elastic(job, launch.RANKS, launch.RANKS_PER_NODE)

@@ -9,7 +9,6 @@ pretrain.py --resume trains on, with the flags of the run and --experts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from argparse import Namespace
@@ -24,6 +23,7 @@ import steps
 import torch
 import torch.nn.functional as F
 import trained
+from command_line import Parser
 from launch import say
 from torch import Tensor
 from turnout.dispatch import Meshes
@@ -108,16 +108,15 @@ def grouped(gate: Gate, tokens: Tensor, number: int) -> list[list[int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="--out of the run")
     parser.add_argument("out", type=Path, help="folder for the smaller model")
     parser.add_argument("--experts", type=int, required=True, help="number of experts that each layer keeps")
     parser.add_argument("--merge", action="store_true", help="merge the others into those whose router rows are alike")
-    parser.add_argument("--batches", type=int, default=8, help="number of batches to count loads on (8)")
-    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a batch (32)")
-    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
-    args = parser.parse_args()
-    return trained.run(lambda device: json.dumps(pruned(args, device)))
+    parser.add_argument("--batches", type=int, default=8, help="number of batches to count loads on")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a batch")
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences")
+    return trained.run(parser, lambda args, device: json.dumps(pruned(args, device)))
 
 
 if __name__ == "__main__":

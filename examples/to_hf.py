@@ -9,12 +9,12 @@ they have not, nothing is written, and the setting is named. A run with --ema wr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import launch
 import trained
+from command_line import Parser
 from launch import say
 from turnout.models.data.tokenizing import FILE
 from turnout.moe.parallel.parallelize import moe_layers
@@ -46,12 +46,11 @@ def tokenizer_of(out: Path) -> PreTrainedTokenizerFast:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="--out of the run")
     parser.add_argument("folder", type=Path, help="where the model goes")
     parser.add_argument("--dropless", action="store_true", help="leave out the capacity: then no token is dropped")
-    args = parser.parse_args()
-    return trained.run(lambda device: convert(args.out, args.folder, device.type, args.dropless))
+    return trained.run(parser, lambda args, device: convert(args.out, args.folder, device.type, args.dropless))
 
 
 if __name__ == "__main__":

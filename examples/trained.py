@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import launch
 import steps
 import torch
+from command_line import Parser
 from options import Job
 from turnout.dispatch import Meshes
 from turnout.models import EMA, ParallelModel, checkpoint
@@ -55,15 +57,20 @@ def newest(out: Path, device_type: str, data: Data = "replicate") -> Trained:
     return Trained(path, job, model, ema)
 
 
-def run(work: Callable[[torch.device], str | None]) -> int:
-    """Call `work` with the device of this rank, print what it returns on rank 0, and return the exit status.
+def run(parser: Parser, work: Callable[[Namespace, torch.device], str | None]) -> int:
+    """Call `work` with the flags and this rank's device, print what it returns on rank 0, and return the exit status.
 
     The status is 1 for wrong flags or files and for NaN, which are said in one sentence.
     """
     logging.basicConfig(format="%(message)s")
+    try:
+        args = parser.parse_args()
+    except ValueError as error:
+        launch.once(str(error))
+        return 1
     with launch.process_group(timedelta(minutes=10)) as device:
         try:
-            answer = work(device)
+            answer = work(args, device)
         except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
             launch.once(str(error))
             return 1
