@@ -30,9 +30,9 @@ def matched(experts: FeedForwardExperts, reference: int, other: int) -> dict[str
         Git Re-Basin, arXiv:2209.04836, section 3.2. Before experts are merged: MC-SMoE, arXiv:2310.01334.
 
     >>> experts = FeedForwardExperts(dim=4, hidden=3, num_experts=2)
-    >>> turned = experts.w_up.detach()[0][:, [2, 0, 1]]
-    >>> for name, p in experts.named_parameters():
-    ...     _ = p.data[1].copy_(turned if name == "w_up" else p.data[0])
+    >>> for name, axis in experts.split_axes().items():  # make the second expert the first one, in another order
+    ...     p = getattr(experts, name).data
+    ...     p[1] = p[0].index_select(axis - 1, torch.tensor([2, 0, 1]))
     >>> torch.equal(matched(experts, reference=0, other=1)["w_up"], experts.w_up[0])
     True
     """
