@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import objective
@@ -214,6 +215,8 @@ class Job:
         for name in ("forced_balance", "fp8"):
             if getattr(self, name) and self.dense:
                 raise ValueError(f"{flag(name)} needs experts: leave out --dense")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: the package tensorboard is not installed: pip install -e '.[train]'")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.ranks and not self.plan:
