@@ -14,6 +14,7 @@ from turnout.moe.autotune.results import Tuned
 
 def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
     shapes = SMALL if small else SHAPES
+    named: dict[str, Callable[[], list[Row]]]
     named = {f"layer {shape}, tuned": partial(tuned, clock, shape) for shape in shapes}
     if has_float8(clock.device):
         named[f"layer {shapes[0]}, fp8, tuned"] = partial(tuned, clock, shapes[0], "fp8")

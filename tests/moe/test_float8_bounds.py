@@ -54,11 +54,8 @@ class Near(NamedTuple):
         return Near(self.value @ other.value, error + self.value.shape[-1] * 2.0**-23 * (self.most @ other.most))
 
     def sum(self, dim: int) -> Near:
-        summed = self.shape_of(dim) * 2.0**-23 * self.most.sum(dim)
+        summed = self.value.shape[dim] * 2.0**-23 * self.most.sum(dim)
         return Near(self.value.sum(dim), self.error.sum(dim) + summed)
-
-    def shape_of(self, dim: int) -> int:
-        return self.value.shape[dim]
 
     def to(self, dtype: torch.dtype) -> Near:
         return Near(self.value, self.error + STEP[dtype] * self.most + SMALLEST[dtype])
