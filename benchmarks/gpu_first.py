@@ -9,7 +9,7 @@ import gpu_checks
 import gpu_floors
 import torch
 from gpu_clock import Clock, Run
-from gpu_layer import SHAPES, SMALL, Shape, kernels
+from gpu_layer import SHAPES, SMALL, Shape, has_float8, kernels
 from gpu_report import Row
 from turnout.cuda import tune
 from turnout.dispatch import Plan, decode
@@ -37,10 +37,6 @@ def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
             named["experts float8"] = partial(experts, device, shape, "fp8")
             named["times of experts, float8"] = partial(times, clock, shape, float8_products)
     return named
-
-
-def has_float8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def experts(device: torch.device, shape: Shape, precision: str | None = None) -> list[Row]:

@@ -38,8 +38,9 @@ class Case:
                 p.normal_(std=0.02)
         self.tflop = 6 * T * k * D * H / 1e12  # of a forward, with three products; a backward has twice as many
 
-    def ours(self, kernel: str | None = None, compiled: bool = False) -> Contender:
-        """Our layer; `kernel` computes its experts, None is the default."""
+    def ours(self, kernel: str | None = None, compiled: bool = False, precision: str | None = None) -> Contender:
+        """Our layer; `kernel` computes its experts, None is the default, in the `precision` of that name."""
+        self.layer.experts.precision = precision
         call: Callable[[Tensor], Tensor] = self.layer
         if compiled:
             torch._dynamo.reset()
@@ -184,12 +185,19 @@ def kernels(device: torch.device) -> tuple[str, ...]:
     return ("torch", "triton") if device.type == "cuda" else ("torch",)
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether experts can multiply in float8 on a device; a CPU emulates it."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def cases(clock: Clock, small: bool, profile: Path | None) -> dict[str, Callable[[], list[Row]]]:
     shapes = SMALL if small else SHAPES
     named = {f"layer {shape}": partial(ours, clock, shape) for shape in shapes}  # on torch's kernels, the default
     named["profile"] = partial(where, clock, shapes[0], profile)
     if "triton" in kernels(clock.device):
         named |= {f"layer {shape}, triton": partial(variant, clock, shape, kernel="triton") for shape in shapes}
+    if has_float8(clock.device):
+        named |= {f"layer {shape}, fp8": partial(variant, clock, shape, precision="fp8") for shape in shapes}
     named |= {f"layer {shape}, {name}": partial(rival, clock, shape, name) for name in PEERS for shape in shapes}
     if small:
         return named

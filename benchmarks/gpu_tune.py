@@ -6,24 +6,31 @@ from collections.abc import Callable
 from functools import partial
 
 from gpu_clock import Clock
-from gpu_layer import SHAPES, SMALL, Case, Shape, judged
+from gpu_layer import SHAPES, SMALL, Case, Shape, has_float8, judged
 from gpu_report import Row
 from turnout.moe.autotune import autotune
 from turnout.moe.autotune.results import Tuned
 
 
 def cases(clock: Clock, small: bool) -> dict[str, Callable[[], list[Row]]]:
-    return {f"layer {shape}, tuned": partial(tuned, clock, shape) for shape in (SMALL if small else SHAPES)}
+    shapes = SMALL if small else SHAPES
+    named: dict[str, Callable[[], list[Row]]]
+    named = {f"layer {shape}, tuned": partial(tuned, clock, shape) for shape in shapes}
+    if has_float8(clock.device):
+        named[f"layer {shapes[0]}, fp8, tuned"] = partial(tuned, clock, shapes[0], "fp8")
+    return named
 
 
-def tuned(clock: Clock, shape: Shape) -> list[Row]:
+def tuned(clock: Clock, shape: Shape, precision: str | None = None) -> list[Row]:
     """Time of the layer with the kernel and tiles that `autotune` chooses, of the dense MLP, and of every tile size."""
     case = Case(clock, *shape)
+    case.layer.experts.precision = precision
     (said,) = autotune(case.layer, shape[0]).experts
     sizes = ", ".join(map(str, shape))
     row: Row = {"T, D, H, E, k": sizes, "what": "autotune", "kernel": said.kernel, "why": said.why}
     row |= {f"fwd+bwd ms, {kernel}": ms for kernel, ms in said.times.items()}
-    timed = case.against({"dense": case.dense, f"layer, {said.kernel}, tuned": partial(case.ours, said.kernel)})
+    ours, name = partial(case.ours, said.kernel, precision=precision), ", ".join(filter(None, [said.kernel, precision]))
+    timed = case.against({"dense": case.dense, f"layer, {name}, tuned": ours})
     return [row, *judged(clock, timed), *tiles(said, shape)]
 
 

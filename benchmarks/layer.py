@@ -40,7 +40,8 @@ from turnout.moe.experts.activation import ACTIVATIONS
 from turnout.moe.experts.feed_forward import FeedForwardExperts
 from turnout.moe.experts.grouped_mm import grouped_mm
 
-SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8)]  # T, D, H, E, k
+# T, D, H, E, k; the last is of the smallest models, in which small operators take longer than products
+SIZES = [(2048, 256, 512, 8, 2), (4096, 512, 1024, 16, 2), (4096, 512, 256, 64, 8), (4096, 32, 128, 32, 2)]
 
 
 def ours(layer: MoE, x: Tensor) -> Tensor:

@@ -133,13 +133,15 @@ def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
     kept = slot >= 0  # one pass on a CPU: `embedding_bag` sums the rows of a bag in order, in float32 or wider
     if bool(kept.all()):
         row, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
+        weight = None if weight is None else weight.flatten()
     else:
         number = kept.sum(1)
         row, start = slot[kept], number.cumsum(0) - number
+        weight = None if weight is None else weight[kept]
     if weight is None:
         return torch.embedding_bag(rows, row, start, mode=0)[0]
     terms = wide(rows)
-    each = weight[kept].to(terms.dtype)
+    each = weight.to(terms.dtype)
     return torch.embedding_bag(terms, row, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
 
 
@@ -171,8 +173,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 def _row_weight(weight: Tensor, slot: Tensor, rows: int) -> Tensor:
     """Weight of each of `rows` rows, 0 in empty rows."""
-    row = slot.remainder(rows + 1).flatten()  # dropped assignments, -1, write to an extra row, which is cut off
-    return weight.new_zeros(rows + 1).scatter(0, row, weight.flatten())[:rows]
+    row = slot.flatten() + 1  # dropped assignments, -1, write to an extra row, which is cut off
+    return weight.new_zeros(rows + 1).scatter(0, row, weight.flatten())[1:]
 
 
 @_encode.register_fake

@@ -1,4 +1,4 @@
-"""Flags of a dataclass, from the command line and from a TOML file (`--config`). The command line has priority."""
+"""Parser of all examples; and flags of a dataclass, from the command line and from a TOML file (`--config`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,35 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import launch
+
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that raises a ValueError, where argparse would print its usage on each rank."""
+    """Parser of a script on many ranks. Its help shows the text `about` and defaults, and rank 0 alone prints it."""
+
+    def __init__(self, about: str | None) -> None:
+        super().__init__(description=about, formatter_class=Help, allow_abbrev=False)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, on rank 0."""
+        if launch.RANK == 0:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error of a wrong command line."""
+        """Raise the error of a wrong command line, where argparse would print its usage on each rank."""
         raise ValueError(f"{message}; --help lists all flags")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that adds a flag's default, unless it says it already or is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, [])
+        return action.help if none or "default" in (action.help or "") else f"{action.help} (default: %(default)s)"
 
 
 def given(
@@ -35,7 +53,7 @@ def given(
     Raises:
         ValueError: an unknown flag or a value of the wrong type, on the command line or in the file.
     """
-    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(about)
     parser.add_argument("--config", type=Path, help="TOML file of these flags, as in micro-batches = 8 (default: none)")
     kinds = get_type_hints(job, include_extras=True)
     for f in fields(job):

@@ -11,13 +11,11 @@ with the flags of the run.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
+import math
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import steps
 import torch
 import torch.distributed as dist
 import trained
+from command_line import Parser
 from launch import say
 from options import Job
 from torch import Tensor
@@ -102,32 +101,26 @@ def one_step(
     optimizer.zero_grad()
     mean = loss.detach()
     dist.all_reduce(mean)
+    if not math.isfinite(mean):
+        raise steps.NonFiniteError(
+            f"step {step + 1}: the loss is NaN or infinite. Nothing is saved: try a smaller --lr"
+        )
     return float(mean) / launch.RANKS
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("teacher", type=Path, help="--out of the run that trained the teacher")
     parser.add_argument("out", type=Path, help="folder for the student")
-    parser.add_argument("--steps", type=int, default=200, help="number of optimizer steps (200)")
-    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step (32)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate (0.004)")
-    parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss (0.25)")
-    parser.add_argument("--until", type=int, default=0, help="number of steps with the teacher's loss; 0: all (0)")
+    parser.add_argument("--steps", type=int, default=200, help="number of optimizer steps")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a step")
+    parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--alpha", type=float, default=0.25, help="share of the teacher in the loss")
+    parser.add_argument("--until", type=int, default=0, help="number of steps with the teacher's loss; 0 takes all")
     parser.add_argument("--fresh", action="store_true", help="let the student begin with random weights")
-    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data (0)")
-    args = parser.parse_args()
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            figures = distil(args, device)
-        except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
-            launch.once(str(error))
-            return 1
-    if launch.RANK == 0:
-        print(json.dumps(figures), flush=True)
-    return 0
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights and of the order of the data")
+    return trained.run(parser, lambda args, device: json.dumps(distil(args, device)))
 
 
 if __name__ == "__main__":

@@ -10,23 +10,28 @@ Python's standard library, or the files of --data. Losses do not depend on the n
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from argparse import Namespace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import corpus
 import launch
 import torch
 import torch.distributed as dist
+from command_line import Parser
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM
-from turnout.models.hf import replace_moe, save_pretrained
 from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from turnout.models.hf import replace_moe, save_pretrained
+except ModuleNotFoundError as error:
+    launch.missing(error, "hf")
 
 # Sizes of a small model. Families have different names for some of them, so each takes the names that it knows.
 SIZES = {
@@ -121,7 +126,7 @@ def evaluate(job: Namespace, model: nn.Module, held_out: Tensor) -> Tensor:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--family", default="mixtral", help="model_type of a model in docs/guides/hf_families.md")
     parser.add_argument("--model", help="folder of a saved model to start from, with bytes as tokens")
     parser.add_argument("--out", default="runs/finetune_hf", help="folder to save the trained model to")
@@ -137,14 +142,24 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def check(job: Namespace) -> None:
+    """Raise a ValueError for numbers or a folder that no model can be trained with."""
+    for name in ("steps", "batch", "accumulate", "seq", "log_every"):
+        if getattr(job, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
+    if job.model and not Path(job.model).is_dir():
+        raise ValueError(f"--model {job.model}: there is no such folder; name the --out of an earlier run")
+
+
 def main() -> int:
-    job = parse()
     try:
+        job = parse()
+        check(job)
         text = corpus.read(corpus.text_files(job.data) if job.data else corpus.standard_library(), job.seq)
         with launch.process_group(timedelta(seconds=300)) as device:
             figures = train(job, text, device)
     except ValueError as error:
-        launch.say(str(error), every_rank=True)
+        launch.once(str(error))
         return 2
     if launch.RANK == 0:
         print(json.dumps({**figures, "losses": figures["losses"][-1:], "saved": job.out}), flush=True)

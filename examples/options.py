@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import objective
@@ -48,7 +49,7 @@ DEFINES_RUN = (
 # These define where and how the model is computed, and for how long. --resume accepts other values, and names them.
 MAY_CHANGE = (
     *("steps", "pp", "cp", "tp", "ep", "etp", "micro_batches", "schedule", "virtual", "data_parallel", "recompute"),
-    *("cp_attention", "bf16", "fp16", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite"),
+    *("cp_attention", "bf16", "fp16", "fp8", "overlap", "wire", "adapt", "place", "lr", "warmup", "on_nonfinite"),
     *("max_skipped", "check_every", "accumulate", "compile", "lr_schedule", "lr_end", "lr_decay"),
 )
 
@@ -115,6 +116,7 @@ class Job:
     forced_balance: Annotated[bool, "send tokens to experts in turn: to measure speed, not to learn"] = False
     bf16: Annotated[bool, "compute in bfloat16"] = False
     fp16: Annotated[bool, "compute in float16 and scale the loss"] = False
+    fp8: Annotated[bool, "multiply tokens and experts in float8, also with --bf16 or --fp16"] = False
     overlap: Annotated[int, "number of chunks of tokens; one travels while the experts compute another"] = 1
     wire: Annotated[str, "number format of tokens that travel between ranks; none keeps the model's"] = ""
     adapt: Annotated[bool, "choose between steps, by measurement, how tokens and experts come together"] = False
@@ -210,8 +212,11 @@ class Job:
                 raise ValueError(f"{flag(name)} must be at most 1.0; got {value}")
         if self.ema >= 1:
             raise ValueError(f"--ema must be below 1; got {self.ema}")
-        if self.forced_balance and self.dense:
-            raise ValueError("--forced-balance needs experts: leave out --dense")
+        for name in ("forced_balance", "fp8"):
+            if getattr(self, name) and self.dense:
+                raise ValueError(f"{flag(name)} needs experts: leave out --dense")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: the package tensorboard is not installed: pip install -e '.[train]'")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.ranks and not self.plan:

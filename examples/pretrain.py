@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,6 @@ import planned
 import sources
 import steps
 import torch
-import torch.distributed as dist
 from board import tensorboard
 from launch import say
 from log import Log, Recent, mean, summary
@@ -40,13 +39,17 @@ from profiling import profiled
 from specialisation import BytesOfExperts
 from spikes import Spikes
 from torch.optim import Optimizer
-from tqdm import tqdm
 from turnout.dispatch import Meshes
 from turnout.models import EMA, ParallelModel, checkpoint, report
 from turnout.models.checkpoint import AsyncCheckpointer, Saved, WriteError
 from turnout.models.data import Prefetcher
 from turnout.moe import Adaptive, GradScaler, ReplicaError, check_replicas
 from watch import Watch
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    launch.missing(error, "train")
 
 # exit statuses: an error in training, wrong flags or files, and the shell's status for SIGTERM
 FAILED, REFUSED, STOPPED = 1, 2, 143
@@ -263,7 +266,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
         "seconds": round(meter.seconds, 1),
         "dropped": mean(step.get("dropped", [])),
         "imbalance": max(step.get("imbalance", []), default=1.0),
-        "ranks": dist.get_world_size(),
+        "ranks": launch.RANKS,
         "mesh": mesh(job),
         "parameters": meter.parameters,
         "active_parameters": meter.active_parameters,
@@ -273,8 +276,7 @@ def figures(job: Job, log: Log, meter: Meter) -> dict[str, Any]:
 def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
-        with redirect_stdout(None) if launch.RANK else nullcontext():  # only rank 0 prints --help
-            job = options.parse(about=__doc__)
+        job = options.parse(about=__doc__)
         job = sources.with_vocabulary(job)
         if job.elastic:
             job = planned.elastic(job, launch.RANKS, launch.RANKS_PER_NODE)
@@ -295,7 +297,7 @@ def main() -> int:
             launch.once(f"{place}: {error}" if place.step else str(error))
             return FAILED if place.step else REFUSED
         except steps.NonFiniteError as error:
-            launch.once(str(error))
+            launch.once(f"{error}. --resume continues from the newest checkpoint")
             return FAILED
         except ReplicaError as error:
             launch.once(f"step {place.step}: {error}")

@@ -9,14 +9,11 @@ pretrain.py --resume trains on, with the flags of the run and --experts.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import steps
 import torch
 import torch.nn.functional as F
 import trained
+from command_line import Parser
 from launch import say
 from torch import Tensor
 from turnout.dispatch import Meshes
@@ -38,6 +36,8 @@ from turnout.moe.upcycling import merge_experts, prune_experts
 
 def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     """Prune or merge the experts, save the model, and return figures."""
+    if launch.RANKS > 1:
+        raise ValueError("experts are dropped on one rank: start prune.py without torchrun")
     found = trained.newest(args.run, device.type)
     job = replace(found.job, batch=args.batch, eval_size=args.eval_size, epochs=10**9, out=str(args.out)).fit(1)
     if job.dense or not job.top_k <= args.experts < job.experts:
@@ -108,27 +108,15 @@ def grouped(gate: Gate, tokens: Tensor, number: int) -> list[list[int]]:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="--out of the run")
     parser.add_argument("out", type=Path, help="folder for the smaller model")
     parser.add_argument("--experts", type=int, required=True, help="number of experts that each layer keeps")
     parser.add_argument("--merge", action="store_true", help="merge the others into those whose router rows are alike")
-    parser.add_argument("--batches", type=int, default=8, help="number of batches to count loads on (8)")
-    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a batch (32)")
-    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences (128)")
-    args = parser.parse_args()
-    if launch.RANKS > 1:
-        launch.once("experts are dropped on one rank: start prune.py without torchrun")
-        return 1
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            figures = pruned(args, device)
-        except (ValueError, checkpoint.CheckpointError, steps.NonFiniteError) as error:
-            launch.once(str(error))
-            return 1
-    print(json.dumps(figures), flush=True)
-    return 0
+    parser.add_argument("--batches", type=int, default=8, help="number of batches to count loads on")
+    parser.add_argument("--batch", type=int, default=32, help="number of sequences in a batch")
+    parser.add_argument("--eval-size", type=int, default=128, help="number of held-out sequences")
+    return trained.run(parser, lambda args, device: json.dumps(pruned(args, device)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from turnout.models.data.text_files import files_in
 from turnout.models.data.tokenizing import FILE, size_of
 
 PATIENCE = timedelta(hours=6)  # that ranks wait while rank 0 prepares text
+MOST_PASSES = 4  # over the held-out text, in one evaluation
 
 
 def paths(job: Job) -> list[tuple[Path, float | None]]:
@@ -167,8 +168,18 @@ class Data:
         return batches
 
     def held_out(self, job: Job, meshes: Meshes) -> Rows:
-        """This rank's held-out rows."""
+        """This rank's held-out rows.
+
+        Raises:
+            DataError: --eval-size reads the held-out text over and over.
+        """
         dp, held_out = meshes.dense["dp"], HeldOut(self.sources, job.seq)
+        there = sum(len(source.held_out) for source, _ in self.sources) // job.seq
+        if job.eval_size > (most := MOST_PASSES * there):
+            raise DataError(
+                f"--eval-size ({job.eval_size:,}) must be at most {most:,}: the held-out text has {there:,} sequences "
+                f"of {job.seq} tokens, and an evaluation may read it {MOST_PASSES} times"
+            )
         return Rows(held_out(job.eval_size, dp.get_local_rank(), dp.size()), held_out.bytes_per_token)
 
     def keep_tokenizer(self, out: Path) -> None:

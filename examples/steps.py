@@ -22,7 +22,8 @@ from turnout.models import EMA, Muon, ParallelModel, muon_groups, next_token_los
 from turnout.models import recompute as recomputing
 from turnout.models.data_parallel import computed_in, reshard
 from turnout.models.loss import IGNORED
-from turnout.moe import GradScaler, load, param_groups, update_expert_biases
+from turnout.moe import GradScaler, MoE, load, param_groups, update_expert_biases
+from turnout.moe.experts.sharded import whole
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:
@@ -49,6 +50,9 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         computed_in(torch.float16, part, meshes.dense.device_type)
     for part in model.parts if job.recompute == "sqrt" else ():
         recomputing(part, "full", every="sqrt")
+    for layer in model.modules() if job.fp8 else ():
+        if isinstance(layer, MoE):
+            layer.experts.precision = "fp8"
     if job.forced_balance:
         force_balance(model)
     return model
@@ -105,20 +109,20 @@ def train(
     norm = model.clip_grad_norm_(max_norm)
     means = torch.stack([x.double().to(targets.device) for x in (losses.task, losses.aux, norm)])
     dist.all_reduce(means)  # NaN or infinity of one rank reaches all of them
-    task, aux, whole = (means / dist.get_world_size()).tolist()
-    wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": whole}
+    task, aux, norm = (means / dist.get_world_size()).tolist()
+    wrong = {"the loss": task, "the balance loss": aux, "the norm of the gradient": norm}
     nonfinite = " and ".join(what for what, value in wrong.items() if not math.isfinite(value))
     spike = None
     if not nonfinite:
         if spikes:
-            spike = spikes.look(task, losses.task, model, scale=min(1.0, max_norm / whole) if whole else 1.0)
+            spike = spikes.look(task, losses.task, model, scale=min(1.0, max_norm / norm) if norm else 1.0)
         scaler.step(optimizer)
     scaler.update()
     update_expert_biases(model)
     optimizer.zero_grad()
     # with a scale below 1 the unscaled gradients overflow: a smaller scale would not help
     overflow = math.isfinite(task + aux) and 1 <= scaler.get_scale() < scale
-    return Step(task, whole, nonfinite, overflow, spike)
+    return Step(task, norm, nonfinite, overflow, spike)
 
 
 class NonFiniteError(ArithmeticError):
@@ -154,14 +158,11 @@ class Skips:
             return
         self.in_a_row += 1
         found = f"step {number}: {step.nonfinite} is NaN or infinite on some rank"
-        remedy = (
-            "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data; --resume continues from the "
-            "newest checkpoint"
-        )
+        remedy = "Nothing was saved since. Try a smaller --lr, a longer --warmup or other data"
         if self.policy == "stop":
-            raise NonFiniteError(f"{found}. {remedy}, and --on-nonfinite skip skips such steps.")
+            raise NonFiniteError(f"{found}. {remedy}; --on-nonfinite skip skips such steps")
         if self.in_a_row >= self.most:
-            raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}.")
+            raise NonFiniteError(f"{found}, as in {self.in_a_row} steps in a row (--max-skipped). {remedy}")
         say(f"{found}; it is skipped. Steps skipped: {self.in_a_row} in a row, {self.total} in all")
 
 
@@ -203,7 +204,7 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
     rows = job.batch // job.accumulate // dp.size()  # as in training, for the same memory
     with ema.applied() if ema else nullcontext(), torch.no_grad():
         for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
-            logits, known = model.parts[0](*x), y != IGNORED
+            logits, known = whole(model.parts[0](*x)), y != IGNORED
             number = known.sum()
             sums += torch.stack([next_token_loss(logits, y) * number, (logits.argmax(-1) == y)[known].sum(), number])
         reshard(model)
@@ -215,8 +216,7 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
 def _finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise NonFiniteError(
-            "the loss of held-out text is NaN or infinite, so the step is not saved. Try a smaller --lr or other data; "
-            "--resume continues from the newest checkpoint."
+            "the loss of held-out text is NaN or infinite, so the model is not saved. Try a smaller --lr or other data"
         )
     return loss
 

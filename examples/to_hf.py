@@ -9,20 +9,21 @@ they have not, nothing is written, and the setting is named. A run with --ema wr
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import launch
 import trained
+from command_line import Parser
 from launch import say
-from transformers import PreTrainedTokenizerFast
-from turnout.models import checkpoint
 from turnout.models.data.tokenizing import FILE
-from turnout.models.hf.gpt_format import byte_tokenizer, to_hf
 from turnout.moe.parallel.parallelize import moe_layers
+
+try:
+    from transformers import PreTrainedTokenizerFast
+    from turnout.models.hf.gpt_format import byte_tokenizer, to_hf
+except ModuleNotFoundError as error:
+    launch.missing(error, "hf")
 
 
 def convert(out: Path, folder: Path, device_type: str, dropless: bool = False) -> None:
@@ -45,19 +46,11 @@ def tokenizer_of(out: Path) -> PreTrainedTokenizerFast:
 
 
 def main() -> int:
-    logging.basicConfig(format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="--out of the run")
     parser.add_argument("folder", type=Path, help="where the model goes")
     parser.add_argument("--dropless", action="store_true", help="leave out the capacity: then no token is dropped")
-    args = parser.parse_args()
-    with launch.process_group(timedelta(minutes=10)) as device:
-        try:
-            convert(args.out, args.folder, device.type, args.dropless)
-        except (ValueError, checkpoint.CheckpointError) as error:
-            launch.once(str(error))
-            return 1
-    return 0
+    return trained.run(parser, lambda args, device: convert(args.out, args.folder, device.type, args.dropless))
 
 
 if __name__ == "__main__":

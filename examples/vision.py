@@ -12,7 +12,6 @@ ranks, except for capacity, which is of a rank's own tokens. docs/guides/vision.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ import schedules
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from command_line import Parser
 from log import Log
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -172,47 +172,52 @@ def accept(job: Namespace, extra: dict) -> None:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help="digits, mnist, a .npz file (images, labels) or a folder with one per class")
-    add("--size", type=int, help="side of images in pixels; needed for a folder, others get a border")
+    add("--size", type=int, help="side that images get, in pixels: those of a folder are resized, others get a border")
     add("--out", default="runs/vision", help="folder of the log and the checkpoints")
     add("--patch", type=int, default=4, help="side of a patch in pixels")
     add("--dim", type=int, default=48, help="width of the first stage")
-    add("--depths", type=int, nargs="+", default=[2, 4], help="blocks of each stage")
-    add("--heads", type=int, nargs="+", default=[2, 4], help="attention heads of each stage")
+    add("--depths", type=int, nargs="+", default=[2, 4], help="number of blocks of each stage")
+    add("--heads", type=int, nargs="+", default=[2, 4], help="number of attention heads of each stage")
     add("--window", type=int, default=4, help="side of an attention window in tokens")
-    add("--experts", type=int, default=8, help="experts of an MoE layer; 0: the dense twin")
-    add("--top-k", type=int, default=1, help="experts that a token picks")
-    add("--moe-stages", type=int, default=2, help="last stages that have MoE layers, in every other block")
-    add("--capacity", type=float, default=1.25, help="capacity factor in training; 0: no limit")
+    add("--experts", type=int, default=8, help="number of experts in an MoE layer; 0 trains the dense twin")
+    add("--top-k", type=int, default=1, help="number of experts that each token is routed to")
+    add("--moe-stages", type=int, default=2, help="number of last stages with an MoE layer in every other block")
+    add("--capacity", type=float, default=1.25, help="capacity factor in training; 0 drops no token")
     add("--capacities", type=float, nargs="*", default=[], help="capacity factors to evaluate with at the end")
     add("--aux-weight", type=float, default=0.01, help="weight of the load-balancing loss")
     add("--drop-path", type=float, default=0.0, help="probability of stochastic depth in the last block")
     add("--smoothing", type=float, default=0.0, help="label smoothing")
     add("--shift", type=int, default=2, help="most pixels that an image is moved by in training")
     add("--steps", type=int, default=400, help="number of optimizer steps")
-    add("--batch", type=int, default=64, help="images in a step, on all ranks together")
+    add("--batch", type=int, default=64, help="number of images in a step, on all ranks together")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--warmup", type=int, default=50, help="steps of linear warm-up; a cosine decay follows")
+    add(
+        "--warmup",
+        type=int,
+        default=50,
+        help="number of steps until the learning rate reaches --lr; a cosine decay follows",
+    )
     add("--weight-decay", type=float, default=0.05, help="weight decay of matrices")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
     add("--seed", type=int, default=0, help="seed of the weights and of the order of the images")
     add("--log-every", type=int, default=50, help="steps between two log lines")
-    add("--eval-every", type=int, default=0, help="steps between two evaluations; 0: at the end alone")
-    add("--save-every", type=int, default=0, help="steps between two checkpoints; 0: at the end alone")
+    add("--eval-every", type=int, default=0, help="steps between two evaluations; 0 evaluates at the end alone")
+    add("--save-every", type=int, default=0, help="steps between two checkpoints; 0 saves at the end alone")
     return parser.parse_args(argv)
 
 
 def main() -> int:
-    job = parse()
     place = launch.Place()
     try:
+        job = parse()
         data = sets.load(job.data, job.size)
         with launch.process_group(timedelta(minutes=5)) as device, Log(Path(job.out) / "log.jsonl", place) as log:
             train(job, data, device, log)
     except (ValueError, checkpoint.CheckpointError) as error:
-        launch.once(f"error: {error}")
+        launch.once(str(error))
         return 1
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ class BERT(nn.Module):
         check_tokens(tokens, self.config, mask)
         x = self.embed(tokens)
         if self.segment is not None:
-            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+            x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
         elif segments is not None:
             raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
         attn_mask = None if mask is None else mask[:, None, None, :]

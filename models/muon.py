@@ -139,11 +139,13 @@ def newton_schulz(x: Tensor) -> Tensor:
     True
     """
     a, b, c = COEFFICIENTS
-    y = x if x.shape[-2] <= x.shape[-1] else x.mT
+    flat = x if x.shape[-2] <= x.shape[-1] else x.mT
+    y = flat.reshape(flat.shape[:-2].numel(), *flat.shape[-2:])
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(STEPS):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+    for _ in range(STEPS):  # `baddbmm` adds while it multiplies, so no sum takes a pass of its own
+        gram = torch.bmm(y, y.mT)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.reshape(flat.shape)
     return y if x.shape[-2] <= x.shape[-1] else y.mT
 
 

@@ -85,9 +85,11 @@ class T5(nn.Module):
         self.encoder_bias = RelativeBias(config, causal=False)
         self.encoder = Blocks(Block(config, index) for index in range(config.layers))
         self.encoder_norm = norm(config)
+        self.encoder_dropout = Dropout(config.dropout)
         self.decoder_bias = RelativeBias(config, causal=True)
         self.decoder = Blocks(Block(config, index, cross=True) for index in range(decoder_layers))
         self.decoder_norm = norm(config)
+        self.decoder_dropout = Dropout(config.dropout)
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(
@@ -118,7 +120,7 @@ class T5(nn.Module):
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], -torch.inf)
         x = self.encoder(self.dropout(self.embed(source)), Context(source, mask, attn_mask=bias))
-        return self.dropout(self.encoder_norm(x))
+        return self.encoder_dropout(self.encoder_norm(x))
 
     def decode(
         self, target: Tensor, memory: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
@@ -134,7 +136,7 @@ class T5(nn.Module):
             memory_mask=memory_mask,
         )
         x = self.decoder(self.dropout(self.embed(target)), context)
-        return F.linear(self.dropout(self.decoder_norm(x)), self.embed.weight)
+        return F.linear(self.decoder_dropout(self.decoder_norm(x)), self.embed.weight)
 
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""

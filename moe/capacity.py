@@ -107,7 +107,7 @@ class Capacity:
 
     def limit(self, top_k: int, tokens: int, num_experts: int, training: bool) -> int | None:
         """Most rows that an expert takes from a rank with `tokens` tokens; None means no limit."""
-        written = self._written[training]
+        written = self._written[int(training)]  # torch 2.11's compiler takes no bool as an index
         return None if written is None else _limit(written, top_k, tokens, num_experts, self.minimum)
 
     def needed(self, load: int, top_k: int, tokens: int, num_experts: int, training: bool) -> int:
@@ -209,7 +209,7 @@ def over_capacity(
     if capacity is None:
         return routing, None, False
     sizes = top_k, len(routing.expert), num_experts, training
-    if capacity.follows_load[training]:
+    if capacity.follows_load[int(training)]:
         load = largest_load(routing.expert, num_experts)
         limit = capacity.needed(load, *sizes)
         return routing if load <= limit else drop_over_capacity(routing, limit, capacity.drop), limit, True

@@ -37,7 +37,7 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
     *("accumulate", "compile", "forced_balance", "optimizer", "lr_schedule", "lr_end", "lr_decay", "ema"),
     *("save_every", "keep", "log_every", "peak_tflops", "profile", "tensorboard", "plan", "ranks", "cluster"),
     *("links", "tokenizer", "epochs", "eod", "join_documents", "mtp_weight", "z_loss"),
-    *("adapt", "place", "watch"),
+    *("adapt", "place", "watch", "fp8"),
 )
 
 

@@ -24,10 +24,14 @@ class Pointwise(NamedTuple):
     Attributes:
         value: function x -> f(x) that returns a new tensor, made of differentiable PyTorch operators.
         backward: function (grad, x) -> grad * f'(x).
+        value_out, backward_out: the same with a last argument ``out=``, to which they write. None, the default, for a
+            function without them.
     """
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    value_out: Callable[..., Tensor] | None = None
+    backward_out: Callable[..., Tensor] | None = None
 
 
 def _clamped_silu(x: Tensor) -> Tensor:
@@ -40,11 +44,19 @@ def _clamped_silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.where(x <= 7.0, grad * sigmoid * (1 + 1.702 * x * (1 - sigmoid)), 0)
 
 
-_GELU = Pointwise(F.gelu, _aten.gelu_backward)
-_GELU_TANH = Pointwise(partial(F.gelu, approximate="tanh"), partial(_aten.gelu_backward, approximate="tanh"))
+def _gelu(approximate: str) -> Pointwise:
+    functions = F.gelu, _aten.gelu_backward, _aten.gelu.out, _backward_out(_aten.gelu_backward.grad_input)
+    return Pointwise(*(partial(function, approximate=approximate) for function in functions))
+
+
+def _backward_out(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda grad, x, out, **options: operator(grad, x, grad_input=out, **options)
+
+
+_GELU, _GELU_TANH = _gelu("none"), _gelu("tanh")
 _RELU = Pointwise(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0))
 _RELU2 = Pointwise(lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x).mul_(2))
-_SILU = Pointwise(F.silu, _aten.silu_backward)
+_SILU = Pointwise(F.silu, _aten.silu_backward, _aten.silu.out, _backward_out(_aten.silu_backward.grad_input))
 _CLAMPED_SILU = Pointwise(_clamped_silu, _clamped_silu_backward)
 _CLAMPED_PLUS_1 = Pointwise(lambda x: x.clamp(-7.0, 7.0) + 1, lambda grad, x: torch.where(x.abs() <= 7.0, grad, 0))
 
@@ -124,10 +136,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, kind, up, gate):
         ctx.kind = kind
         ctx.save_for_backward(up, gate)
-        out = torch.empty_like(up)
-        dtype = torch.promote_types(up.dtype, torch.float32)
+        out, act = torch.empty_like(up), kind.act
         for o, u, g in blocks(out, up, gate):
-            torch.mul(kind.act.value(g.to(dtype)), kind.factor(u.to(dtype)), out=o)
+            if act.value_out is not None and _is_wide(o):  # one pass less over memory than with a tensor between
+                act.value_out(g, out=o).mul_(kind.factor(u))
+            else:
+                torch.mul(act.value(wide(g)), kind.factor(wide(u)), out=o)
         return out
 
     @staticmethod
@@ -136,15 +150,23 @@ class _Gated(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grad):
             plain = lambda up, gate: kind(wide(up), wide(gate)).to(up.dtype)  # noqa: E731
             return None, *differentiated(plain, [up, gate], ctx.needs_input_grad[1:], grad)
-        to_up, to_gate = torch.empty_like(up), torch.empty_like(gate)
+        to_up, to_gate, act = torch.empty_like(up), torch.empty_like(gate), kind.act
         for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
             d, u, g = wide(d), wide(u), wide(g)
+            if kind.on_up is None and act.value_out and act.backward_out and _is_wide(to_u):
+                act.value_out(g, out=to_u).mul_(d)
+                act.backward_out(torch.mul(d, u, out=to_g), g, out=to_g)
+                continue
             if kind.on_up is None:
-                torch.mul(kind.act.value(g), d, out=to_u)
+                torch.mul(act.value(g), d, out=to_u)
             else:
-                to_u.copy_(kind.on_up.backward(kind.act.value(g) * d, u))
-            to_g.copy_(kind.act.backward(d * kind.factor(u), g))
+                to_u.copy_(kind.on_up.backward(act.value(g) * d, u))
+            to_g.copy_(act.backward(d * kind.factor(u), g))
         return None, to_up, to_gate
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)  # others would be rounded twice
 
 
 class _Weighted(torch.autograd.Function):

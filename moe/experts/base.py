@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...dispatch.plan import Tokens
+from ...dispatch.torch_internals import transformed
 from .activation import weighted
 from .four_bit import FourBitMatrix, Matrix
 from .grouped_mm import grouped_mm
@@ -85,7 +86,7 @@ class Experts(nn.Module, ABC):
         """Call `forward` by the rules of `weight_on` and `recompute`."""
         if self._weight_on == "input" and isinstance(rows, Tensor):
             rows, weight = weighted(rows, weight), torch.ones_like(weight)
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled() and not transformed():  # torch.func refuses `checkpoint`
             return checkpoint(super().__call__, rows, weight, counts, use_reentrant=False)  # pyright: ignore
         return super().__call__(rows, weight, counts)
 

@@ -203,6 +203,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor, *_):
+    if transformed(grad):
+        raise NotImplementedError(_refused("batched gradients (is_grads_batched=True, or torch.func.vmap)", ctx.how))
     needs = ctx.needs_input_grad  # of x, weight, ends, token, slot, three matrices, three biases
     wanted = [needs[0], any(needs[5:8]), any(needs[8:11])]
     to_x, to_weight, *others = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, wanted, ctx.how)
@@ -210,4 +212,18 @@ def _backward(ctx, grad: Tensor, *_):
     return tuple(g if need else None for g, need in zip(everything, needs, strict=True))
 
 
+def _keep_how(ctx, inputs, output) -> None:
+    *_, ctx.how = inputs
+
+
+def _backward_twice(ctx, *_):
+    raise NotImplementedError(_refused("second derivatives (create_graph=True)", ctx.how))
+
+
+def _refused(what: str, how: str) -> str:
+    said, instead = ('precision="fp8"', "precision=None") if "fp8" in how else ('kernel="triton"', 'kernel="torch"')
+    return f"{said} has no {what}: set {instead}"
+
+
 _experts.register_autograd(_backward, setup_context=_setup)
+_experts_backward.register_autograd(_backward_twice, setup_context=_keep_how)

@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from ...dispatch.local import LocalDispatcher
 from ...dispatch.reorder import wide
+from ..experts import FeedForwardExperts
 from ..gates import BiasedGate, HierarchicalGate
 from ..layer import MoE
+from .matching import matched
 
 ROWS = {"weight", "bias", "noise_weight", "expert_bias"}  # tensors of gates with a row for each expert
 SHARED = {"projection", "temperature"}  # those of the cosine gate that all experts share
@@ -48,13 +50,15 @@ def prune_experts(layer: MoE, keep: Sequence[int]) -> MoE:
 def merge_experts(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | None = None) -> MoE:
     """Make one expert of each group of experts of a trained layer, in place: the mean of their weights, by load.
 
-    The rows of the router are averaged in the same way. Hidden units are not matched before. Experts that were
-    initialised alike (`upcycle`) are close enough for a mean. Others lose much: compare the loss with that of
-    `prune_experts`, and train on.
+    The rows of the router are averaged in the same way. Before, the hidden units of feed-forward experts are put in the
+    order that is most like those of the first expert of their group (`matching.matched`). Experts made by a factory are
+    averaged as they are. Even matched experts lose much if they were not initialised alike, as by `upcycle`: compare
+    the loss with that of `prune_experts`, and train on.
 
     Args:
         layer: layer on one rank, as for `prune_experts`.
-        groups: ids of the experts of each new expert. Experts in no group are dropped.
+        groups: ids of the experts of each new expert; the hidden units of the first keep their order. Experts in no
+            group are dropped.
         load: tokens of each expert, [E], which weigh the mean. None, the default, weighs them equally, and so does a
             group without any tokens.
 
@@ -66,7 +70,7 @@ def merge_experts(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | No
             unchanged.
 
     References:
-        MC-SMoE, arXiv:2310.01334, which matches hidden units as well.
+        MC-SMoE, arXiv:2310.01334.
 
     >>> layer = MoE(dim=4, hidden=8, num_experts=4, top_k=2)
     >>> expected = (3 * layer.gate.weight[0] + layer.gate.weight[2]) / 4
@@ -75,6 +79,7 @@ def merge_experts(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | No
     True
     """
     _check(layer, groups, load)
+    _match(layer, groups)
     E = layer.num_experts
     load = torch.ones(E) if load is None else load
     shares = []
@@ -101,6 +106,16 @@ def merge_experts(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | No
         layer.gate._load = torch.zeros(len(groups), dtype=torch.int64)
     layer._last, layer._checked = None, set()
     return layer
+
+
+def _match(layer: MoE, groups: Sequence[Sequence[int]]) -> None:
+    """Put the hidden units of all experts of a group into the order of the first one's."""
+    if not isinstance(layer.experts, FeedForwardExperts):
+        return  # nothing is known about the units of a factory's modules
+    for first, *others in groups:
+        for other in others:
+            for name, own in matched(layer.experts, first, other).items():
+                getattr(layer.experts, name)[other] = own
 
 
 def _replace(module: nn.Module, mixed: Callable[[Tensor], Tensor], names: Collection[str]) -> None:

@@ -78,8 +78,11 @@ def test_all_parts_on_a_cpu(tmp_path):
     assert {row["what"] for name, case in results["layer"].items() for row in case["rows"] if "Tutel" in name} == {
         "Tutel"
     }
-    (tuned,) = results["tune"].values()
+    in_float8 = results["layer"]["layer (48, 16, 24, 4, 2), fp8"]["rows"]
+    assert [(row["what"], "error" in row) for row in in_float8] == [("dense", False), ("layer, fp8", False)]
+    tuned, in_float8 = results["tune"].values()
     assert [row["what"] for row in tuned["rows"]] == ["autotune", "dense", "layer, torch, tuned"]
+    assert [row["what"] for row in in_float8["rows"]] == ["autotune", "dense", "layer, torch, fp8, tuned"]
     assert "CUDA devices" in tuned["rows"][0]["why"] or "needs Triton" in tuned["rows"][0]["why"]
     assert "aten::mm" in (tmp_path / "gpu.profile.txt").read_text()
     assert verdicts == [{"case": "checks that passed", "what": len(checks)}]  # times are not judged on a CPU

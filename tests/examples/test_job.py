@@ -115,5 +115,16 @@ def test_half_precision_stays_near(how):
     assert 1e-6 < error < 0.05
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--bf16 --ep 2 --data-parallel zero1", "--fp16 --pp 2 --micro-batches 2 --recompute full", "--data-parallel fsdp"],
+)
+def test_float8_stays_near(flags):
+    seen = run(2, train, f"{flags} --fp8", torch.float32)[0]
+    error = (seen - one_rank()).abs()
+    assert 1e-4 < error[0] < 0.02, "the loss of the same weights"
+    assert error.max() < 0.15
+
+
 def test_capacity_drops():
     run(2, train, "--capacity-factor 0.5")

@@ -123,6 +123,7 @@ def test_no_file():
         ("--lr-decay 0", 1, "--lr-decay must be positive; got 0.0"),
         ("--ema 1", 1, "--ema must be below 1; got 1.0"),
         ("--dense --forced-balance", 1, "--forced-balance needs experts: leave out --dense"),
+        ("--dense --fp8", 1, "--fp8 needs experts: leave out --dense"),
         ("--bf16 --fp16", 1, "--bf16 and --fp16 exclude each other"),
     ],
 )

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import options
 import pytest
+import ranks
 import sources
 from log import read
 from main_job import ROOT, result, run
+from turnout.dispatch import Meshes
 from turnout.models import report
 from turnout.models.data import Source, prepare
 
@@ -90,6 +92,21 @@ def test_flags_that_do_not_fit(folders, text, flags, message):
     given = flags.format(a=folders[0], b=folders[1], text=text).split()
     with pytest.raises(ValueError, match=message):
         sources.with_vocabulary(options.parse(given))
+
+
+def test_an_evaluation_does_not_read_the_held_out_text_over_and_over(tmp_path, text):
+    source = prepare(tmp_path / "text", [text], "bytes")
+    there = len(source.held_out) // 16
+
+    def held_out(size: int) -> int:
+        job = options.parse(["--seq", "16", "--eval-size", str(size)])
+        return len(sources.Data([(source, 1.0)], "").held_out(job, Meshes.of("cpu")).tokens)
+
+    assert ranks.run(1, held_out, 4 * there) == [4 * there]
+    (error,) = ranks.errors(1, held_out, 4 * there + 1)
+    assert error.startswith(
+        f"DataError: --eval-size ({4 * there + 1:,}) must be at most {4 * there:,}: the held-out text"
+    )
 
 
 def test_the_vocabulary_comes_from_the_data(folders):

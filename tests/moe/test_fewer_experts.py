@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from turnout.moe import Gate, MoE, aux_loss
 from turnout.moe.adapters import add_lora, merge_lora, quantize_experts
 from turnout.moe.gates import GATES, CosineGate, TopKGate
 from turnout.moe.upcycling import merge_experts, prune_experts
+from turnout.moe.upcycling.matching import matched
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
 LEARNED = [name for name, kind in GATES.items() if kind.learned and name != "hierarchical"]
@@ -73,8 +76,40 @@ def test_equal_experts_merge_without_a_trace(experts):
     torch.testing.assert_close(new(X), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"experts": "gelu", "bias": True}], ids=["gated", "biases"])
+def test_experts_that_differ_in_the_order_of_their_units_merge_without_a_trace(options):
+    old = layer(TopKGate(16, 4, top_k=4), 4, **options)
+    with torch.no_grad():
+        old.gate.weight[2:] = old.gate.weight[:2]
+        for name, axis in old.experts.split_axes().items():
+            p = getattr(old.experts, name)
+            for expert, order in {2: [3, 0, 7, 1, 2, 6, 5, 4], 3: [1, 2, 3, 4, 5, 6, 7, 0]}.items():
+                p[expert] = (
+                    p[expert - 2] if name == "b_down" else p[expert - 2].index_select(axis - 1, torch.tensor(order))
+                )
+    before = old(X)
+    old.top_k = 2
+    torch.testing.assert_close(merge_experts(old, [[0, 2], [3, 1]])(X), before)
+
+
+def test_units_are_matched_by_the_best_order_of_all():
+    experts = layer(number=2).experts
+    first = {name: p.detach()[0] for name, p in experts.named_parameters()}
+
+    def like_the_first(own: dict[str, torch.Tensor]) -> float:
+        return float(sum((first[name] * own[name]).sum() for name in first))
+
+    own = {name: p.detach()[1] for name, p in experts.named_parameters()}
+    found = like_the_first(matched(experts, 0, 1))
+    orders = torch.tensor([*permutations(range(8))])
+    gain = sum(own[name] @ first[name].T if name == "w_down" else own[name].T @ first[name] for name in first)
+    best = gain[orders, torch.arange(8)].sum(1).max()
+    assert found == pytest.approx(float(best), rel=1e-5)
+    assert found > like_the_first(own) + 0.1
+
+
 def test_a_merged_expert_is_the_mean_by_load():
-    old = layer()
+    old = layer(experts=lambda: nn.Linear(16, 16))  # whose units are not matched
     before = {name: t.clone() for name, t in old.state_dict().items()}
     new = merge_experts(old, [[5], [0, 3], [1, 2]], load=torch.tensor([3, 0, 0, 1, 7, 7]))
     for name, t in new.state_dict().items():

@@ -1,12 +1,12 @@
 """Experts in float8: scales, errors against float64, what becomes of odd rows, training, and what is refused."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layers_in_float8 import D, E, H, drawn, error, exact, layer, step
 from reference import close
 from torch import nn
 from turnout.dispatch import torch_internals
@@ -14,39 +14,6 @@ from turnout.moe import Capacity, MoE, aux_loss
 from turnout.moe.adapters import add_lora, quantize_experts
 from turnout.moe.experts import FeedForwardExperts, float8
 from turnout.moe.experts.triton_path import fused
-
-D, H, E, k = 64, 96, 8, 2
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def layer(dtype=torch.float32, precision="fp8", **options):
-    torch.manual_seed(0)
-    moe = MoE(D, H, E, k, seed=0, balance=0, **options).to(dtype)
-    moe.experts.precision = precision
-    return moe
-
-
-def step(moe, x, grad):
-    """The output, and gradients of x and of the experts' parameters, by name."""
-    x = x.detach().requires_grad_()
-    y = moe(x)
-    inputs = {"x": x, **dict(moe.experts.named_parameters())}
-    return {"y": y} | dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))
-
-
-def exact(moe, x, grad):
-    """The same in float64, for the experts that the layer chose."""
-    moe = copy.deepcopy(moe).double()
-    moe.experts.precision = None
-    return step(moe, x.double(), grad.double())
-
-
-def error(actual, expected):
-    """Norm of the difference as a share of the norm."""
-    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 @given(st.floats(2.0**-118, 2.0**127, width=32))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import close
-from turnout.moe.gates.router import SCORES, _route, _route_backward, plain, plain_backward, route
+from turnout.moe.gates.router import SCORES, _route, _route_backward, highest, plain, plain_backward, route
 
 T, E, K = 9, 7, 3
 
@@ -85,6 +85,14 @@ def test_bias_gets_no_gradient():
     for dtype in (torch.float32, torch.float64):
         route(drawn(T, E, dtype=dtype).requires_grad_(), K, bias=bias)[1].sum().backward()
     assert bias.grad is None
+
+
+def test_the_highest_two_are_distinct_whatever_the_scores():
+    assert torch.equal(highest(drawn(200, 64), 2), drawn(200, 64).topk(2).indices)
+    inf, nan = torch.inf, torch.nan
+    rows = [0, 0, 0], [-inf, -inf, 1], [-inf, -inf, -inf], [inf, 0, inf], [0, nan, 1], [nan, 1, nan], [-inf, nan, -inf]
+    found = highest(torch.tensor(rows), 2).tolist()
+    assert found == [[0, 1], [2, 0], [0, 1], [0, 2], [1, 2], [0, 2], [1, 0]]
 
 
 @pytest.mark.parametrize("bias", [None, drawn(E, seed=1, dtype=torch.float32)])
