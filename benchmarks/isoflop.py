@@ -55,30 +55,32 @@ def main() -> None:
     cells = [(budget, model, width) for budget, widths in BUDGETS.items() for model in MODELS for width in widths]
     flags = {cell: flags_of(cell[1], cell[2], cell[0]) for cell in cells}
     results = Runs(args.out.resolve(), args.workers, JOB)(list(flags.values()))
-    best: dict[str, list[float]] = {model: [] for model in MODELS}
     print("| FLOPs of a run | model | width | active parameters | bytes trained on | bits per byte |")
     print("|---|---|---|---|---|---|")
-    for budget, model, width in cells:
-        found = results[flags[budget, model, width]]
-        trained = found["steps"] * 32 * 128
+    for cell in cells:
+        found = results[flags[cell]]
         print(
-            f"| {budget / 1e12:.1f}e12 | {model} | {width} | {found['active_parameters']:,} | {trained:,} | "
-            f"{found['val_bpb']:.3f} |"
+            f"| {cell[0] / 1e12:.1f}e12 | {cell[1]} | {cell[2]} | {found['active_parameters']:,} | "
+            f"{found['steps'] * 32 * 128:,} | {found['val_bpb']:.3f} |"
         )
-    print("\n| FLOPs of a run | best dense: active parameters | bits | best mixture: active parameters | bits |")
-    print("|---|---|---|---|---|")
+    best: dict[str, list[tuple[float, float]]] = {model: [] for model in MODELS}
     for budget, widths in BUDGETS.items():
-        row = [f"{budget / 1e12:.1f}e12"]
-        for model in MODELS:
-            found = [results[flags[budget, model, width]] for width in widths]
-            active, bits = lowest([r["active_parameters"] for r in found], [r["val_bpb"] for r in found])
-            best[model].append(bits)
-            row += [f"{active:,.0f}", f"{bits:.3f}"]
-        print(f"| {' | '.join(row)} |")
+        for model, found in best.items():
+            runs = [results[flags[budget, model, width]] for width in widths]
+            found.append(lowest([run["active_parameters"] for run in runs], [run["val_bpb"] for run in runs]))
     flops = np.log10(list(BUDGETS))
-    for model, bits in best.items():
-        slope, at = np.polyfit(flops, np.log10(bits), 1)
-        print(f"\n{model}: bits = {10 ** (at + 12 * slope):.3f} x (FLOPs / 1e12) ^ {slope:.4f}")
+    dense, mixture = (np.array([bits for _, bits in found]) for found in best.values())
+    needs = 10 ** (np.interp(-dense, -mixture, flops) - flops)  # between two budgets, over the logarithm of FLOPs
+    print(
+        "\n| best of a budget | dense: active parameters | bits | mixture: active parameters | bits | FLOPs it needs |"
+    )
+    print("|---|---|---|---|---|---|")
+    for budget, *found, share in zip(BUDGETS, *best.values(), needs, strict=True):
+        sizes = " | ".join(f"{active:,.0f} | {bits:.3f}" for active, bits in found)
+        print(f"| {budget / 1e12:.1f}e12 | {sizes} | {share:.2f} |")
+    for model, bits in zip(MODELS, (dense, mixture), strict=True):
+        slope, at = np.polyfit(flops - 12, np.log10(bits), 1)
+        print(f"\n{model}: bits = {10**at:.3f} x (FLOPs / 1e12) ^ {slope:.3f}")
 
 
 if __name__ == "__main__":

@@ -69,36 +69,35 @@ def table(page: str, first: str) -> list[list[str]]:
 
 
 def narrow(path: Path) -> None:
-    """Bits per held-out byte of narrow models: over the steps, and over active parameters for budgets of FLOPs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    """Bits per held-out byte of narrow models: over the steps, over active parameters, and over FLOPs, with fits."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     colors = {"dense": "tab:gray", "mixture": "tab:blue"}
     for name, *cells in table("quality.md", "mean of three seeds"):
         bits = [float(cell) for cell in cells if cell]
         left.plot(range(500, 500 * len(bits) + 1, 500), bits, "o-", color=colors[name.split(",")[0]], ms=4, label=name)
-    left.axhline(bits[-1], color=colors["mixture"], ls=":")
-    left.set(xlabel="step", ylabel="bits per held-out byte, less is better", title="equal active FLOPs")
+    left.set(xlabel="step", ylabel="bits per held-out byte, less is better", title="equal active FLOPs, three seeds")
+    left.legend(frameon=False, fontsize=8)
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for budget, model, _, active, _, bits in table("quality.md", "FLOPs of a run | model"):
-        runs.setdefault((model, budget), []).append((float(active.replace(",", "")), float(bits)))
-    for (model, budget), points in runs.items():
+    for budget, model, _, active, _, bits in table("quality.md", "FLOPs of a run"):
+        runs.setdefault((budget, model), []).append((float(active.replace(",", "")), float(bits)))
+    for (budget, model), points in runs.items():
         active, bits = np.array(points).T
         over = np.geomspace(active.min(), active.max())
-        right.plot(active, bits, "o", color=colors[model], ms=4)
-        right.plot(over, np.polyval(np.polyfit(np.log10(active), bits, 2), np.log10(over)), color=colors[model])
-        if model == "dense":
-            right.annotate(
-                f"{budget} FLOPs",
-                (active[0], bits[0]),
-                fontsize=7,
-                ha="right",
-                xytext=(-4, 0),
-                textcoords="offset points",
-            )
-    right.set(xscale="log", xlabel="active parameters", title="four budgets of FLOPs")
-    for axis in (left, right):
+        middle.plot(active, bits, "o", color=colors[model], ms=4)
+        middle.plot(over, np.polyval(np.polyfit(np.log(active), bits, 2), np.log(over)), color=colors[model])
+        middle.annotate(budget, (active[-1], bits[-1]), fontsize=7, xytext=(3, 0), textcoords="offset points")
+    middle.set(xscale="log", xlabel="active parameters", title="four budgets of FLOPs")
+    budgets = [(float(row[0]), float(row[2]), float(row[4])) for row in table("quality.md", "best of a budget")]
+    flops, *best = np.array(budgets).T
+    for (model, color), bits in zip(colors.items(), best, strict=True):
+        slope, at = np.polyfit(np.log(flops / 1e12), np.log(bits), 1)
+        right.plot(flops, bits, "o", color=color, ms=4)
+        right.plot(flops, np.exp(at + slope * np.log(flops / 1e12)), color=color, label=f"{model}: FLOPs ^ {slope:.3f}")
+    right.set(xscale="log", xlabel="FLOPs of a run", title="best of each budget")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
