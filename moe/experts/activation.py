@@ -15,6 +15,7 @@ from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import transformed
 
 _CACHE = 1 << 19  # elements of a block: a few blocks fit the cache, and the cost of a call (45 us for gelu) is small
+_WIDE = torch.float32, torch.float64  # others would be rounded at every operator
 _aten = torch.ops.aten
 
 
@@ -138,7 +139,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(up, gate)
         out, act = torch.empty_like(up), kind.act
         for o, u, g in blocks(out, up, gate):
-            if act.value_out is not None and _is_wide(o):  # one pass less over memory than with a tensor between
+            if act.value_out and o.dtype in _WIDE:  # one pass less over memory than with a tensor between
                 act.value_out(g, out=o).mul_(kind.factor(u))
             else:
                 torch.mul(act.value(wide(g)), kind.factor(wide(u)), out=o)
@@ -153,7 +154,7 @@ class _Gated(torch.autograd.Function):
         to_up, to_gate, act = torch.empty_like(up), torch.empty_like(gate), kind.act
         for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
             d, u, g = wide(d), wide(u), wide(g)
-            if kind.on_up is None and act.value_out and act.backward_out and _is_wide(to_u):
+            if kind.on_up is None and act.value_out and act.backward_out and to_u.dtype in _WIDE:
                 act.value_out(g, out=to_u).mul_(d)
                 act.backward_out(torch.mul(d, u, out=to_g), g, out=to_g)
                 continue
@@ -163,10 +164,6 @@ class _Gated(torch.autograd.Function):
                 to_u.copy_(kind.on_up.backward(act.value(g) * d, u))
             to_g.copy_(act.backward(d * kind.factor(u), g))
         return None, to_up, to_gate
-
-
-def _is_wide(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64)  # others would be rounded twice
 
 
 class _Weighted(torch.autograd.Function):
