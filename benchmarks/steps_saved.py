@@ -22,11 +22,11 @@ MIXTURE = "--batch 64 --moe-every 2 --experts 64 --steps 1000"
 DENSE = "--batch 64 --dense --steps 2000"
 COMPARED = {
     "dense, 2,000 steps": f"{DENSE} --lr 0.016",
-    "mixture, 1,000 steps": f"{MIXTURE} --lr 0.008",
+    "mixture, 1,000 steps": f"{MIXTURE} --lr 0.016",
+    "mixture, 1,000 steps, lr 0.008": f"{MIXTURE} --lr 0.008",
+    "mixture, 750 steps, lr 0.008": f"{MIXTURE} --lr 0.008 --steps 750",
+    "mixture, 700 steps, lr 0.008": f"{MIXTURE} --lr 0.008 --steps 700",
     "dense, 2,000 steps, lr 0.008": f"{DENSE} --lr 0.008",
-    "dense, 2,000 steps, lr 0.03": f"{DENSE} --lr 0.03",
-    "mixture, 1,000 steps, lr 0.004": f"{MIXTURE} --lr 0.004",
-    "mixture, 1,000 steps, lr 0.016": f"{MIXTURE} --lr 0.016",
 }
 SEARCHED = {
     "every block, 32 experts": "--moe-every 1 --experts 32",

@@ -85,8 +85,11 @@ def narrow(path: Path) -> None:
         over = np.geomspace(active.min(), active.max())
         middle.plot(active, bits, "o", color=colors[model], ms=4)
         middle.plot(over, np.polyval(np.polyfit(np.log(active), bits, 2), np.log(over)), color=colors[model])
-        middle.annotate(budget, (active[-1], bits[-1]), fontsize=7, xytext=(3, 0), textcoords="offset points")
-    middle.set(xscale="log", xlabel="active parameters", title="four budgets of FLOPs")
+        if model == "dense":
+            where = {"xytext": (-5, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+            middle.annotate(f"{budget} FLOPs", (active[0], bits[0]), fontsize=7, **where)
+    middle.set(xscale="log", xlim=(1.6e4, None), xlabel="active parameters", title="four budgets of FLOPs")
+    middle.set_xticks([3e4, 1e5, 3e5], ["30,000", "100,000", "300,000"])
     budgets = [(float(row[0]), float(row[2]), float(row[4])) for row in table("quality.md", "best of a budget")]
     flops, *best = np.array(budgets).T
     for (model, color), bits in zip(colors.items(), best, strict=True):
@@ -94,9 +97,11 @@ def narrow(path: Path) -> None:
         right.plot(flops, bits, "o", color=color, ms=4)
         right.plot(flops, np.exp(at + slope * np.log(flops / 1e12)), color=color, label=f"{model}: FLOPs ^ {slope:.3f}")
     right.set(xscale="log", xlabel="FLOPs of a run", title="best of each budget")
+    right.set_xticks(flops, [f"{each / 1e12:g}e12" for each in flops])
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
+        axis.minorticks_off()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
