@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
     from turnout.models.hf import replace_moe, save_pretrained
 except ModuleNotFoundError as error:
     launch.missing(error, "hf")
@@ -143,10 +143,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def check(job: Namespace) -> None:
-    """Raise a ValueError for numbers or a folder that no model can be trained with."""
+    """Raise a ValueError for numbers, a family or a folder that no model can be trained with."""
     for name in ("steps", "batch", "accumulate", "seq", "log_every"):
         if getattr(job, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
+    if not job.model and job.family not in CONFIG_MAPPING:
+        raise ValueError(f"--family {job.family}: no such family; docs/guides/hf_families.md lists those with experts")
     if job.model and not Path(job.model).is_dir():
         raise ValueError(f"--model {job.model}: there is no such folder; name the --out of an earlier run")
 

@@ -113,7 +113,8 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         recent += loss.detach()
         seconds += time.perf_counter() - start
         done = step + 1
-        if done % job.log_every == 0:
+        saves = done == job.steps or (job.save_every and done % job.save_every == 0)
+        if saves or done % job.log_every == 0:  # no model is saved after a loss that is NaN
             dist.all_reduce(recent)
             mean, logged = float(recent) / ranks / (done - logged), done
             if not math.isfinite(mean):
@@ -127,7 +128,7 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
             right, loss_there = evaluate(job, model, data, device)
             log.write("eval", done, accuracy=right, loss=loss_there)
             launch.say(f"step {done}: {right:.2%} of held-out images are right, loss {loss_there:.4f}")
-        if done == job.steps or (job.save_every and done % job.save_every == 0):
+        if saves:
             extra = {"job": vars(job), "seconds": seconds}
             checkpoint.save(job.out, model, optimizer, done, extra)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...dispatch.reorder import wide
 from ..experts import FeedForwardExperts
-from ..gates.assignment import assign
 
 
 @torch.no_grad()
@@ -44,6 +44,52 @@ def matched(experts: FeedForwardExperts, reference: int, other: int) -> dict[str
             for name, axis in axes.items()
         ]
         both.append(torch.cat(each, dim=1))
-    order = assign(both[1] @ both[0].T).argsort()
+    order = best_order(both[0] @ both[1].T).to(both[0].device)
     own = {name: p.detach()[other] for name, p in experts.named_parameters(recurse=False)}
     return {name: t.index_select(axes[name], order) if name in axes else t for name, t in own.items()}
+
+
+def best_order(gain: Tensor) -> Tensor:
+    """A column for each row, each column once, with the largest possible sum of the numbers there.
+
+    The CPU computes it in float64: seconds for n = 2048.
+
+    Args:
+        gain: numbers [n, n]. NaN and infinite ones count as 0.
+
+    Returns:
+        Columns int64 [n], on the CPU.
+
+    References:
+        Shortest augmenting paths: Jonker and Volgenant 1987, Computing 38.
+
+    >>> best_order(torch.tensor([[3.0, 2.0], [2.0, 0.0]])).tolist()
+    [1, 0]
+    """
+    cost = -gain.double().cpu().nan_to_num(0, 0, 0).numpy()
+    n = len(cost)
+    # Prices of rows and columns: no cost is below the sum of its two prices, and a row pays just that for its column.
+    of_column = cost.min(0, initial=np.inf)
+    of_row = (cost - of_column).min(1, initial=np.inf)
+    row_of, column_of = np.full(n, -1), np.full(n, -1)
+    for start in range(n):
+        # Dijkstra's search for the cheapest path from this row to a free column. On it, rows exchange their columns.
+        open_columns, distance, before = np.ones(n, bool), np.full(n, np.inf), np.full(n, -1)
+        row, walked = start, 0.0
+        while True:
+            through = walked + (cost[row] - of_row[row] - of_column)
+            nearer = open_columns & (through < distance)
+            distance[nearer], before[nearer] = through[nearer], row
+            column = int(np.where(open_columns, distance, np.inf).argmin())
+            walked, row = distance[column], row_of[column]
+            if row < 0:
+                break
+            open_columns[column] = False
+        passed = ~open_columns
+        of_row[start] += walked
+        of_row[row_of[passed]] += walked - distance[passed]
+        of_column[passed] -= walked - distance[passed]
+        while row != start:
+            row = row_of[column] = before[column]
+            column_of[row], column = column, column_of[row]
+    return torch.from_numpy(column_of)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import assignments
 from turnout.dispatch import Plan
 from turnout.dispatch.plan import _plan, load
+from turnout.dispatch.reorder import encode_weight
 from turnout.dispatch.row_blocks import invert, reorder
 
 
@@ -38,6 +39,14 @@ def test_ragged_plan(case):
     assert plan.token.dtype == plan.slot.dtype == plan.counts.dtype == torch.int64
     assert plan.capacity is None
     check_inverse(plan)
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_results_are_aligned_as_compiled_code_takes_them_to_be(capacity):
+    plan = Plan.of(torch.tensor([[1, 0], [1, -1], [0, 1]]), 2, capacity)
+    results = {name: getattr(plan, name) for name in ("token", "slot", "counts")}
+    results["weight"] = encode_weight(torch.ones(3, 2), plan)
+    assert {name: t.data_ptr() % 16 for name, t in results.items()} == dict.fromkeys(results, 0)
 
 
 @given(assignments(), st.integers(0, 3))

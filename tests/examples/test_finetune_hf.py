@@ -25,3 +25,8 @@ def test_families_build_small(family):
     model = finetune_hf.build(finetune_hf.parse(["--family", family]))
     assert sum(p.numel() for p in model.parameters()) < 1e6
     assert type(model).__name__.endswith("ForCausalLM")
+
+
+def test_an_unknown_family_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"--family mixtrall: no such family; .*hf_families.md lists"):
+        finetune_hf.check(finetune_hf.parse(["--family", "mixtrall"]))

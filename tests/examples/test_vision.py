@@ -62,7 +62,10 @@ def test_two_ranks_learn_as_one_and_a_run_goes_on(squares, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(("--log-every", "0"), "--log-every must be positive"), (("--lr", "1e30"), "step 4: the loss is NaN or infinite")],
+    [
+        (("--log-every", "0"), "--log-every must be positive"),
+        (("--lr", "1e30", "--log-every", "50"), "step 4: the loss is NaN or infinite"),  # which no log line would show
+    ],
 )
 def test_wrong_numbers_and_a_loss_that_is_not_finite_end_the_job(flags, words, squares, tmp_path):
     flags = ("--data", squares, "--out", str(tmp_path), "--experts", "0", "--steps", "4", *flags)

@@ -10,8 +10,9 @@ from torch import nn
 from turnout.moe import Gate, MoE, aux_loss
 from turnout.moe.adapters import add_lora, merge_lora, quantize_experts
 from turnout.moe.gates import GATES, CosineGate, TopKGate
+from turnout.moe.gates.assignment import assign
 from turnout.moe.upcycling import merge_experts, prune_experts
-from turnout.moe.upcycling.matching import matched
+from turnout.moe.upcycling.matching import best_order, matched
 
 X = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
 LEARNED = [name for name, kind in GATES.items() if kind.learned and name != "hierarchical"]
@@ -106,6 +107,22 @@ def test_units_are_matched_by_the_best_order_of_all():
     best = gain[orders, torch.arange(8)].sum(1).max()
     assert found == pytest.approx(float(best), rel=1e-5)
     assert found > like_the_first(own) + 0.1
+
+
+@pytest.mark.parametrize("drawn", [torch.randn, lambda n, m, generator: torch.randint(3, (n, m), generator=generator)])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 60])
+def test_the_best_order_is_the_exact_assignment(drawn, n):
+    gain = drawn(n, n, generator=torch.Generator().manual_seed(n)).double()
+    row, column = torch.arange(n), best_order(gain)
+    assert torch.equal(column.sort().values, row)
+    exact = assign(gain) if n else column  # of tokens to experts, each of which takes one
+    assert float(gain[row, column].sum()) == pytest.approx(float(gain[row, exact].sum()), abs=1e-6)
+
+
+def test_weights_that_are_not_finite_have_an_order_as_well():
+    gain = torch.full((3, 3), torch.nan)
+    gain[0, 1], gain[1, 1] = 2.0, torch.inf
+    assert int(best_order(gain)[0]) == 1
 
 
 def test_a_merged_expert_is_the_mean_by_load():
