@@ -11,7 +11,6 @@ from cases import close, whole
 from ranks import errors, run
 from turnout.dispatch import Meshes
 from turnout.models import (
-    BERT,
     GPT,
     T5,
     BERTConfig,
@@ -22,7 +21,6 @@ from turnout.models import (
     data_parallel,
     next_token_loss,
     parallel_model,
-    tensor_parallel,
 )
 from turnout.models.ring import Ring
 from turnout.moe import Balance, aux_loss, parallelize
@@ -50,8 +48,6 @@ def refused(what: str) -> None:
         context_parallel(T5(T5Config()), split)
     elif what == "BERT":
         parallel_model(BERTConfig(), meshes)
-    elif what == "BERT, tp":
-        tensor_parallel(BERT(BERTConfig()), meshes.dense["tp"])
     else:
         data_parallel(torch.nn.Linear(2, 2), meshes)
 
@@ -71,9 +67,8 @@ def refused(what: str) -> None:
             "ValueError: sequences of 7 tokens do not split into 2 parts for cp=2 ranks; pad or cut them",
         ),
         ("forgotten", "ValueError: cp > 1, but sequences are not split: every cp rank would send all tokens; call"),
-        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave pp, cp and tp at 1, where"),
-        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave pp, cp and tp at 1, where"),
-        ("BERT, tp", "TypeError: tensor parallelism splits a GPT; got BERT: leave pp, cp and tp at 1, where"),
+        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave pp and cp at 1, where"),
+        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave pp and cp at 1, where"),
         ("another, dp", "TypeError: data_parallel shards a GPT, BERT or T5; got Linear: use fully_shard of FSDP2"),
     ],
 )
