@@ -27,10 +27,9 @@ def load(expert: Tensor, num_experts: int) -> Tensor:
     >>> load(torch.tensor([[0, 2], [2, -1], [2, 0]]), num_experts=4).tolist()
     [2, 0, 3, 0]
     """
-    flat = expert.flatten()
     # Dropped assignments, -1, are counted in an extra bin. It is the last one, so that the result starts its storage:
-    # compiled code takes results of operators to be aligned.
-    bins = torch.where(flat < 0, num_experts, flat)
+    # compiled code takes results of operators to be aligned. A remainder is one launch.
+    bins = expert.flatten().remainder(num_experts + 1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=bins.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts]
 

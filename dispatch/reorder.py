@@ -173,7 +173,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 def _row_weight(weight: Tensor, slot: Tensor, rows: int) -> Tensor:
     """Weight of each of `rows` rows, 0 in empty rows."""
-    row = torch.where(slot < 0, rows, slot).flatten()  # dropped assignments write to an extra row, which is cut off
+    row = slot.remainder(rows + 1).flatten()  # dropped assignments, -1, write to an extra row, which is cut off
     return weight.new_zeros(rows + 1).scatter(0, row, weight.flatten())[:rows]
 
 
