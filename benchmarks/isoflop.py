@@ -19,6 +19,7 @@ import torch
 from quality import ROOT, Runs
 
 sys.path.insert(0, str(ROOT / "examples"))
+import objective
 import options
 
 CONFIG = "examples/configs/quick.toml"
@@ -35,7 +36,7 @@ def flags_of(model: str, width: int, budget: float) -> str:
     sizes = f"{MODELS[model]} --dim {width} --heads {HEADS[width]} --hidden {4 * width}"
     job = options.parse([*JOB.split(), *sizes.split()])
     with torch.device("meta"):
-        flops = options.objective.built(job.config()).flops_per_token()
+        flops = objective.built(job.config()).flops_per_token()
     return f"{sizes} --steps {round(budget / (flops * job.batch * job.seq))}"
 
 

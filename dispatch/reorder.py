@@ -131,17 +131,15 @@ def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
     if rows.device.type != "cpu" or not len(rows):
         return _sum_of_terms(rows, slot, weight)
     kept = slot >= 0  # one pass on a CPU: `embedding_bag` sums the rows of a bag in order, in float32 or wider
-    if bool(kept.all()):
+    if everything := bool(kept.all()):
         row, start = slot.flatten(), torch.arange(0, slot.numel(), slot.shape[1])
-        weight = None if weight is None else weight.flatten()
     else:
         number = kept.sum(1)
         row, start = slot[kept], number.cumsum(0) - number
-        weight = None if weight is None else weight[kept]
     if weight is None:
         return torch.embedding_bag(rows, row, start, mode=0)[0]
     terms = wide(rows)
-    each = weight.to(terms.dtype)
+    each = (weight.flatten() if everything else weight[kept]).to(terms.dtype)
     return torch.embedding_bag(terms, row, start, mode=0, per_sample_weights=each)[0].to(rows.dtype)
 
 

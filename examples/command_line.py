@@ -15,6 +15,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def at_least(number: int, flags: argparse.Namespace, *names: str) -> None:
+    """Raise a ValueError for the first of the named flags that is below 0 or 1, the `number`."""
+    for name in names:
+        if (value := getattr(flags, name)) < number:
+            raise ValueError(f"{flag(name)} must be {'positive' if number else '0 or more'}; got {value}")
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of a script on many ranks. Its help shows the text `about` and defaults, and rank 0 alone prints it."""
 

@@ -21,7 +21,7 @@ import corpus
 import launch
 import torch
 import torch.distributed as dist
-from command_line import Parser
+from command_line import Parser, at_least
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
@@ -144,9 +144,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def check(job: Namespace) -> None:
     """Raise a ValueError for numbers, a family or a folder that no model can be trained with."""
-    for name in ("steps", "batch", "accumulate", "seq", "log_every"):
-        if getattr(job, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
+    at_least(1, job, "steps", "batch", "accumulate", "seq", "log_every")
     if not job.model and job.family not in CONFIG_MAPPING:
         raise ValueError(f"--family {job.family}: no such family; docs/guides/hf_families.md lists those with experts")
     if job.model and not Path(job.model).is_dir():

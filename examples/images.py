@@ -42,7 +42,7 @@ def load(data: str, size: int | None = None, share: float = 0.2) -> Images:
         try:
             images, labels = _packaged(data)
         except ModuleNotFoundError as error:
-            raise ValueError(f"--data {data}: {launch.needs(error, 'vision')}") from None
+            raise ValueError(f"--data {data}: {launch.needs(error.name, 'vision')}") from None
     elif Path(data).is_dir():
         images, labels = _folder(Path(data), size)
     elif Path(data).is_file():
@@ -77,7 +77,7 @@ def _folder(folder: Path, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
-        raise ValueError(f"{folder}: {launch.needs(error, 'vision')}") from None
+        raise ValueError(f"{folder}: {launch.needs(error.name, 'vision')}") from None
 
     if size is None:
         raise ValueError(f"images of the folder {folder} are resized: give their side in pixels by --size")

@@ -131,13 +131,13 @@ def say(text: str, every_rank: bool = False) -> None:
 
 def missing(error: ModuleNotFoundError, extra: str) -> NoReturn:
     """End this rank, with status 2, for a package that is not installed. One rank says which extra brings it."""
-    once(needs(error, extra))
+    once(needs(error.name, extra))
     sys.exit(2)
 
 
-def needs(error: ModuleNotFoundError, extra: str) -> str:
-    """Sentence that says which extra brings the package that is not installed."""
-    return f"the package {error.name} is not installed: pip install -e '.[{extra}]'"
+def needs(package: str | None, extra: str) -> str:
+    """Sentence that says which extra brings a package that is not installed."""
+    return f"the package {package} is not installed: pip install -e '.[{extra}]'"
 
 
 def once(text: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Annotated, Any
 
+import launch
 import objective
 import torch
 from command_line import divides, flag, given
@@ -216,7 +217,7 @@ class Job:
             if getattr(self, name) and self.dense:
                 raise ValueError(f"{flag(name)} needs experts: leave out --dense")
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard: the package tensorboard is not installed: pip install -e '.[train]'")
+            raise ValueError(f"--tensorboard: {launch.needs('tensorboard', 'train')}")
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 exclude each other; give one of them")
         if self.ranks and not self.plan:

@@ -23,7 +23,7 @@ import steps
 import torch
 import torch.nn.functional as F
 import trained
-from command_line import Parser
+from command_line import Parser, at_least
 from launch import say
 from torch import Tensor
 from turnout.dispatch import Meshes
@@ -42,8 +42,7 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
     job = replace(found.job, batch=args.batch, eval_size=args.eval_size, epochs=10**9, out=str(args.out)).fit(1)
     if job.dense or not job.top_k <= args.experts < job.experts:
         raise ValueError(f"--experts ({args.experts}) must be from {job.top_k}, --top-k, to {job.experts - 1}")
-    if args.batches < 1:
-        raise ValueError(f"--batches must be positive; got {args.batches}")
+    at_least(1, args, "batches")
     if checkpoint.newest(args.out):
         raise ValueError(f"{args.out} holds a checkpoint: name another folder")
     data = sources.Data.open(job)

@@ -22,8 +22,9 @@ from turnout.models import EMA, Muon, ParallelModel, muon_groups, next_token_los
 from turnout.models import recompute as recomputing
 from turnout.models.data_parallel import computed_in, reshard
 from turnout.models.loss import IGNORED
-from turnout.moe import GradScaler, MoE, load, param_groups, update_expert_biases
+from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 from turnout.moe.experts.sharded import whole
+from turnout.moe.parallel.parallelize import moe_layers
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:
@@ -50,9 +51,8 @@ def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> Paral
         computed_in(torch.float16, part, meshes.dense.device_type)
     for part in model.parts if job.recompute == "sqrt" else ():
         recomputing(part, "full", every="sqrt")
-    for layer in model.modules() if job.fp8 else ():
-        if isinstance(layer, MoE):
-            layer.experts.precision = "fp8"
+    for layer in moe_layers(model).values() if job.fp8 else ():
+        layer.experts.precision = "fp8"
     if job.forced_balance:
         force_balance(model)
     return model

@@ -25,7 +25,7 @@ import schedules
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from command_line import Parser
+from command_line import Parser, at_least
 from log import Log
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -71,12 +71,8 @@ def build(job: Namespace, data: sets.Images) -> Swin:
 
 def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name in ("steps", "batch", "log_every"):
-        if getattr(job, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(job, name)}")
-    for name in ("experts", "shift", "warmup", "eval_every", "save_every"):
-        if getattr(job, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more; got {getattr(job, name)}")
+    at_least(1, job, "steps", "batch", "log_every")
+    at_least(0, job, "experts", "shift", "warmup", "eval_every", "save_every")
     capacities = [Capacity(factor, drop="priority") for factor in job.capacities]
     if job.batch % ranks:
         raise ValueError(f"--batch ({job.batch}) must be a multiple of the {ranks} ranks")
@@ -176,7 +172,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="mnist", help="digits, mnist, a .npz file (images, labels) or a folder with one per class")
-    add("--size", type=int, help="side that images get, in pixels: those of a folder are resized, others get a border")
+    add("--size", type=int, help="side of images in pixels: images of a folder are resized to it, others get a border")
     add("--out", default="runs/vision", help="folder of the log and the checkpoints")
     add("--patch", type=int, default=4, help="side of a patch in pixels")
     add("--dim", type=int, default=48, help="width of the first stage")

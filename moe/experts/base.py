@@ -74,7 +74,7 @@ class Experts(nn.Module, ABC):
         if precision is not None:
             raise ValueError(
                 f"{type(self).__name__} has no precision={precision!r}, which FeedForwardExperts alone have, such as "
-                'those of MoE(experts="swiglu"): leave precision at None'
+                'the experts of MoE(experts="swiglu"): leave precision at None'
             )
 
     @property

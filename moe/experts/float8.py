@@ -105,9 +105,8 @@ def up(
     ]
     hidden = (ACTIVATIONS[activation](*map(wide, before)) * weight.unsqueeze(1)).to(x.dtype)
     saved = before if save else []
-    saved += [
-        hidden.new_empty(0, hidden.shape[1]) for _ in range(2 - len(saved))
-    ]  # an operator returns no tensor twice
+    # an operator returns no tensor twice
+    saved += [hidden.new_empty(0, hidden.shape[1]) for _ in range(2 - len(saved))]
     return hidden, saved[0], saved[1]
 
 

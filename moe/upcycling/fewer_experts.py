@@ -51,7 +51,7 @@ def merge_experts(layer: MoE, groups: Sequence[Sequence[int]], load: Tensor | No
     """Make one expert of each group of experts of a trained layer, in place: the mean of their weights, by load.
 
     The rows of the router are averaged in the same way. Before, the hidden units of feed-forward experts are put in the
-    order that is most like those of the first expert of their group (`matching.matched`). Experts made by a factory are
+    order that is most like the first expert's of their group (`matching.matched`). Experts made by a factory are
     averaged as they are. Even matched experts lose much if they were not initialised alike, as by `upcycle`: compare
     the loss with that of `prune_experts`, and train on.
 

@@ -1,4 +1,4 @@
-"""Matching of hidden units: the order in which the units of one expert are most like those of another."""
+"""Matching of hidden units: the order in which the units of one expert are most like the units of another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matched(experts: FeedForwardExperts, reference: int, other: int) -> dict[str
         other: id of the expert whose units are ordered.
 
     Returns:
-        For each parameter of `experts`, that of `other`: [D, H], [H, D], [H] or [D].
+        Every parameter of the expert `other`: [D, H], [H, D], [H] or [D].
 
     References:
         Git Re-Basin, arXiv:2209.04836, section 3.2. Before experts are merged: MC-SMoE, arXiv:2310.01334.
