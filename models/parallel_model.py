@@ -64,8 +64,8 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: sizes of the whole model. Pipeline stages and "cp" split a GPT alone. All other axes are for a BERT or
-            T5 as well.
+        config: sizes of the whole model. Pipeline stages split a GPT alone. All other axes are for a BERT or T5 as
+            well.
         meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
         layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
             recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
@@ -89,7 +89,7 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
-        TypeError: a config of another model, or one of BERT or T5 with pp or cp above 1, or with `layout`.
+        TypeError: a config of another model, or one of BERT or T5 with pp above 1, or with `layout`.
     """
     whole: Any = config  # of a GPT, wherever it is split
     if layout is not None:
@@ -104,7 +104,7 @@ def parallel_model(
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
-    if not isinstance(config, BERTConfig | T5Config) or max(pp.size(), meshes.dense[axes.CP].size()) > 1:
+    if not isinstance(config, BERTConfig | T5Config) or pp.size() > 1:
         check_gpt(config, "parallel_model")
     split = SequenceSplit.of(whole, meshes, cp_attention)
     stages = Stages.of(whole, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
@@ -112,8 +112,7 @@ def parallel_model(
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         tensor_parallel(part, tp)
-        if isinstance(part, GPT):
-            context_parallel(part, split)
+        context_parallel(part, split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
         stacks = [part.encoder, part.decoder] if isinstance(part, T5) else [part.blocks]
