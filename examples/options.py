@@ -176,7 +176,9 @@ class Job:
         try:
             attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
         except ValueError as error:
-            raise ValueError(f"{error}{'' if self.eod < 0 else '. --join-documents leaves out documents'}") from None
+            of_documents = self.eod >= 0 and self.objective == "clm"  # other models cross the boundaries of documents
+            hint = ". --join-documents leaves out documents" if of_documents else ""
+            raise ValueError(f"{error}{hint}") from None
         parts = 2 * split if self.cp > 1 and attention == "ring" else split
         divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {

@@ -204,11 +204,11 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
     rows = job.batch // job.accumulate // dp.size()  # as in training, for the same memory
     with ema.applied() if ema else nullcontext(), torch.no_grad():
         for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
-            logits, known = whole(model.parts[0](*x)), y != IGNORED
-            number = known.sum()
-            sums += torch.stack([next_token_loss(logits, y) * number, (logits.argmax(-1) == y)[known].sum(), number])
+            logits, own = whole(model.parts[0](*x)), model.split.own(y)
+            known, total = own != IGNORED, next_token_loss(logits, own, positions=1)  # a part may have no target
+            sums += torch.stack([total, (logits.argmax(-1) == own)[known].sum(), known.sum()])
         reshard(model)
-    dist.all_reduce(sums, group=dp.get_group())
+    dist.all_reduce(sums, group=model.meshes.replicas.get_group())
     nats, right, number = sums.tolist()
     return {"loss": _finite(nats / number), "accuracy": right / number}
 

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from cases import close, whole
-from ranks import errors, run
+from ranks import run
 from test_tensor_parallel_encoders import build
-from torch import Tensor, nn
+from torch import Tensor
 from turnout.dispatch import Meshes
 from turnout.models import (
     BERT,
     T5,
     BERTConfig,
-    GPTConfig,
     ParallelModel,
     SequenceSplit,
     T5Config,
@@ -29,7 +28,7 @@ from turnout.models import (
 )
 from turnout.models.blocks import Attention, Block
 from turnout.models.context_parallel import Ulysses
-from turnout.moe import Balance, aux_loss, param_groups, parallelize
+from turnout.moe import Balance, aux_loss, parallelize, param_groups
 from turnout.moe.parallel.parallelize import moe_layers
 
 
@@ -137,3 +136,42 @@ def test_split_sequences_train_as_on_one_rank(kind, name):
     case = CASES[name]
     data_ranks = 2 if name.startswith("dp2") else 1
     run(case.ranks, of_many, kind, case, *of_one(kind, case, data_ranks))
+
+
+def dropped() -> list[Tensor]:
+    model = context_parallel(build("t5", dropout=0.4), SequenceSplit.of(build("t5").config, Meshes.of("cpu", cp=2)))
+    seen = []
+    for part in (model.dropout, model.encoder_dropout, model.decoder_dropout):
+        part.register_forward_hook(lambda *call: seen.append(call[-1] == 0))
+    source, target = batch("t5", padded=False)[0]
+    torch.manual_seed(7)
+    model(source, target)
+    return seen
+
+
+def test_ranks_drop_different_elements_of_their_part_of_source_and_target():
+    first, second = run(2, dropped)
+    assert [tuple(each.shape) for each in first] == [(4, 4, 16), (4, 4, 16), (4, 2, 16), (4, 2, 16)]
+    for one, two in zip(first, second, strict=True):
+        assert all(0.2 < each.double().mean() < 0.6 for each in (one, two))
+        assert not torch.equal(one, two)
+
+
+def in_bf16(kind: str, cp: int, data: str) -> tuple[float, Tensor]:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "seq_len": 8, "norm": "layer"}
+    config = BERTConfig(**sizes) if kind == "bert" else T5Config(**sizes)
+    model = parallel_model(config, Meshes.of("cpu", cp=cp), data=data, bf16=True)
+    inputs, targets = batch(kind, padded=True)
+    loss = model.step(inputs if kind == "t5" else inputs[:2], targets).task
+    block = model.parts[0].blocks[0] if kind == "bert" else model.parts[0].decoder[0]
+    return float(loss), whole((block.cross or block.attention).query.weight.grad)
+
+
+@pytest.mark.parametrize("data", ["replicate", "fsdp"])
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_bf16_agrees_with_one_rank(kind, data):
+    ((loss, gradient),) = run(1, in_bf16, kind, 1, data)
+    for found, again in run(2, in_bf16, kind, 2, data):
+        assert found == pytest.approx(loss, abs=1e-4)
+        assert (again - gradient).norm() < 0.02 * gradient.norm()
