@@ -99,20 +99,22 @@ def attention_of(config: GPTConfig | BERTConfig | T5Config, cp: int, tp: int, ho
     heads, kv_heads = config.heads // tp, max(1, (config.kv_heads or config.heads) // tp)
     shared = kv_heads * (cp // gcd(cp, kv_heads))  # heads of keys and values after each is repeated for its ranks
     splits = heads % cp == 0 and heads % shared == 0
+    causal = isinstance(config, GPTConfig)
     if how is None:
-        how = "ulysses" if splits or not isinstance(config, GPTConfig) else "ring"
-    if how == "ulysses" and not splits:
-        ring = "ring attention, or " if isinstance(config, GPTConfig) else ""
+        how = "ulysses" if splits or not causal else "ring"
+    if how == "ulysses":
+        if splits:
+            return how
         raise ValueError(
             f"Ulysses: heads={config.heads} with kv_heads={config.kv_heads or config.heads} do not split over cp={cp} "
-            f"x tp={tp} ranks; use {ring}a cp that divides heads / tp"
+            f"x tp={tp} ranks; use {'ring attention, or ' if causal else ''}a cp that divides heads / tp"
         )
-    if how == "ring" and not isinstance(config, GPTConfig):
+    if not causal:
         raise ValueError(
             f"ring attention is causal and for a GPT alone; got {type(config).__name__}: use Ulysses, for which "
             f"heads={config.heads} must split over cp={cp} x tp={tp} ranks"
         )
-    if how == "ring" and (config.dropout or config.windows or config.eod is not None):
+    if config.dropout or config.windows or config.eod is not None:
         raise ValueError(
             f"ring attention has no dropout, windows or documents; got dropout={config.dropout}, "
             f"windows={config.windows}, eod={config.eod}: leave them out, or use Ulysses, for which "

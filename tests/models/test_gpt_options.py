@@ -200,7 +200,7 @@ def test_flops_of_further_tokens_are_counted():
 
 @pytest.mark.parametrize("config", [BERTConfig(), T5Config()], ids=["bert", "t5"])
 def test_a_pipeline_of_others_is_refused(config):
-    message = f"a pipeline splits a GPT; got {type(config).__name__}: leave pp and cp at 1, where"
+    message = f"a pipeline splits a GPT; got {type(config).__name__}: leave pp at 1, where"
     with pytest.raises(TypeError, match=message):
         Stages.of(config, "1f1b", 1)
 
