@@ -38,7 +38,7 @@ class Case:
 
     ranks: int
     axes: dict[str, int]
-    padded: bool = True
+    longest: float | None = 1.0  # of the sequences without their padding, as a share; None: no masks
     over: str | None = "sequence"  # tokens of a balance loss; None: a dense model
     data: str = "replicate"
     recompute: str = "none"
@@ -67,10 +67,10 @@ class Case:
 
 CASES = {
     "cp2 tp2 ep4": Case(4, {"cp": 2, "tp": 2, "ep": 4}, options={"qk_norm": True, "attention_bias": True}),
-    "cp2": Case(2, {"cp": 2}, padded=False, over="local", options={"moe_every": 1}),
+    "cp2": Case(2, {"cp": 2}, longest=None, over="local", options={"moe_every": 1}),
     "dp2 cp2 ep2 fsdp": Case(4, {"cp": 2, "ep": 2}, over="global", data="fsdp"),
     "cp2 ep2 zero2": Case(2, {"cp": 2, "ep": 2}, over="local", data="zero2", recompute="full"),
-    "cp4 few kv heads": Case(4, {"cp": 4, "ep": 2}, recompute="selective", options={"kv_heads": 1}),
+    "cp4 few kv heads": Case(4, {"cp": 4, "ep": 2}, 0.5, recompute="selective", options={"kv_heads": 1}),
     "dp2 cp2 dense zero1": Case(4, {"cp": 2}, over=None, data="zero1", options={"qk_norm": True}),
     "cp2 tp2 hash": Case(
         4, {"cp": 2, "tp": 2, "ep": 2}, options={"moe": {"gate": "hash", "balance": Balance(0.1, over="sequence")}}
@@ -79,25 +79,26 @@ CASES = {
 }
 
 
-def batch(kind: str, padded: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+def batch(kind: str, longest: float | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
     """Inputs and targets of four sequences; in some, padding fills the second half, and no target is there at all."""
+    lengths = torch.tensor([[1.0], [0.5], [0.2], [0.8]]) * (longest or 1.0)
     generator = torch.Generator().manual_seed(1)
     read, written = (torch.randint(250, (4, length), generator=generator) for length in (8, 4))
-    real, known = (torch.arange(n).expand(4, n) < torch.tensor([[n], [n // 2], [1], [n - 1]]) for n in (8, 4))
+    real, known = (torch.arange(n) / n < lengths for n in (8, 4))
     if kind == "bert":
         targets = read.flip(1).masked_fill(~real, -100)
         targets[:, 4:] = -100
-        return ((read, real, (read > 100).long()), targets) if padded else ((read,), read.flip(1))
+        return ((read, real, (read > 100).long()), targets) if longest else ((read,), read.flip(1))
     targets = written.flip(1).masked_fill(~known, -100)
     targets[:, 2:] = -100
-    return ((read, written, real, known), targets) if padded else ((read, written), written.flip(1))
+    return ((read, written, real, known), targets) if longest else ((read, written), written.flip(1))
 
 
 def of_one(kind: str, case: Case, data_ranks: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Losses [2, 2] of two steps, and the gradients of the first one and the weights after both."""
     model = case.build(kind)
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
-    given, targets = batch(kind, case.padded)
+    given, targets = batch(kind, case.longest)
     losses, gradients = [], {}
     for _ in range(2):
         parts = zip(model(*given).chunk(data_ranks), targets.chunk(data_ranks), strict=True)
@@ -114,7 +115,7 @@ def of_many(kind: str, case: Case, losses: Tensor, expected: list[dict[str, Tens
     model = case.spread(kind)
     assert all(isinstance(module.core, Ulysses) for module in model.modules() if isinstance(module, Attention))
     dp = model.meshes.dense["dp"]
-    inputs, targets = batch(kind, case.padded)
+    inputs, targets = batch(kind, case.longest)
     *given, targets = [x.chunk(dp.size())[dp.get_local_rank()] for x in (*inputs, targets)]
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-2)
     for number, expectation in enumerate(losses):
@@ -143,7 +144,7 @@ def dropped() -> list[Tensor]:
     seen = []
     for part in (model.dropout, model.encoder_dropout, model.decoder_dropout):
         part.register_forward_hook(lambda *call: seen.append(call[-1] == 0))
-    source, target = batch("t5", padded=False)[0]
+    source, target = batch("t5")[0]
     torch.manual_seed(7)
     model(source, target)
     return seen
@@ -162,7 +163,7 @@ def in_bf16(kind: str, cp: int, data: str) -> tuple[float, Tensor]:
     sizes = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "seq_len": 8, "norm": "layer"}
     config = BERTConfig(**sizes) if kind == "bert" else T5Config(**sizes)
     model = parallel_model(config, Meshes.of("cpu", cp=cp), data=data, bf16=True)
-    inputs, targets = batch(kind, padded=True)
+    inputs, targets = batch(kind, 1.0)
     loss = model.step(inputs if kind == "t5" else inputs[:2], targets).task
     block = model.parts[0].blocks[0] if kind == "bert" else model.parts[0].decoder[0]
     return float(loss), whole((block.cross or block.attention).query.weight.grad)
