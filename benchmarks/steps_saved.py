@@ -41,6 +41,11 @@ SEARCHED = {
     "1 of 32 experts twice as wide": "--moe-every 2 --experts 32 --top-k 1 --hidden 256",
     "blocks 3 and 4, 64 experts": "--moe-layers 3,4 --experts 64",
     "block 4, 64 experts": "--moe-layers 4 --experts 64",
+    "1 of 64 experts, and a shared one": "--moe-every 2 --experts 64 --top-k 1 --shared 1",
+    "finer: 3 of 128, and a shared one": "--moe-every 2 --experts 128 --top-k 3 --hidden 64 --shared 1",
+    "64 experts, GShard gate": "--moe-every 2 --experts 64 --gate gshard",
+    "64 experts, capacity 1.25": "--moe-every 2 --experts 64 --capacity-factor 1.25",
+    "64 experts, no QK-norm": "--moe-every 2 --experts 64 --no-qk-norm",
 }
 
 
