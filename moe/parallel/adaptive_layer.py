@@ -144,7 +144,7 @@ class AdaptiveLayer:
         much as the moves take.
         """
         links, now, E = self.costs.links, self.layer.experts.order, self.layer.num_experts
-        ranks = links.nodes * links.locals
+        ranks = links.ranks
         if self.load is None or self.options is None or ranks in (1, E) or self.waited < WAITS:
             return None
         nodes = links.nodes if links.locals > 1 else 1
@@ -195,8 +195,7 @@ class AdaptiveLayer:
         shares = [min(share, most) for share in shares]
         if capacity is not None and capacity.pad:
             shares = [max(shares) if capacity.follows_load[True] else most] * E
-        ranks = self.costs.links.nodes * self.costs.links.locals
-        return LayerLoad(tokens, tuple(shares), owners(self.layer.experts.order, ranks))
+        return LayerLoad(tokens, tuple(shares), owners(self.layer.experts.order, self.costs.links.ranks))
 
     def _options(self) -> Options:
         travel, auto = self.layer.weights, auto_of(self.layer.dispatcher)
@@ -205,7 +204,7 @@ class AdaptiveLayer:
         parallelisms, shadows = [1], [0]
         if travel is not None:
             gathers = can_gather(self.layer.experts, travel)
-            held, free = E / (self.costs.links.nodes * self.costs.links.locals), travel.free
+            held, free = E / self.costs.links.ranks, travel.free
             parallelisms, shadows = [travel.parallelism], [len(travel.shadow)]
             if "parallelism" in free and gathers:
                 needs = {r: E if r == 0 else held / r for r in travel.allowed[:-1]}

@@ -138,7 +138,7 @@ class LayerCosts:
 
     def _seconds(self, load: LayerLoad, r: int, shadow: Sequence[int], degree: int) -> dict[str, float]:
         """Seconds by transport."""
-        T, k, ep = load.tokens, self.top_k, self.links.nodes * self.links.locals
+        T, k, ep = load.tokens, self.top_k, self.links.ranks
         stays = sum(load.shares) if r == 0 else sum(load.shares[e] for e in shadow)
         held = self.num_experts if r == 0 else self.num_experts / ep + len(shadow)
         here = self._copies(T * k) + 3 * self.work.time([T * k * stays]) + self.each * held
@@ -160,7 +160,7 @@ class LayerCosts:
 
     def _weights(self, load: LayerLoad, r: int, shadow: Sequence[int]) -> float:
         """Seconds to gather weights, and to send their gradients home."""
-        ep, s = self.links.nodes * self.links.locals, self.ways
+        ep, s = self.links.ranks, self.ways
         held = self.num_experts / ep  # on each rank of "ep", in s slices
 
         def across(experts: float) -> float:  # so many to each other rank of "ep", and their gradients back
