@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from ...dispatch.autoselect.profile import Choice
-from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.hierarchical import HierarchicalDispatcher
-from ...dispatch.node import NodeDispatcher
-from ...dispatch.overlap import OverlapDispatcher
 from ..build import called
 from ..layer import MoE
 from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
-from .measured_costs import auto_of, with_auto
+from .named_dispatchers import auto_of, choice_of, with_auto
 from .plan_placement import plan_placement
 from .weight_travel import can_gather, chosen
 
@@ -213,8 +209,8 @@ class AdaptiveLayer:
             if "shadow" in free and gathers and travel.ep is not None and not pads:
                 shadows = [0, *(n for n in COUNTS if n < E and n <= most)]
         if auto is None:
-            name, degree = _kind(self.layer.dispatcher)
-            return Options(parallelisms, shadows, [name], [degree])
+            used = choice_of(self.layer.dispatcher)
+            return Options(parallelisms, shadows, [used.transport], [used.degree])
         several = min(self.costs.links.nodes, self.costs.links.locals) > 1
         return Options(parallelisms, shadows, [*auto.transports] if several else ["flat"], auto.degrees)
 
@@ -251,17 +247,3 @@ def owners(order: Sequence[int], ranks: int) -> tuple[int, ...]:
     """
     rank = {expert: slot * ranks // len(order) for slot, expert in enumerate(order)}
     return tuple(rank[expert] for expert in range(len(order)))
-
-
-def _kind(dispatcher: Dispatcher) -> Choice:
-    """The transport of a dispatcher, by the name that its costs have, and its number of chunks."""
-    name, degree, inner = "flat", 1, dispatcher
-    while inner is not None:
-        if isinstance(inner, OverlapDispatcher) and isinstance(inner.degree, int):
-            degree = inner.degree
-        if isinstance(inner, HierarchicalDispatcher):
-            name = "2dh"
-        if isinstance(inner, NodeDispatcher):
-            name = "node" if inner.pieces == 1 else "node in pieces"
-        inner = getattr(inner, "inner", None)
-    return Choice(name, degree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ...dispatch import mesh as axes
-from ...dispatch.autoselect.auto import AutoDispatcher
 from ...dispatch.autoselect.measure import measure, measure_copy, measure_link
 from ...dispatch.autoselect.profile import Link, Profile, Work
-from ...dispatch.compressed import CompressedDispatcher
-from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.wire import Wire, row_bytes
+from ...dispatch.wire import row_bytes
 from ..layer import MoE
 from .costs import LayerCosts
+from .named_dispatchers import auto_of, wire_of
 from .weight_copies import with_copies
 
 FREE = Link(0.0, 0.0, 0.0)
@@ -64,7 +61,7 @@ def measured_costs(
         number = next(iter(learned or stored)).element_size()
         found[name] = LayerCosts(
             *(links, slices, ways, copy, work, each, layer.top_k, layer.num_experts),
-            row_bytes=row_bytes(layer.dim, number, _wire(layer.dispatcher)),
+            row_bytes=row_bytes(layer.dim, number, wire_of(layer.dispatcher)),
             expert_bytes=_bytes(stored) // layer.num_experts,
             learned_bytes=_bytes(learned) // layer.num_experts,
         )
@@ -123,26 +120,6 @@ def _once(layer: MoE, rows: int, device: torch.device, group: ProcessGroup | Non
         grads = torch.autograd.grad(y, [x, *learned], torch.ones_like(y), allow_unused=True)
     grads[0][-1, -1].item()  # wait for the device
     return time.perf_counter() - start
-
-
-def auto_of(dispatcher: Any) -> AutoDispatcher | None:
-    """The `AutoDispatcher` of a layer, inside others or alone, whose transport and chunks may be chosen; or None."""
-    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher):
-        dispatcher = getattr(dispatcher, "inner", None)
-    return dispatcher
-
-
-def with_auto(dispatcher: Any, auto: AutoDispatcher) -> Dispatcher:
-    """The dispatcher of a layer with another `AutoDispatcher` in place of its own."""
-    if isinstance(dispatcher, AutoDispatcher):
-        return auto
-    return replace(dispatcher, inner=with_auto(dispatcher.inner, auto))
-
-
-def _wire(dispatcher: Any) -> Wire | None:
-    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher | CompressedDispatcher):
-        dispatcher = getattr(dispatcher, "inner", None)
-    return None if dispatcher is None else dispatcher.wire
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
