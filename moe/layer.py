@@ -19,13 +19,14 @@ from ..dispatch.plan import Plan
 from ..dispatch.steps import Beside
 from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
-from .build import called, named_experts, named_gate, named_shared
+from .build import named_experts, named_gate, named_shared
 from .capacity import Capacity, over_capacity
 from .experts.base import Experts, autocast
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
+from .names import described
 from .parallel.weight_travel import WeightTravel, chosen
 from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
@@ -314,7 +315,6 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "_last": None, "_losses": StepLosses(), "tap": None}
 
 
-def described(layer: MoE) -> str:
-    """The words for a layer in error messages: its name, if it has one, and its sizes."""
-    sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
-    return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The `MoE` layers of a model by name. A model that is itself a layer has the name ""."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from ...moe.experts.placed import check_home
 from ...moe.experts.sharded import whole
 from ...moe.gates.topk import TopKGate
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 from ..checkpoint.together import place
 from ..data_parallel import reshard
 from ..gpt import GPT
@@ -113,7 +113,7 @@ def load_hf(model: Any, folder: str | Path) -> Any:
         reader = WeightReader(folder)
         if wrong := differences(config, config_from_hf(folder)):
             raise ValueError(f"the model is not the one in {folder}: {', '.join(wrong)}; build it by config_from_hf")
-        gates = [layer.gate for part in parts for layer in part.modules() if isinstance(layer, MoE)]
+        gates = [layer.gate for part in parts for layer in moe_layers(part).values()]
         known = [gate for gate in gates if isinstance(gate, TopKGate)]
         if others := {type(gate).__name__ for gate in gates} - {type(gate).__name__ for gate in known}:
             raise ValueError(f'{kind} routes as gate="topk" does, and the model has {", ".join(others)}')

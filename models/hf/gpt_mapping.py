@@ -13,7 +13,7 @@ from transformers import AutoConfig, MixtralConfig, PretrainedConfig, Qwen3MoeCo
 
 from ...moe.experts.feed_forward import FeedForwardExperts
 from ...moe.gates.topk import TopKGate
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 from ..gpt import GPT, GPTConfig
 from .slots import Slot
 
@@ -130,7 +130,7 @@ def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tup
 def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
     """For each layer here, how many experts a token picks, and whether their weights are normalised."""
     found = []
-    for name, layer in ((n, m) for part in parts for n, m in part.named_modules() if isinstance(m, MoE)):
+    for name, layer in (named for part in parts for named in moe_layers(part).items()):
         gate, experts = layer.gate, layer.experts
         capacity, many = layer.capacity, 10**6  # tokens
         room = None if capacity is None else capacity.limit(layer.top_k, many, layer.num_experts, training=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ...dispatch.failure import named
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 
 IGNORED = -100  # labels of no loss, as everywhere in transformers
 
@@ -35,7 +35,7 @@ class RouterLoss:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output, with its part of the auxiliary loss in `loss`; `aux_loss` stays the family's, of this rank."""
         items = kwargs.get("num_items_in_batch")
-        layer = next((m for m in model.modules() if isinstance(m, MoE)), None)
+        layer = next(iter(moe_layers(model).values()), None)
         if items is None or layer is None:
             return output
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..build import called
 from ..experts.base import Experts
 from ..experts.four_bit import FourBitMatrix, Matrix
 from ..experts.low_rank import LowRank
 from ..experts.placed import check_home
 from ..gates import Gate
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 
 Model = TypeVar("Model", bound=nn.Module)
 DEFAULT = "default"  # as PEFT calls the adapter that nobody named
@@ -54,7 +54,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool =
         raise ValueError(f"rank must be a positive integer; got {rank!r}")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"the name of an adapter must be a word such as 'default' or 'reference'; got {name!r}")
-    layers = {called(where): m for where, m in model.named_modules() if isinstance(m, MoE)}
+    layers = {called(where): layer for where, layer in moe_layers(model).items()}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     check_home(model, "add_lora")
@@ -207,12 +207,11 @@ def _merge(model: Model, sign: int, idle: bool = False) -> Model:
 
 def _pairs(model: nn.Module) -> Iterator[tuple[Matrix, LowRank]]:
     """Each frozen matrix, and what stands beside it."""
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            matrices = layer.experts.matrices()
-            for _, adapter in layer.experts.adapters():
-                yield from ((matrices[name][0], each) for name, each in adapter.items())
-            yield from ((layer.gate.weight, adapter) for _, adapter in layer.gate.adapters())
+    for layer in moe_layers(model).values():
+        matrices = layer.experts.matrices()
+        for _, adapter in layer.experts.adapters():
+            yield from ((matrices[name][0], each) for name, each in adapter.items())
+        yield from ((layer.gate.weight, adapter) for _, adapter in layer.gate.adapters())
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, LowRank]]:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..build import called
 from ..experts.base import Experts
 from ..experts.four_bit import BLOCK, FourBitMatrix
-from ..layer import MoE
+from ..layer import moe_layers
+from ..names import called
 from .lora import Model
 
 KINDS = ("nf4",)
@@ -75,9 +75,8 @@ def dequantize_experts(model: Model, dtype: torch.dtype | None = None) -> Model:
 def _experts(model: nn.Module) -> dict[str, Experts]:
     """The experts of each layer by the layer's name; what layers share, once."""
     found: dict[Experts, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            found.setdefault(module.experts, called(name))
+    for name, layer in moe_layers(model).items():
+        found.setdefault(layer.experts, called(name))
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     return {name: experts for experts, name in found.items()}

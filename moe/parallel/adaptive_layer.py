@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...dispatch.autoselect.profile import Choice
-from ..build import called
 from ..layer import MoE
+from ..names import called
 from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer

@@ -13,12 +13,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.agreement import told
-from ..build import called
 from ..experts.base import Experts
 from ..experts.low_rank import LowRank
 from ..experts.sharded import held_slice, local
 from ..gates.hash import FIRST, mixed
 from ..layer import MoE
+from ..names import called
 
 Notes = dict[str, str]  # facts about a rank's model, name to value, which should be equal on all ranks
 VALUES, SHOWN = "the values of ", 4

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from ...dispatch import mesh as axes
 from ...dispatch.failure import named
 from ...dispatch.mesh import Meshes
-from ..build import called
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 
 ABSENT, DENSE, SPARSE = range(3)
 
@@ -43,7 +43,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
     Raises:
         ValueError: the model was not parallelized, or over a mesh of other ranks, or it has sparse gradients on a GPU.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+    layers = moe_layers(model)
     data, edp = axes.data_mesh(mesh), axes.axis(axes.of_experts(mesh), axes.EDP)
     _check_parallelized(layers, data.mesh.flatten().tolist())
     own = {id(p) for layer in layers.values() for p in layer.experts.parameters()}

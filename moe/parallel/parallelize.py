@@ -27,10 +27,10 @@ from ...dispatch.mesh import Meshes
 from ...dispatch.place import Place
 from ...dispatch.timeout import seconds
 from ...dispatch.wire import Wire
-from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 from .alike import agree
 from .named_dispatchers import BY_NODE, check_options, equipped, named_dispatcher
 from .sharding import shares, spread
@@ -238,11 +238,6 @@ def _is_split(p: Tensor) -> bool:
 
 def _splits_sequences(module: nn.Module) -> bool:
     return getattr(module, "splits_sequences", False)
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `MoE` layers of a model by name. A model that is itself a layer has the name ""."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
 
 
 def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:

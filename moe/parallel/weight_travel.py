@@ -27,9 +27,9 @@ from ...dispatch.local import LocalDispatcher
 from ...dispatch.place import LayerCall, Place
 from ...dispatch.plan import Plan
 from ...dispatch.traced import outside
-from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
+from ..names import called
 from .weight_copies import Tensors, copy_in_pieces, copy_to, with_copies
 
 

@@ -10,7 +10,7 @@ from test_oracle import CASES, Case, micro_batches
 from torch import nn
 from turnout.models import EMA, ParallelModel, checkpoint
 from turnout.moe import param_groups, place_experts
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 DECAY, STEPS = 0.3, 4  # above the decays of the first three updates
 
