@@ -168,13 +168,13 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen.softmax(-1), place
 
 
-def distinct(draw: Tensor, num_experts: int) -> Tensor:
+def distinct(draw: Tensor) -> Tensor:
     """k distinct experts for each token, from random numbers: int64 [T, k] -> int64 [T, k].
 
     `draw` j is in [0, E - j) and selects among the experts not chosen yet, in ascending order. Uniform draws give
     uniform choices.
 
-    >>> distinct(torch.tensor([[1, 1, 1], [3, 0, 0]]), num_experts=4).tolist()
+    >>> distinct(torch.tensor([[1, 1, 1], [3, 0, 0]])).tolist()  # of 4 experts
     [[1, 2, 3], [3, 0, 1]]
     """
     chosen = draw[:, :1]

@@ -61,7 +61,7 @@ def hashed(ids: Tensor, num_experts: int, k: int, seed: int = 0) -> Tensor:
     choice = torch.arange(k, device=ids.device)
     start = mixed(mixed(torch.full_like(choice[:1], seed)) ^ ids)
     draw = mixed(start.unsqueeze(1) + choice * GOLDEN) & torch.iinfo(torch.int64).max
-    return distinct(draw % (num_experts - choice), num_experts)
+    return distinct(draw % (num_experts - choice))
 
 
 def mixed(z: Tensor) -> Tensor:

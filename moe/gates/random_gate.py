@@ -32,7 +32,7 @@ class RandomGate(Gate):
         if not self.training:
             return even(x, hashed(torch.arange(len(x), device=x.device), E, k), E, self.scale)
         draw = torch.randint(2**62, (len(x), k), device=x.device)  # so large that the remainders are uniform
-        return even(x, distinct(draw % (E - torch.arange(k, device=x.device)), E), E, self.scale)
+        return even(x, distinct(draw % (E - torch.arange(k, device=x.device))), E, self.scale)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
