@@ -154,6 +154,11 @@ class Architecture:
         """Blocks that are mixtures of experts."""
         return sum(self.is_moe(index) for index in range(self.layers))
 
+    @property
+    def load_factor(self) -> float:
+        """Rows of the busiest rank's experts over an even share: the capacity factor where they are padded."""
+        return self.capacity or self.imbalance
+
     def is_moe(self, index: int) -> bool:
         """Whether a block, counted from 0, is a mixture of experts: the rule of `Block`."""
         every, number = self.moe_every if self.experts else 0, index + 1

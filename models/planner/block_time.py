@@ -135,7 +135,7 @@ class Blocks:
         """Norm, router, permutations and experts of a mixture; each rank routes its own T tokens."""
         model, k = self.model, self.model.top_k
         tokens = self.tokens / self.tp
-        load = max(model.imbalance, 1.0) if not model.capacity else model.capacity
+        load = model.load_factor
         rows = tokens * k * load * etp  # the etp ranks of an expert compute each other's rows, with a slice of it
         experts, hidden = model.experts / ep, model.hidden / etp
         time = self.moved(2, 5, tokens * model.dim)

@@ -175,7 +175,7 @@ class Estimator:
     def transport(self, layout: Layout) -> tuple[str, float]:
         """The transport that the runtime would take in a mixture, and seconds of its trips, forward and backward."""
         model, size = self.model, size_of(layout.dtype)
-        tokens = layout.micro_batch * model.seq / layout.tp / layout.cp * (model.capacity or model.imbalance)
+        tokens = layout.micro_batch * model.seq / layout.tp / layout.cp * model.load_factor
         row = model.dim * size
         group = self.group(layout.ep, layout.etp, layout.ranks, self.placement.slowdown("ep", layout))
         # etp ranks of an expert share their rows: gathered, and summed again on the way home
@@ -191,7 +191,7 @@ class Estimator:
             set(ranks), key=lambda s: s.dense_parameters(model, layout.tp) + s.expert_parameters(model, layout)
         )
         dense, experts = fullest.dense_parameters(model, layout.tp), fullest.expert_parameters(model, layout)
-        zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+        zero = layout.zero_in_effect
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
         slow = self.placement.slowdown("dp", layout)
         for held, units, group in (  # FSDP2 wraps each block, experts by themselves, and what is in no block
@@ -236,7 +236,7 @@ class Estimator:
         elif layout.recompute == "selective":
             again = core.forward
             if mixture:
-                rows = parts.tokens / tp * model.top_k * etp * (model.capacity or model.imbalance)
+                rows = parts.tokens / tp * model.top_k * etp * model.load_factor
                 experts = model.experts / ep
                 again += parts.experts(experts, rows / experts, model.hidden / etp, model.matrices - 1).forward
             time += (0.0, again)

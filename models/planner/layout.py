@@ -11,7 +11,7 @@ from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
 
 ZERO: tuple[Data, ...] = ("replicate", "zero1", "zero2", "fsdp")  # by ZeRO's stage
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full")  # each computes more twice than the one before, and holds less
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -65,6 +65,11 @@ class Layout:
     def edp(self) -> int:
         """Ranks that repeat the same experts."""
         return self.stage // (self.ep * self.etp)
+
+    @property
+    def zero_in_effect(self) -> int:
+        """The stage of ZeRO that runs: in a pipeline, stages 2 and 3 do as 1 (`data_parallel`)."""
+        return min(self.zero, 1) if self.pp > 1 else self.zero
 
     @property
     def data(self) -> Data:

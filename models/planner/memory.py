@@ -49,8 +49,7 @@ def memory(
     """What a rank of the pipeline holds at its fullest."""
     software, size = cluster.software, size_of(layout.dtype)
     dense, experts = share.dense_parameters(model, layout.tp), share.expert_parameters(model, layout)
-    # in a pipeline, ZeRO 2 and 3 do as ZeRO 1 (`data_parallel`)
-    zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+    zero = layout.zero_in_effect
     sharded = dense / layout.replicas + experts / layout.edp
 
     def held(stage: int) -> float:
@@ -125,8 +124,8 @@ class Activations:
     @cached_property
     def rows(self) -> float:
         """Rows that the experts of this rank get in one mixture."""
-        model, load = self.model, self.model.capacity or self.model.imbalance
-        return self.tokens / self.layout.tp * model.top_k * load * self.layout.etp
+        model = self.model
+        return self.tokens / self.layout.tp * model.top_k * model.load_factor * self.layout.etp
 
     def kept(self, mixture: bool) -> float:
         """What stays until the backward."""

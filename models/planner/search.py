@@ -19,7 +19,6 @@ from .update import ADAMW, Update
 
 WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
-ORDER = ("none", "selective", "full")  # each computes more twice than the one before, and holds less
 
 
 @dataclass
@@ -62,7 +61,7 @@ def search(
     """
     fixed = dict(fixed or {})
     _check_names(fixed, dtype)
-    _check(fixed, cluster, gpus, batch)
+    _check(fixed, gpus, batch)
     check_nodes(cluster, gpus)
     found = Found()
     estimators = [Estimator(model, cluster, batch, placement, update) for placement in placements(cluster)]
@@ -90,7 +89,7 @@ def _estimate(estimators: list[Estimator], found: Found, given: dict[str, Any], 
     if given["schedule"] == "gpipe" and "schedule" not in fixed and given["micro_batches"] >= given["pp"] > 1:
         return True  # 1f1b takes as long and holds less
     modes = [fixed["recompute"]] if "recompute" in fixed else estimator.cluster.software.recompute
-    for recompute in sorted(modes, key=ORDER.index):
+    for recompute in sorted(modes, key=RECOMPUTE.index):
         layout = Layout(**given, recompute=recompute)
         found.tried += 1
         if reason := misfit(layout, estimator.model, estimator.batch):
@@ -174,7 +173,7 @@ def _check_names(fixed: Mapping[str, Any], dtype: str) -> None:
             raise ValueError(f"--{name} must be one of {', '.join(map(str, choices[name]))}; got {value!r}")
 
 
-def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) -> None:
+def _check(fixed: Mapping[str, Any], gpus: int, batch: int) -> None:
     for name, value in {"gpus": gpus, "batch": batch, **fixed}.items():
         if isinstance(value, int) and value < (0 if name == "zero" else 1):
             raise ValueError(f"--{name.replace('_', '-')} must be positive; got {value}")

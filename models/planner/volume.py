@@ -63,7 +63,7 @@ def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
 def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float:
     """Gradients travel in float32, gathered parameters in the computing dtype."""
     total = 0.0
-    zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+    zero = layout.zero_in_effect
     root = (model.embedding_parameters * share.embeds(model) + model.head_parameters * share.last) / layout.tp
     root += (model.dim + model.mtp * model.join_parameters) * share.last
     for held, number, whole in (
