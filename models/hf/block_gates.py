@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
 from ...moe.gates.gate import Gate, taken
+from ...moe.gates.router import SCORES
 from ...moe.routing import Routing
-
-SCORES = ("softmax", "sigmoid")
 
 
 class RouterGate(Gate):

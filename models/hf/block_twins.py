@@ -98,7 +98,7 @@ def score_of(router: nn.Module) -> str:
     return "sigmoid" if bool(alike.all()) else "softmax"
 
 
-def difference(expected: Tensor, got: Tensor) -> float:
+def relative_difference(expected: Tensor, got: Tensor) -> float:
     """Largest, relative to the largest expected."""
     if expected.shape != got.shape:
         return float("inf")

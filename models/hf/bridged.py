@@ -17,8 +17,8 @@ from ...moe.losses import Balance
 from ...moe.routing import Routing
 from .block_experts import FusedExperts, gather
 from .block_parts import Parts
+from .block_twins import HOOKS
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 

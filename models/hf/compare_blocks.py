@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...moe.experts.base import Experts
 from .block_experts import FusedExperts
 from .block_parts import Parts
-from .block_twins import TOLERANCE, aside, count, difference, tensors, twin
+from .block_twins import TOLERANCE, aside, count, relative_difference, tensors, twin
 from .bridged import BridgedExperts, BridgedMoE
 
 FEW = 4  # experts of which the copies have tensors, where experts are compared by themselves
@@ -59,7 +59,7 @@ class Seen:
         both = {**other.values, **self.values}
         for name, t in both.items():
             nothing = torch.zeros_like(t)  # as a gradient of an expert that no token chose
-            apart = difference(self.values.get(name, nothing), other.values.get(name, nothing))
+            apart = relative_difference(self.values.get(name, nothing), other.values.get(name, nothing))
             if apart > TOLERANCE:
                 return f"{name} differs by {apart:.1e} of its largest value (rounding is below {TOLERANCE:.0e})"
         return None

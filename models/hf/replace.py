@@ -6,13 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .block_parts import Parts
-from .bridged import BridgedExperts, BridgedMoE, Model, bridged_layers, restore_moe
+from .bridged import BridgedMoE, Model
 from .recognise import Adapters, Rule, blocks, kind, refuse, rule
 from .router_loss import scale_router_loss
 from .saving import saves_its_family
-
-__all__ = ["BridgedExperts", "BridgedMoE", "Model", "Parts", "bridged_layers", "replace_moe", "restore_moe"]
 
 
 def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = True) -> Model:
