@@ -1,4 +1,7 @@
-"""Bridges to Hugging Face models (`turnout[hf]`). Start at `replace.py`."""
+"""Bridges to Hugging Face models (`turnout[hf]`): their MoE blocks become `MoE` layers. Start at `replace.py`.
+
+A model that went through `replace_moe` is called bridged. A family is a kind of model in transformers, such as Mixtral.
+"""
 
 from .adapters import load_adapters, merge_adapters, save_adapters
 from .block_experts import FusedExperts, ListedExperts

@@ -67,7 +67,9 @@ def parser() -> Parser:
     for name, about in SIZES.items():
         model.add_argument(flag(name), type=int, help=about)
     model.add_argument("--activation", choices=("gelu", "swiglu"), help="(default: gelu, with experts swiglu)")
-    model.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest rank over the mean (default: 1)")
+    model.add_argument(
+        "--imbalance", type=float, default=1.0, help="load of the busiest rank over the mean (default: 1)"
+    )
     model.add_argument("--capacity", type=float, help="capacity factor, padded; 0 (default): dropless")
     layout = made.add_argument_group("the layout: what is not given is searched")
     for name, about in AXES.items():

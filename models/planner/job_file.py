@@ -147,7 +147,7 @@ def _not_in_the_job(model: Architecture) -> list[str]:
     if model.capacity:
         differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
     return (
-        ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)]
+        ["# Planned with settings that the job has no flags for:", *(f"# - {what}" for what in differs)]
         if differs
         else []
     )
