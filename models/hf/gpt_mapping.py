@@ -1,4 +1,4 @@
-"""What a GPT's settings and parameters are called in Mixtral and Qwen3-MoE, and which of them have no name there."""
+"""Names of a GPT's settings and parameters in Mixtral and Qwen3-MoE, and settings that these do not have."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ INSIDE = {
 
 @dataclass(frozen=True)
 class _Family:
-    """What a family calls the parts of a block."""
+    """Names of a family for the parts of a block."""
 
-    block: str  # of experts
-    experts: dict[str, str]  # by our names of their matrices
+    block: str  # name of the MoE block
+    experts: dict[str, str]  # the family's names of the experts' matrices, by ours
 
 
 FAMILIES = {
@@ -45,7 +45,7 @@ FAMILIES = {
 
 
 def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
-    """The config of the GPT that a folder of Hugging Face holds; `settings` and errors as for `from_hf`."""
+    """Config of the GPT that a folder of Hugging Face holds. Arguments and errors are as for `from_hf`."""
     hf: Any = AutoConfig.from_pretrained(folder)
     if hf.model_type not in FAMILIES:
         raise ValueError(
@@ -89,7 +89,7 @@ def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
 
 
 def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
-    """Settings of a config that compute something else than another's, in words; not those that a user may choose."""
+    """Settings in which two configs compute different functions, in words. Free choices of a user are left out."""
 
     def meant(config: GPTConfig) -> dict[str, Any]:
         eps = torch.finfo(torch.float32).eps if config.norm_eps is None else config.norm_eps
@@ -103,7 +103,7 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
 
 
 def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tuple[str, Slot]]:
-    """The tensors of a family's files that a parameter is in, by its name."""
+    """The tensors of a family's files that hold the parameter of this name, with their slots."""
     own, family = name.removesuffix(".weight").removesuffix(".bias"), FAMILIES[kind]
     part = "bias" if name.endswith(".bias") else "weight"
     if own in OUTSIDE:
@@ -127,7 +127,7 @@ def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tup
 
 
 def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
-    """For each layer here, how many experts a token picks, and whether their weights are normalised."""
+    """For each layer on this rank, its top_k, and whether the weights of a token are normalised."""
     found = []
     for name, layer in (named for part in parts for named in moe_layers(part).items()):
         gate, experts = layer.gate, layer.experts
@@ -157,7 +157,7 @@ def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
 
 
 def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> PretrainedConfig:
-    """The family's, of a GPT whose layers choose as `routing` says."""
+    """Config of the family for a GPT whose layers route as `routing` says."""
     kinds = {each for theirs in routing for each in theirs}
     qwen, windows = config.qk_norm, {config.window(index) for index in range(config.layers)}
     refused = {
