@@ -13,7 +13,7 @@ from torch import Tensor
 from ...dispatch.autoselect.profile import Choice
 from ..layer import MoE
 from ..names import called
-from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
+from .costs import LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
 from .named_dispatchers import auto_of, choice_of, with_auto
@@ -21,6 +21,7 @@ from .plan_placement import plan_placement
 from .weight_travel import can_gather, chosen
 
 log = logging.getLogger(__name__)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of shadowed experts to choose from
 KEPT = 0.5  # weight of the load before the last steps
 PAYS = 200  # steps in which a move of experts must save as much time as it takes
 WAITS = 5  # decisions between two moves of a layer's experts
@@ -28,15 +29,15 @@ STALE = 0.8  # other experts are shadowed if the shadowed ones get less than thi
 
 
 class LayerReport(NamedTuple):
-    """What `Adaptive` knows of a layer after the last `every` steps. Numbers are the same on all ranks.
+    """State of a layer after the last `every` steps of `Adaptive`, the same on all ranks.
 
     Attributes:
-        choice: what the layer does from now on.
+        choice: how the layer brings tokens and experts together from now on.
         shadow: ids of the experts that come to their tokens.
-        tokens_per_expert: choices of each expert in the last `every` steps.
-        predicted: milliseconds of forward and backward in a step, by the cost model, for what the layer did.
-        measured: the same as measured, as the mean over ranks; 0 if it was not timed.
-        imbalance: milliseconds of `predicted` that are due to uneven load.
+        tokens_per_expert: assignments to each expert in the last `every` steps.
+        predicted: milliseconds of forward and backward in one of these steps, by the cost model.
+        measured: measured milliseconds of forward and backward in a step, the mean over ranks; 0 if not timed.
+        imbalance: milliseconds of `predicted` that an even load would save.
     """
 
     choice: LayerChoice
@@ -48,7 +49,7 @@ class LayerReport(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What may be chosen for a layer; one value each if the user has fixed it."""
+    """Values among which `Adaptive` chooses for a layer. A setting that the user has fixed has one value."""
 
     parallelisms: Sequence[int]
     shadows: Sequence[int]
@@ -66,7 +67,7 @@ class AdaptiveLayer:
     """A layer that `Adaptive` chooses for.
 
     Args:
-        name: of the layer.
+        name: name of the layer in the model that `parallelize` got.
         layer: the layer.
         costs: its measured costs.
         max_bytes: as in `Adaptive`.
@@ -79,10 +80,9 @@ class AdaptiveLayer:
     timer: LayerTimer = field(default_factory=LayerTimer)
     options: Options | None = None
     decisions: Decisions | None = None  # of these options
-    history: list[float] = field(default_factory=list)  # choices of each expert, of which the last steps count most
-
+    history: list[float] = field(default_factory=list)  # assignments to each expert, in which the last steps count most
     load: LayerLoad | None = None  # of the last steps
-    forwards: float = 0.0
+    forwards: float = 0.0  # in a step
     waited: int = WAITS - 1  # decisions since experts have moved
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class AdaptiveLayer:
     def take(self, device: torch.device) -> Tensor:
         """Numbers of this rank since the last call, float64 on the device.
 
-        They are the choices of each expert, the number of dropped ones, forwards, and seconds of a step.
+        They are the assignments to each expert, the number of dropped ones, forwards, and seconds of a step.
         """
         total = self.layer._count.total().to(device)
         counts = total - self.seen.to(device) if len(total) == len(self.seen) else total
@@ -103,7 +103,7 @@ class AdaptiveLayer:
         """Choose for the next steps, from numbers that are the same on all ranks.
 
         Args:
-            counts: choices of each expert in the last steps, over all ranks.
+            counts: assignments to each expert in the last steps, over all ranks.
             tokens: mean number of tokens of a rank in a forward.
             forwards: forwards in a step.
             seconds: measured time in a step, forward and backward; 0 if unknown.
@@ -114,7 +114,7 @@ class AdaptiveLayer:
         load, options = self._load(tokens), self._options()
         before = choice = self._current(options)
         if self.decisions is None or self.options != options or self.decisions.choice != before:
-            # the user has fixed or freed something, or set it
+            # the user has changed a setting
             self.options, self.decisions = options, Decisions(before)
         predicted, even = (forwards * self._predicted(each, before) for each in (load, load.even))
         if options.several:

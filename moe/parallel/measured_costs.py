@@ -1,4 +1,4 @@
-"""Measurement of a layer's costs: links of its mesh, copies, and its experts' rows."""
+"""Measure a layer's costs: links of its mesh, copies, and its experts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROUNDS = 3  # of which the fastest counts, after a warm-up
 def measured_costs(
     layers: dict[str, MoE], mesh: DeviceMesh | None, group: ProcessGroup | None
 ) -> dict[str, LayerCosts]:
-    """The costs of each layer by name, measured now. Every rank of `group` must call it, and all get the same ones.
+    """Measure the costs of each layer, by name. Every rank of `group` must call it, and all get the same result.
 
     Args:
         layers: layers after `parallelize`.
-        mesh: mesh of the experts; None without ranks.
-        group: ranks that have the layers; None for this one alone.
+        mesh: mesh of the experts, or None on one rank.
+        group: ranks that have the layers, or None for this rank alone.
     """
     device = next(next(iter(layers.values())).parameters()).device
     ep, etp = (None if mesh is None else axes.axis(mesh, name) for name in (axes.EP, axes.ETP))
@@ -69,9 +69,9 @@ def measured_costs(
 
 
 def expert_time(layer: MoE, links: Profile, device: torch.device, group: ProcessGroup | None) -> tuple[Work, float]:
-    """Seconds of a row in the forward, and seconds of an expert in forward and backward however few its rows are.
+    """Seconds of a row in the forward, and seconds that an expert takes in forward and backward without rows.
 
-    It computes two experts of the same shapes with few rows and with many, on all ranks at once and on one alone.
+    It times two experts of the same shapes with few rows and with many, on all ranks at once and on one rank alone.
     """
     experts = layer.experts
     params = [*experts.parameters()]
@@ -92,7 +92,7 @@ def _together(layer: MoE, rows: int, device: torch.device, group: ProcessGroup |
 
 
 def _alone(layer: MoE, rows: int, device: torch.device, group: ProcessGroup | None) -> float:
-    """On the first rank of the group, while the others wait; of no meaning on the others."""
+    """Seconds on the first rank of the group, while the others wait. Other ranks get infinity."""
     first, best = group is None or dist.get_rank(group) == 0, float("inf")
     for _ in range(1 + ROUNDS if first else 0):
         best = min(best, _once(layer, rows, device, None))
