@@ -107,11 +107,11 @@ class MoE(nn.Module):
         self.shared = named_shared(experts, dim, hidden, shared, bias)
         self.free = FreeExperts(free, dim) if free else None
         self.dispatcher: Dispatcher = LocalDispatcher()
-        # `parallelize` sets these: the layer's place in the model, ranks that share the batch, or the same sequences
-        self.place: Place | None = None
-        self.weights: WeightTravel | None = None  # and this: experts whose weights come to the tokens
-        self.balance_group: ProcessGroup | None = None
-        self.sequence_group: ProcessGroup | None = None
+        # `parallelize` sets the next four
+        self.place: Place | None = None  # the layer's index and name in the model
+        self.weights: WeightTravel | None = None  # experts whose weights come to the tokens
+        self.balance_group: ProcessGroup | None = None  # ranks that share the batch
+        self.sequence_group: ProcessGroup | None = None  # ranks that hold parts of the same sequences
         self.tap: Tap | None = None  # records or replays routings
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
@@ -151,17 +151,17 @@ class MoE(nn.Module):
             raise
         tokens = autocast(tokens)
         # shared experts may run while rows travel
-        beside = [] if isinstance(self.shared, ResidualExperts | None) else [Beside(partial(self.shared, tokens))]
+        beside = None if isinstance(self.shared, ResidualExperts | None) else Beside(partial(self.shared, tokens))
         if self.weights is None or self.weights.idle:
-            y = self.dispatcher(tokens, plan, kept.weight, self.experts, *beside)  # dispatch, experts, combine
+            y = self.dispatcher(tokens, plan, kept.weight, self.experts, beside)  # dispatch, experts, combine
         else:  # weights of some or all experts come here
             y = self.weights(self.dispatcher, tokens, plan, kept.weight, self.experts)
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
             y = self.shared(tokens, y)
-        elif beside:
-            y = y + beside[0]()
+        elif beside is not None:
+            y = y + beside()
         if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
