@@ -69,7 +69,7 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
             merge_experts(layer, groups, tokens)
         else:
             prune_experts(layer, [group[0] for group in groups])
-        say(f"{name}: tokens of the experts {tokens.tolist()}; {lost[-1]:.1%} were of those that are left out")
+        say(f"{name}: tokens of the experts {tokens.tolist()}; {lost[-1]:.1%} were of experts that are left out")
     job = replace(job, experts=args.experts, ep=1, ema=0.0).fit(1)
     smaller = steps.build(job, meshes)
     smaller.parts[0].load_state_dict(plain.state_dict())

@@ -30,8 +30,8 @@ def describe(model: Architecture, cluster: Cluster, batch: int) -> str:
     if model.moe_blocks:
         kind = f"{model.experts} experts, top {model.top_k}, in {model.moe_blocks} of {model.layers} blocks"
     return (
-        f"{cluster.about}\n{model.parameters:,} parameters ({kind}), of which a token meets "
-        f"{model.active_parameters:,}; {batch * model.seq:,} tokens a step"
+        f"{cluster.about}\n{model.parameters:,} parameters ({kind}), "
+        f"{model.active_parameters:,} of them active for a token; {batch * model.seq:,} tokens a step"
     )
 
 
