@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
-from ...moe.gates.gate import Gate, taken
+from ...moe.gates.gate import Gate, chosen_scores
 from ...moe.gates.router import SCORES
 from ...moe.routing import Routing
 
@@ -57,10 +57,10 @@ class RouterGate(Gate):
             TypeError: the family's weights are neither scores nor normalised scores, times a factor.
         """
         for normalize in (False, True):
-            own = taken(routing.scores, routing.expert, normalize)
+            own = chosen_scores(routing.scores, routing.expert, normalize)
             ratio = (routing.weight / own).detach()[routing.expert >= 0]
             if not len(ratio) or float(ratio.max() - ratio.min()) <= 0.02 * float(ratio.max()):  # bfloat16 rounds
-                return taken(routing.scores, expert, normalize) * (ratio.mean() if len(ratio) else 1.0)
+                return chosen_scores(routing.scores, expert, normalize) * (ratio.mean() if len(ratio) else 1.0)
         raise TypeError(
             f"{type(self.router).__name__} weighs experts by a rule that router replay does not know: neither "
             "scores nor their shares, times a factor"

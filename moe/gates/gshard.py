@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, taken
+from .gate import Gate, chosen_scores
 from .router import route
 
 
@@ -43,7 +43,7 @@ class GShardGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`. The weight of a first expert stays the same if the second one was left out."""
-        weight = taken(routing.scores, expert)
+        weight = chosen_scores(routing.scores, expert)
         others = routing.scores.scatter(1, expert[:, :1].clamp(min=0), 0.0).amax(1, keepdim=True)
         left_out = torch.where(expert[:, 1:] < 0, others, 0.0)
         return self.scaled(weight / (weight.sum(1, keepdim=True) + left_out))
