@@ -28,6 +28,7 @@ from turnout.models import Swin, SwinConfig
 from turnout.models.swin_blocks import SwinBlock
 from turnout.moe import MoE, aux_loss
 from turnout.moe.capacity import drop_over_capacity
+from turnout.moe.layer import moe_layers
 
 SIZE = 128
 
@@ -54,7 +55,7 @@ def padded_loop(layer: MoE, x: Tensor) -> Tensor:
 def looped(model: nn.Module) -> nn.Module:
     """A copy of the model whose MoE layers are padded loops."""
     model = deepcopy(model)
-    for layer in (m for m in model.modules() if isinstance(m, MoE)):
+    for layer in moe_layers(model).values():
         layer.forward = partial(padded_loop, layer)
     return model
 

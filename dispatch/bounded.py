@@ -112,7 +112,7 @@ class BoundedDispatcher(Dispatcher):
         return y.to(dtype)
 
     def _computed_again(self, *args: Any) -> Tensor:
-        """A round that keeps its arguments alone, and is computed again in the backward."""
+        """A round that saves only its arguments, and is computed again in the backward."""
         # Every rank computes it again as a whole, whatever its experts keep: the last tensors that a dispatcher saves
         # are saved by `decode`, after the last exchange.
         return checkpoint(self._round, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
@@ -121,7 +121,7 @@ class BoundedDispatcher(Dispatcher):
         return self.inner(x, plan.part(number, rounds), weight, experts)
 
     def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
-        """As `inner` does, without a budget: no rows travel."""
+        """Agree as `inner` does, without a budget, because no rows travel."""
         return self.inner.announce(x, self._started(plan), weight)
 
     def dispatch(self, x: Tensor, plan: Plan, weight: Tensor) -> Batch:
@@ -137,10 +137,10 @@ class BoundedDispatcher(Dispatcher):
         self.inner.refuse(num_experts, device, place)
 
     def sent(self, expert: Tensor, place: Place | None) -> Tensor:
-        """Of the expert ids that the layer has just called it with, those that were sent; -1 for what it has dropped.
+        """The expert ids of the forward that has just run, with -1 for assignments that the budget dropped.
 
         Args:
-            expert: int64 [T, k], -1 where capacity has dropped one.
+            expert: expert ids of that forward, int64 [T, k], -1 for assignments that capacity dropped.
             place: the layer; None outside of `parallelize`.
         """
         if self.over == "rounds":

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .mesh import node_and_local
 from .place import LayerCall, Place
 from .plan import Plan
-from .steps import Beside, Ready, Steps, announce, finish, refuse
+from .steps import Beside, Ready, Steps, announce_all, finish, refuse_all
 from .torch_internals import mark_dynamic
 from .traced import Sealed, outside
 
@@ -187,7 +187,7 @@ class SteppedDispatcher(Dispatcher):
 
     def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
         """Exchange notes and sizes, and stop where rows would leave."""
-        (ready,) = announce([self.dispatch_steps(x, plan, weight)], plan.call)
+        (ready,) = announce_all([self.dispatch_steps(x, plan, weight)], plan.call)
         return ready
 
     def combine(self, rows: Tensor, receipt: Any) -> Tensor:
@@ -199,7 +199,7 @@ class SteppedDispatcher(Dispatcher):
 
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Send a refusal in place of sizes, as in `Dispatcher.refuse`. The other ranks raise DispatchError."""
-        refuse([self.refuse_steps(num_experts, device)], None if place is None else place.start_call())
+        refuse_all([self.refuse_steps(num_experts, device)], None if place is None else place.start_call())
 
     @abstractmethod
     def dispatch_steps(self, x: Tensor, plan: Plan, weight: Tensor) -> Steps[Batch]:

@@ -20,7 +20,7 @@ from .dispatcher import Batch, Dispatcher, Experts
 from .place import Place
 from .plan import Plan
 from .row_blocks import shares
-from .steps import Beside, Ready, Steps, announce, interleave, prepare, refuse
+from .steps import Beside, Ready, Steps, announce_all, interleave, prepare, refuse_all
 from .torch_internals import in_backward
 from .traced import outside
 
@@ -85,13 +85,13 @@ class OverlapDispatcher(Dispatcher):
         return y
 
     def announce(self, x: Tensor, plan: Plan, weight: Tensor) -> Ready:
-        """For as many chunks as would travel: ranks that send them read these notes. Their rows are added up."""
+        """Announce each chunk that other ranks would send, and add up their rows."""
         degree = self._degree_now(x.device)
         if degree == 1:
             return self.inner.announce(x, plan, weight)
         plan = plan.started(degree)
         chunks = zip(*_cut(x, plan, weight, degree), strict=True)
-        every = announce([self.inner.dispatch_steps(*chunk) for chunk in chunks], plan.call)
+        every = announce_all([self.inner.dispatch_steps(*chunk) for chunk in chunks], plan.call)
         if any(ready.counts is None for ready in every):
             return Ready()
         counts = torch.cat([ready.counts for ready in every if ready.counts is not None])
@@ -108,7 +108,7 @@ class OverlapDispatcher(Dispatcher):
     def refuse(self, num_experts: int, device: torch.device, place: Place | None = None) -> None:
         """Refuse every chunk that the other ranks are about to send."""
         refusals = [self.inner.refuse_steps(num_experts, device) for _ in range(self._degree_now(device))]
-        refuse(refusals, None if place is None else place.start_call())
+        refuse_all(refusals, None if place is None else place.start_call())
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:

@@ -210,7 +210,7 @@ def interleaved(chunks: Sequence[Steps[Result]]) -> Steps[list[Result]]:
     return [done[number] for number in range(len(chunks))]
 
 
-def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
+def announce_all(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Ready]:
     """Agree with the other ranks and exchange sizes, and stop before rows leave. Returns what each chunk would hold."""
     ready = prepare(chunks, call)
     for chunk in chunks:
@@ -218,7 +218,7 @@ def announce(chunks: Sequence[Steps], call: LayerCall | None = None) -> list[Rea
     return ready
 
 
-def refuse(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
+def refuse_all(refusals: Sequence[Steps[None]], call: LayerCall | None = None) -> None:
     """Send refusals where the other ranks expect sizes, one for each of their chunks.
 
     The first chunk also runs to its end, for dispatchers without steps of their own. Their first dispatch fails on

@@ -7,9 +7,9 @@ from typing import Any
 
 from log import mean
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
-from turnout.moe import MoE
+from turnout.moe.experts.sharded import local
+from turnout.moe.layer import moe_layers
 
 
 def tensorboard(out: Path, first: int) -> Board:
@@ -42,8 +42,7 @@ class Board:
                 bucket_limits=[e + 0.5 for e in range(len(counts))], bucket_counts=counts, global_step=step,
             )  # fmt: skip
         for name, weight in routers(model).items():
-            held = weight.to_local() if isinstance(weight, DTensor) else weight
-            self.writer.add_histogram(f"router/{name}", held.detach(), step)
+            self.writer.add_histogram(f"router/{name}", local(weight.detach()), step)
 
     def held_out(self, event: dict[str, Any]) -> None:
         for name in {"bits_per_byte", "loss", "accuracy"} & event.keys():
@@ -57,7 +56,6 @@ def routers(model: ParallelModel) -> dict[str, Tensor]:
     """Router parameters of this rank's MoE layers, by name. (The `gate` of a dense SwiGLU block is no router.)"""
     found: dict[str, Tensor] = {}
     for part in model.parts:
-        for name, layer in part.named_modules():
-            if isinstance(layer, MoE):
-                found |= {f"{name}.gate.{own}": p for own, p in layer.gate.named_parameters()}
+        for name, layer in moe_layers(part).items():
+            found |= {f"{name}.gate.{own}": p for own, p in layer.gate.named_parameters()}
     return found

@@ -25,7 +25,8 @@ from command_line import Parser, at_least
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW
-from turnout.moe import Balance, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe import Balance, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
+from turnout.moe.layer import moe_layers
 
 try:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -84,7 +85,7 @@ def train(job: Namespace, text: tuple[Tensor, Tensor], device: torch.device) -> 
     mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("ep",))
     model = build(job).to(device)
     parallelize(replace_moe(model), mesh)
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+    for layer in moe_layers(model).values():
         layer.balance = Balance(job.aux_weight, over="sequence")  # replaces the balance loss of the family
     optimizer = AdamW(param_groups(model), lr=job.lr, betas=(0.9, 0.95))
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from turnout.models import ParallelModel
-from turnout.moe import Gate, MoE, Routing
+from turnout.moe import Gate, Routing
+from turnout.moe.layer import moe_layers
 
 
 class InTurn:
@@ -24,6 +25,5 @@ class InTurn:
 
 def force_balance(model: ParallelModel) -> None:
     """Send the tokens of all MoE layers to the experts in turn. The model then learns badly."""
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            layer.tap = InTurn()
+    for layer in moe_layers(model).values():
+        layer.tap = InTurn()

@@ -28,9 +28,9 @@ from launch import say
 from torch import Tensor
 from turnout.dispatch import Meshes
 from turnout.models import GPT, ParallelModel, checkpoint
-from turnout.moe import Gate, MoE
+from turnout.moe import Gate
 from turnout.moe.experts.sharded import whole
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 from turnout.moe.upcycling import merge_experts, prune_experts
 
 
@@ -62,15 +62,14 @@ def pruned(args: Namespace, device: torch.device) -> dict[str, Any]:
         plain.load_state_dict({name: whole(t) for name, t in model.parts[0].state_dict().items()})
     lost = []
     for name, tokens in loads.items():
-        layer = plain.get_submodule(name)
-        assert isinstance(layer, MoE)
+        layer = moe_layers(plain)[name]
         groups = grouped(layer.gate, tokens, args.experts)
         lost.append(1 - float(sum(tokens[group[0]] for group in groups) / tokens.sum()))
         if args.merge:
             merge_experts(layer, groups, tokens)
         else:
             prune_experts(layer, [group[0] for group in groups])
-        say(f"{name}: tokens of the experts {tokens.tolist()}; {lost[-1]:.1%} were of those that are left out")
+        say(f"{name}: tokens of the experts {tokens.tolist()}; {lost[-1]:.1%} were of experts that are left out")
     job = replace(job, experts=args.experts, ep=1, ema=0.0).fit(1)
     smaller = steps.build(job, meshes)
     smaller.parts[0].load_state_dict(plain.state_dict())

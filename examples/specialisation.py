@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from turnout.models import ParallelModel
-from turnout.moe import MoE, Routing
+from turnout.moe import Routing
+from turnout.moe.layer import moe_layers
 
 SHOWN = 8  # most bytes listed for an expert
 
@@ -24,11 +25,8 @@ class BytesOfExperts:
         names = config.moe_layers()
         shape = (len(names), config.num_experts, config.vocab)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=model.meshes.dense.device_type)
-        self.layers: dict[int, MoE] = {}
-        for part in model.parts:
-            for name, layer in part.named_modules():
-                if isinstance(layer, MoE):
-                    self.layers[names.index(name)] = layer
+        found = [named for part in model.parts for named in moe_layers(part).items()]
+        self.layers = {names.index(name): layer for name, layer in found}
 
     def __enter__(self) -> Self:
         self._hooks = []

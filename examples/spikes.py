@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from turnout.models import ParallelModel
+from turnout.moe.experts.sharded import local
 
 WINDOW, FEWEST = 50, 20  # most and fewest losses to compare with
 DEVIATIONS, SHARE = 8.0, 0.05  # a spike exceeds the median by more than 8 deviations and by more than 5 %
@@ -71,8 +71,7 @@ class Spikes:
         for part in model.parts:
             for name, p in part.named_parameters():
                 if p.grad is not None:
-                    held = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-                    gradients.append((float(torch.linalg.vector_norm(held.float())) / scale, name))
+                    gradients.append((float(torch.linalg.vector_norm(local(p.grad).float())) / scale, name))
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, (float(own), *max(gradients)))
         where = max(range(len(said)), key=lambda rank: said[rank][0])

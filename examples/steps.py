@@ -24,7 +24,7 @@ from turnout.models.data_parallel import computed_in, reshard
 from turnout.models.loss import IGNORED
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 from turnout.moe.experts.sharded import whole
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 
 def build(job: Job, meshes: Meshes, dtype: torch.dtype = torch.float32) -> ParallelModel:

@@ -17,7 +17,7 @@ import trained
 from command_line import Parser
 from launch import say
 from turnout.models.data.tokenizing import FILE
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 try:
     from transformers import PreTrainedTokenizerFast

@@ -34,7 +34,6 @@ from turnout.models import Swin, SwinConfig, checkpoint
 from turnout.moe import (
     Balance,
     Capacity,
-    MoE,
     aux_loss,
     check,
     clip_grad_norm_,
@@ -43,6 +42,7 @@ from turnout.moe import (
     param_groups,
     sync_gradients,
 )
+from turnout.moe.layer import moe_layers
 
 # may differ when a run is resumed
 FREE = {"out", "log_every", "eval_every", "save_every", "capacities"}
@@ -127,7 +127,7 @@ def train(job: Namespace, data: sets.Images, device: torch.device, log: Log) -> 
         if saves:
             extra = {"job": vars(job), "seconds": seconds}
             checkpoint.save(job.out, model, optimizer, done, extra)
-    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    layers = moe_layers(model).values()
     for capacity in capacities if layers else ():  # inference with another capacity than training
         for layer in layers:
             layer.capacity = capacity

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..moe.experts.shared import FeedForward
-from ..moe.layer import MoE
+from ..moe.layer import MoE, moe_layers
 from .dropout import Dropout
 from .recompute import Core
 
@@ -284,7 +284,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def active_parameters(module: nn.Module) -> int:
     """Number of matrix parameters that one token uses: an `MoE` layer counts with its router and top_k experts."""
-    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+    layers = moe_layers(module).values()
     stacked = {p for layer in layers for p in layer.experts.parameters()}
     count = sum(p.numel() for p in module.parameters() if p.ndim > 1 and p not in stacked)
     for layer in layers:  # experts' tensors are stacked: their biases have two axes

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from ..dispatch import mesh as axes
 from ..dispatch.mesh import Meshes
 from ..moe.layer import MoE
-from ..moe.parallel.parallelize import expert_parameters, fully_shard_experts
+from ..moe.parallel.fsdp import fully_shard_experts
+from ..moe.parallel.parallelize import expert_parameters
 from .bert import BERT
 from .blocks import Block
 from .gpt import GPT

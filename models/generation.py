@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..moe.gates.expert_choice import ExpertChoiceGate
-from ..moe.layer import MoE
+from ..moe.layer import moe_layers
 from .blocks import Context
 from .data_parallel import reshard
 from .documents import documents_of
@@ -145,7 +145,7 @@ class Cache:
 def _to_generate(model: GPT) -> Iterator[None]:
     """Context in which the model is in eval mode, and its MoE layers have no capacity."""
     training = model.training
-    capacities = {layer: layer.capacity for layer in model.modules() if isinstance(layer, MoE)}
+    capacities = {layer: layer.capacity for layer in moe_layers(model).values()}
     try:
         model.eval()
         for layer in capacities:
@@ -169,6 +169,6 @@ def _check(model: GPT, prompt: Tensor, length: int, temperature: float, top_p: f
         raise ValueError(f"temperature must be 0 (greedy) or positive; got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
-    for name, layer in model.named_modules():
-        if isinstance(layer, MoE) and isinstance(layer.gate, ExpertChoiceGate):
+    for name, layer in moe_layers(model).items():
+        if isinstance(layer.gate, ExpertChoiceGate):
             raise ValueError(f"{name} has an expert_choice gate: it looks at later tokens, so nothing can be generated")

@@ -15,10 +15,11 @@ from .parallel.adaptive import Adaptive
 from .parallel.adaptive_layer import LayerReport
 from .parallel.check import check
 from .parallel.expert_bias import update_expert_biases
+from .parallel.fsdp import fully_shard_experts
 from .parallel.grad_scaler import GradScaler
 from .parallel.gradients import clip_grad_norm_, sync_gradients
 from .parallel.loads import load
-from .parallel.parallelize import expert_parameters, fully_shard_experts, parallelize
+from .parallel.parallelize import expert_parameters, parallelize
 from .parallel.param_groups import param_groups
 from .parallel.place_experts import place_experts
 from .parallel.plan_placement import PlacementPlan, plan_placement

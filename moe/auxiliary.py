@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import called
 from .layer import MoE
 from .losses import StepLosses
+from .names import called
 
 
 class AuxiliaryLoss(nn.Module):

@@ -69,14 +69,3 @@ def named_shared(
     if isinstance(experts, Experts):
         raise ValueError(f"shared={shared} needs experts by name or factory; with experts=Experts(...) pass a module")
     return FeedForward(dim, shared * hidden, experts, bias) if isinstance(experts, str) else Sum(experts, shared)
-
-
-def called(name: str) -> str:
-    """The words for a layer in error messages, from its name in ``model.named_modules()``.
-
-    The name is empty if the model itself is the layer.
-
-    >>> called("blocks.1.moe"), called("")
-    ('layer blocks.1.moe', 'the MoE layer itself')
-    """
-    return f"layer {name}" if name else "the MoE layer itself"

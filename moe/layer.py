@@ -19,13 +19,14 @@ from ..dispatch.plan import Plan
 from ..dispatch.steps import Beside
 from ..dispatch.torch_internals import in_backward
 from ..dispatch.traced import outside
-from .build import called, named_experts, named_gate, named_shared
+from .build import named_experts, named_gate, named_shared
 from .capacity import Capacity, over_capacity
 from .experts.base import Experts, autocast
 from .experts.shared import Residual, ResidualExperts
 from .experts.zero_computation import FreeExperts
 from .gates import Gate
 from .losses import Balance, LayerLoss, StepLosses
+from .names import described
 from .parallel.weight_travel import WeightTravel, chosen
 from .routing import Routing, Tap, can_be_read, wrong_shapes, wrong_values
 from .stats import LoadCount, Stats
@@ -106,11 +107,11 @@ class MoE(nn.Module):
         self.shared = named_shared(experts, dim, hidden, shared, bias)
         self.free = FreeExperts(free, dim) if free else None
         self.dispatcher: Dispatcher = LocalDispatcher()
-        # `parallelize` sets these: the layer's place in the model, ranks that share the batch, or the same sequences
-        self.place: Place | None = None
-        self.weights: WeightTravel | None = None  # and this: experts whose weights come to the tokens
-        self.balance_group: ProcessGroup | None = None
-        self.sequence_group: ProcessGroup | None = None
+        # `parallelize` sets the next four
+        self.place: Place | None = None  # the layer's index and name in the model
+        self.weights: WeightTravel | None = None  # experts whose weights come to the tokens
+        self.balance_group: ProcessGroup | None = None  # ranks that share the batch
+        self.sequence_group: ProcessGroup | None = None  # ranks that hold parts of the same sequences
         self.tap: Tap | None = None  # records or replays routings
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._losses, self._count = StepLosses(), LoadCount(self._choices)
@@ -150,17 +151,17 @@ class MoE(nn.Module):
             raise
         tokens = autocast(tokens)
         # shared experts may run while rows travel
-        beside = [] if isinstance(self.shared, ResidualExperts | None) else [Beside(partial(self.shared, tokens))]
+        beside = None if isinstance(self.shared, ResidualExperts | None) else Beside(partial(self.shared, tokens))
         if self.weights is None or self.weights.idle:
-            y = self.dispatcher(tokens, plan, kept.weight, self.experts, *beside)  # dispatch, experts, combine
+            y = self.dispatcher(tokens, plan, kept.weight, self.experts, beside)  # dispatch, experts, combine
         else:  # weights of some or all experts come here
             y = self.weights(self.dispatcher, tokens, plan, kept.weight, self.experts)
         if self.free is not None:
             y = y + self.free(tokens, routing.expert - self.num_experts, routing.weight)
         if isinstance(self.shared, ResidualExperts):
             y = self.shared(tokens, y)
-        elif beside:
-            y = y + beside[0]()
+        elif beside is not None:
+            y = y + beside()
         if self.shared is not None and real is not None:  # routed experts leave zeros at padding, shared ones do not
             y = torch.where(real.unsqueeze(1), y, 0)
         y = y.to(x.dtype).reshape(x.shape)
@@ -314,7 +315,6 @@ class MoE(nn.Module):
         return {**super().__getstate__(), "_last": None, "_losses": StepLosses(), "tap": None}
 
 
-def described(layer: MoE) -> str:
-    """The words for a layer in error messages: its name, if it has one, and its sizes."""
-    sizes = f"MoE(dim={layer.dim}, num_experts={layer.num_experts})"
-    return sizes if layer.place is None else f"{called(layer.place.name)}, {sizes}"
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The `MoE` layers of a model by name. A model that is itself a layer has the name ""."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

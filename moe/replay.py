@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..dispatch.torch_internals import in_backward
 from .gates.gate import Gate
-from .layer import MoE, described
+from .layer import MoE, moe_layers
+from .names import described
 from .routing import Routing, Tap
 
 __all__ = ["Routings", "record", "replay"]
@@ -130,7 +131,7 @@ def replay(model: nn.Module, routings: Routings | Mapping[str, Any] | Tensor | n
 
 def named_layers(model: nn.Module) -> dict[str, MoE]:
     """The `MoE` layers of a model by name. Names are the ones from `parallelize`, so that pipeline stages keep them."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    found = moe_layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     by_place = {name if layer.place is None else layer.place.name: layer for name, layer in found.items()}

@@ -174,6 +174,11 @@ class Profile:
 
         return {name: seconds(name) for name in TRANSPORTS}
 
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, on all nodes together."""
+        return self.nodes * self.locals
+
     def alpha(self, by_node: bool = False) -> float:
         """Seconds of an all-to-all over all ranks without its bytes, or of one between nodes and one inside them."""
         n, m = self.nodes, self.locals
@@ -187,8 +192,7 @@ class Profile:
         return self.alpha() + self.between.time(0, 0, (n - 1) * m * bytes) + self.inside.time(0, 0, (m - 1) * bytes)
 
     def _shares(self, message: Message) -> Sequence[float]:
-        ranks = self.nodes * self.locals
-        return message.shares or [1 / ranks] * ranks
+        return message.shares or [1 / self.ranks] * self.ranks
 
     def _sent(self, message: Message) -> dict[str, tuple[float, float]]:
         """Rows for each token that the busiest rank sends or receives between nodes, and inside its node.

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) of a bridged model in PEFT's files: those of its experts together with PEFT's own."""
+"""Adapters (LoRA) of a bridged model in PEFT's files: the experts' adapters together with PEFT's own."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from .block_experts import FusedExperts
 from .bridged import BridgedMoE
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT calls them
-OWN = "adapters.safetensors"  # of experts that PEFT has no format for, by the names of `lora_parameters`
-ROOT = "base_model.model."  # what the names of a PeftModel begin with, and those in its files
+OWN = "adapters.safetensors"  # for experts that PEFT has no format for, by the names of `lora_parameters`
+ROOT = "base_model.model."  # prefix of all names in a PeftModel and in its files
 
 
 @torch.no_grad()
 def save_adapters(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> None:
-    """Write an adapter as PEFT does, `adapter_model.safetensors` and `adapter_config.json`: experts' and PEFT's own.
+    """Write an adapter in PEFT's format, with the experts' part and PEFT's own part. Call it on every rank.
 
-    ``PeftModel.from_pretrained(family's model, folder)`` reads it, as do vLLM and others that know PEFT's
-    `target_parameters`; `load_adapters` reads it into a bridged model. Rank 0 writes; call it on every rank. DBRX keeps
-    its experts in matrices that PEFT cannot target: they are written to `adapters.safetensors`, by the names of
-    `lora_parameters`, which `load_adapters` alone reads.
+    Rank 0 writes `adapter_model.safetensors` and `adapter_config.json`.
+    ``PeftModel.from_pretrained(model_of_the_family, folder)`` reads them, as do vLLM and other programs that know
+    PEFT's `target_parameters`. `load_adapters` reads them into a bridged model. PEFT cannot target the experts of DBRX.
+    Their adapters go to `adapters.safetensors`, which only `load_adapters` reads.
 
     Args:
-        model: after `replace_moe` and `add_lora`; it may be a `PeftModel`.
-        folder: is made; files in it are overwritten.
-        name: of the adapter, in `add_lora` and in PEFT.
+        model: a model after `replace_moe` and `add_lora`. It may be a `PeftModel`.
+        folder: folder for the files. It is made if it is missing, and files in it are overwritten.
+        name: name of the adapter, in `add_lora` and in PEFT.
 
     Raises:
-        ValueError: no adapter of that name, or what PEFT has no format for: two that differ in use_rslora, DoRA.
+        ValueError: there is no adapter of that name, or PEFT has no format for it, as for DoRA.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
     folder, (config, tensors) = Path(folder), _of_peft(model, name)
@@ -80,21 +80,20 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> 
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> None:
-    """Read an adapter from files that PEFT or `save_adapters` wrote, into a bridged model, in place.
+    """Read an adapter from files that PEFT or `save_adapters` wrote into a bridged model, in place.
 
-    Experts without an adapter of that name get one, as from `add_lora`; it is then the one in use. Each rank reads the
-    file, and keeps its share. What the file has of other layers, such as attention, goes to the adapter of that name in
-    a `PeftModel`: make it first, ``get_peft_model(model, LoraConfig.from_pretrained(folder))`` with
-    `target_parameters` set to None.
+    Experts without an adapter of that name get one, as from `add_lora`, and use it. Each rank reads the file and keeps
+    its share. Tensors of other layers, such as attention, go to the adapter of that name in a `PeftModel`. Make it
+    first, by ``get_peft_model(model, LoraConfig.from_pretrained(folder))`` with `target_parameters` set to None.
 
     Args:
-        model: after `replace_moe`, before `parallelize` or after; without FSDP.
-        folder: with `adapter_model.safetensors` and `adapter_config.json`.
-        name: that the adapter has in the model.
+        model: a model after `replace_moe`, before or after `parallelize`, without FSDP.
+        folder: folder with `adapter_model.safetensors` and `adapter_config.json`.
+        name: name of the adapter in the model.
 
     Raises:
-        ValueError: the file is of another model or another rank r, lacks experts, or has tensors that no part of the
-            model takes; the model is then as it was.
+        ValueError: the file belongs to another model or has another rank r, lacks experts, or has tensors for which the
+            model has no place. The model is unchanged.
     """
     from safetensors.torch import load_file
 
@@ -109,10 +108,16 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = DEFAULT) -> 
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add the adapters in use, of experts and of PEFT, to the weights, and drop them; returns the model without PEFT's.
+    """Add the adapters in use, of experts and of PEFT, to the weights, and drop them.
+
+    Args:
+        model: a bridged model, or a `PeftModel` of one.
+
+    Returns:
+        The model, without PEFT's wrapper.
 
     Raises:
-        ValueError: there are none, or what `merge_lora` refuses.
+        ValueError: the model has no adapters, or `merge_lora` refuses them.
     """
     experts = bool(lora_parameters(model))
     if not (experts or has_peft_layers(model)):
@@ -123,8 +128,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def has_peft_layers(model: nn.Module) -> bool:
-    """Whether PEFT has wrapped layers of a model, and not merged and unloaded them."""
-    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # nobody has made any without importing it
+    """Whether a model has layers that PEFT has wrapped."""
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # without this import there are none
     return tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())
 
 
@@ -133,11 +138,11 @@ class _Place:
     """One stacked matrix of a family's experts, and its names in PEFT.
 
     Attributes:
-        experts: ours, which compute with it.
-        matrix: its name, among `Experts.matrices` and in the family's module.
-        key: the module that PEFT would put in the place of the experts. It nests one in another for each parameter, the
-            first innermost.
-        target: the parameter, as `target_parameters` names it.
+        experts: experts that compute with the matrix.
+        matrix: its name in `Experts.matrices` and in the family's module.
+        key: name of the module by which PEFT would wrap the experts. It wraps them once for each parameter, the first
+            one innermost.
+        target: name of the parameter in `target_parameters`.
     """
 
     experts: FusedExperts
@@ -151,12 +156,12 @@ class _Place:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of A and B in the file."""
+        """Names of the adapter's matrices A and B in the file."""
         return f"{self.key}.lora_A.weight", f"{self.key}.lora_B.weight"
 
 
 def _places(model: nn.Module, targets: list[str] | None = None) -> list[_Place]:
-    """All that PEFT can target, or what it does target."""
+    """All matrices that PEFT can target, or those that `targets` names."""
     check_home(model, "adapters are read or written")
     places = []
     for path, layer in model.named_modules():
@@ -173,7 +178,7 @@ def _places(model: nn.Module, targets: list[str] | None = None) -> list[_Place]:
 
 
 def _of_peft(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's own adapter of this name: its configuration and its tensors, whole, on the CPU; empty without one."""
+    """Configuration and whole tensors of PEFT's own adapter of this name, on the CPU. Both are empty without one."""
     known: dict[str, Any] = getattr(model, "peft_config", {})  # pyright: ignore[reportAssignmentType]
     if name not in known:
         return {}, {}
@@ -187,7 +192,7 @@ def _of_peft(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def _configure(config: dict[str, Any], place: _Place, adapter: LowRank) -> None:
-    """Add an adapter of experts to a configuration of PEFT."""
+    """Add the adapter of a matrix of experts to a configuration of PEFT."""
     if bad := [option for option in ("use_dora", "lora_bias", "fan_in_fan_out") if config.get(option)]:
         raise ValueError(f"PEFT has no adapters of experts beside {bad[0]}=True: leave it out")
     rank = adapter.a.shape[-1]
@@ -196,7 +201,7 @@ def _configure(config: dict[str, Any], place: _Place, adapter: LowRank) -> None:
     if not config:
         fixed = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "target_modules": []}
         config |= fixed | {"r": rank, "lora_alpha": alpha}
-    config["lora_dropout"] = 0.0  # which PEFT refuses beside `target_parameters`; it is for training alone
+    config["lora_dropout"] = 0.0  # PEFT refuses dropout beside `target_parameters`, and only training uses it
     config["target_parameters"] = sorted({*(config.get("target_parameters") or ()), place.target})
     for own, pattern, value in (("r", "rank_pattern", rank), ("lora_alpha", "alpha_pattern", alpha)):
         if config[own] != value:
@@ -204,7 +209,7 @@ def _configure(config: dict[str, Any], place: _Place, adapter: LowRank) -> None:
 
 
 def _scale(config: dict[str, Any], place: _Place, rank: int) -> float:
-    """alpha / r, as a configuration of PEFT has it for one matrix."""
+    """Factor alpha / r of one matrix in a configuration of PEFT."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     parameter = f"{place.key.removeprefix(ROOT).replace('.base_layer', '')}.{place.matrix}"
     found = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", parameter)]
@@ -215,7 +220,7 @@ def _scale(config: dict[str, Any], place: _Place, rank: int) -> float:
 def _take_experts(
     model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], name: str
 ) -> Callable[[], None]:
-    """Check the experts' part of a file, and take it out of `tensors`; what is returned puts it into the model."""
+    """Check the experts' part of a file and take it out of `tensors`. Returns a function that loads it."""
     taken: list[tuple[_Place, Tensor, Tensor]] = []
     for place in _places(model, list(config.get("target_parameters") or ())):
         matrix, transposed = place.experts.matrices()[place.matrix]
@@ -252,7 +257,7 @@ def _take_experts(
 
 
 def _take_own(model: nn.Module, file: Path, name: str) -> Callable[[], None]:
-    """The part that PEFT has no format for: checked; what is returned puts it into the model."""
+    """Check the part that PEFT has no format for. Returns a function that loads it."""
     from safetensors.torch import load_file
 
     saved = {_renamed(own, DEFAULT, name): t for own, t in load_file(file).items()} if file.exists() else {}
@@ -270,7 +275,7 @@ def _take_own(model: nn.Module, file: Path, name: str) -> Callable[[], None]:
 
 
 def _take_peft(model: nn.Module, rest: dict[str, Tensor], config: dict[str, Any], name: str) -> Callable[[], None]:
-    """The part of PEFT's own layers: checked; what is returned puts it into the model."""
+    """Check the part of PEFT's own layers. Returns a function that loads it."""
     own, have = _of_peft(model, name)
     if wrong := sorted(rest.keys() ^ have.keys()):
         raise ValueError(

@@ -23,19 +23,21 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class FusedExperts(Experts):
-    """Perceptrons whose matrices are stacked; nothing is copied, parameters stay where they are.
+    """Feed-forward experts that compute with the stacked matrices of a family's module, without a copy.
 
-    `module` is the family's: it has `gate_up_proj` [E, 2H, D] and `down_proj` [E, D, H], or, `transposed`,
-    [E, D, 2H] and [E, H, D]; biases `gate_up_proj_bias` [E, 2H] and `down_proj_bias` [E, D], or neither; and either
-    `_apply_gate`, [R, 2H] -> [R, H], or `act_fn`, then act_fn(first half) * second half is that. Without a gate, it has
-    `up_proj` [E, H, D] in place of `gate_up_proj`, and `act_fn`.
+    The module has `gate_up_proj` [E, 2H, D] and `down_proj` [E, D, H], and maybe biases `gate_up_proj_bias` [E, 2H] and
+    `down_proj_bias` [E, D]. A method `_apply_gate`, [R, 2H] -> [R, H], combines gate and up. Without one, it is
+    act_fn(first half) * second half. Experts without a gate have `up_proj` [E, H, D] in place of `gate_up_proj`.
 
     Args:
-        transposed: None, the default, reads it from the module's `is_transposed`; False if that has none.
-        weight_first: the gate's weight multiplies the rows that enter the expert, not those that leave it (Llama 4).
+        module: the family's experts.
+        transposed: whether matrices are [E, D, 2H] and [E, H, D] instead. None, the default, takes the module's
+            `is_transposed`, or False if it has none.
+        weight_first: whether the router's weight multiplies the input of an expert, and not its output (Llama 4); False
+            by default.
 
     Raises:
-        ValueError: tensors of other names, shapes or types, as in quantised models.
+        ValueError: tensors of other names, shapes or dtypes, as in quantised models.
     """
 
     def __init__(self, module: nn.Module, transposed: bool | None = None, weight_first: bool = False) -> None:
@@ -45,11 +47,11 @@ class FusedExperts(Experts):
         super().__init__(num_experts, seed=0)
         self.module, self.transposed, self.weight_first = module, transposed, weight_first
 
-    identities = 0  # experts numbered from E on that return their input
+    identities = 0  # number of further experts, with ids from E on, that return their input
 
     @property
     def dim(self) -> int:
-        """Model width D, of what enters an expert and leaves it."""
+        """Model width D."""
         return self.matrices()["down_proj"][0].shape[2 if self.transposed else 1]
 
     def forward(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class FusedExperts(Experts):
         return weighted(self.down(self.up(rows, ends), ends), weight)
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows [R, D], which end at ends int32 [L] -> hidden rows [R, H]."""
+        """Rows [R, D] -> hidden rows [R, H]. Expert e's rows end at ``ends[e]``, int32 [L]."""
         first = self._linear(self._first, rows, ends)
         if self._first == "up_proj":
             return self.module.act_fn(first)  # pyright: ignore[reportCallIssue]
@@ -82,7 +84,7 @@ class FusedExperts(Experts):
         return "gate_up_proj" if hasattr(self.module, "gate_up_proj") else "up_proj"
 
     def give_back(self) -> None:
-        """Make the family's module whole again, in its own layout; collective where the experts are spread."""
+        """Make the family's module whole, in its own layout. With experts on many ranks, every rank calls this."""
         if self.in_four_bits:
             raise ValueError("the family's experts are not in 4 bits: dequantize_experts(model) first")
         if self.adapts:
@@ -139,7 +141,7 @@ class GptOssExperts(FusedExperts):
     """gpt-oss: gate and up are interleaved in the last axis of `gate_up_proj`."""
 
     def up(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """See `FusedExperts.up`; at the alpha and limit of the released models as `clamped_swiglu` computes it."""
+        """See `FusedExperts.up`. With alpha and limit of the released models, `clamped_swiglu` computes it."""
         if (self.module.alpha, self.module.limit) != (1.702, 7.0):
             return super().up(rows, ends)
         gate_up = self._linear("gate_up_proj", rows, ends)
@@ -147,7 +149,7 @@ class GptOssExperts(FusedExperts):
 
 
 class DbrxExperts(FusedExperts):
-    """DBRX: gate `w1`, up `v1` and down `w2`, each [E*H, D] in the checkpoint; here [E, H, D] in the same memory."""
+    """DBRX: gate `w1`, up `v1` and down `w2`, each [E*H, D] in the family's module and [E, H, D] here."""
 
     def __init__(self, module: nn.Module, num_experts: int) -> None:
         for name, p in list(module.named_parameters()):
@@ -156,7 +158,7 @@ class DbrxExperts(FusedExperts):
 
     @staticmethod
     def _check(module: nn.Module, transposed: bool) -> None:
-        pass  # unflattened above
+        pass  # the constructor has given them the right shapes
 
     @property
     def dim(self) -> int:
@@ -188,17 +190,17 @@ class DbrxExperts(FusedExperts):
 
 
 class LongcatFlashExperts(FusedExperts):
-    """LongCat-Flash: experts past the last one return their input; the rows of `gate_up_proj` for them lie aside."""
+    """LongCat-Flash: further experts return their input. Their rows of `gate_up_proj` are kept aside."""
 
     def __init__(self, module: nn.Module) -> None:
         first, E = module.get_parameter("gate_up_proj"), len(module.get_parameter("down_proj"))
         _put(module, "gate_up_proj", first, lambda t: t[:E])
         super().__init__(module)
         self.identities = len(first) - E
-        self._aside = (first.detach()[E:],)  # in a tuple: nothing that is spread, or saved
+        self._aside = (first.detach()[E:],)  # in a tuple: it is neither spread nor saved
 
     def give_back(self) -> None:
-        """See `FusedExperts.give_back`; copies."""
+        """See `FusedExperts.give_back`. It copies."""
         super().give_back()
         p, aside = self.module.get_parameter("gate_up_proj"), self._aside[0]
         _put(self.module, "gate_up_proj", p, lambda t: torch.cat([t, aside.to(t)]))
@@ -221,7 +223,7 @@ class JetMoeExperts(FusedExperts):
 
     @staticmethod
     def _check(module: nn.Module, transposed: bool) -> None:
-        pass  # of one layout, and compared
+        pass  # there is one layout, and `replace_moe` compares
 
     @property
     def dim(self) -> int:
@@ -251,10 +253,10 @@ class JetMoeExperts(FusedExperts):
 
 
 class ListedExperts(ModuleExperts):
-    """Experts that a family keeps as one module each: their tensors are copied into one stack, theirs are freed.
+    """Experts of a family that has one module for each. Their tensors are copied into stacks, and the modules emptied.
 
     Args:
-        modules: the experts, in order, all of one class and shape.
+        modules: the experts in their order, all of one class and shape.
     """
 
     def __init__(self, modules: nn.ModuleDict) -> None:
@@ -268,7 +270,7 @@ class ListedExperts(ModuleExperts):
         self._modules_of_family = (modules.to("meta"),)  # in a tuple: not a submodule
 
     def give_back(self) -> None:
-        """See `FusedExperts.give_back`; copies."""
+        """See `FusedExperts.give_back`. It copies."""
         gather(self.module)
         for expert, module in enumerate(self._modules_of_family[0].values()):
             for name, p in self.module.named_parameters():
@@ -276,14 +278,14 @@ class ListedExperts(ModuleExperts):
 
 
 def gather(module: nn.Module) -> None:
-    """Make every parameter that is spread over ranks a whole one, on every rank that holds a part."""
+    """Replace each sharded parameter by the whole one. Every rank that holds a part calls this."""
     for name, p in list(module.named_parameters()):
         if isinstance(p, DTensor):
             _put(module, name, p, lambda t: t.full_tensor())
 
 
 def _put(module: nn.Module, name: str, p: nn.Parameter, change: Callable[[Any], Tensor] = lambda t: t) -> None:
-    """Set the parameter `name`: p, changed, and so its gradient."""
+    """Set the parameter `name` of a module to ``change(p)``, and its gradient likewise."""
     new = nn.Parameter(change(p.detach()), requires_grad=p.requires_grad)
     new.grad = None if p.grad is None else change(p.grad)
     owner, _, own = name.rpartition(".")
@@ -291,7 +293,7 @@ def _put(module: nn.Module, name: str, p: nn.Parameter, change: Callable[[Any], 
 
 
 def _fresh(template: nn.Module) -> nn.Module:
-    """A new expert like one on the meta device, initialised as its parts initialise themselves."""
+    """A new expert like a template on the meta device, initialised by the `reset_parameters` of its parts."""
     module = copy.deepcopy(template).to_empty(device="cpu")
     for part in module.modules():
         if hasattr(part, "reset_parameters"):

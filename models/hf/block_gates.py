@@ -1,4 +1,4 @@
-"""Gates that ask a family's own router."""
+"""Gates that call a family's own router."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch.reorder import wide
-from ...moe.gates.gate import Gate, taken
+from ...moe.gates.gate import Gate, chosen_scores
+from ...moe.gates.router import SCORES
 from ...moe.routing import Routing
-
-SCORES = ("softmax", "sigmoid")
 
 
 class RouterGate(Gate):
-    """What a family's own router chose, as a `Routing`.
+    """Calls a family's own router, and returns its choice as a `Routing`.
 
-    The router stays the module it was: it owns its weights, its precision and its noise, so the choice is the
-    original's to the last bit, and whatever records router logits at that module goes on doing so. A router
-    that answers otherwise needs `choose` alone.
+    The router keeps its weights, its precision and its noise. So the choice is the original's to the last bit, and
+    hooks that record router logits go on doing so. For a router with other results, derive from this class and write
+    `choose`.
 
     Args:
-        router: x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k].
-        weight: of its projection, [E, D].
-        top_k: experts a token picks, k; may be changed if the router has a `top_k` (and `changes_k`).
-        score: ``"softmax"`` or ``"sigmoid"``: how logits become the scores of statistics and of our balance loss,
-            which a bridged layer leaves out unless its `balance` is set.
+        router: module x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k].
+        weight: weight [E, D] of the router's projection.
+        top_k: number of experts k that a token picks. It may change if the router has a `top_k` and `changes_k` is
+            True.
+        score: how logits become scores, ``"softmax"`` (the default) or ``"sigmoid"``. Statistics use them, and the
+            layer's balance loss if `MoE.balance` is set.
     """
 
-    learned = False  # the router is; there is no `weight` besides
-    changes_k = True  # the router heeds its `top_k`
+    learned = False  # the router has the weight
+    changes_k = True  # whether the router obeys its `top_k`
 
     def __init__(self, router: nn.Module, weight: Tensor, top_k: int, score: str = "softmax") -> None:
         if score not in SCORES:
@@ -38,11 +38,11 @@ class RouterGate(Gate):
         self.router, self.score = router, score
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k], -1 = dropped."""
+        """Call the router: x [T, D] -> logits [T, E], weight [T, k], expert int64 [T, k], -1 for a dropped choice."""
         return self.router(x)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens x [T, D]; a router with multiplicative noise may write to them, as its experts then expect."""
+        """Route tokens x [T, D]. A router with multiplicative noise may write to x, as in the family's block."""
         return self._routing(*self.choose(x))
 
     def _routing(self, logits: Tensor, weight: Tensor, expert: Tensor) -> Routing:
@@ -51,16 +51,16 @@ class RouterGate(Gate):
         return Routing(expert, wide(weight), scores, logits)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
-        """See `Gate.weigh`. The family's rule is read off its own weights, for which the host waits.
+        """See `Gate.weigh`. The rule of the family is found from its own weights, with a host sync.
 
         Raises:
-            TypeError: weights that are neither the scores of the chosen experts nor their shares, times a factor.
+            TypeError: the family's weights are neither scores nor normalised scores, times a factor.
         """
         for normalize in (False, True):
-            own = taken(routing.scores, routing.expert, normalize)
+            own = chosen_scores(routing.scores, routing.expert, normalize)
             ratio = (routing.weight / own).detach()[routing.expert >= 0]
             if not len(ratio) or float(ratio.max() - ratio.min()) <= 0.02 * float(ratio.max()):  # bfloat16 rounds
-                return taken(routing.scores, expert, normalize) * (ratio.mean() if len(ratio) else 1.0)
+                return chosen_scores(routing.scores, expert, normalize) * (ratio.mean() if len(ratio) else 1.0)
         raise TypeError(
             f"{type(self.router).__name__} weighs experts by a rule that router replay does not know: neither "
             "scores nor their shares, times a factor"
@@ -68,7 +68,7 @@ class RouterGate(Gate):
 
     @property
     def top_k(self) -> int:
-        """Experts a token picks, k."""
+        """Number of experts k that a token picks."""
         return self._top_k
 
     @top_k.setter
@@ -80,22 +80,22 @@ class RouterGate(Gate):
         self._top_k = top_k
 
     def check_top_k(self, top_k: int) -> None:
-        """See `Gate.check_top_k`: another one needs a router that heeds it."""
+        """See `Gate.check_top_k`. Another k needs a router that obeys its `top_k`."""
         super().check_top_k(top_k)
         router = self._modules.get("router")
         if router is None or top_k == self._top_k or (self.changes_k and hasattr(router, "top_k")):
             return
-        raise ValueError(f"{type(router).__name__} always picks {self._top_k}; top_k={top_k} is not to be had")
+        raise ValueError(f"{type(router).__name__} always picks {self._top_k} experts; got top_k={top_k}")
 
 
 class PhimoeGate(RouterGate):
-    """PhiMoE: SparseMixer picks two, whatever the router's `top_k` says."""
+    """PhiMoE: SparseMixer always picks two experts, whatever the router's `top_k` is."""
 
     changes_k = False
 
 
 class Llama4Gate(RouterGate):
-    """Llama 4: the k highest logits, each weighted by its own sigmoid; the router returns scores for all experts."""
+    """Llama 4: the k highest logits, each weighted by its sigmoid. The router returns scores for all experts."""
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `RouterGate.choose`."""
@@ -105,7 +105,10 @@ class Llama4Gate(RouterGate):
 
 
 class DbrxGate(RouterGate):
-    """DBRX: its router returns logits alone; softmax over all, the k best, divided by their p-norm (None: not)."""
+    """DBRX: the k best scores of a softmax over all, divided by their p-norm, unless it is None.
+
+    The router returns logits alone.
+    """
 
     def __init__(self, router: nn.Module, weight: Tensor, top_k: int, norm: float | None) -> None:
         super().__init__(router, weight, top_k)
@@ -124,7 +127,7 @@ class DbrxGate(RouterGate):
 
 
 class JetMoeGate(RouterGate):
-    """JetMoE: the k highest logits, softmax over them; the router returns a plan of its own, and the logits last."""
+    """JetMoE: the softmax over the k highest logits. The router returns a plan of its own, and the logits last."""
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `RouterGate.choose`."""
@@ -134,17 +137,17 @@ class JetMoeGate(RouterGate):
 
 
 class SwitchTransformersGate(RouterGate):
-    """Switch Transformers: the best expert, if fewer than `expert_capacity` tokens before in its sequence chose it.
+    """Switch Transformers: the best expert, unless `expert_capacity` earlier tokens of the sequence chose it.
 
-    Wants as `ids`, int64 [T], the number of each token's sequence, and reads the last one on the host.
+    It takes the number of each token's sequence as `ids`, int64 [T], and reads the last one on the host.
     """
 
     takes_ids = True
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Route tokens x [T, D] of sequences ids [T], all of one length; without ids they are one sequence."""
+        """Route tokens x [T, D] of the sequences `ids` [T], which are equally long. None is one sequence."""
         sequences = int(ids[-1]) + 1 if ids is not None and len(ids) else 1
         chosen, weight, logits = (t.flatten(0, 1) for t in self.router(x.unflatten(0, (sequences, -1))))
-        accepted = chosen.any(1, keepdim=True)  # a row of zeros: turned away
+        accepted = chosen.any(1, keepdim=True)  # the row of a dropped token is zeros
         expert = torch.where(accepted, chosen.argmax(1, keepdim=True), -1)
         return self._routing(logits, torch.where(accepted, weight, 0), expert)

@@ -1,4 +1,4 @@
-"""What an adapter makes of a family's block."""
+"""`Parts`: an MoE block, taken apart."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ...moe.gates import Gate
 
 @dataclass(frozen=True)
 class Parts:
-    """A block, taken apart into what a `MoE` is built from. Its modules go on being used, inside these.
+    """The parts of an MoE block from which a `BridgedMoE` is built. They use the modules of the block.
 
     Attributes:
-        gate: routes as the family does; most often a `RouterGate`.
-        experts: most often `FusedExperts`. What has to happen to them when the block is put back is in their
-            `give_back()`, if they have one; and so with `shared`.
-        shared: what every token visits as well, [T, D] -> [T, D], or None.
-        jitter: in training, what the block sees is multiplied by noise from [1 - jitter, 1 + jitter] first.
-        pair: the block returned (y, something): so does the layer, with None for what the family's models ignore.
-        flat: the block returned y as [T, D], whatever the shape of x.
+        gate: routes as the family does. Most often it is a `RouterGate`.
+        experts: the routed experts. Most often they are `FusedExperts`. If they have a method `give_back`,
+            `restore_moe` calls it before it puts the block back. The same holds for `shared`.
+        shared: module [T, D] -> [T, D] that every token visits. None, the default, for blocks without one.
+        jitter: half-width of the multiplicative noise on the block's input in training, uniform in
+            [1 - jitter, 1 + jitter]; 0.0 by default.
+        pair: whether the block returns a pair (y, something). The layer then returns (y, None). False by default.
+        flat: whether the block returns y as [T, D] for any shape of x; False by default.
     """
 
     gate: Gate

@@ -1,4 +1,4 @@
-"""Small random copies of a family's modules, on the CPU in float32, on which two codes can be compared."""
+"""Small random copies of a family's modules, in float32 on the CPU, with which two implementations are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Inside, tensors are made on the CPU, with gradients, and the caller's random numbers are left alone."""
+    """Context in which tensors are made on the CPU, with gradients, and the caller's random state is kept."""
     cpu = torch.device("cpu")
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), cpu, torch.autocast("cpu", enabled=False):
         yield
@@ -30,10 +30,13 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> Any:
-    """A copy with random weights, the same ones each time; none of the module's is read or copied.
+    """A copy of a module with random weights, the same in each call. The module's own weights are not read.
 
     Args:
-        experts: a module inside, or the module, of which the copy has `few` experts alone, and narrow ones.
+        module: the module.
+        experts: stacked experts in the module, or the module itself. The copy has `few` narrow ones. None, the default,
+            keeps all sizes.
+        few: number of experts in the copy.
     """
     draw = torch.Generator("cpu").manual_seed(5)
     memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in module.modules() for name in HOOKS}
@@ -54,7 +57,7 @@ def twin(module: nn.Module, experts: nn.Module | None = None, few: int = 0) -> A
 
 
 def _cut(experts: nn.Module, few: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Each tensor of stacked experts, and its shape if they are `few`, and at most NARROW wide inside."""
+    """Each tensor of stacked experts, with its shape for `few` experts of hidden width NARROW at most."""
     held, number = tensors(experts), count(experts)
     transposed = getattr(experts, "is_transposed", False)
     inner = {"gate_up_proj": 2 if transposed else 1, "up_proj": 2 if transposed else 1}  # the axis of H, or of 2H
@@ -71,16 +74,16 @@ def _cut(experts: nn.Module, few: int) -> Iterator[tuple[Tensor, tuple[int, ...]
 
 
 def count(experts: nn.Module) -> int:
-    """E, of the family's stacked experts."""
+    """Number E of a family's stacked experts."""
     own, down = getattr(experts, "num_experts", None), getattr(experts, "down_proj", None)
     return len(down) if isinstance(down, Tensor) else own if isinstance(own, int) else len(next(experts.parameters()))
 
 
 def score_of(router: nn.Module) -> str:
-    """Whether a router's weights are made of the softmax or the sigmoid of its logits; softmax if of neither.
+    """The score from which a router makes its weights, "sigmoid" or "softmax". Any other counts as softmax.
 
     Raises:
-        ValueError: it does not answer x [T, D] with (logits [T, E], weight [T, k], expert [T, k]).
+        ValueError: the router does not return (logits [T, E], weight [T, k], expert [T, k]) for x [T, D].
     """
     with aside():
         own: Any = twin(router).eval()
@@ -98,8 +101,8 @@ def score_of(router: nn.Module) -> str:
     return "sigmoid" if bool(alike.all()) else "softmax"
 
 
-def difference(expected: Tensor, got: Tensor) -> float:
-    """Largest, relative to the largest expected."""
+def relative_difference(expected: Tensor, got: Tensor) -> float:
+    """Largest difference, relative to the largest expected magnitude."""
     if expected.shape != got.shape:
         return float("inf")
     apart = (expected - got).abs().max() / expected.abs().max().clamp(min=1e-20)

@@ -1,4 +1,4 @@
-"""The layers that stand in for a family's modules, and which of them a model has."""
+"""`BridgedMoE` and `BridgedExperts`: layers that replace a family's modules, and `restore_moe`, which undoes it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ...moe.losses import Balance
 from ...moe.routing import Routing
 from .block_experts import FusedExperts, gather
 from .block_parts import Parts
+from .block_twins import HOOKS
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Model = TypeVar("Model", bound=nn.Module)
 MARKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 class BridgedMoE(MoE):
-    """A `MoE` in the place of a family's block, made of its parts. No balance loss of ours: the model has its own.
+    """An `MoE` in the place of a family's block. It adds no balance loss, because the model has its own.
 
-    Hooks registered at the block run at this layer.
+    Hooks that were registered at the block run at this layer.
 
     Args:
-        block: the family's; kept, out of sight of `parameters()`, to be put back.
-        parts: what an adapter made of it.
+        block: block of the family. It is kept for `restore_moe`, but not as a submodule.
+        parts: the parts into which an adapter took it apart.
     """
 
     def __init__(self, block: nn.Module, parts: Parts) -> None:
@@ -46,40 +46,38 @@ class BridgedMoE(MoE):
         self.train(block.training)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (..., D) -> y (..., D), or [T, D], or (y, None), as the family's block returned it."""
+        """x (..., D) -> y (..., D), or y [T, D], or (y, None), in the form that the family's block returns."""
         if self.training and self.jitter:
-            x.copy_(
-                jittered(x, self.jitter)
-            )  # in place, as the families do: in some, the residual has the noise as well
-        if self.gate.takes_ids and ids is None and x.ndim > 2:  # gates of families that count by sequence
+            # in place, as the families do: in some, the residual has the noise as well
+            x.copy_(jittered(x, self.jitter))
+        if self.gate.takes_ids and ids is None and x.ndim > 2:  # a gate with a capacity for each sequence
             ids = torch.arange(len(x), device=x.device).unsqueeze(1).expand(x.shape[:-1])
         y = super().forward(x, mask, ids)
         y = y.flatten(0, -2) if self.flat else y
         return (y, None) if self.pair else y
 
     def give_back(self) -> nn.Module:
-        """The family's block, with the weights of now; where experts are spread, call it on every rank of theirs."""
+        """The family's block with the current weights. If experts are spread over ranks, every rank calls this."""
         getattr(self.experts, "give_back", lambda: gather(self.experts))()
         getattr(self.shared, "give_back", lambda: None)()
         return self.block.train(self.training)
 
     @property
     def block(self) -> nn.Module:
-        """The family's block; its own tensors may be laid out otherwise, until it is given back."""
+        """The family's block. Until `give_back`, its tensors may have another layout."""
         return self._block[0]
 
 
 class BridgedExperts(BridgedMoE):
-    """A `MoE` in the place of a family's experts alone, which its block calls with a routing of its own.
+    """An `MoE` in the place of a family's experts alone. The block calls it with a routing of its own.
 
-    The block stays as it is, whatever its router, its shared experts or its norms do, and so do the names of all that
-    is not an expert's. What the layer would need a router for is the model's: `top_k`, `balance` and `capacity` are
-    refused.
+    Router, shared experts and everything else in the block stay as they are, with their names. The layer has no router,
+    so setting `top_k`, `balance` or `capacity` raises ValueError.
 
     Args:
-        module: the family's experts, called as (x [T, D], expert int64 [T, k], weight [T, k]) -> [T, D].
-        experts: what computes with its tensors.
-        top_k: experts a token picks, k, as far as is known before the first forward.
+        module: the family's experts, called as (x [T, D], expert int64 [T, k], weight [T, k]) -> y [T, D].
+        experts: experts that compute with the tensors of `module`.
+        top_k: number of experts k that a token picks, 1 by default. It is only a note: the routing decides.
     """
 
     def __init__(self, module: nn.Module, experts: FusedExperts, top_k: int = 1) -> None:
@@ -87,8 +85,8 @@ class BridgedExperts(BridgedMoE):
         self.identities = experts.identities
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x [T, D], expert int64 [T, k], weight [T, k] -> y [T, D]; an expert of E or more is none, as the family's."""
-        scores = wide(weight).new_zeros(1, 1).expand(len(expert), self.num_experts)  # no loss, so that no one looks
+        """x [T, D], expert int64 [T, k], weight [T, k] -> y [T, D]. Ids from E on are no experts of the layer."""
+        scores = wide(weight).new_zeros(1, 1).expand(len(expert), self.num_experts)  # unused: the layer has no loss
         routing = Routing(expert.long(), wide(weight), scores)
         y = MoE.forward(self, x, routing=routing.keep(expert < self.num_experts))
         if not self.identities:
@@ -98,7 +96,7 @@ class BridgedExperts(BridgedMoE):
 
     @property
     def balance(self) -> Balance:
-        """No loss, always: the router is outside of this layer."""
+        """Always without a loss, because the router is outside this layer."""
         return self._loss.balance
 
     @balance.setter
@@ -108,7 +106,7 @@ class BridgedExperts(BridgedMoE):
 
     @property
     def capacity(self) -> Capacity | None:
-        """None, always: the router is outside of this layer."""
+        """Always None, because the router is outside this layer."""
         return None
 
     @capacity.setter
@@ -118,21 +116,21 @@ class BridgedExperts(BridgedMoE):
 
 
 class ModelsOwnGate(Gate):
-    """Stands where a gate would, in a layer whose routing the model's own block makes."""
+    """Placeholder for the gate of a layer that gets its routings from the model's own block."""
 
     learned = False
 
     def forward(self, x: Tensor) -> Routing:
-        """ValueError: there is nothing to ask."""
-        raise ValueError(_outside("a routing", "call the layer with (x, expert, weight)"))
+        """Raise ValueError: this gate has no router."""
+        raise ValueError(_outside("gate", "call the layer with (x, expert, weight)"))
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
-        """TypeError: weights of other experts are the block's to compute."""
+        """Raise TypeError: only the block can weigh experts."""
         raise TypeError(_outside("router replay", "replay in the family's router"))
 
     @property
     def top_k(self) -> int:
-        """Experts a token picks, k."""
+        """Number of experts k that a token picks."""
         return self._top_k
 
     @top_k.setter
@@ -144,11 +142,11 @@ class ModelsOwnGate(Gate):
 
 
 def _outside(name: str, instead: str) -> str:
-    return f"{name} is not to be had in a layer whose router is the model's own and outside of it: {instead}"
+    return f"a layer whose router is the model's own has no {name}: {instead}"
 
 
 def find_bridged(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
-    """Parent, name in it, and layer, of what `replace_moe` put there; there may be none."""
+    """The bridged layers of a model, each with its parent module and its name there."""
     return [
         (parent, name, child)
         for parent in model.modules()
@@ -158,7 +156,7 @@ def find_bridged(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
 
 
 def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
-    """As `find_bridged`, or ValueError if there is nothing that `replace_moe` put there."""
+    """The same as `find_bridged`, but a model without bridged layers raises ValueError."""
     layers = find_bridged(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that replace_moe put there")
@@ -166,13 +164,19 @@ def bridged_layers(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
 
 
 def restore_moe(model: Model) -> Model:
-    """Undo `replace_moe`, in place, with the weights of now.
+    """Undo `replace_moe` in place. The family's blocks get the current weights.
 
-    Where experts are spread each rank gathers all of them: call it on every rank. To write the family's format while
-    they are spread, and train on, there is `save_pretrained`.
+    If experts are spread over ranks, every rank calls it and gathers all of them. To write the family's format and
+    train on, call `save_pretrained` instead.
+
+    Args:
+        model: a bridged model.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there.
+        ValueError: the model has no bridged layer.
     """
     check_home(model, "restore_moe")
     for parent, name, layer in bridged_layers(model):

@@ -1,4 +1,4 @@
-"""Does a layer of ours compute what the family's module did? Both run on small random copies, and are compared."""
+"""Compare a family's module with the layer that replaces it, on small random copies of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...moe.experts.base import Experts
 from .block_experts import FusedExperts
 from .block_parts import Parts
-from .block_twins import TOLERANCE, aside, count, difference, tensors, twin
+from .block_twins import TOLERANCE, aside, count, relative_difference, tensors, twin
 from .bridged import BridgedExperts, BridgedMoE
 
 FEW = 4  # experts of which the copies have tensors, where experts are compared by themselves
@@ -22,14 +22,14 @@ T = 7  # tokens
 
 @dataclass(frozen=True)
 class Seen:
-    """Outputs and gradients of a module, by name, in eval mode and in training; does it return a tuple?"""
+    """Outputs and gradients of a module by name, in eval mode and in training, and whether it returns a tuple."""
 
     values: dict[str, Tensor]
     pair: bool = False
 
     @classmethod
     def of(cls, call: Callable[..., Any], module: nn.Module, inputs: tuple[Tensor, ...]) -> Seen:
-        """Run call(*inputs), which computes with `module`, in both modes, and its backward."""
+        """Run ``call(*inputs)``, which computes with `module`, and its backward, in both modes."""
         values, pair = {}, False
         for mode in ("eval", "training"):
             module.train(mode == "training")
@@ -46,27 +46,27 @@ class Seen:
         return cls({name: t for name, t in values.items() if t is not None}, pair)
 
     def with_gradients(self, module: nn.Module, but: nn.Module | None = None) -> Seen:
-        """Besides these, the gradients of the module's parameters, without those of the module `but`."""
+        """The same, with the gradients of the module's parameters, except those of the module `but`."""
         left = set() if but is None else {id(p) for p in but.parameters()}
         named = {n: p for n, p in module.named_parameters() if id(p) not in left and p.grad is not None}
         values = {**self.values, **{f"the gradient of {n}": p.grad for n, p in named.items()}}
         return Seen(values, self.pair)  # pyright: ignore[reportArgumentType]
 
     def differs_from(self, other: Seen) -> str | None:
-        """The first that differs, as a sentence; None: nothing."""
+        """Sentence about the first value that differs; None if all agree."""
         if self.pair != other.pair:
             return f"the {'original' if self.pair else 'replacement'} alone returns a tuple"
         both = {**other.values, **self.values}
         for name, t in both.items():
             nothing = torch.zeros_like(t)  # as a gradient of an expert that no token chose
-            apart = difference(self.values.get(name, nothing), other.values.get(name, nothing))
+            apart = relative_difference(self.values.get(name, nothing), other.values.get(name, nothing))
             if apart > TOLERANCE:
                 return f"{name} differs by {apart:.1e} of its largest value (rounding is below {TOLERANCE:.0e})"
         return None
 
 
 def takes_routing(experts: nn.Module) -> bool:
-    """Whether the family calls its experts with a routing: (x [T, D], expert [T, k], weight [T, k])."""
+    """Whether experts are called with a routing: (x [T, D], expert [T, k], weight [T, k])."""
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -74,7 +74,7 @@ def takes_routing(experts: nn.Module) -> bool:
 
 
 def experts_differ(module: nn.Module, make: Callable[[Any], FusedExperts]) -> str | None:
-    """Compare a family's experts, called with a routing, with what `make` makes of them; None: they agree."""
+    """Compare a family's experts with the ones that `make` makes of them. A sentence, or None if they agree."""
     with aside():
         few = min(FEW, count(module))
         theirs, own = (twin(module, module, few) for _ in range(2))
@@ -82,10 +82,10 @@ def experts_differ(module: nn.Module, make: Callable[[Any], FusedExperts]) -> st
 
 
 def block_differs(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
-    """Compare a block with the layer of its `Parts`; None: they agree.
+    """Compare a block with the layer of its `Parts`. A sentence, or None if they agree.
 
-    Where the block calls its experts with a routing, these are compared by themselves, and stand-ins in the block; so a
-    large block costs little memory.
+    If the block calls its experts with a routing, the experts are compared by themselves, and the block with stand-ins
+    for them. So a large block needs little memory.
     """
     with aside():
         experts = getattr(block, "experts", None)
@@ -103,7 +103,7 @@ def block_differs(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
 
 
 def _as_one(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
-    """Compare all of a block at once."""
+    """Compare the whole block at once."""
     theirs, own = twin(block), twin(block)
     parts = adapter(own)
     x = _tokens(parts.gate.dim)
@@ -115,7 +115,7 @@ def _as_one(block: Any, adapter: Callable[[Any], Parts]) -> str | None:
 
 
 def _experts_apart(theirs: Any, own: Any, experts: FusedExperts, few: int) -> str | None:
-    """Compare copies of a family's experts: `theirs` as they are, `own` as `experts` computes with them."""
+    """Compare two copies of a family's experts: `theirs` run themselves, and `experts` computes with `own`."""
     inputs = _routed(experts.dim, few + experts.identities)
     expected = Seen.of(lambda x, *routing: theirs(x, *routing).view_as(x), theirs, inputs).with_gradients(theirs)
     layer = BridgedExperts(own, experts)
@@ -125,7 +125,7 @@ def _experts_apart(theirs: Any, own: Any, experts: FusedExperts, few: int) -> st
 
 
 def _rest_apart(theirs: Any, own: Any, parts: Parts) -> str | None:
-    """Compare copies of a block, with stand-ins for the experts of both."""
+    """Compare two copies of a block, both with stand-ins for their experts."""
     E, x = parts.gate.num_experts, _tokens(parts.gate.dim)
     theirs.experts, own.experts = _StandIn(E), None
     expected = Seen.of(theirs, theirs, (x,)).with_gradients(theirs, but=theirs.experts)
@@ -134,7 +134,7 @@ def _rest_apart(theirs: Any, own: Any, parts: Parts) -> str | None:
 
 
 class _StandIn(nn.Module):
-    """In the place of a family's experts: expert e multiplies by its own number."""
+    """Stand-in for a family's experts: expert e multiplies by a number of its own."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _StandIn(nn.Module):
 
 
 class _StandInExperts(Experts):
-    """The same, as ours."""
+    """The same stand-in as an `Experts`."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__(num_experts, seed=0)
@@ -160,7 +160,7 @@ class _StandInExperts(Experts):
 
 
 def _routed(dim: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, and two experts for each, if there are so many, with weights."""
+    """Tokens, and a routing to at most two experts each: x, expert, weight."""
     draw = torch.Generator("cpu").manual_seed(3)
     expert = torch.rand(T, experts, generator=draw).topk(min(2, experts)).indices
     weight = torch.rand(expert.shape, generator=draw) + 0.1
@@ -172,14 +172,14 @@ def _tokens(dim: int) -> Tensor:
 
 
 def _lost(block: Any, parts: Parts) -> list[str]:
-    """Names of the block's tensors, outside of its experts, that are in no part."""
+    """Names of tensors of the block, outside its experts, that no part has."""
     held = {id(t) for part in (parts.gate, parts.shared) if part is not None for t in tensors(part).values()}
     held |= {id(t) for t in tensors(block.experts).values()}
     return [name for name, t in tensors(block).items() if id(t) not in held]
 
 
 def marks(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What tells kinds of modules apart: classes, sizes, and attributes that are numbers, names, functions, configs."""
+    """Facts that tell kinds of modules apart: classes, sizes, and attributes that are numbers, text or functions."""
     for name, m in module.named_modules():
         own = {k: v for k, v in vars(m).items() if k not in ("training", "layer_idx", "layer_id")}
         plain = {k: v for k, v in own.items() if isinstance(v, int | float | bool | str | None)}

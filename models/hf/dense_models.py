@@ -1,4 +1,4 @@
-"""Dense models of Hugging Face out, mixtures of experts in: blocks of Llama, Qwen, Mistral and those alike."""
+"""`replace_dense` turns dense models of Hugging Face (Llama, Qwen, Mistral and others) into mixtures of experts."""
 
 from __future__ import annotations
 
@@ -31,22 +31,27 @@ def replace_dense(
 ) -> Model:
     """Put an upcycled `MoE` in the place of every n-th feed-forward block of a dense model, in place.
 
-    A block has Linear layers ``up_proj``, ``down_proj`` and maybe ``gate_proj``, as those of Llama, Mistral, Qwen2
-    and Qwen3, or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did (`upcycle`); routers are
-    new, and the model's loss knows nothing of them: add `aux_loss(model)`. On the meta device there is nothing to copy:
-    blocks are replaced, and `upcycle(model, dense)` fills them once there are values.
+    A block has Linear layers ``up_proj``, ``down_proj`` and maybe ``gate_proj``, as in Llama, Mistral, Qwen2 and Qwen3,
+    or ``up``, ``down`` and maybe ``gate``. At first the model computes what it did before (`upcycle`). Routers are new,
+    and the model's own loss does not balance them: add `aux_loss(model)`. On the meta device blocks are only replaced.
+    Call ``upcycle(model, dense)`` once there are values.
 
     Args:
-        model: of transformers, or any module that holds such blocks; alike on every rank, and under one
-            `torch.manual_seed`.
-        num_experts, top_k: of each layer: all shards of all copies, and how many of them a token picks.
-        every: blocks n, 2n, ... are replaced, counted from 1.
-        granularity: experts hold 1/granularity of a block each, so that `num_experts` and `top_k` are multiples of it.
+        model: a model of transformers, or any module with such blocks. It is the same on every rank, and all ranks call
+            this under the same `torch.manual_seed`.
+        num_experts: number of experts E of each layer, counting all parts of all copies of a block.
+        top_k: number of experts k that a token picks; 2 by default.
+        every: n, so that blocks n, 2n, ... are replaced, counted from 1; 1 by default.
+        granularity: number of experts into which a copy of a block is cut, 1 by default. It divides `num_experts` and
+            `top_k`.
         noise, reset, scale: as in `upcycle`.
-        options: further arguments of `MoE`. Of a `Gate` each layer gets a copy of its own, initialised anew.
+        options: further arguments of `MoE`. Each layer gets its own copy of a `Gate`, with new initial values.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no such block, or one that cannot be replaced, and why; the model is then as it was.
+        ValueError: the model has no such block, or one that cannot be replaced. The model is unchanged.
     """
     if every < 1 or granularity < 1:
         raise ValueError(f"every and granularity must be positive; got {every} and {granularity}")
@@ -68,7 +73,7 @@ def replace_dense(
 
 
 def _layer(block: nn.Module, num_experts: int, top_k: int, granularity: int, options: dict[str, Any]) -> MoE:
-    """A layer whose experts are of the block's kind, where the block is."""
+    """A layer whose experts have the block's activation, on the block's device and in its dtype."""
     tensors, activation = dense_tensors(block)
     (dim, hidden), like = tensors["w_up"].shape, tensors["w_up"]
     kind = named_activation(tensors, activation)
@@ -88,7 +93,7 @@ def _layer(block: nn.Module, num_experts: int, top_k: int, granularity: int, opt
 
 @torch.no_grad()
 def _check_function(block: nn.Module) -> None:
-    """Its parts do not say all (Falcon-H1 multiplies in between, BitNet normalises): tried on random tokens."""
+    """Raise ValueError if a block computes more than its parts show, on random tokens (Falcon-H1, BitNet)."""
     tensors, activation = dense_tensors(block)
     w_up, training = tensors["w_up"], block.training
     x = torch.randn(16, len(w_up), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(w_up)
@@ -110,7 +115,7 @@ def _perceptron(tensors: Mapping[str, Tensor], activation: Any, x: Tensor) -> Te
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name in it, and block, in the order of the model."""
+    """The dense blocks of a model in its order, each with its parent module and its name there."""
     for parent in model.modules():
         children = dict(parent.named_children())
         for name, child in children.items():

@@ -1,8 +1,8 @@
-"""How a block of Hugging Face's transformers is taken apart into the `Parts` of a `MoE`.
+"""Adapters: functions that take an MoE block of transformers apart into `Parts`.
 
-`plain` reads it off the block, for most families. `FAMILIES` has those whose block does something of its own, by the
-name of its class, so that nothing here imports transformers. All others keep their block, and the experts alone are
-replaced (`recognise.py`). What each router does is in docs/guides/hugging_face.md.
+`plain` recognises the parts of most families' blocks by their names. `FAMILIES` has adapters for blocks that do
+something of their own, by the name of the block's class, so that nothing here imports transformers. Any other block
+stays, and its experts alone are replaced (`recognise.py`). docs/guides/hugging_face.md says what each router does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ JITTER = ("jitter_noise", "input_jitter_noise")
 
 
 class GatedShared(nn.Module):
-    """A shared expert times a sigmoid of the token (Qwen2-MoE)."""
+    """Shared expert, times the sigmoid of a linear gate on the token (Qwen2-MoE)."""
 
     def __init__(self, expert: nn.Module, gate: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GatedShared(nn.Module):
 
 
 class Bias(nn.Module):
-    """What a block adds to every token: its own parameter `bias` [D] (JetMoE)."""
+    """Adds the block's parameter `bias` [D] to every token, in the place of shared experts (JetMoE)."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -57,16 +57,16 @@ class Bias(nn.Module):
         return self.bias.expand_as(x)
 
     def give_back(self) -> None:
-        """Let the block have the bias of now; collective where that is spread."""
+        """Give the block the current bias. If it is sharded, every rank calls this."""
         gather(self)
         self._block[0].bias = self.bias
 
 
 def plain(block: Block) -> Parts:
-    """Router, stacked experts, and perhaps shared ones, a gate on these, or noise on what enters in training.
+    """Parts of a block with a router and stacked experts, and maybe shared experts with a gate, and input noise.
 
     Raises:
-        ValueError: the block has something else.
+        ValueError: the block has other children, or is called with more than hidden states.
     """
     children = {name: child for name, child in block.named_children() if child is not None}
     own, experts = _only(children, ROUTERS), children.pop("experts", None)
@@ -84,38 +84,38 @@ def plain(block: Block) -> Parts:
 
 
 def phimoe(block: Block) -> Parts:
-    """Noise twice in training: here, and in the router, which writes its own to its input."""
+    """PhiMoE: in training there is noise on the block's input, and again in the router, which writes to its input."""
     gate = PhimoeGate(block.router, block.router.weight, 2)
     return Parts(gate, FusedExperts(block.experts), jitter=block.input_jitter_noise)
 
 
 def gpt_oss(block: Block) -> Parts:
-    """Interleaved, with biases; a pair is returned."""
+    """gpt-oss: gate and up are interleaved, experts have biases, and the block returns a pair."""
     gate = RouterGate(block.router, block.router.weight, block.router.top_k)
     return Parts(gate, GptOssExperts(block.experts), pair=True)
 
 
 def llama4(block: Block) -> Parts:
-    """The weight multiplies what enters an expert; a pair is returned."""
+    """Llama 4: weights multiply the input of an expert, and the block returns a pair."""
     gate = Llama4Gate(block.router, block.router.weight, block.router.top_k, "sigmoid")
     experts = FusedExperts(block.experts, transposed=True, weight_first=True)
     return Parts(gate, experts, block.shared_expert, pair=True, flat=True)
 
 
 def dbrx(block: Block) -> Parts:
-    """The choice is made in the block."""
+    """DBRX: the block, and not its router, chooses the experts."""
     gate = DbrxGate(block.router, block.router.layer.weight, block.top_k, block.moe_normalize_expert_weights)
     return Parts(gate, DbrxExperts(block.experts, block.experts.num_experts))
 
 
 def jetmoe(block: Block) -> Parts:
-    """Two stacks in the block itself; a bias is added to what its experts return."""
+    """JetMoE: the block itself has the stacked matrices, and adds a bias to the output."""
     gate = JetMoeGate(block.router, block.router.layer.weight, block.router.top_k)
     return Parts(gate, JetMoeExperts(block), Bias(block))
 
 
 def switch_transformers(block: Block) -> Parts:
-    """Capacity per sequence, one module per expert."""
+    """Switch Transformers: a capacity for each sequence, and one module for each expert."""
     gate = SwitchTransformersGate(block.router, block.router.classifier.weight, 1)
     return Parts(gate, ListedExperts(block.experts))
 
@@ -129,10 +129,10 @@ FAMILIES: dict[str, Callable[[Any], Parts]] = {
     "SwitchTransformersSparseMLP": switch_transformers,
 }
 
-# experts that do something of their own, in a block that is kept
+# experts that do something of their own, in blocks that stay
 EXPERTS: dict[str, Callable[[Any], FusedExperts]] = {"LongcatFlashExperts": LongcatFlashExperts}
 
-# blocks with a child called `experts` that is no mixture of feed-forward networks: they stay as they are
+# blocks whose child `experts` is no mixture of feed-forward networks: they stay as they are
 NOT_FEED_FORWARD = {
     "JetMoeAttention": "its experts are projections of an attention",
     "VitPoseBackboneMoeMLP": "its experts are heads for data sets, chosen by the caller, and not by a router",
@@ -140,5 +140,5 @@ NOT_FEED_FORWARD = {
 
 
 def _only(children: dict[str, nn.Module], names: tuple[str, ...]) -> Any:
-    """Take the first of these children out; None: there is none."""
+    """Take the first of these children out of the dict; None if it has none of them."""
     return next((children.pop(name) for name in names if name in children), None)

@@ -1,4 +1,4 @@
-"""Our `GPT` as Mixtral or Qwen3-MoE of Hugging Face, and back: the same function, in files that everybody reads."""
+"""Convert a `GPT` to Mixtral or Qwen3-MoE of Hugging Face, and back. Both compute the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from ...moe.experts.placed import check_home
 from ...moe.experts.sharded import whole
 from ...moe.gates.topk import TopKGate
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 from ..checkpoint.together import place
 from ..data_parallel import reshard
 from ..gpt import GPT
@@ -29,20 +29,20 @@ Model = GPT | ParallelModel | Sequence[GPT]
 
 @torch.no_grad()
 def to_hf(model: Model, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
-    """Write a GPT as a model of Hugging Face, on any mesh; it stays as it is. Call it on every rank.
+    """Write a GPT as a model of Hugging Face, on any mesh. The GPT stays as it is. Call it on every rank.
 
-    With ``qk_norm=True`` it becomes Qwen3-MoE, which may have dense blocks as well, else Mixtral. Logits in eval mode
-    are the same. Rank 0 writes, and has one tensor more than its part in main memory. What concerns training alone
-    stays behind: dropout, balance losses, noise of the gate.
+    With ``qk_norm=True`` it becomes Qwen3-MoE, which may have dense blocks as well, and otherwise Mixtral. Logits in
+    eval mode are the same. Settings for training alone are left out: dropout, balance losses, and noise of the gate.
+    Rank 0 writes, and needs main memory for its part and one more tensor.
 
     Args:
-        model: a `GPT`, all stages of a pipeline that this rank runs, or a `ParallelModel`.
-        folder: is made if it is not there.
-        max_shard_size: as for transformers' `save_pretrained`.
+        model: a `GPT`, a list of the pipeline stages that this rank runs, or a `ParallelModel`.
+        folder: folder for the files. It is made if it is missing.
+        max_shard_size: as for transformers' `save_pretrained`; "50GB" by default.
 
     Raises:
-        ValueError: settings that neither family has, all of them by name.
-        CheckpointError: on every rank of several, if there is such a setting, or rank 0 cannot write.
+        ValueError: the model has settings that neither family has. The message names all of them.
+        CheckpointError: on every rank of several, if there is such a setting, or if rank 0 cannot write.
     """
     parts = _parts(model)
     config = parts[0].config
@@ -72,17 +72,20 @@ def to_hf(model: Model, folder: str | Path, max_shard_size: int | str = "50GB") 
 
 
 def from_hf(folder: str | Path, **settings: Any) -> GPT:
-    """The GPT that computes what a Mixtral or Qwen3-MoE in a folder of Hugging Face does, on the CPU, in eval mode.
+    """Load a Mixtral or Qwen3-MoE of Hugging Face as a `GPT` that computes the same, on the CPU.
 
-    For many ranks build a model by `config_from_hf` and fill it by `load_hf`.
+    For many ranks, build a model with `config_from_hf` and fill it with `load_hf`.
 
     Args:
-        folder: with `config.json` and safetensors.
-        settings: of `GPTConfig` that the folder does not know: ``dropout``, ``moe={"balance": 0.01}``, a smaller
-            ``seq_len``.
+        folder: folder with `config.json` and safetensors.
+        settings: fields of `GPTConfig` that the folder does not have, such as ``dropout``,
+            ``moe={"balance": 0.01}`` or a smaller ``seq_len``.
+
+    Returns:
+        The GPT, in eval mode.
 
     Raises:
-        ValueError: another family, settings of it that our GPT does not have, by name, or tensors that do not fit.
+        ValueError: the folder has another family, settings that a `GPT` does not have, or tensors that do not fit.
     """
     config = config_from_hf(folder, **settings)
     with torch.random.fork_rng(devices=[]):
@@ -91,18 +94,21 @@ def from_hf(folder: str | Path, **settings: Any) -> GPT:
 
 
 def load_hf(model: Any, folder: str | Path) -> Any:
-    """Read the weights of a folder into a GPT on any mesh, in place; call it on every rank, which reads its own part.
+    """Read the weights of a folder into a GPT on any mesh, in place. Call it on every rank, which reads its own part.
 
-    Gates normalise the weights of a token's experts as the family does.
+    Gates are set to normalise the weights of a token's experts as the family does.
 
     Args:
-        model: as for `to_hf`, of the config that `config_from_hf` gives.
-        folder: as for `from_hf`.
+        model: model as for `to_hf`, built with the config from `config_from_hf`.
+        folder: folder as for `from_hf`.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: a model of another config, but for ``seq_len``, ``dropout``, ``eod`` and ``moe``; tensors that are
-            missing, left over or of other shapes, by name.
-        CheckpointError: on every rank of several, what is a ValueError on one.
+        ValueError: the model has another config, except for ``seq_len``, ``dropout``, ``eod`` and ``moe``, or tensors
+            are missing, left over or of other shapes.
+        CheckpointError: on every rank of several, if one of these errors is found on any.
     """
     parts = _parts(model)
     config = parts[0].config
@@ -113,7 +119,7 @@ def load_hf(model: Any, folder: str | Path) -> Any:
         reader = WeightReader(folder)
         if wrong := differences(config, config_from_hf(folder)):
             raise ValueError(f"the model is not the one in {folder}: {', '.join(wrong)}; build it by config_from_hf")
-        gates = [layer.gate for part in parts for layer in part.modules() if isinstance(layer, MoE)]
+        gates = [layer.gate for part in parts for layer in moe_layers(part).values()]
         known = [gate for gate in gates if isinstance(gate, TopKGate)]
         if others := {type(gate).__name__ for gate in gates} - {type(gate).__name__ for gate in known}:
             raise ValueError(f'{kind} routes as gate="topk" does, and the model has {", ".join(others)}')
@@ -142,7 +148,7 @@ def load_hf(model: Any, folder: str | Path) -> Any:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that reads bytes: a token is the number of a byte, and 256 there are."""
+    """Tokenizer of a model that reads bytes: the 256 tokens are the values of a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -165,7 +171,7 @@ def _parts(model: Model) -> Sequence[GPT]:
 
 
 def _to_first(tensor: Tensor, owner: int) -> Tensor:
-    """A whole tensor that `owner` has, on rank 0's CPU; others return what they were given."""
+    """Send a whole tensor from rank `owner` to rank 0's CPU. Other ranks return their argument."""
     rank, _ = place()
     if owner and rank == owner:
         dist.send(tensor.contiguous(), 0)

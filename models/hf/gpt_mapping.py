@@ -1,4 +1,4 @@
-"""What a GPT's settings and parameters are called in Mixtral and Qwen3-MoE, and which of them have no name there."""
+"""Names of a GPT's settings and parameters in Mixtral and Qwen3-MoE, and settings that these do not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, MixtralConfig, PretrainedConfig, Qwen3MoeCo
 
 from ...moe.experts.feed_forward import FeedForwardExperts
 from ...moe.gates.topk import TopKGate
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 from ..gpt import GPT, GPTConfig
 from .slots import Slot
 
@@ -32,21 +32,20 @@ INSIDE = {
 
 @dataclass(frozen=True)
 class _Family:
-    """What a family calls the parts of a block."""
+    """Names of a family for the parts of a block."""
 
-    kind: type[PretrainedConfig]
-    block: str  # of experts
-    experts: dict[str, str]  # by our names of their matrices
+    block: str  # name of the MoE block
+    experts: dict[str, str]  # the family's names of the experts' matrices, by ours
 
 
 FAMILIES = {
-    "mixtral": _Family(MixtralConfig, "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
-    "qwen3_moe": _Family(Qwen3MoeConfig, "mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+    "mixtral": _Family("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": _Family("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
 }
 
 
 def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
-    """The config of the GPT that a folder of Hugging Face holds; `settings` and errors as for `from_hf`."""
+    """Config of the GPT that a folder of Hugging Face holds. Arguments and errors are as for `from_hf`."""
     hf: Any = AutoConfig.from_pretrained(folder)
     if hf.model_type not in FAMILIES:
         raise ValueError(
@@ -90,7 +89,7 @@ def config_from_hf(folder: str | Path, **settings: Any) -> GPTConfig:
 
 
 def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
-    """Settings of a config that compute something else than another's, in words; not those that a user may choose."""
+    """Settings in which two configs compute different functions, in words. Free choices of a user are left out."""
 
     def meant(config: GPTConfig) -> dict[str, Any]:
         eps = torch.finfo(torch.float32).eps if config.norm_eps is None else config.norm_eps
@@ -104,7 +103,7 @@ def differences(config: GPTConfig, other: GPTConfig) -> list[str]:
 
 
 def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tuple[str, Slot]]:
-    """The tensors of a family's files that a parameter is in, by its name."""
+    """The tensors of a family's files that hold the parameter of this name, with their slots."""
     own, family = name.removesuffix(".weight").removesuffix(".bias"), FAMILIES[kind]
     part = "bias" if name.endswith(".bias") else "weight"
     if own in OUTSIDE:
@@ -128,9 +127,9 @@ def files_of(config: GPTConfig, kind: str, name: str, p: Tensor) -> Iterator[tup
 
 
 def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
-    """For each layer here, how many experts a token picks, and whether their weights are normalised."""
+    """For each layer on this rank, its top_k, and whether the weights of a token are normalised."""
     found = []
-    for name, layer in ((n, m) for part in parts for n, m in part.named_modules() if isinstance(m, MoE)):
+    for name, layer in (named for part in parts for named in moe_layers(part).items()):
         gate, experts = layer.gate, layer.experts
         capacity, many = layer.capacity, 10**6  # tokens
         room = None if capacity is None else capacity.limit(layer.top_k, many, layer.num_experts, training=False)
@@ -158,7 +157,7 @@ def routing_of(parts: Sequence[GPT]) -> list[tuple[int, bool]]:
 
 
 def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> PretrainedConfig:
-    """The family's, of a GPT whose layers choose as `routing` says."""
+    """Config of the family for a GPT whose layers route as `routing` says."""
     kinds = {each for theirs in routing for each in theirs}
     qwen, windows = config.qk_norm, {config.window(index) for index in range(config.layers)}
     refused = {

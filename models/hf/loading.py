@@ -1,4 +1,4 @@
-"""A model of Hugging Face, read by many ranks: each reads its experts and its shards, and no rank the whole."""
+"""Load a model of Hugging Face on many ranks. Each rank reads its own experts and shards alone."""
 
 from __future__ import annotations
 
@@ -45,24 +45,26 @@ def from_pretrained(
     adapters: Mapping[type[nn.Module], Adapter] | None = None,
     **options: Any,
 ) -> Any:
-    """A family's model with its experts spread over ranks, of which each rank has read its own part alone.
+    """Load a model with its experts spread over ranks. Each rank reads its own part alone, and every rank calls it.
 
-    It is `empty_pretrained`, `replace_moe`, `parallelize` and `load_pretrained`, one after the other. Where the rest of
-    the model is to be split as well, call these, and FSDP2 before the last one: docs/guides/hugging_face.md. A rank
-    needs main memory for its part and one tensor more. Call it on every rank; the model is in eval mode, as that of
-    transformers' method.
+    It calls `empty_pretrained`, `replace_moe`, `parallelize` and `load_pretrained`. To shard the rest of the model as
+    well, call these yourself, and FSDP2 before the last one (docs/guides/hugging_face.md). A rank needs main memory for
+    its part and one more tensor.
 
     Args:
-        folder: of a model in transformers' format, with safetensors; all ranks must see it.
-        mesh: as for `parallelize`; None: one process has all experts.
+        folder: folder of a model in transformers' format, with safetensors, which all ranks see.
+        mesh: mesh as for `parallelize`. None, the default: one process has all experts.
         auto_class, dtype: as for `empty_pretrained`.
-        device: where the parameters go; None: the current GPU if the mesh is one of GPUs, else the CPU.
+        device: device of the parameters. None, the default, is the current GPU for a mesh of GPUs, else the CPU.
         adapters: as for `replace_moe`.
         options: further arguments of `parallelize`.
 
+    Returns:
+        The model, in eval mode.
+
     Raises:
-        ValueError: as the four functions.
-        CheckpointError: on every rank of several, what `load_pretrained` raises on one.
+        ValueError: as for the four functions.
+        CheckpointError: on every rank of several, if `load_pretrained` fails on one.
     """
     model = replace_moe(empty_pretrained(folder, auto_class, dtype), adapters)
     if mesh is not None:
@@ -75,16 +77,16 @@ def from_pretrained(
 def empty_pretrained(
     folder: str | Path, auto_class: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model of a folder without its weights: parameters are on the meta device and take no memory, buffers are not.
+    """Build the model of a folder without its weights. Parameters are on the meta device, and buffers have values.
 
     Args:
-        folder: has `config.json`, and `generation_config.json` if the model can generate.
-        auto_class: class of transformers whose `from_config` builds the model.
-        dtype: of parameters; None: what the config says, or else that of the first floating-point tensor in the files.
-            What the family keeps in float32 is in float32.
+        folder: folder with `config.json`, and `generation_config.json` if the model can generate.
+        auto_class: class of transformers whose `from_config` builds the model; `AutoModelForCausalLM` by default.
+        dtype: dtype of the parameters. None, the default, takes the config's, or else the dtype of the first
+            floating-point tensor in the files. Parameters that the family keeps in float32 stay in float32.
 
     Raises:
-        ValueError: a folder without `config.json`, or quantised weights.
+        ValueError: the folder has no `config.json`, or its weights are quantised.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -113,21 +115,24 @@ def empty_pretrained(
 
 
 def load_pretrained(model: Any, folder: str | Path, device: torch.device | str = "cpu") -> Any:
-    """Read the weights of a folder into a model of transformers on the meta device, in place; call it on every rank.
+    """Read the weights of a folder into a model on the meta device, in place. Call it on every rank.
 
-    A rank reads what lies on it: of files with a tensor for each expert its experts, of others its rows. Parameters are
-    new objects: make the optimizer afterwards. What is tied stays tied. Buffers must have values, as those of
-    `empty_pretrained` have.
+    Each rank reads its own part alone. Parameters are new objects, so make the optimizer afterwards. Tied parameters
+    stay tied.
 
     Args:
-        model: of `empty_pretrained`, then maybe of `replace_moe`, `parallelize`, `fully_shard_experts` and
+        model: model from `empty_pretrained`, maybe after `replace_moe`, `parallelize`, `fully_shard_experts` and
             `fully_shard`.
-        folder: with safetensors files in the format of the model's family.
-        device: where the parameters go.
+        folder: folder with safetensors files in the format of the model's family.
+        device: device of the parameters; the CPU by default.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of other shapes, by name; buffers on the meta device.
-        CheckpointError: on every rank of several, if there is one of these errors on any.
+        ValueError: tensors are missing, left over, or of other shapes, or buffers have no values. The message has the
+            names.
+        CheckpointError: on every rank of several, if one of these errors is found on any.
     """
 
     def load() -> None:
@@ -144,14 +149,14 @@ def load_pretrained(model: Any, folder: str | Path, device: torch.device | str =
 
 @dataclass
 class _Source:
-    """What a family's tensor is made of: one of the file by its name, or several by the pattern they match."""
+    """The tensors of the files from which a family's tensor is made: one, or several for a converter."""
 
     converter: WeightConverter | None = None
     names: dict[str, list[str]] = field(default_factory=dict)
 
 
 def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) -> None:
-    """Read what is needed here; `own` is a `family_view`."""
+    """Read this rank's part of all tensors. `own` is a `family_view`."""
     mapping = get_model_conversion_mapping(own)
     sources, unexpected = _sources(own, mapping, slots, reader)
     made = {name: name for name in sources} | {
@@ -160,7 +165,7 @@ def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) ->
     filled = {id(slots[name].tensor) for name in made}
     missing = {name for name, slot in slots.items() if name not in made and id(slot.tensor) not in filled}
     found: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-    own._adjust_missing_and_unexpected_keys(found)  # what the family says is no matter
+    own._adjust_missing_and_unexpected_keys(found)  # removes what the family ignores
     missing |= {name for name in missing - found.missing_keys if isinstance(slots[name].tensor, nn.Parameter)}
     if missing or found.unexpected_keys:
         both = {"it has no": found.missing_keys | missing, "the model has no": found.unexpected_keys}
@@ -169,7 +174,7 @@ def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) ->
             + ", and ".join(f"{verb} {_some(sorted(names))}" for verb, names in both.items() if names)
             + ". Is the model of another class (auto_class) or config?"
         )
-    first: dict[tuple[int, int | None], str] = {}  # of names that are one tensor
+    first: dict[tuple[int, int | None], str] = {}  # first name of each tensor: tied ones have several
     for target, source in sources.items():
         key = id(slots[target].tensor), slots[target].expert
         if key in first:
@@ -184,7 +189,7 @@ def _fill(own: PreTrainedModel, slots: dict[str, Slot], reader: WeightReader) ->
 def _sources(
     own: PreTrainedModel, mapping: list[Any], slots: dict[str, Slot], reader: WeightReader
 ) -> tuple[dict[str, _Source], set[str]]:
-    """By the first of the family's tensors that they make; and names in the files that make none."""
+    """The source of each of the family's tensors, by name, and names in the files that fit no tensor."""
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -193,7 +198,7 @@ def _sources(
     for name in sorted(reader.names, key=dot_natural_key):
         prefix, known = own.base_model_prefix, cast(dict, slots)
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in slots and name in slots:  # saved by the names that the model has now
+        if target not in slots and name in slots:  # the files have the names of this version
             target, pattern = rename_source_key(name, [], [], prefix, known)
         if target not in slots:
             unexpected.add(name)
@@ -207,13 +212,13 @@ def _sources(
 
 
 def _targets(target: str, source: _Source) -> list[str]:
-    """All of the family's tensors that a source makes."""
+    """Names of all tensors that are made from a source."""
     patterns = [] if source.converter is None else source.converter.target_patterns
     return [target.replace(patterns[0], each) for each in patterns] or [target]
 
 
 def _read(own: PreTrainedModel, target: str, source: _Source, slots: dict[str, Slot], reader: WeightReader) -> None:
-    """Read one of the family's tensors, or those that one conversion makes together, as far as they lie here."""
+    """Read this rank's part of one tensor, or of all tensors that a converter makes together."""
     slot, converter = slots[target], source.converter
     needed = [name for name in _targets(target, source) if name in slots and slots[name].region is not None]
     if converter is None:
@@ -240,7 +245,7 @@ def _read(own: PreTrainedModel, target: str, source: _Source, slots: dict[str, S
 
 
 def _check_tied(first: str, target: str, source: _Source, slots: dict[str, Slot], reader: WeightReader) -> None:
-    """A file that has a tied tensor twice has to say the same."""
+    """Raise ValueError if files have a tied tensor twice, with different values."""
     slot = slots[target]
     if source.converter is not None or slot.region is None:
         return
@@ -254,14 +259,14 @@ def _check_tied(first: str, target: str, source: _Source, slots: dict[str, Slot]
 
 
 def _numbers(pattern: str, names: list[str]) -> list[int]:
-    """The experts that tensors are of: the number in the place of the pattern's star."""
+    """Ids of the experts of these tensors: the number in the place of the pattern's star."""
     star = re.escape(pattern.strip("^$")).replace(r"\*", r"(\d+)")
     found = [re.search(star, name) for name in names]
     return [int(match[1]) if match and match.re.groups else place for place, match in enumerate(found)]
 
 
 def _expert_wise(converter: WeightConverter) -> bool:
-    """Whether it stacks the experts and then changes each by itself, so that one may be had without the others."""
+    """Whether a converter stacks experts and changes each by itself, so that one can be converted alone."""
     first, *others = converter.operations
     stacks = type(first) is MergeModulelist and first.dim == 0 and len(converter.target_patterns) == 1
     axes_of = [[value for key, value in vars(op).items() if re.fullmatch(r"dim\d?", key)] for op in others]

@@ -1,4 +1,4 @@
-"""Which modules of a model become `MoE`, and by which rule: what a block is decides, and then the comparison."""
+"""Find the MoE blocks of a model, and for each kind of block the rule by which it is replaced."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ Adapters = Mapping[type[nn.Module], Adapter]
 
 @dataclass(frozen=True)
 class Rule:
-    """How blocks of one kind are replaced: the block itself, or the child `experts` of it.
+    """How blocks of one kind are replaced: the whole block, or its child `experts`.
 
     Attributes:
-        child: the name of what is replaced in the block, or "" for the block.
-        layer: block -> the layer of ours; ValueError if the block does not look like this.
-        differs: block -> in what the layer differs from it, None for nothing; ValueError as above.
-        fits: block -> the same without computing.
+        child: name of the child that is replaced, or "" for the whole block.
+        layer: function from a block to the layer that replaces it. It raises ValueError if the block has other parts.
+        differs: function from a block to a sentence about the first difference between block and layer, or None. It
+            computes with both.
+        fits: the same without computing, from the parts of the block alone.
     """
 
     child: str
@@ -40,7 +41,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Found:
-    """A block of the family's: its path in the model, and where it hangs."""
+    """An MoE block: its path in the model, its parent module and its name there."""
 
     path: str
     parent: nn.Module
@@ -49,7 +50,7 @@ class Found:
 
 
 def blocks(module: nn.Module, adapters: Adapters, prefix: str = "") -> Iterator[Found]:
-    """Yield what is known, or has experts that are not ours already."""
+    """Yield the MoE blocks of a module that are not replaced already."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
         if isinstance(child, MoE):
@@ -63,15 +64,15 @@ def blocks(module: nn.Module, adapters: Adapters, prefix: str = "") -> Iterator[
 
 
 def kind(block: nn.Module) -> tuple[Any, ...]:
-    """Blocks of one kind compute the same function of their input and their weights."""
+    """Key of a block. Blocks with equal keys compute the same function of their input and weights."""
     return tuple(marks(block))
 
 
 def rule(found: Found, adapters: Adapters, verify: bool) -> Rule:
-    """The first rule that fits a block; with `verify` the first that computes what the block does.
+    """The first rule that fits a block. With `verify`, the first one whose layer computes what the block does.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no rule fits. The message has the block's name and the reason.
     """
     own = _known(found.block, adapters)
     reasons = []
@@ -96,7 +97,7 @@ def rule(found: Found, adapters: Adapters, verify: bool) -> Rule:
 
 
 def refuse(found: Found, rule: Rule) -> None:
-    """ValueError if a block cannot be replaced in the state it is in."""
+    """Raise ValueError if a block is sharded, offloaded, on several devices, or has hooks that would not run."""
     called = f"{found.path} ({type(found.block).__name__})"
     held = tensors(found.block)
     for name, t in held.items():

@@ -1,4 +1,4 @@
-"""Hugging Face's MoE blocks out, `MoE` in, and back again."""
+"""`replace_moe` puts an `MoE` in the place of each MoE block of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from typing import Any
 
 from torch import nn
 
-from .block_parts import Parts
-from .bridged import BridgedExperts, BridgedMoE, Model, bridged_layers, restore_moe
+from .bridged import BridgedMoE, Model
 from .recognise import Adapters, Rule, blocks, kind, refuse, rule
 from .router_loss import scale_router_loss
 from .saving import saves_its_family
 
-__all__ = ["BridgedExperts", "BridgedMoE", "Model", "Parts", "bridged_layers", "replace_moe", "restore_moe"]
-
 
 def replace_moe(model: Model, adapters: Adapters | None = None, verify: bool = True) -> Model:
-    """Put a `MoE` in the place of every MoE block of a Hugging Face model, in place; the same function as before.
+    """Put an `MoE` in the place of every MoE block of a Hugging Face model, in place. The model computes the same.
 
-    Routers, experts and shared experts are taken over, without a copy but for families that keep a module for each
-    expert. Where the block does more than route, its experts alone are replaced (`BridgedExperts`). Router logits are
-    recorded as before, and the model's own auxiliary loss is computed from them. Then `parallelize` spreads the
-    experts, and `save_pretrained` writes the family's format.
+    Routers, experts and shared experts are used as they are. Only families with a module for each expert are copied,
+    into one stack. If a block does more than route, its experts alone are replaced (`BridgedExperts`). Router logits
+    are recorded as before, and the model computes its own auxiliary loss from them. Afterwards `parallelize` spreads
+    the experts, and `save_pretrained` writes the family's format.
 
     Args:
-        model: of transformers, or any module that holds blocks like theirs.
-        adapters: functions block -> `Parts` by the class of the block, in place of what the block looks like:
-            docs/guides/hugging_face.md has a guide.
-        verify: compare the block and what replaces it before, once for each kind of block: outputs and all gradients,
-            in eval and in training, on small random copies in float32 on the CPU. Stacked experts are few and narrow in
-            a copy, all else has its size. False: the first rule that looks right is taken.
+        model: a model of transformers, or any module with blocks like theirs.
+        adapters: functions block -> `Parts`, by the class of the block, for blocks that are not recognised.
+            docs/guides/hugging_face.md says how to write one. None, the default, has none.
+        verify: whether each kind of block is first compared with its replacement, which is the default. Outputs and
+            all gradients are compared, in eval mode and in training, on small random copies in float32 on the CPU. A
+            copy has few and narrow experts. False takes the first rule that seems to fit.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no MoE block, or one that cannot be replaced, by its name and with the reason; the model is then as
-            it was.
+        ValueError: the model has no MoE block, or one that cannot be replaced. The message has its name and the reason,
+            and the model is unchanged.
     """
     adapters = adapters or {}
     rules: dict[tuple[Any, ...], Rule] = {}

@@ -1,4 +1,4 @@
-"""The auxiliary loss of transformers, at its right size in a step of several ranks and micro-batches."""
+"""Scale the auxiliary loss of transformers correctly in steps of several ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ...dispatch.failure import named
-from ...moe.layer import MoE
+from ...moe.layer import moe_layers
 
 IGNORED = -100  # labels of no loss, as everywhere in transformers
 
 
 class RouterLoss:
-    """A forward hook for a model of transformers whose `loss` includes the balance loss of its routers.
+    """Forward hook for a model of transformers whose `loss` includes the balance loss of its routers.
 
-    With ``num_items_in_batch`` a model returns its part of a sum: losses of all ranks and micro-batches add up to the
-    step's. transformers adds the whole auxiliary loss each time, so that a step has it ranks x micro-batches times.
-    Here the parts of a micro-batch add up to its auxiliary loss over the tokens of all ranks, E sum_e f_e P_e, times
-    its share of the step's labels. So the step has the mean of its micro-batches, on any number of ranks. Without
-    ``num_items_in_batch`` losses are means, which are averaged, and nothing is changed.
+    With ``num_items_in_batch``, a model returns a part of the step's loss, and the parts of all ranks and micro-batches
+    add up. But transformers adds the whole auxiliary loss to each part, so a step has it ranks x micro-batches times.
+    This hook corrects that. The parts of a micro-batch then add up to its auxiliary loss over the tokens of all ranks,
+    E sum_e f_e P_e, times its share of the step's labels. Without ``num_items_in_batch``, losses are means that are
+    averaged, and the hook changes nothing.
 
-    One collective a forward, of E + 2 numbers.
+    It costs one all-reduce of E + 2 numbers in each forward.
     """
 
     def __init__(self) -> None:
-        self.known = False  # the family's loss is the one computed here
+        self.known = False  # whether the family's loss was found to be the one computed here
 
     @torch.compiler.disable(reason="a collective, and checks that read numbers")
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output, with its part of the auxiliary loss in `loss`; `aux_loss` stays the family's, of this rank."""
+        """The output with a corrected `loss`. Its `aux_loss` stays the family's, of this rank."""
         items = kwargs.get("num_items_in_batch")
-        layer = next((m for m in model.modules() if isinstance(m, MoE)), None)
+        layer = next(iter(moe_layers(model).values()), None)
         if items is None or layer is None:
             return output
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -59,13 +59,13 @@ class RouterLoss:
 
 
 def scale_router_loss(model: nn.Module) -> None:
-    """Register the hook, once; where the model has no layer of ours any more it does nothing."""
+    """Register the hook once. In a model without bridged layers it does nothing."""
     if not any(isinstance(hook, RouterLoss) for hook in model._forward_hooks.values()):
         model.register_forward_hook(RouterLoss(), with_kwargs=True)
 
 
 def _sums(logits: tuple[Tensor, ...], top_k: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Over layers and tokens that are not padding: assignments [E], probabilities [E], and rows []; float32."""
+    """Sums over layers and real tokens, in float32: assignments [E], probabilities [E], and rows []."""
     device, E = logits[0].device, logits[0].shape[-1]
     counts, probabilities, rows = (torch.zeros(n, device=device) for n in (E, E, 1))
     real = None if mask is None else mask.reshape(-1).to(device, torch.float32)
@@ -85,7 +85,7 @@ def _loss(counts: Tensor, probabilities: Tensor, rows: Tensor) -> Tensor:
 
 
 def _labels(given: dict[str, Any]) -> Tensor:
-    """How many labels of this rank have a loss: as transformers' loss of causal models, each predicts the next one."""
+    """Number of labels of this rank that have a loss, where each token predicts the next one."""
     shifted = given.get("shift_labels")
     return ((given["labels"][..., 1:] if shifted is None else shifted) != IGNORED).sum()
 
@@ -97,7 +97,7 @@ def _sum_over(numbers: Tensor, group: ProcessGroup | None) -> None:
 
 
 def _coefficient(model: nn.Module) -> float:
-    """By which the family multiplies it."""
+    """Factor by which the family multiplies its auxiliary loss."""
     config: Any = model.config
     for owner in (model, config, config.get_text_config()):
         if isinstance(coefficient := getattr(owner, "router_aux_loss_coef", None), float | int):

@@ -1,4 +1,4 @@
-"""A bridged model in its family's own format, whole, while it goes on being spread over ranks."""
+"""Save a bridged model in its family's own format, while it stays spread over ranks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from .bridged import BridgedMoE, Model, bridged_layers, restore_moe
 
 @contextmanager
 def restored(model: Model) -> Iterator[Model]:
-    """Inside the `with`, the family's own model, whole, with the weights of now; afterwards, what it was before.
+    """Context in which a bridged model is the family's own model, whole, with the current weights.
 
-    What is spread over ranks, by `parallelize` or FSDP2, is gathered tensor by tensor into rank 0's main memory; on
-    other ranks these tensors are on the meta device. Parameters are the same objects afterwards, with their gradients:
-    training goes on. Call it on every rank.
+    Tensors that `parallelize` or FSDP2 has sharded are gathered one by one into rank 0's main memory. On other ranks
+    they are on the meta device. Afterwards the model is as before: parameters are the same objects, with their
+    gradients, so training goes on. Call it on every rank.
+
+    Args:
+        model: a bridged model.
 
     Raises:
-        ValueError: nothing there that `replace_moe` put there, adapters (LoRA) of experts or of PEFT that are not
-            merged, or experts in 4 bits.
+        ValueError: the model has no bridged layer, adapters (LoRA) that are not merged, or experts in 4 bits.
     """
     layers = _check_family(model)
     for module in model.modules():
@@ -52,19 +54,19 @@ def restored(model: Model) -> Iterator[Model]:
 
 
 class FamilySave:
-    """What `model.save_pretrained` is while the model is bridged: transformers' own would write the bridge's names.
+    """The `save_pretrained` of a bridged model. The one of transformers would write the bridge's names.
 
-    Called by one process, as `Trainer` and users do; so experts that are spread are refused, before any rank waits.
+    One process calls it, as `Trainer` and users do. So it refuses experts that are spread over ranks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, folder: str | Path, *args: Any, **options: Any) -> None:
-        """`save_pretrained` of the family's own model, in its names.
+        """Call `save_pretrained` of the family's own model.
 
         Raises:
-            ValueError: experts that are spread over ranks, or a `state_dict` of the bridged model.
+            ValueError: experts are spread over ranks, or a `state_dict` of the bridged model is given.
         """
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
             raise ValueError(
@@ -78,7 +80,7 @@ class FamilySave:
 
 
 def saves_its_family(model: nn.Module) -> None:
-    """Let `save_pretrained` of a bridged model, and of the models inside, write the family's names."""
+    """Set `save_pretrained` of a bridged model, and of the models inside it, so that it writes the family's names."""
     for module in model.modules():
         bridged = any(isinstance(m, BridgedMoE) for m in module.modules())
         if bridged and callable(getattr(type(module), "save_pretrained", None)):
@@ -86,14 +88,19 @@ def saves_its_family(model: nn.Module) -> None:
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
-    """`model.save_pretrained` of the family's own model; the bridged one stays as it is, and spread as it is.
+    """Write a bridged model in its family's format, on any mesh. The model stays as it is. Call it on every rank.
 
-    Rank 0 writes, tensor by tensor: beside its part of the model it needs main memory for the largest one, the experts
-    of a layer, twice. Call it on every rank. `options` are those of transformers' method: ``max_shard_size``. With any
-    other, such as ``push_to_hub``, its own code writes, and rank 0 needs main memory for the whole model.
+    Rank 0 writes tensor by tensor. Beside its part of the model it needs main memory for twice the largest tensor, the
+    experts of a layer.
+
+    Args:
+        model: a bridged model.
+        folder: folder for the files.
+        options: further arguments of transformers' `save_pretrained`. With any other than ``max_shard_size``, such as
+            ``push_to_hub``, transformers' own code writes, and rank 0 needs main memory for the whole model.
 
     Raises:
-        ValueError: as `restored`.
+        ValueError: as for `restored`.
         CheckpointError: on every rank, if rank 0 cannot write.
     """
     if options.keys() <= {"max_shard_size"}:
@@ -108,7 +115,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
 
 
 def _check_family(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
-    """The bridged layers, or ValueError if the family's format cannot hold them; before anything is gathered."""
+    """The bridged layers. ValueError if the family's format cannot hold them; nothing is gathered before."""
     layers = bridged_layers(model)
     check_home(model, "the family's format is written")
     if any(layer.experts.adapts for _, _, layer in layers):
@@ -125,9 +132,9 @@ def _check_family(model: nn.Module) -> list[tuple[nn.Module, str, BridgedMoE]]:
 
 @torch.no_grad()
 def _gather(model: nn.Module) -> None:
-    """Put whole tensors in the place of spread parameters: on the CPU of rank 0, and nothing on other ranks."""
+    """Replace sharded parameters by whole ones: on rank 0's CPU, and on the meta device of other ranks."""
     device = "meta" if dist.is_initialized() and dist.get_rank() else "cpu"
-    gathered: dict[nn.Parameter, nn.Parameter] = {}  # one that is tied goes by two names
+    gathered: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters have two names
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if isinstance(p, DTensor):

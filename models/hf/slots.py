@@ -1,4 +1,4 @@
-"""Which tensor of a file is which part of a model's: by the family's names, spread over ranks or not."""
+"""Where each tensor of a family's files lies in a bridged model, spread over ranks or not."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Region = tuple[slice, ...]  # one slice per axis
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of a file, and the parameter or buffer that has it.
+    """The parameter or buffer of the model that holds a tensor of a file.
 
     Attributes:
-        tensor: of the model, as it lies here: plain, or a DTensor.
-        expert: the file's tensor is that of one expert, ``tensor[expert]``; None: of all there are.
-        transposed: the file's has the last two axes swapped.
-        flat: the file's has the first two axes as one.
+        tensor: the model's tensor, plain or a DTensor.
+        expert: id of the expert whose part ``tensor[expert]`` the file has. None, the default: the file has all.
+        transposed: whether the last two axes are swapped in the file; False by default.
+        flat: whether the first two axes are one axis in the file; False by default.
     """
 
     tensor: Tensor
@@ -36,12 +36,12 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the file's tensor."""
+        """Shape of the file's tensor."""
         return tuple(self.of_file(torch.empty(self.tensor.shape, device="meta")).shape)
 
     @property
     def region(self) -> Region | None:
-        """The part of the file's tensor that is needed here; None: nothing of it."""
+        """The part of the file's tensor that this rank holds, one slice per axis; None if it holds nothing of it."""
         held = held_slice(self.tensor)
         if any(part.start >= part.stop for part in held):
             return None
@@ -58,24 +58,24 @@ class Slot:
 
     @property
     def here(self) -> range:
-        """Numbers on axis 0 of the parameter that lie here."""
+        """Indices on axis 0 of the model's tensor that this rank holds."""
         return range(held_slice(self.tensor)[0].start, held_slice(self.tensor)[0].stop)
 
     @property
     def held(self) -> Tensor:
-        """The part of the file's tensor that `region` names, as it is here now."""
+        """This rank's part of the file's tensor (`region`), with its current values."""
         here = local(self.tensor.detach())
         part = here if self.expert is None else here[self.expert - held_slice(self.tensor)[0].start]
         part = part.mT if self.transposed else part
         return part.flatten(0, 1) if self.flat else part
 
     def of_expert(self, expert: int) -> Slot:
-        """The slot of one expert's part of this one."""
+        """The slot of one expert's part."""
         return replace(self, expert=expert)
 
     @torch.no_grad()
     def put(self, part: Tensor) -> None:
-        """Copy the part of the file's tensor that `region` names to where it belongs, in the dtype there."""
+        """Copy this rank's part of the file's tensor (`region`) into the model's tensor, in its dtype."""
         held, to = held_slice(self.tensor), local(self.tensor)
         if self.flat:
             part = part.unflatten(0, (-1, self.tensor.shape[1]))[:, held[1]]
@@ -84,7 +84,7 @@ class Slot:
         (to if self.expert is None else to[self.expert - held[0].start]).copy_(part)
 
     def of_file(self, whole: Tensor) -> Tensor:
-        """The file's tensor, of the whole parameter."""
+        """The file's tensor, from the whole model tensor."""
         part = whole if self.expert is None else whole[self.expert]
         part = part.mT if self.transposed else part
         return part.flatten(0, 1) if self.flat else part
@@ -92,9 +92,9 @@ class Slot:
 
 @contextmanager
 def family_view(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the `with`, the family's own blocks stand in the model, with the tensors of now, spread as they are.
+    """Context in which the family's own blocks are in the model, so that parameters have the family's names.
 
-    They cannot compute: names are what this is for.
+    Their tensors are the current ones, spread over ranks as they are. The blocks cannot compute.
     """
     layers = find_bridged(model)
     for parent, name, layer in layers:
@@ -107,12 +107,12 @@ def family_view(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def family_slots(model: nn.Module) -> dict[str, Slot]:
-    """All that the family's `state_dict` has, by its names."""
+    """Slots of all tensors in the family's `state_dict`, by their names there."""
     check_home(model, "weights are read or written in the family's format")
     places: dict[int, Slot] = {}
     for _, _, layer in find_bridged(model):
         experts = layer.experts
-        if isinstance(experts, ListedExperts):  # the family's modules are empty: the stack has their tensors
+        if isinstance(experts, ListedExperts):  # the family's modules are empty, and the stack has their tensors
             for expert, module in enumerate(experts._modules_of_family[0].values()):
                 for name, p in module.named_parameters():
                     places[id(p)] = Slot(experts.module.get_parameter(name), expert)
@@ -124,7 +124,7 @@ def family_slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def give_memory(model: nn.Module, device: torch.device | str) -> None:
-    """Memory for every parameter on the meta device, undefined; one that is tied or spread stays so."""
+    """Allocate all parameters that are on the meta device, without values. Tied and sharded ones stay so."""
     emptied = {id(m) for _, _, layer in find_bridged(model) for m in _emptied(layer)}
     blocks = (module for _, _, layer in find_bridged(model) for module in layer.block.modules())
     new: dict[nn.Parameter, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""SwinV2 of Hugging Face as our dense `Swin`: the same function of images of the size that its config names."""
+"""Convert a SwinV2 of Hugging Face to a dense `Swin`, which computes the same for images of its config's size."""
 
 from __future__ import annotations
 

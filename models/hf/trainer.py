@@ -1,4 +1,4 @@
-"""transformers' `Trainer` for models whose experts are spread. Needs accelerate, as it does (`turnout[hf]`)."""
+"""`MoETrainer`: transformers' `Trainer` for models whose experts are spread over ranks."""
 
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # (Trainer's attributes are typed as what they may be: None, DeepSpeed's, wrapped.)
@@ -33,25 +33,28 @@ SCHEDULER = "scheduler.pt"  # as Trainer calls it
 
 
 class MoETrainer(Trainer):
-    """A `transformers.Trainer` for a model that went through `replace_moe` and `parallelize`; all else is Trainer's.
+    """A `transformers.Trainer` for a model after `replace_moe` and `parallelize`.
 
-    The gradients of a step, accumulated over its micro-batches, are synchronised once, by `sync_gradients` in place of
-    DDP, and clipped by their exact norm. `save_model`, which every rank calls, writes the family's format, whole, from
-    rank 0 (`restored`); while there are adapters (LoRA) that are not merged, experts' or PEFT's, these alone
-    (`save_adapters`). To go on, a checkpoint has the spread tensors of model and optimizer besides
-    (`models.checkpoint`), which any number of ranks can read. Where other Trainers are derived from, derive from both,
-    this one first.
+    Gradients are synchronised once a step, by `sync_gradients` in place of DDP, and clipped by their exact norm. Every
+    rank calls `save_model`, and rank 0 writes the whole model in the family's format (`restored`). If there are
+    adapters (LoRA) that are not merged, only these are written (`save_adapters`). A checkpoint also has the tensors of
+    model and optimizer (`turnout.models.checkpoint`), with which any number of ranks can resume. To combine this class
+    with another Trainer, derive from both, this one first.
 
-    Not supported: DeepSpeed, and FSDP by Accelerate (`fully_shard_experts` and `fully_shard` come before the Trainer);
-    float16; ``even_batches=False``, because a rank without a batch would not take part in the exchange;
-    ``save_on_each_node``; ``save_only_model`` with ``load_best_model_at_end``.
+    These are not supported:
+
+    - DeepSpeed, and FSDP by Accelerate. Call `fully_shard_experts` and `fully_shard` before the Trainer instead.
+    - float16.
+    - ``even_batches=False``, because a rank without a batch would not take part in the exchange.
+    - ``save_on_each_node``, and ``save_only_model`` with ``load_best_model_at_end``.
 
     Args:
-        mesh: as given to `parallelize`.
-        args, options: Trainer's.
+        mesh: mesh that `parallelize` got.
+        args, options: arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: one of those, a model that `replace_moe` has not changed, or ranks that Trainer does not know of.
+        ValueError: a setting that is not supported, a model without bridged layers, or another number of ranks than
+            Trainer knows of.
     """
 
     def __init__(self, *args: Any, mesh: DeviceMesh | Meshes, **options: Any) -> None:
@@ -88,12 +91,12 @@ class MoETrainer(Trainer):
         self._start_alike()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Of what Accelerate does to a model all but DDP, which refuses DTensors."""
+        """See `Trainer`. Accelerate does not wrap the model in DDP, which refuses DTensors."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Trainer's, but for groups without parameters (of biases, beside adapters), which checkpoints cannot have."""
+        """See `Trainer`. Groups without parameters are left out, because checkpoints cannot hold them."""
         optimizer = super().create_optimizer(model)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -101,7 +104,7 @@ class MoETrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch; after the last one of a step, gradients are synchronised."""
+        """Forward and backward of a micro-batch. After the last one of a step, gradients are synchronised."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             sync_gradients(self.model, self.mesh)
@@ -109,7 +112,7 @@ class MoETrainer(Trainer):
 
     @torch.no_grad()
     def _start_alike(self) -> None:
-        """Of what several ranks hold, the first one's: as DDP has it, for heads that each rank has drawn by itself."""
+        """Give all ranks the first rank's values of replicated parameters, as DDP does: new heads may differ."""
         edp = axes.axis(axes.of_experts(self.mesh), axes.EDP)
         everyone, copies = axes.token_group(self.mesh), None if edp is None else edp.get_group()
         for p in self.model.parameters():
@@ -134,7 +137,7 @@ class MoETrainer(Trainer):
         on_first(lambda: torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        pass  # together with the optimizer, which is made later
+        pass  # `_load_optimizer_and_scheduler` loads it, because the optimizer is made later
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

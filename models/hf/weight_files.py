@@ -1,4 +1,4 @@
-"""The safetensors files of a folder, in transformers' layout: read by parts, and written tensor by tensor."""
+"""Safetensors files in transformers' layout: read them by parts, and write them tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint.together import place, together
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED = 1 << 26  # bytes read from mapped files before they are let go
+MAPPED = 1 << 26  # bytes read from mapped files before they are unmapped
 # names of the format, in the order in which its own writer sorts them
 DTYPES = {
     torch.uint64: "U64",
@@ -40,13 +40,13 @@ DTYPES = {
 
 
 class WeightReader:
-    """The tensors of a folder, by name. A file is mapped: of a tensor, no more is read than is asked for.
+    """Reads tensors of a folder by name. Files are mapped, so only the parts that are asked for are read.
 
     Attributes:
-        bytes_read: size of all parts that were asked for.
+        bytes_read: bytes of all parts that were read.
 
     Raises:
-        ValueError: no safetensors files, an index that names files that are not there, or a file that is none.
+        ValueError: the folder has no safetensors files, a file of the index is missing, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -68,22 +68,22 @@ class WeightReader:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return tuple(self._slices(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """In the file."""
+        """Dtype of the tensor in the file."""
         stored = self._slices(name).get_dtype()
         if stored not in DTYPES.values():
             raise ValueError(f"{name} in {self.folder} is {stored}, for which torch has no dtype")
         return next(dtype for dtype, known in DTYPES.items() if known == stored)
 
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor, or a region of it, one slice per axis; memory of the mapped file: copy what is to be kept."""
+        """The tensor, or a region of it, one slice per axis. It is memory of the mapped file: copy it to keep it."""
         slices = self._slices(name)
         part: Tensor = slices[region or ...]
         self.bytes_read += part.nbytes
@@ -96,7 +96,7 @@ class WeightReader:
         return self._opened(self._files[name]).get_slice(name)
 
     def _opened(self, file: str) -> Any:
-        """A file, mapped; anew now and then, since pages that were read count as memory of this process."""
+        """A mapped file. Files are mapped anew now and then, because pages that were read count as own memory."""
         from safetensors import SafetensorError, safe_open
 
         if self._mapped > MAPPED:
@@ -111,15 +111,15 @@ class WeightReader:
 
 
 class WeightWriter:
-    """Writes the tensors of a folder in any order, each as it comes, so that never more than one is in memory.
+    """Writes the tensors of a folder one by one in any order, so that only one is in memory.
 
-    Names, shapes and dtypes are given before. A file has, byte by byte, what safetensors would write of its tensors.
-    Files have another name until `finish`.
+    Files have the bytes that safetensors would write. They have temporary names until `finish`.
 
     Args:
-        folder: is made if it is not there.
-        tensors: on the meta device, by name.
-        max_shard_size: bytes of a file, or a string such as "5GB"; one tensor may exceed it.
+        folder: folder for the files. It is made if it is missing.
+        tensors: all tensors by name, on the meta device, for their shapes and dtypes.
+        max_shard_size: largest size of a file, in bytes or as in "5GB" ("50GB" by default). A single tensor may exceed
+            it.
     """
 
     def __init__(self, folder: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "50GB") -> None:
@@ -139,7 +139,7 @@ class WeightWriter:
             self._places |= {name: (stream, len(header) + offset) for name, offset in offsets.items()}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one of the tensors, whole, from any device."""
+        """Write one whole tensor, from any device."""
         expected = self._left.pop(name, None)
         if expected is None or (expected.shape, expected.dtype) != (tensor.shape, tensor.dtype):
             given = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -149,7 +149,7 @@ class WeightWriter:
         stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self, **metadata: Any) -> None:
-        """Give the files their names, remove those of an earlier save, and write the index; `metadata` goes into it."""
+        """Rename the files, remove files of an earlier save, and write the index, with `metadata` in it."""
         if self._left:
             raise ValueError(f"not all tensors were written: {', '.join(self._left)} are left")
         for file, stream in self._streams.items():
@@ -167,19 +167,20 @@ class WeightWriter:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Remove the files that have no name yet: after an error."""
+        """Close and remove files that still have a temporary name, after an error."""
         for file, stream in self._streams.items():
             stream.close()
             _incomplete(self.folder / file).unlink(missing_ok=True)
 
 
 class RankZeroWriter:
-    """A `WeightWriter` on rank 0, which all ranks use alike, in a `with`; `finish` raises on all what failed there.
+    """A `WeightWriter` on rank 0 that all ranks use in the same way, as a context.
 
-    Until then rank 0 goes on gathering with the others, so that none waits for it.
+    If rank 0 cannot write, it still gathers tensors with the other ranks, so that none waits for it. `finish` then
+    raises on all ranks.
 
     Args:
-        make: called on rank 0.
+        make: function that makes the writer, called on rank 0.
     """
 
     def __init__(self, make: Callable[[], WeightWriter]) -> None:
@@ -200,7 +201,7 @@ class RankZeroWriter:
             self._writer.close()
 
     def write(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """On rank 0, write the tensors that are returned; elsewhere, and after an error, do nothing."""
+        """Write the tensors that a function returns, on rank 0. After an error this does nothing."""
         if self._writer is None or self._error is not None:
             return
         try:
@@ -210,7 +211,7 @@ class RankZeroWriter:
             self._error = error
 
     def finish(self, **metadata: Any) -> None:
-        """See `WeightWriter.finish`; all ranks call it."""
+        """See `WeightWriter.finish`. All ranks call it."""
 
         def end() -> None:
             if self._error is not None:
@@ -222,7 +223,7 @@ class RankZeroWriter:
 
 
 def everywhere(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns on each rank. What it raises is raised on all of several as a CheckpointError."""
+    """Run `work` on each rank, and return all results. Of several ranks, all raise a CheckpointError if one fails."""
     return together(work) if dist.is_initialized() else [work()]
 
 
@@ -231,7 +232,7 @@ def _incomplete(path: Path) -> Path:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file, and where behind it each tensor begins."""
+    """Header of a file, and the offset of each tensor behind it, in bytes."""
     order, at, offsets = list(DTYPES), 0, {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
@@ -244,7 +245,7 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def converted(own: Any, target: str, converter: Any, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
-    """What a converter of transformers makes of tensors, each with its name and the pattern that the name fits."""
+    """Tensors that a converter of transformers makes of (name, pattern that the name fits, tensor)."""
     converter = deepcopy(converter)
     for name, pattern, tensor in tensors:
         converter.add_tensor(target, name, pattern, tensor)

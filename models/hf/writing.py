@@ -1,4 +1,4 @@
-"""A family's own files, written by rank 0 tensor by tensor, while the model is spread over ranks."""
+"""Write a family's own files tensor by tensor, on rank 0, while the model is spread over ranks."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the family's tenso
 
 @torch.no_grad()
 def write_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
-    """What transformers' `save_pretrained` writes of the family's model, in one file byte by byte; on every rank.
+    """Write the files that transformers' `save_pretrained` would write of the family's model. Every rank calls it.
 
-    Rank 0 writes. Beside its part of the model it has one tensor in main memory, whole, and a copy of it as the family
-    stores it: the largest are one layer's experts. The others need memory for that tensor on their device.
+    Rank 0 writes. Beside its part of the model it has one whole tensor in main memory, and a copy of it in the family's
+    layout. The largest ones are the experts of a layer. Other ranks need memory for that tensor on their device.
     """
     reshard(model)  # after an evaluation the root is whole
     slots = family_slots(model)
@@ -64,13 +64,13 @@ def write_pretrained(model: nn.Module, folder: str | Path, max_shard_size: int |
 
 
 def _on_cpu(tensor: Tensor) -> Tensor | None:
-    """All of a tensor, gathered, on rank 0; None on others."""
+    """The whole tensor on rank 0's CPU; None on other ranks."""
     gathered = whole(tensor.detach())
     return gathered.cpu() if place()[0] == 0 else None
 
 
 def _saved_names(own: PreTrainedModel, slots: dict[str, Slot]) -> list[str]:
-    """Of the family's tensors, those that go into its files: of tied ones the first, and in transformers' order."""
+    """Names of the family's tensors that go into its files, in transformers' order. Of tied ones, the first goes."""
     empty = {name: _empty(slot) for name, slot in slots.items() if name not in (own._keys_to_ignore_on_save or ())}
     return sorted(remove_tied_weights_from_state_dict(empty, own), key=dot_natural_key)
 
@@ -80,8 +80,8 @@ def _empty(slot: Slot) -> Tensor:
 
 
 def _conversions(own: PreTrainedModel, names: list[str]) -> Iterator[tuple[list[str], Convert]]:
-    """Names that are converted together, and how: `revert_weight_conversion` in as small pieces as can be."""
-    transforms = getattr(own, "_weight_conversions", None)  # those that were of use when it was loaded
+    """`revert_weight_conversion` in the smallest steps: names that are converted together, and how."""
+    transforms = getattr(own, "_weight_conversions", None)  # those that loading used
     if transforms is None:
         every = get_model_conversion_mapping(own, add_legacy=False)
         transforms = [each for each in every if not isinstance(each, PrefixChange)]
@@ -122,7 +122,7 @@ def _converted(
 def _by_tensor(
     conversions: Iterator[tuple[list[str], Convert]], slots: dict[str, Slot]
 ) -> Iterator[tuple[list[str], Convert]]:
-    """In an order in which conversions of parts of one tensor come one after the other."""
+    """Conversions in an order that has all parts of one tensor together."""
     groups: dict[int, list[tuple[list[str], Convert]]] = {}
     for names, convert in conversions:
         groups.setdefault(id(slots[names[0]].tensor), []).append((names, convert))

@@ -49,25 +49,27 @@ SIZES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError, so that all that is wrong is said in the same way."""
+    """Parser that raises ValueError, so that all errors are printed in the same way."""
 
     def error(self, message: str) -> NoReturn:
-        """What is wrong with the command line."""
+        """Raise the error of a wrong command line."""
         raise ValueError(f"{message}; --help lists all flags")
 
 
 def parser() -> Parser:
-    """The flags."""
+    """Parser with all flags."""
     made = Parser(prog="python -m turnout.models.planner", description=__doc__, allow_abbrev=False)
     made.add_argument("--cluster", required=True, help=f"{', '.join(presets())}, or a TOML file like theirs")
-    made.add_argument("--gpus", type=int, required=True, help="ranks in all")
-    made.add_argument("--batch", type=int, help="sequences of a step, on all ranks together")
+    made.add_argument("--gpus", type=int, required=True, help="number of ranks")
+    made.add_argument("--batch", type=int, help="number of sequences in a step, on all ranks together")
     model = made.add_argument_group("the model")
     model.add_argument("--config", help="TOML file of examples/pretrain.py; its model, batch and dtype count")
     for name, about in SIZES.items():
         model.add_argument(flag(name), type=int, help=about)
     model.add_argument("--activation", choices=("gelu", "swiglu"), help="(default: gelu, with experts swiglu)")
-    model.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest rank over the mean")
+    model.add_argument(
+        "--imbalance", type=float, default=1.0, help="load of the busiest rank over the mean (default: 1)"
+    )
     model.add_argument("--capacity", type=float, help="capacity factor, padded; 0 (default): dropless")
     layout = made.add_argument_group("the layout: what is not given is searched")
     for name, about in AXES.items():
@@ -81,7 +83,7 @@ def parser() -> Parser:
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another constant of the cluster")
     made.add_argument("--profile", help="links and products as turnout.dispatch.autoselect.probe measured them")
     made.add_argument("--json", action="store_true", help="print one object, or with --top a list")
-    made.add_argument("--top", type=int, help="so many layouts (default: 10; with --json one)")
+    made.add_argument("--top", type=int, help="number of layouts to print (default: 10; with --json one)")
     made.add_argument("--png", help="draw where the time of a step goes")
     made.add_argument("--timeline", help="replay the best layout's schedule and draw it")
     made.add_argument("--save", help="write the best layout to this file, for examples/pretrain.py --config")
@@ -89,12 +91,12 @@ def parser() -> Parser:
 
 
 def flag(name: str) -> str:
-    """On the command line."""
+    """The flag of a name, as on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def architecture(given: argparse.Namespace) -> Architecture:
-    """The model that flags describe, with those of `--config` for what they leave out."""
+    """The model that the flags describe. Sizes that they leave out come from `--config`."""
     sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
     if given.config:
         model = _changed(JobFile.read(given.config).model, sizes, given.activation)
@@ -110,7 +112,7 @@ def architecture(given: argparse.Namespace) -> Architecture:
 
 
 def _changed(model: Architecture, sizes: dict[str, int], activation: str | None) -> Architecture:
-    """The model of a job with other sizes; a dense block of a job is as wide as the experts of a token."""
+    """The model of a job with other sizes. A dense block of a job is as wide as the experts of a token."""
     before = model
     gated = model.gated if activation is None else activation == "swiglu"
     model = replace(model, **sizes, gated=gated)
@@ -133,7 +135,7 @@ def _of_sizes(sizes: dict[str, int], activation: str | None) -> Architecture:
 
 
 def fixed(given: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a layout that flags fix."""
+    """Fields of a `Layout` that the flags give."""
     named = {name: getattr(given, name) for name in (*AXES, "schedule", "recompute", "zero")}
     named = {name: value for name, value in named.items() if value is not None}
     if "zero" in named:
@@ -142,7 +144,7 @@ def fixed(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, or 2 if flags or files do not fit, or no layout does."""
+    """Plan, print, and return the exit status: 0, or 2 for wrong flags or files, or if no layout fits."""
     try:
         given = parser().parse_args(argv)
         cluster = Cluster.load(given.cluster).changed(given.set)
@@ -191,7 +193,7 @@ def page(
     save: str,
     update: Update = ADAMW,
 ) -> str:
-    """Everything for people."""
+    """All that is printed without --json."""
     best = found.plans[0]
     leaves = None
     if "tp" not in chosen:  # the search keeps tp in a node: what would it be beyond?
@@ -215,7 +217,7 @@ def page(
 
 
 def draw(given: argparse.Namespace, model: Architecture, cluster: Cluster, best: list[Estimate]) -> None:
-    """The pictures that were asked for; without matplotlib, a message in their place."""
+    """Draw the pictures that the flags ask for. Without matplotlib, print a message."""
     try:
         if given.png:
             draw_steps(best, given.png)

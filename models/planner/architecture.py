@@ -1,4 +1,4 @@
-"""The sizes of a model, its parameters and its FLOPs: all that the planner knows of it."""
+"""The sizes of a model, its parameters and its FLOPs. The planner knows nothing else of it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,36 @@ from ..gpt import GPTConfig
 class Architecture:
     """A decoder-only transformer, dense or with experts.
 
-    As a plain GPT (`dense`) it is the one of PTD-P: LayerNorm, biases, learned positions, GELU. Otherwise it is the
-    library's `GPT`: RMSNorm, no biases, rotary positions, gated activations.
+    With ``plain=True`` it is the GPT of PTD-P: LayerNorm, biases, learned positions and GELU. Otherwise it is the
+    library's `GPT`: RMSNorm, no biases, rotary positions, gated activations. A block with experts is called a mixture.
 
     Args:
-        layers, dim, heads: blocks l, model width D, attention heads.
-        kv_heads: heads of keys and values.
-        vocab, seq: tokens in the vocabulary, tokens in a sequence.
+        layers: number of blocks l.
+        dim: model width D.
+        heads: number of attention heads.
+        kv_heads: number of heads of keys and values.
+        vocab: number of tokens in the vocabulary.
+        seq: number of tokens in a sequence.
         ffn: width of a dense block's feed-forward network.
-        experts: E of a mixture; 0: there is none.
-        top_k: experts that a token picks.
-        hidden: width H of one expert.
-        shared: experts of that width that every token visits.
-        moe_every: every n-th block is a mixture, or those of these numbers, from 1; 0: none.
-        head_size: width of an attention head; 0: dim / heads.
-        windows: positions that attention sees in the first blocks, repeated; 0: all.
-        qk_norm: whether queries and keys are normalised.
-        attention_bias: whether attention has biases.
-        tied: whether embedding and head are one matrix.
-        mtp: further tokens that each position learns to predict, each with a block, and with the head once more.
-        gated: whether feed-forward networks have a gate projection.
-        plain: LayerNorm, biases and learned positions.
-        imbalance: tokens of the busiest rank's experts over the mean.
-        capacity: capacity factor with padding, so that an expert computes as many rows whatever comes; 0: dropless.
+        experts: number of experts E in a mixture; 0, the default, for a dense model.
+        top_k: number of experts that a token picks.
+        hidden: hidden width H of one expert.
+        shared: number of shared experts, which every token visits; 0 by default.
+        moe_every: every n-th block is a mixture. A tuple has the numbers of the mixtures, counted from 1. 0, the
+            default, makes none.
+        head_size: width of an attention head; 0, the default, takes dim / heads.
+        windows: number of positions that attention sees in each of the first blocks, repeated for the others; 0 sees
+            all. Empty by default, which means all in each block.
+        qk_norm: whether queries and keys are normalised; False by default.
+        attention_bias: whether attention has biases; False by default.
+        tied: whether embedding and head are one matrix; True by default.
+        mtp: number of further tokens that each position learns to predict (multi-token prediction), 0 by default. Each
+            has a block of its own, and uses the head once more.
+        gated: whether feed-forward networks have a gate projection; True by default.
+        plain: whether the model has LayerNorm, biases and learned positions; False by default.
+        imbalance: tokens of the busiest rank's experts over the mean; 1.0 by default.
+        capacity: capacity factor, with padding, so that every expert computes the same number of rows. 0, the default,
+            is dropless.
     """
 
     layers: int
@@ -101,7 +108,7 @@ class Architecture:
 
     @classmethod
     def of(cls, config: GPTConfig) -> Architecture:
-        """Architecture of a `GPT`."""
+        """The architecture that a `GPT` of this config has."""
         moe = bool(config.moe_layers())
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
@@ -146,21 +153,26 @@ class Architecture:
 
     @property
     def matrices(self) -> int:
-        """Matrices of a feed-forward network."""
+        """Number of matrices in a feed-forward network."""
         return 3 if self.gated else 2
 
     @cached_property
     def moe_blocks(self) -> int:
-        """Blocks that are mixtures of experts."""
+        """Number of blocks that are mixtures of experts."""
         return sum(self.is_moe(index) for index in range(self.layers))
 
+    @property
+    def load_factor(self) -> float:
+        """Rows of the busiest rank's experts over an even share: the capacity factor where they are padded."""
+        return self.capacity or self.imbalance
+
     def is_moe(self, index: int) -> bool:
-        """Whether a block, counted from 0, is a mixture of experts: the rule of `Block`."""
+        """Whether the block of this index is a mixture of experts, as `Block` decides it."""
         every, number = self.moe_every if self.experts else 0, index + 1
         return every > 0 and number % every == 0 if isinstance(every, int) else number in every
 
     def span(self, index: int) -> int:
-        """Positions that a token attends to in a block, counted from 0, causality apart: the rule of `GPTConfig`."""
+        """Number of positions that attention sees in the block of this index, before the causal mask."""
         return min(self.windows[index % len(self.windows)] or self.seq, self.seq) if self.windows else self.seq
 
     @cached_property
@@ -170,49 +182,49 @@ class Architecture:
 
     @property
     def attention_matrices(self) -> int:
-        """Parameters of a block's projections."""
+        """Number of parameters of the four projections of one attention."""
         return 2 * self.dim * (self.q_dim + self.kv_dim)
 
     @cached_property
     def attention_parameters(self) -> int:
-        """Of a block: attention and both norms."""
+        """Number of parameters of one block's attention and both its norms."""
         biases = self.dim + self.q_dim + 2 * self.kv_dim if self.plain or self.attention_bias else 0
         norms = (4 if self.plain else 2) * self.dim + 2 * self.head_dim * self.qk_norm
         return self.attention_matrices + biases + norms
 
     @cached_property
     def ffn_parameters(self) -> int:
-        """Of a dense block's feed-forward network."""
+        """Number of parameters of one dense feed-forward network."""
         return self.matrices * self.dim * self.ffn + ((self.matrices - 1) * self.ffn + self.dim if self.plain else 0)
 
     @cached_property
     def expert_parameters(self) -> int:
-        """Of the routed experts of one mixture."""
+        """Number of parameters of all routed experts of one mixture."""
         return self.experts * self.matrices * self.dim * self.hidden
 
     @cached_property
     def router_parameters(self) -> int:
-        """Of a mixture, what is no routed expert: the router and the shared experts."""
+        """Number of parameters of one mixture's router and shared experts."""
         return self.dim * self.experts + self.matrices * self.dim * self.hidden * self.shared
 
     @cached_property
     def embedding_parameters(self) -> int:
-        """Of the embedding, which is the head as well where they are tied, and of learned positions."""
+        """Number of parameters of the embedding and of learned positions. A tied head counts here."""
         return (self.vocab + (self.seq if self.plain else 0)) * self.dim
 
     @property
     def head_parameters(self) -> int:
-        """Of a head that is not the embedding."""
+        """Number of parameters of the head, 0 if it is tied to the embedding."""
         return 0 if self.tied else self.vocab * self.dim
 
     @property
     def join_parameters(self) -> int:
-        """Of each further token, beside its block: norms, and the matrix that joins it to the hidden states."""
+        """Number of parameters that each further token has beside its block: norms and the joining matrix."""
         return 2 * self.dim * self.dim + 3 * self.dim
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         blocks = sum(self._of_block(index) for index in self.all_blocks)
         norm = self.dim * (2 if self.plain else 1)
         ends = self.embedding_parameters + self.head_parameters + norm
@@ -220,7 +232,7 @@ class Architecture:
 
     @property
     def all_blocks(self) -> list[int]:
-        """Numbers of all blocks from 0; those of further tokens are as the last one."""
+        """Indices of all blocks. Blocks of further tokens are like the last one, and have its index."""
         return [*range(self.layers), *[self.layers - 1] * self.mtp]
 
     def _of_block(self, index: int) -> int:
@@ -229,26 +241,27 @@ class Architecture:
 
     @cached_property
     def _active_ffn(self) -> tuple[int, int]:
-        """Parameters that a token meets in a dense feed-forward network, and in a mixture."""
+        """Active parameters of a dense feed-forward network, and of a mixture."""
         mixture = self.router_parameters + self.expert_parameters // max(self.experts, 1) * self.top_k
         return self.matrices * self.dim * self.ffn, mixture
 
     def active(self, index: int) -> int:
-        """Parameters that a token meets in matrix products of a block, biases apart."""
+        """Number of parameters of a block that one token uses in matrix products, without biases."""
         return self.attention_matrices + self._active_ffn[self.is_moe(index)]
 
     @cached_property
     def active_parameters(self) -> int:
-        """That a token meets in matrix products, as `GPT.active_parameters` counts them, biases apart."""
+        """Number of parameters that one token uses, as in `GPT.active_parameters` but without biases."""
         blocks = sum(self.active(index) for index in self.all_blocks)
         return blocks + self.vocab * self.dim + self.mtp * 2 * self.dim * self.dim
 
     def flops(self, sequences: float, recompute: str = "none") -> float:
-        """FLOPs of a step on so many sequences, attention unmasked as in `GPT.flops_per_token`.
+        """FLOPs of a step on a number of sequences. As in `GPT.flops_per_token`, attention counts without its mask.
 
-        With recompute "full" the blocks' forward counts twice: F = 96 B s l h^2 (1 + s / (6 h) + V / (16 l h)) of
-        PTD-P for its GPT. With "selective" the core of attention does (arXiv:2205.05198). "none" are the FLOPs of the
-        model, which `mfu` is made from.
+        With recompute "none", the default, these are the FLOPs of the model, from which `mfu` is computed. With "full"
+        the blocks' forward counts twice, which for the GPT of PTD-P gives its formula,
+        96 B s l h^2 (1 + s / (6 h) + V / (16 l h)). With "selective" the core of attention counts twice
+        (arXiv:2205.05198).
         """
         spans = sum(map(self.span, range(self.layers))) + self.mtp * self.seq
         core, head = 4 * self.q_dim * spans, 2 * self.vocab * self.dim  # forward, a token
@@ -258,5 +271,5 @@ class Architecture:
         return sequences * self.seq * (3 * (blocks + head) + again)
 
     def with_load(self, imbalance: float) -> Architecture:
-        """The same model, the busiest rank's experts having so many times the mean."""
+        """The same model with another `imbalance`."""
         return replace(self, imbalance=imbalance)

@@ -22,7 +22,7 @@ DEVICES = {"H200": "h200", "H100": "h100", "B200": "gb200", "A100": "selene"}  #
 
 
 class Planned(NamedTuple):
-    """Meshes, and further arguments of `parallel_model`."""
+    """The best layout: its meshes, further arguments of `parallel_model`, and its estimate."""
 
     meshes: Meshes
     options: dict[str, Any]
@@ -37,21 +37,22 @@ def planned(
     fixed: Mapping[str, Any] | None = None,
     dtype: str = "fp32",
 ) -> Planned:
-    """Meshes over all ranks of the default group in the best layout; every rank must call it.
+    """Search the best layout for all ranks of the default group, and make its meshes. Every rank must call it.
 
-    Rank 0 searches, and tells the others.
+    Rank 0 searches and tells the others.
 
     Args:
-        config: of the whole model.
-        batch: sequences of a step, on all ranks together.
-        cluster: a preset, a file or a `Cluster`; None: the preset of this GPU, "laptop" without, with the memory that
-            there is.
-        ranks_per_node: torchrun's LOCAL_WORLD_SIZE; None: as the cluster has it.
-        fixed: fields of a `Layout` that are not to be searched.
-        dtype: "bf16", "fp16" or "fp32".
+        config: config of the whole model.
+        batch: number of sequences in a step, on all ranks together.
+        cluster: name of a preset, path of a file, or a `Cluster`. None, the default, takes the preset of this GPU, or
+            "laptop" without a GPU, with the memory of this machine.
+        ranks_per_node: number of ranks on each node (torchrun's LOCAL_WORLD_SIZE). None, the default, takes the
+            cluster's.
+        fixed: fields of a `Layout` that are given, and not searched. None by default.
+        dtype: dtype in which the model computes: "bf16", "fp16" or "fp32" (the default).
 
     Raises:
-        ValueError: no layout runs, or none fits into memory; on every rank.
+        ValueError: no layout runs, or none fits into memory. Every rank raises.
     """
     told: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -79,7 +80,7 @@ def planned(
 
 
 def here() -> Cluster:
-    """The preset of this machine's devices, with the memory that one has."""
+    """The preset that fits this machine's devices, with the memory that a device here has."""
     if not torch.cuda.is_available():
         cluster = Cluster.load("laptop")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / cluster.ranks_per_node
@@ -91,7 +92,7 @@ def here() -> Cluster:
 
 
 def runnable(cluster: Cluster) -> Cluster:
-    """A cluster whose searches leave out the schedules that this torch does not run: those that `Pipeline` refuses."""
+    """The cluster without the schedules that this version of torch does not run, and that `Pipeline` refuses."""
     if torch.__version__ >= "2.13":
         return cluster
     schedules = tuple(name for name in cluster.software.schedules if name not in ("interleaved_zb", "zbv"))

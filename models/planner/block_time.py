@@ -1,4 +1,4 @@
-"""What a micro-batch takes in one block, on one rank: forward, backward, and what a recomputation adds."""
+"""Seconds of computing that a micro-batch takes in each part of a model, on one rank, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ class Time(NamedTuple):
     backward: float = 0.0
 
     def __add__(self, other: tuple[float, ...]) -> Time:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Both, one after the other."""
+        """Add the times of two parts that run one after the other."""
         return Time(self.forward + other[0], self.backward + other[1])
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Times of the parts of a model with b sequences at a time and tensor parallelism over t ranks.
+    """Times of the parts of a model, with b sequences in a micro-batch and tensor parallelism over t ranks.
 
-    All that is no matrix product is counted in bytes: an operation that reads one tensor and writes another moves two
-    numbers an element, forward; backward it reads the gradient and what it saved, and writes a gradient.
+    Operations other than matrix products take the time of the bytes they move. One that reads a tensor and writes
+    another moves two numbers for each element in the forward. In the backward it reads the gradient and what it saved,
+    and writes a gradient.
     """
 
     model: Architecture
@@ -39,7 +40,7 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, which matrix products take together: this rank's part of sequences that cp splits."""
+        """Tokens of a micro-batch that go through matrix products on this rank, which has 1/cp of each sequence."""
         return self.micro_batch * self.model.seq // self.cp
 
     @property
@@ -48,7 +49,7 @@ class Blocks:
         return self.tokens / self.tp if self.sequence_parallel else self.tokens
 
     def linear(self, n: float, k: float, split: str, rows: float | None = None) -> Time:
-        """A product with a weight [k, n], of which this rank has 1/t: of its columns, or of its rows."""
+        """Product with a weight [k, n], of whose "columns" or "rows" this rank has 1/t; ``split=""`` splits nothing."""
         m = round(self.tokens if rows is None else rows)
         if split == "columns":
             n /= self.tp
@@ -59,25 +60,25 @@ class Blocks:
         return Time(product(m, n, k), product(m, k, n) + self._weights(n, k, m))
 
     def _weights(self, n: int, k: int, m: int, groups: int = 1) -> float:
-        """Gradients of `groups` weights [k, n] from m rows each, added to those of earlier micro-batches."""
+        """Seconds for the gradients of `groups` weights [k, n], from m rows each, and their accumulation."""
         size = self.software.gradient_wire_bytes
         if self.software.fused_accumulation:
             return self.kernels.product(n, k, m, groups, accumulate=size)
         return self.kernels.product(n, k, m, groups) + self.kernels.elementwise(3 * size * n * k * groups)
 
     def moved(self, forward: float, backward: float, elements: float, kernels: int = 1) -> Time:
-        """An element-wise operation, by the numbers it moves for an element; a mask of dropout is half a number."""
+        """Element-wise operation that moves this many numbers for each element. A dropout mask is half a number."""
         size = self.kernels.size * elements
         return Time(
             self.kernels.elementwise(forward * size, kernels), self.kernels.elementwise(backward * size, kernels)
         )
 
     def norm(self) -> Time:
-        """A norm, whose backward reads its input and the gradient once more for the gradients of its weights."""
+        """Norm. Its backward reads input and gradient once more, for the gradients of its weights."""
         return self.moved(2, 5, self.own * self.model.dim)
 
     def residual(self) -> Time:
-        """Bias, dropout and the sum with the residual stream; backward, the two gradients of the stream are added."""
+        """Bias, dropout and residual sum. The backward adds the two gradients of the residual stream."""
         elements, plain = self.own * self.model.dim, self.model.plain
         dropout = self.software.dropout
         if self.software.fused:
@@ -87,7 +88,7 @@ class Blocks:
         return branch + self.moved(0, 3, elements)
 
     def attention(self) -> Time:
-        """Projections and norm of an attention, without its core."""
+        """Norm, projections and residual sum of an attention. `core` is the rest of it."""
         model = self.model
         width = (model.q_dim + 2 * model.kv_dim) / self.tp
         time = self.norm() + self.linear(model.q_dim + 2 * model.kv_dim, model.dim, "columns")
@@ -101,7 +102,7 @@ class Blocks:
         return time + self.linear(model.dim, model.q_dim, "rows") + self.residual()
 
     def core(self) -> Time:
-        """softmax(q k / sqrt(size)) v, causal."""
+        """Core of causal attention: softmax(q k / sqrt(head_dim)) v."""
         model, heads = self.model, self.micro_batch * self.model.heads / self.tp / self.cp
         s, d = model.seq, model.head_dim
         if self.software.attention == "fused":  # half of the scores are masked, and never computed
@@ -119,14 +120,14 @@ class Blocks:
         return time + (self.moved(2.5, 2.5, elements) if self.software.dropout else Time())
 
     def feed_forward(self) -> Time:
-        """Norm and a dense feed-forward network."""
+        """Norm, dense feed-forward network and residual sum."""
         model = self.model
         up, width = model.ffn * (model.matrices - 1), self.tokens * model.ffn / self.tp
         time = self.norm() + self.linear(up, model.dim, "columns") + self.activation(width)
         return time + self.linear(model.dim, model.ffn, "rows") + self.residual()
 
     def activation(self, elements: float) -> Time:
-        """What is between the products; gated ones read two tensors."""
+        """Activation between the matrix products. A gated one reads two tensors."""
         if self.model.gated:
             return self.moved(3, 5, elements) if self.software.fused else self.moved(5, 8, elements, 2)
         return self.moved(2, 4, elements) if self.software.fused else self.moved(4, 5, elements, 2)
@@ -135,7 +136,7 @@ class Blocks:
         """Norm, router, permutations and experts of a mixture; each rank routes its own T tokens."""
         model, k = self.model, self.model.top_k
         tokens = self.tokens / self.tp
-        load = max(model.imbalance, 1.0) if not model.capacity else model.capacity
+        load = model.load_factor
         rows = tokens * k * load * etp  # the etp ranks of an expert compute each other's rows, with a slice of it
         experts, hidden = model.experts / ep, model.hidden / etp
         time = self.moved(2, 5, tokens * model.dim)
@@ -153,7 +154,7 @@ class Blocks:
         return time + self.moved(3, 3, tokens * model.dim)
 
     def experts(self, number: float, rows: float, hidden: float, ups: int) -> Time:
-        """Grouped products of `number` experts with so many rows each."""
+        """Grouped GEMMs of `number` experts with `rows` rows each, and `ups` matrices before the activation."""
         dim, groups, m = self.model.dim, max(1, round(number)), max(1, round(rows))
         grouped, n = self.kernels.grouped, round(hidden)
         time = self.activation(m * groups * hidden)
@@ -163,16 +164,16 @@ class Blocks:
         return time + Time(forward, backward)
 
     def embedding(self) -> Time:
-        """The look-up, and the sum of its gradients by token."""
+        """Embedding: the look-up, and the sum of gradients by token."""
         return self.moved(2, 4, self.own * self.model.dim)
 
     def join(self) -> Time:
-        """Hidden states and further tokens: their norms, side by side, and back to the model's width."""
+        """Join of hidden states and a further token: two norms, and a matrix [2D, D]."""
         tokens, dim = self.own, self.model.dim
         return self.norm() + self.norm() + self.moved(4, 4, tokens * dim) + self.linear(dim, 2 * dim, "", tokens)
 
     def head(self) -> Time:
-        """The last norm, logits over 1/t of the vocabulary, and the loss in float32."""
+        """Last norm, logits over 1/t of the vocabulary, and the loss in float32."""
         elements = self.tokens * self.model.vocab / self.tp
         time = self.norm() + self.linear(self.model.vocab, self.model.dim, "columns")
         # to float32, largest, difference, exponential, sum, quotient: 38 bytes a logit where numbers have 2; backward

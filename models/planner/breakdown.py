@@ -1,4 +1,4 @@
-"""What is expected of a layout: seconds of a step by part, memory, and rates."""
+"""The estimate of a layout: seconds of a step by part, memory, and rates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .share import bubble
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds of a step: compute + pipeline_bubble + optimizer + exposed + cores are the step.
+    """Seconds of the parts of a step.
 
-    Communication counts whole along each axis; `exposed` is the part of all axes that hides behind no computing.
+    The step takes compute + pipeline_bubble + optimizer + exposed + cores. Fields tp, cp, pp, dp and ep have all the
+    communication along an axis. `exposed` is the share of it, over all axes, that computing does not hide.
     """
 
     compute: float = 0.0  # on the rank that has most to do
@@ -37,27 +38,27 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is expected of a layout."""
+    """Predicted time and memory of a layout."""
 
     layout: Layout
     breakdown: Breakdown
     memory: Memory
     fits: bool
-    tokens: int  # of a step
-    flops: float  # of a step, with what is computed twice
-    model_flops: float  # of a step, each once
+    tokens: int  # in a step
+    flops: float  # in a step, with recomputation
+    model_flops: float  # in a step, without recomputation
     peak: float  # FLOP/s of a rank by the datasheet
-    transport: str = ""  # of rows to their experts
+    transport: str = ""  # name of the transport between ranks that share experts
     placement: Placement | None = None
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return self.breakdown.total
 
     @property
     def mfu(self) -> float:
-        """Share of the peak, each FLOP of the model counted once."""
+        """Model FLOPs utilisation: the share of the peak, without recomputation."""
         return self.model_flops / self.seconds / self.layout.ranks / self.peak
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ COLOURS = {"F": "#4878cf", "B": "#ee854a", "I": "#ee854a", "W": "#6acc65"}
 
 
 def draw_steps(plans: list[Estimate], path: str | Path) -> None:
-    """A bar for each layout, stacked by the parts of the step; traffic counts where nothing hides it.
+    """Draw a bar for each layout, stacked by the parts of a step. Only communication that nothing hides counts.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the extra "train" brings it.
@@ -36,7 +36,7 @@ def draw_steps(plans: list[Estimate], path: str | Path) -> None:
 
 
 def _shown(plan: Estimate, part: str) -> float:
-    """Seconds of a part; of traffic, its share of what is exposed."""
+    """Seconds of a part. For an axis of communication, its share of what is exposed."""
     parts = plan.breakdown
     if part not in ("tp", "pp", "dp", "ep"):
         return getattr(parts, part)
@@ -45,7 +45,7 @@ def _shown(plan: Estimate, part: str) -> float:
 
 
 def draw_timeline(simulation: Simulation, path: str | Path, title: str = "") -> None:
-    """What each rank of a pipeline does when; ModuleNotFoundError as above."""
+    """Draw what each rank of a pipeline does over time. Raises ModuleNotFoundError as `draw_steps` does."""
     plt = _pyplot()
     ranks = 1 + max(span.rank for span in simulation.spans)
     figure, axes = plt.subplots(figsize=(12, 0.8 + 0.35 * ranks), layout="constrained")

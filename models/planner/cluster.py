@@ -1,4 +1,4 @@
-"""What a cluster is made of, and what its software can do: the constants of the cost model, read from TOML.
+"""Constants of the cost model: the hardware of a cluster, and what its software does. Read from TOML.
 
 `clusters/` has the presets. Every constant there names its source.
 """
@@ -42,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Wire:
-    """The links of one kind, as one rank sees them while all ranks use them."""
+    """Links inside nodes, or between them: the costs for one rank while all ranks use them."""
 
     gbs: float  # bandwidth of a rank, one direction
     step_us: float  # a collective, however small
@@ -52,7 +52,7 @@ class Wire:
         _check_positive("inside and between", self, "step_us", "message_us")
 
     def link(self) -> Link:
-        """In seconds, as the transports' cost model takes it."""
+        """The costs in seconds, as the cost model of the transports takes them."""
         return Link(1e-6 * self.step_us, 1e-6 * self.message_us, 1e-9 / self.gbs)
 
 
@@ -101,7 +101,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Fabric:
-    """How nodes are connected, and what is wrong with it."""
+    """Network between nodes, with nodes that are slow or down."""
 
     nodes: int = 0  # that there are; 0: as many as a job asks for
     pod: int = 0  # neighbours under one leaf or rail group; 0: all of them
@@ -143,7 +143,7 @@ class Cluster:
 
     @classmethod
     def load(cls, name: str | Path) -> Cluster:
-        """A preset by its name, or a TOML file.
+        """Read a preset by its name, or a TOML file.
 
         Raises:
             ValueError: no such preset or file, or one with keys or values that do not fit.
@@ -159,7 +159,7 @@ class Cluster:
             raise ValueError(f"--cluster {name}: {error}") from None
 
     def changed(self, assignments: list[str]) -> Cluster:
-        """This cluster with other constants, each given as ``"software.fused=false"``, the value in TOML's form."""
+        """The cluster with other constants. Each assignment is written as in ``"software.fused=false"``, in TOML."""
         cluster = self
         for assignment in assignments:
             key, _, value = assignment.partition("=")
@@ -177,7 +177,7 @@ class Cluster:
         return cluster
 
     def with_links(self, profile: Profile) -> Cluster:
-        """With the links and the rate of products that a probe has measured on a live cluster."""
+        """The cluster with the links and the rate of matrix products that a probe has measured."""
 
         def wire(link: Link, before: Wire) -> Wire:
             gbs = 1e-9 / link.byte if link.byte else before.gbs
@@ -197,9 +197,9 @@ class Cluster:
         )
 
     def profile(self, nodes: int, locals: int, between: float = 1.0) -> Profile:
-        """What the runtime's choice of a transport is told, of so many nodes with so many ranks.
+        """The `Profile` from which the runtime chooses a transport, for `nodes` nodes of `locals` ranks.
 
-        `between` divides the bandwidth between nodes.
+        The bandwidth between nodes is divided by `between`.
         """
         away = replace(self.between, gbs=self.between.gbs / between)
         return Profile(nodes, locals, self.inside.link(), away.link(), Flop())

@@ -1,4 +1,4 @@
-"""What ranks that split sequences exchange in each attention: `context_parallel` in numbers."""
+"""What context-parallel ranks exchange in each attention (`context_parallel`)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from .layout import Layout, way
 
 
 class Exchanges(NamedTuple):
-    """Of one block and one micro-batch, forward and backward, on one rank."""
+    """Exchanges of one rank in the attention of one block, for one micro-batch, forward and backward."""
 
-    bytes: float = 0.0  # that it sends
+    bytes: float = 0.0  # that the rank sends
     number: int = 0
 
 
 def exchanges(model: Architecture, layout: Layout, size: int) -> Exchanges:
-    """Ulysses trades sequences for heads and back. In the ring keys and values go round, later with their gradients.
+    """Exchanges of an attention: all-to-alls with Ulysses, or keys and values that go round a ring of ranks.
 
     Args:
-        size: bytes of a number.
+        model: the model.
+        layout: the layout.
+        size: bytes of each number.
     """
     cp, tp, again = layout.cp, layout.tp, layout.recompute == "full"
     if cp == 1:

@@ -1,4 +1,4 @@
-"""A step of a layout: what it takes, where the time goes, and what a rank holds. The cost model, put together."""
+"""The cost model, put together: time and memory of a step in one layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .update import ADAMW, AVERAGE_BYTES, Update
 
 
 class PerBlock(NamedTuple):
-    """Of one block and one micro-batch: seconds of computing, and of communication along tp, ep and cp."""
+    """Seconds of one block for one micro-batch: computing, and communication along tp, ep and cp."""
 
     time: Time
     tp: float
@@ -31,12 +31,12 @@ class PerBlock(NamedTuple):
 
     @property
     def compute(self) -> float:
-        """Forward, backward and what is computed twice."""
+        """Seconds of computing, forward and backward, with recomputation."""
         return self.time.forward + self.time.backward
 
 
 class Estimator:
-    """Estimates layouts of one model on one cluster; what layouts share is computed once."""
+    """Estimates layouts of one model on one cluster. Parts that several layouts share are computed once."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Estimator:
         self.shares = cache(self._shares)
 
     def sequence_parallel(self, layout: Layout) -> bool:
-        """Whether norms and dropout run on parts of the sequences."""
+        """Whether the tp ranks split sequences between blocks (sequence parallelism)."""
         return layout.tp > 1 and (layout.recompute in self.cluster.software.sequence_parallel)
 
     def memory(self, layout: Layout) -> Memory:
-        """Of the rank that needs most: the first, with most in flight, or the last, with the head."""
+        """Memory of the fullest rank: the first, with most micro-batches in flight, or the last, with the head."""
         ranks, sequences = self.shares(layout.pp, layout.virtual, layout.schedule), self.sequence_parallel(layout)
         ends = [
             memory(self.model, self.cluster, layout, ranks[r], r, sequences, self.update) for r in {0, layout.pp - 1}
@@ -65,11 +65,11 @@ class Estimator:
         return max(ends, key=lambda held: held.total)
 
     def fits(self, held: Memory) -> bool:
-        """Whether a device has so much memory."""
+        """Whether a device has this much memory."""
         return held.total <= 1e9 * self.cluster.device.memory_gb
 
     def __call__(self, layout: Layout) -> Estimate:
-        """What a valid layout comes to."""
+        """Estimate a layout that `misfit` accepts."""
         model, software = self.model, self.cluster.software
         ranks = self.shares(layout.pp, layout.virtual, layout.schedule)
         sequences = self.sequence_parallel(layout)
@@ -81,7 +81,7 @@ class Estimator:
         m, p, v = layout.micro_batches, layout.pp, layout.virtual
 
         def of(share: Share) -> tuple[float, float, float, float]:
-            """Seconds of a micro-batch on a rank: computing, and communication along tp, ep and cp."""
+            """Seconds of a micro-batch on a rank with this share: computing, and communication along tp, ep and cp."""
             depths = model.mtp * share.last
             compute = share.dense * dense.compute + (share.first + depths) * sum(embedding)
             compute += (share.last + depths) * sum(head) + depths * join
@@ -95,7 +95,7 @@ class Estimator:
         pp = 2 * v * send if p > 1 else 0.0  # each stage on a rank sends its output, and gradients back
 
         def hidden(compute: float, tp: float, ep: float, cp: float) -> float:
-            """Communication behind computing of the same micro-batch, of each axis as much as the software can."""
+            """Seconds of communication that the computing of the same micro-batch hides."""
             return min(compute, software.tp_overlap * tp + software.pp_overlap * pp + software.ep_overlap * ep)
 
         times = {share: of(share) for share in set(ranks)}
@@ -132,7 +132,7 @@ class Estimator:
         )
 
     def blocks(self, layout: Layout) -> tuple[PerBlock, PerBlock | None]:
-        """A dense block, and a mixture if there are any."""
+        """Times of a dense block, and of a mixture if the model has any."""
         halves = layout.pp > 1 and layout.schedule in ("interleaved_zb", "zbv")
         # what a block's times depend on, so that layouts that share it have it computed once
         key = replace(layout, pp=1, dp=layout.pp * layout.dp, micro_batches=1, virtual=1, schedule="1f1b", zero=0)
@@ -157,11 +157,11 @@ class Estimator:
         return forward, backward
 
     def group(self, size: int, stride: int, ranks: int, slowdown: float = 1.0) -> Group:
-        """Ranks along an axis of a job with so many ranks."""
+        """The ranks along one axis, of a job with `ranks` ranks."""
         return Group(self.cluster, size, stride, slowdown, ranks)
 
     def send(self, layout: Layout, sequences: bool) -> float:
-        """Seconds for the hidden states of a micro-batch to the next stage: `Boundary`."""
+        """Seconds to send the hidden states of a micro-batch to the next stage (`Boundary`)."""
         if layout.pp == 1:
             return 0.0
         whole = layout.micro_batch * self.model.seq // layout.cp * self.model.dim * size_of(layout.dtype)
@@ -173,9 +173,9 @@ class Estimator:
         return there.send(whole / layout.tp) + self.group(layout.tp, 1, layout.ranks).all_gather(whole)
 
     def transport(self, layout: Layout) -> tuple[str, float]:
-        """The transport that the runtime would take in a mixture, and seconds of its trips, forward and backward."""
+        """The transport that the runtime would choose, and its seconds in one mixture, forward and backward."""
         model, size = self.model, size_of(layout.dtype)
-        tokens = layout.micro_batch * model.seq / layout.tp / layout.cp * (model.capacity or model.imbalance)
+        tokens = layout.micro_batch * model.seq / layout.tp / layout.cp * model.load_factor
         row = model.dim * size
         group = self.group(layout.ep, layout.etp, layout.ranks, self.placement.slowdown("ep", layout))
         # etp ranks of an expert share their rows: gathered, and summed again on the way home
@@ -185,13 +185,13 @@ class Estimator:
         return name, seconds + 4 * shared
 
     def data(self, layout: Layout, ranks: list[Share], computing: float, one: float) -> tuple[float, float, float]:
-        """Seconds along dp in a step, those of them that nothing hides, and seconds of the optimizer's step."""
+        """Seconds of communication along dp in a step, those that nothing hides, and seconds of the optimizer."""
         model, software, m = self.model, self.cluster.software, layout.micro_batches
         fullest = max(
             set(ranks), key=lambda s: s.dense_parameters(model, layout.tp) + s.expert_parameters(model, layout)
         )
         dense, experts = fullest.dense_parameters(model, layout.tp), fullest.expert_parameters(model, layout)
-        zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+        zero = layout.zero_in_effect
         total, wire, size = 0.0, software.gradient_wire_bytes, size_of(layout.dtype)
         slow = self.placement.slowdown("dp", layout)
         for held, units, group in (  # FSDP2 wraps each block, experts by themselves, and what is in no block
@@ -219,7 +219,7 @@ class Estimator:
         return total + tied, exposed, kernels.moved(moved * own) + alone
 
     def parts(self, tp: int, cp: int, micro_batch: int, dtype: str, sequences: bool) -> Blocks:
-        """The times of a micro-batch's parts."""
+        """The parts of the model, for micro-batches of this size."""
         kernels = Kernels(self.cluster.device, self.cluster.device.peak(dtype), size_of(dtype))
         return Blocks(self.model, self.cluster.software, kernels, micro_batch, tp, sequences, cp)
 
@@ -236,7 +236,7 @@ class Estimator:
         elif layout.recompute == "selective":
             again = core.forward
             if mixture:
-                rows = parts.tokens / tp * model.top_k * etp * (model.capacity or model.imbalance)
+                rows = parts.tokens / tp * model.top_k * etp * model.load_factor
                 experts = model.experts / ep
                 again += parts.experts(experts, rows / experts, model.hidden / etp, model.matrices - 1).forward
             time += (0.0, again)
@@ -250,7 +250,7 @@ class Estimator:
     def _ends(
         self, tp: int, cp: int, micro_batch: int, dtype: str, sequences: bool, ranks: int
     ) -> tuple[Time, Time, float]:
-        """Embedding, head, and the exchange of tensor-parallel ranks at either, forward or backward."""
+        """Times of embedding and head, and seconds of the tp exchange at each of them, one way."""
         parts = self.parts(tp, cp, micro_batch, dtype, sequences)
         whole = parts.tokens * self.model.dim * size_of(dtype)
         return parts.embedding(), parts.head(), self.group(tp, 1, ranks).exchange(whole)

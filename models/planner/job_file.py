@@ -42,17 +42,21 @@ OTHERS = (  # flags of the job that change neither memory nor the time of a step
 
 
 class JobFile(NamedTuple):
-    """What a file says of a job."""
+    """Settings that a job file gives."""
 
     model: Architecture
-    batch: int  # sequences of a step
+    batch: int  # sequences in a step
     dtype: str
-    layout: tuple[str, ...]  # keys of a layout that it gives as well
+    layout: tuple[str, ...]  # names of the layout's keys in the file
     update: Update
 
     @classmethod
     def read(cls, path: str | Path) -> JobFile:
-        """ValueError if the file is no TOML, or has keys that are no flags of the job."""
+        """Read a file.
+
+        Raises:
+            ValueError: the file is no TOML, has keys that are no flags of the job, or trains another model than a GPT.
+        """
         try:
             given = {name.replace("-", "_"): value for name, value in tomllib.loads(Path(path).read_text()).items()}
         except (OSError, tomllib.TOMLDecodeError) as error:
@@ -88,7 +92,7 @@ class JobFile(NamedTuple):
 
 
 def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW) -> str:
-    """A file for the job, with what it has no flag for in comments."""
+    """Contents of a job file. Settings that the job has no flags for stand in comments."""
     values: dict[str, Any] = {
         "batch": batch,
         "vocab": model.vocab if model.vocab != 256 else None,
@@ -133,7 +137,7 @@ def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW
 
 
 def _not_in_the_job(model: Architecture) -> list[str]:
-    """Comments on what of the model examples/pretrain.py would build otherwise."""
+    """Comments on the parts of the model that examples/pretrain.py cannot build by flags."""
     differs = []
     if model.plain:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
@@ -147,7 +151,7 @@ def _not_in_the_job(model: Architecture) -> list[str]:
     if model.capacity:
         differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
     return (
-        ["# Planned with, and not to be had by flags of the job:", *(f"# - {what}" for what in differs)]
+        ["# Planned with settings that the job has no flags for:", *(f"# - {what}" for what in differs)]
         if differs
         else []
     )
@@ -160,7 +164,7 @@ def _toml(value: Any) -> str:
 
 
 def start_commands(layout: Layout, ranks_per_node: int, file: str) -> list[str]:
-    """Shell commands that start the job on a layout: torchrun, and SLURM where there are several nodes."""
+    """Shell commands that start the job: torchrun, and with several nodes SLURM as well."""
     per_node = min(layout.ranks, ranks_per_node)
     nodes = -(-layout.ranks // per_node)
     if nodes == 1:

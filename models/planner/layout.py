@@ -1,4 +1,4 @@
-"""A layout: how a step is spread over the ranks, and whether it can be."""
+"""A layout: how a step is spread over the ranks, and which layouts can run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..pipeline.partition import PER_RANK
 from .architecture import Architecture
 
 ZERO: tuple[Data, ...] = ("replicate", "zero1", "zero2", "fsdp")  # by ZeRO's stage
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full")  # each computes more twice than the one before, and holds less
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -20,15 +20,16 @@ class Layout:
     """Sizes of the axes, as for `Meshes.of`, and the options of a step.
 
     Attributes:
-        pp, tp, cp, dp, ep, etp: ranks along each axis; dp * cp * tp * pp are all, and edp * ep * etp = dp * cp * tp.
-        micro_batch: sequences that a rank takes at a time, b.
-        micro_batches: of a step, m.
-        virtual: stages on each rank, v.
-        schedule: a name of `SCHEDULES`.
-        recompute: "none", "selective" or "full".
+        pp, tp, cp, dp, ep, etp: number of ranks along each axis. A job has dp * cp * tp * pp ranks, and
+            edp * ep * etp = dp * cp * tp.
+        micro_batch: number of sequences b in a micro-batch of one rank.
+        micro_batches: number of micro-batches m in a step.
+        virtual: number of pipeline stages v on each rank.
+        schedule: name of a pipeline schedule, a key of `SCHEDULES`.
+        recompute: activations that the backward computes again: "none", "selective" or "full".
         zero: stage of ZeRO, 0 to 3.
-        dtype: "bf16", "fp16" or "fp32".
-        cp_attention: "ulysses" or "ring"; None: as `SequenceSplit.of` chooses.
+        dtype: dtype in which the model computes: "bf16", "fp16" or "fp32".
+        cp_attention: attention over cp ranks, "ulysses" or "ring". None leaves the choice to `SequenceSplit.of`.
     """
 
     pp: int = 1
@@ -48,23 +49,28 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """Number of all ranks."""
         return self.pp * self.stage
 
     @property
     def stage(self) -> int:
-        """Ranks of one stage of a pipeline."""
+        """Number of ranks of one pipeline stage."""
         return self.dp * self.cp * self.tp
 
     @property
     def replicas(self) -> int:
-        """Ranks that repeat the same dense parameters."""
+        """Number of ranks that hold the same dense parameters."""
         return self.dp * self.cp
 
     @property
     def edp(self) -> int:
-        """Ranks that repeat the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.stage // (self.ep * self.etp)
+
+    @property
+    def zero_in_effect(self) -> int:
+        """The stage of ZeRO that runs: in a pipeline, stages 2 and 3 do as 1 (`data_parallel`)."""
+        return min(self.zero, 1) if self.pp > 1 else self.zero
 
     @property
     def data(self) -> Data:
@@ -73,10 +79,10 @@ class Layout:
 
 
 def way(model: Architecture, layout: Layout) -> How:
-    """How attention works, as the runtime chooses it.
+    """Attention over cp ranks, as the runtime chooses it: "ulysses" or "ring".
 
     Raises:
-        ValueError: a way that the model does not allow.
+        ValueError: the model does not allow the layout's `cp_attention`.
     """
     config = GPTConfig(
         dim=model.dim, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, windows=model.windows
@@ -85,7 +91,7 @@ def way(model: Architecture, layout: Layout) -> How:
 
 
 def misfit(layout: Layout, model: Architecture, batch: int) -> str | None:
-    """What keeps a layout from running, naming the flag and the remedy; None if nothing does."""
+    """Sentence that says why a layout cannot run, with the flag and the remedy. None if it can run."""
     # a generator, so that the first problem is all that is computed in a search
     return next(_misfits(layout, model, batch), None)
 

@@ -14,13 +14,13 @@ from .update import ADAMW, AVERAGE_BYTES, Update
 
 
 class Memory(NamedTuple):
-    """Of the rank that needs most, in bytes."""
+    """Memory of the fullest rank by kind, in bytes."""
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-    average: float = 0.0  # of the weights, where one is kept
-    activations: float = 0.0  # of the micro-batches in flight, and of the block in its backward
+    average: float = 0.0  # of the weights, if the job keeps one
+    activations: float = 0.0  # of the micro-batches in flight, and of the block that is in its backward
     dispatch: float = 0.0  # buffers of an exchange of rows, sent and received
     head: float = 0.0  # logits in the computing dtype and in float32
     gathered: float = 0.0  # parameters that ZeRO gathers for a while, in the computing dtype
@@ -28,12 +28,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all kinds together."""
         return sum(self)
 
 
 def size_of(dtype: str) -> int:
-    """Bytes of a number."""
+    """Bytes of a number of this dtype."""
     return 4 if dtype == "fp32" else 2
 
 
@@ -46,11 +46,10 @@ def memory(
     sequence_parallel: bool,
     update: Update = ADAMW,
 ) -> Memory:
-    """What a rank of the pipeline holds at its fullest."""
+    """Memory of one rank of the pipeline at its peak."""
     software, size = cluster.software, size_of(layout.dtype)
     dense, experts = share.dense_parameters(model, layout.tp), share.expert_parameters(model, layout)
-    # in a pipeline, ZeRO 2 and 3 do as ZeRO 1 (`data_parallel`)
-    zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+    zero = layout.zero_in_effect
     sharded = dense / layout.replicas + experts / layout.edp
 
     def held(stage: int) -> float:
@@ -84,10 +83,10 @@ def memory(
 
 
 def best_segment(blocks: int, kept: float, inside: float, in_flight: float = 1.0) -> int:
-    """Blocks in a segment of full recomputation with which a rank holds least: `recompute(every=...)`.
+    """Number of blocks in a segment of full recomputation that needs least memory (``recompute(every=...)``).
 
-    With c blocks in each, the micro-batches in flight keep blocks / c inputs each, and the segment in its backward all
-    that is inside: smallest at c = sqrt(l A_in / A_mid) for one in flight (PTD-P, section 3.5).
+    With c blocks in a segment, each micro-batch in flight keeps blocks / c inputs. The segment in its backward holds
+    all activations inside it. With one micro-batch in flight, c = sqrt(l A_in / A_mid) is best (PTD-P, section 3.5).
 
     >>> best_segment(blocks=64, kept=1.0, inside=1.0)  # sqrt(l)
     8
@@ -101,7 +100,7 @@ def best_segment(blocks: int, kept: float, inside: float, in_flight: float = 1.0
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one block keeps of one micro-batch for its backward, on one rank.
+    """Bytes of activations that one block keeps for the backward of one micro-batch, on one rank.
 
     For the GPT of PTD-P with dropout and unfused attention: s b h (10 + 24 / t + 5 a s / (h t)), and with sequence
     parallelism s b h (34 / t + 5 a s / (h t)), as in arXiv:2205.05198, equations 2 and 4.
@@ -114,28 +113,28 @@ class Activations:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a micro-batch, on the ranks along tp together."""
+        """Tokens of a micro-batch, on the tp ranks together."""
         return self.layout.micro_batch * self.model.seq // self.layout.cp
 
     @cached_property
     def own(self) -> float:
-        """Tokens whose hidden states this rank has between blocks."""
+        """Tokens whose hidden states one rank holds between blocks."""
         return self.tokens / self.layout.tp if self.sequence_parallel else self.tokens
 
     @cached_property
     def rows(self) -> float:
-        """Rows that the experts of this rank get in one mixture."""
-        model, load = self.model, self.model.capacity or self.model.imbalance
-        return self.tokens / self.layout.tp * model.top_k * load * self.layout.etp
+        """Rows that the experts of one rank receive in one mixture."""
+        model = self.model
+        return self.tokens / self.layout.tp * model.top_k * model.load_factor * self.layout.etp
 
     def kept(self, mixture: bool) -> float:
-        """What stays until the backward."""
+        """Bytes that stay until the backward."""
         if self.layout.recompute == "full":
             return size_of(self.layout.dtype) * self.own * self.model.dim
         return self.whole(mixture, core=self.layout.recompute == "none")
 
     def whole(self, mixture: bool, core: bool = True) -> float:
-        """All that is saved; without `core`, that of attention and what experts have inside is left out."""
+        """Bytes that the forward saves. ``core=False`` leaves out the core of attention and the experts' inside."""
         model, software, size = self.model, self.cluster.software, size_of(self.layout.dtype)
         tp, width = self.layout.tp, self.own * model.dim
         total = 4.0 * size * width + (2 * width if software.dropout else 0)  # inputs of norms and of products, masks

@@ -1,4 +1,4 @@
-"""Which nodes a job takes, and in what order: how far neighbours along each axis are from one another."""
+"""Which nodes a job takes and in what order, and how far apart neighbours along each axis then are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Placement(NamedTuple):
     order: str = "by stage"
 
     def slowdown(self, axis: str, layout: Layout) -> float:
-        """How many times slower the links between nodes are for an axis, while all its groups use them.
+        """Factor by which links between nodes are slower for an axis, while all its groups use them.
 
         A pod's links upwards carry `pod / oversubscription` nodes at full speed. A ring, or a chain of stages, whose
         neighbours are `hop` nodes apart leaves a pod over `hop` nodes at a time; an all-to-all with all but what stays.
@@ -59,7 +59,7 @@ class Placement(NamedTuple):
         return sorted(up, key=lambda node: (-shares.get(node, 1.0), node))
 
     def _shares(self, number: int) -> list[float]:
-        """Of the bandwidth of each node that is taken, what is left."""
+        """Share of its bandwidth that each node of the job still has."""
         fabric, shares = self.cluster.fabric, dict(self.cluster.fabric.slow)
         if not fabric.nodes:
             return [shares.get(node, 1.0) for node in range(number)]
@@ -67,13 +67,13 @@ class Placement(NamedTuple):
 
 
 def placements(cluster: Cluster) -> list[Placement]:
-    """Those that differ on a cluster."""
+    """The placements that differ in time on a cluster."""
     different = cluster.fabric.pod and cluster.fabric.oversubscription > 1
     return [Placement(cluster, order) for order in (ORDERS if different else ORDERS[:1])]
 
 
 def check_nodes(cluster: Cluster, gpus: int) -> None:
-    """ValueError if a cluster has fewer ranks than that."""
+    """Raise ValueError if a cluster has fewer ranks."""
     fabric = cluster.fabric
     if not fabric.nodes:
         return

@@ -1,4 +1,4 @@
-"""What one kernel takes: matrix products by their tiles, everything else by the bytes that it moves."""
+"""Time of one kernel: matrix products by their tiles, everything else by the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Kernels(NamedTuple):
     size: int
 
     def product(self, m: int, n: int, k: int, count: float = 1, accumulate: float = 0.0) -> float:
-        """[m, k] @ [k, n], `count` of them in one kernel; `accumulate`: bytes an element of the result is added in.
+        """Seconds of `count` products [m, k] @ [k, n] in one kernel.
 
         The tiles of the result go to the multiprocessors in waves, and the last wave is rarely full (wave
-        quantisation); tiles at the edges are computed whole (tile quantisation). The best tile counts, as for a
-        library with a heuristic. No product is faster than its operands can be read.
+        quantisation). Tiles at the edges are computed whole (tile quantisation). The best tile size counts, because
+        libraries choose one by a heuristic. No product is faster than its operands can be read. With `accumulate`, the
+        result is added to numbers of that many bytes.
         """
         if not m or not n or not k or not count:
             return 0.0
@@ -48,18 +49,18 @@ class Kernels(NamedTuple):
         return max(best, self.moved(read)) + self.start
 
     def grouped(self, groups: int, rows: float, n: int, k: int, accumulate: float = 0.0) -> float:
-        """One kernel of `groups` products [rows, k] @ [k, n]: experts, each with its rows on average."""
+        """Seconds of a grouped GEMM of `groups` products [rows, k] @ [k, n]; `rows` is the mean of an expert."""
         return self.product(max(1, ceil(rows)), n, k, groups, accumulate) if rows else 0.0
 
     def moved(self, size: float) -> float:
-        """So many bytes of device memory, read or written."""
+        """Seconds to read or write `size` bytes of device memory."""
         return size / (1e9 * self.device.memory_gbs * self.device.memory_share)
 
     def elementwise(self, size: float, kernels: int = 1) -> float:
-        """Kernels that move so many bytes in all."""
+        """Seconds of kernels that move `size` bytes in all."""
         return self.moved(size) + kernels * self.start
 
     @property
     def start(self) -> float:
-        """A kernel that does nothing."""
+        """Seconds of a kernel that does nothing."""
         return 1e-6 * self.device.kernel_us

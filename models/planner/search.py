@@ -1,4 +1,4 @@
-"""All layouts of so many ranks, or those that some flags leave, estimated and ranked."""
+"""Search: estimate all layouts of a number of ranks, and rank them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .update import ADAMW, Update
 
 WORTH = 0.995  # of the time of a smaller micro-batch: what a larger one must be below, for the memory it takes
 SLICES = (1, 2, 4, 8)  # of an expert; more make its products too small
-ORDER = ("none", "selective", "full")  # each computes more twice than the one before, and holds less
 
 
 @dataclass
 class Found:
-    """The layouts that fit, best first, and what became of the others.
+    """Result of a search: the layouts that fit, and why others do not.
 
     Attributes:
         plans: estimates of layouts that fit into memory, the fastest first.
-        tried: layouts looked at.
-        too_large: the one that came nearest to fitting, of those that do not.
-        refused: how many do not run, by the reason.
+        tried: number of layouts that were tried.
+        too_large: the layout that needs least memory among those that do not fit.
+        does_not_fit: number of layouts that do not fit into memory.
+        refused: number of layouts that cannot run, by the reason.
     """
 
     plans: list[Estimate] = field(default_factory=list)
@@ -49,20 +49,24 @@ def search(
     dtype: str = "bf16",
     update: Update = ADAMW,
 ) -> Found:
-    """Estimate every layout that the fixed fields of a `Layout` leave open.
+    """Estimate all layouts of a model on a cluster, and rank them.
 
     Args:
-        gpus: ranks in all.
-        batch: sequences of a step, on all ranks together.
-        update: optimizer, and whether there is an average of the weights.
-        fixed: fields of `Layout` by name; others are searched. Tensor parallelism stays in a node unless it is fixed.
+        model: sizes of the model.
+        cluster: the cluster.
+        gpus: number of ranks.
+        batch: number of sequences in a step, on all ranks together.
+        fixed: fields of `Layout` that are given, by name. Others are searched, but cp stays 1 and tp in a node. None by
+            default.
+        dtype: dtype in which the model computes: "bf16" (the default), "fp16" or "fp32".
+        update: optimizer, and whether the job keeps an average of the weights; AdamW without one by default.
 
     Raises:
-        ValueError: nothing runs, or nothing fits into memory; the message says what does.
+        ValueError: no layout runs, or none fits into memory. The message says what to change.
     """
     fixed = dict(fixed or {})
     _check_names(fixed, dtype)
-    _check(fixed, cluster, gpus, batch)
+    _check(fixed, gpus, batch)
     check_nodes(cluster, gpus)
     found = Found()
     estimators = [Estimator(model, cluster, batch, placement, update) for placement in placements(cluster)]
@@ -84,13 +88,13 @@ def search(
 
 
 def _estimate(estimators: list[Estimator], found: Found, given: dict[str, Any], fixed: Mapping[str, Any]) -> bool:
-    """Estimate a layout with the least recomputation that fits, on the best nodes for it; False if none does."""
+    """Estimate a layout with the least recomputation that fits, on its best nodes. False if nothing fits."""
     estimator = estimators[0]
     given["micro_batches"] = estimator.batch // (given["dp"] * given["micro_batch"])
     if given["schedule"] == "gpipe" and "schedule" not in fixed and given["micro_batches"] >= given["pp"] > 1:
         return True  # 1f1b takes as long and holds less
     modes = [fixed["recompute"]] if "recompute" in fixed else estimator.cluster.software.recompute
-    for recompute in sorted(modes, key=ORDER.index):
+    for recompute in sorted(modes, key=RECOMPUTE.index):
         layout = Layout(**given, recompute=recompute)
         found.tried += 1
         if reason := misfit(layout, estimator.model, estimator.batch):
@@ -109,7 +113,7 @@ def _estimate(estimators: list[Estimator], found: Found, given: dict[str, Any], 
 def _families(
     model: Architecture, cluster: Cluster, gpus: int, batch: int, fixed: Mapping[str, Any], found: Found
 ) -> Iterator[dict[str, Any]]:
-    """Everything of a layout but micro-batch and recomputation."""
+    """Fields of all layouts, without micro-batch and recomputation."""
 
     def values(name: str, options: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(options)
@@ -139,7 +143,7 @@ def _families(
 
 
 def _schedules(model: Architecture, cluster: Cluster, pp: int, fixed: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Schedules and stages on each rank; uneven stages only where there are no even ones."""
+    """Schedules, with the stages on each rank. Uneven stages come only where even ones are impossible."""
     if pp == 1:
         yield fixed.get("schedule", "1f1b"), fixed.get("virtual", 1)
         return
@@ -174,7 +178,7 @@ def _check_names(fixed: Mapping[str, Any], dtype: str) -> None:
             raise ValueError(f"--{name} must be one of {', '.join(map(str, choices[name]))}; got {value!r}")
 
 
-def _check(fixed: Mapping[str, Any], cluster: Cluster, gpus: int, batch: int) -> None:
+def _check(fixed: Mapping[str, Any], gpus: int, batch: int) -> None:
     for name, value in {"gpus": gpus, "batch": batch, **fixed}.items():
         if isinstance(value, int) and value < (0 if name == "zero" else 1):
             raise ValueError(f"--{name.replace('_', '-')} must be positive; got {value}")

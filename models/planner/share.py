@@ -1,4 +1,4 @@
-"""What one rank has of a model: blocks, parameters, and the micro-batches it holds at a time."""
+"""A rank's share of a model: blocks, parameters, and micro-batches in flight."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from .layout import Layout
 
 
 class Share(NamedTuple):
-    """Of the rank that has most of a kind; with pp = 1 all ranks have the same."""
+    """Blocks of one rank of the pipeline."""
 
     dense: int  # blocks with a dense feed-forward network
-    mixtures: int  # blocks with experts; those of further tokens count, in either kind
+    mixtures: int  # blocks with experts. Blocks of further tokens count in both numbers
     first: bool  # has the embedding
     last: bool  # has the head
 
     @property
     def blocks(self) -> int:
-        """All of them."""
+        """Number of blocks of both kinds."""
         return self.dense + self.mixtures
 
     def dense_parameters(self, model: Architecture, tp: int) -> float:
-        """On a rank, of all that is no routed expert: split over tp, but for routers and shared experts."""
+        """Parameters outside the routed experts. tp splits them, except routers and shared experts."""
         split = self.blocks * model.attention_parameters + self.dense * model.ffn_parameters
         split += model.embedding_parameters * self.embeds(model) + model.head_parameters * self.last
         whole = model.dim * (2 if model.plain else 1) + model.mtp * model.join_parameters if self.last else 0
         return split / tp + whole + self.mixtures * model.router_parameters
 
     def hidden_parameters(self, model: Architecture, tp: int) -> float:
-        """On a rank, of matrices inside blocks that are no routed expert: what Muon steps beside experts."""
+        """Parameters of matrices in blocks, outside the routed experts. Muon steps these and the experts."""
         split = self.blocks * model.attention_matrices + self.dense * model.matrices * model.dim * model.ffn
         return split / tp + self.mixtures * model.matrices * model.dim * model.hidden * model.shared
 
     def embeds(self, model: Architecture) -> bool:
-        """Whether it has the embedding: for its tokens, as the head, or for further tokens."""
+        """Whether the rank has the embedding: for its tokens, as the head, or for further tokens."""
         return self.first or (self.last and (model.tied or model.mtp > 0))
 
     def expert_parameters(self, model: Architecture, layout: Layout) -> float:
-        """On a rank, of routed experts."""
+        """Parameters of routed experts on this rank."""
         return self.mixtures * model.expert_parameters / (layout.ep * layout.etp)
 
 
 def shares(model: Architecture, layout: Layout) -> list[Share]:
-    """Of each rank along pp, in order; stages are cut as `Stages` cuts them."""
+    """The share of each rank along pp, in order. Stages are cut as `Stages` cuts them."""
     p, v = layout.pp, layout.virtual
     stages = stage_blocks(model, p * v)
     ranks = []
@@ -60,7 +60,7 @@ def shares(model: Architecture, layout: Layout) -> list[Share]:
 
 
 def stage_blocks(model: Architecture, number: int) -> list[range]:
-    """The blocks of each stage, as `Stages.of` cuts a model into so many."""
+    """The blocks of each of `number` stages, as `Stages.of` cuts a model."""
     width = 2 * model.q_dim
     costs = [model.active(index) + width * model.span(index) for index in range(model.layers)]
     head = model.vocab * model.dim
@@ -74,9 +74,9 @@ def stage_blocks(model: Architecture, number: int) -> list[range]:
 
 
 def in_flight(layout: Layout, rank: int = 0) -> float:
-    """Micro-batches, each of all the layers of a rank, whose activations it holds at its fullest.
+    """Most micro-batches whose activations a rank holds at once, each of all its layers.
 
-    The table of docs/explanations/pipeline.md; the simulator counts the same from the schedules' actions.
+    docs/explanations/pipeline.md has the table. The simulator counts the same numbers from the schedules' actions.
     """
     p, m, v = layout.pp, layout.micro_batches, layout.virtual
     if p == 1:
@@ -91,10 +91,9 @@ def in_flight(layout: Layout, rank: int = 0) -> float:
 
 
 def bubble(layout: Layout) -> float:
-    """Time that a rank waits for others in a step, over the time it computes (PTD-P, section 2.2).
+    """Time that a rank waits in a step over the time it computes (PTD-P, section 2.2).
 
-    Zero-bubble schedules fill a third of it from either half of the backward (arXiv:2401.10241); from the first
-    rank's start to the last one's end they keep a third.
+    Zero-bubble schedules keep a third of it, because they fill the rest with halves of the backward (arXiv:2401.10241).
     """
     p, m, v = layout.pp, layout.micro_batches, layout.virtual
     if layout.schedule in ("gpipe", "1f1b"):

@@ -1,6 +1,6 @@
-"""Replays the actions of a pipeline schedule, as torch.distributed.pipelining orders them, with times for each.
+"""Simulate a pipeline: the actions that torch.distributed.pipelining schedules, with a time for each.
 
-The order is the runtime's own: the classes of `SCHEDULES` make it. Here it is only given a clock.
+The order is that of the runtime, because the classes of `SCHEDULES` make it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StageTimes(NamedTuple):
 
     forward: float
     backward: float  # gradients of the input and of the weights
-    weights: float | None = None  # of the latter alone, in schedules that take them apart; None: half
+    weights: float | None = None  # gradients of the weights alone, for schedules that split; None takes half
 
 
 class Span(NamedTuple):
@@ -40,11 +40,11 @@ class Simulation(NamedTuple):
     spans: list[Span]
     seconds: float  # from the first start to the last end
     bubble: float  # time that a rank waits over the time it computes, the mean over ranks
-    held: list[float]  # of each rank, the most micro-batches whose activations it holds, in units of all its stages
+    held: list[float]  # for each rank, the most micro-batches in flight, each of all its stages
 
 
 def actions(schedule: str, ranks: int, virtual: int, micro_batches: int) -> list[list[tuple[str, int, int]]]:
-    """Of each rank, what it does in turn: (kind, stage, micro-batch)."""
+    """The actions of each rank in their order: (kind, stage, micro-batch)."""
     looped, number = schedule not in ("gpipe", "1f1b"), ranks * virtual
     own = [0, number - 1] if schedule == "zbv" else list(range(0, number, ranks)) if looped else [0]
     device = torch.device("cpu")
@@ -82,7 +82,7 @@ def actions(schedule: str, ranks: int, virtual: int, micro_batches: int) -> list
 
 
 def _first_come(own: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """With one stage on a rank, micro-batches come in turn; torch 2.13 numbers forwards of 1F1B's last rank from 1."""
+    """Number micro-batches in their order, from 0: torch 2.13 numbers forwards of 1F1B's last rank from 1."""
     seen = {"F": 0, "B": 0}
     numbered = []
     for kind, stage, _ in own:
@@ -95,8 +95,8 @@ def simulate(layout: Layout, times: Sequence[StageTimes], send: float = 0.0) -> 
     """Run a step's actions, each as soon as its rank is free and what it needs has arrived.
 
     Args:
-        layout: pp, virtual, schedule and micro_batches count.
-        times: of each stage, in the order in which a token meets them.
+        layout: pp, virtual, schedule and micro_batches are used.
+        times: times of each stage, in the order of the model.
         send: seconds from a stage's end to the next one's start on another rank.
 
     >>> layout = Layout(pp=4, micro_batches=8, schedule="1f1b")
@@ -112,7 +112,7 @@ def simulate(layout: Layout, times: Sequence[StageTimes], send: float = 0.0) -> 
     free, place, spans = [0.0] * p, [0] * p, []
 
     def ready(rank: int, kind: str, stage: int, micro_batch: int) -> float | None:
-        """When what an action needs is there; None: that has not been done yet."""
+        """When the inputs of an action have arrived; None if they are not computed yet."""
         needs = []
         if kind == "F" and stage:
             needs.append(("F", stage - 1))

@@ -1,4 +1,4 @@
-"""What people read of a plan: the best layouts, why others lost, memory by kind, and how to start."""
+"""A plan as text: the best layouts, why others are slower, and memory by kind."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def describe(model: Architecture, cluster: Cluster, batch: int) -> str:
     if model.moe_blocks:
         kind = f"{model.experts} experts, top {model.top_k}, in {model.moe_blocks} of {model.layers} blocks"
     return (
-        f"{cluster.about}\n{model.parameters:,} parameters ({kind}), of which a token meets "
-        f"{model.active_parameters:,}; {batch * model.seq:,} tokens a step"
+        f"{cluster.about}\n{model.parameters:,} parameters ({kind}), "
+        f"{model.active_parameters:,} of them active for a token; {batch * model.seq:,} tokens a step"
     )
 
 
 def why(plan: Estimate, best: Estimate) -> tuple[str, float]:
-    """The part of the step that a slower layout loses most by, and how many seconds."""
+    """The part of a step by which a slower layout loses most, and the seconds it loses there."""
     losses = {name: getattr(plan.breakdown, part) - getattr(best.breakdown, part) for part, name in REASONS.items()}
     if plan.layout.recompute != best.layout.recompute and losses["computing"] > 0:
         losses[f"recompute {plan.layout.recompute}"] = losses.pop("computing")
@@ -64,7 +64,7 @@ def table(plans: list[Estimate]) -> str:
 
 
 def lost(found: Found, cluster: Cluster, leaves_node: Estimate | None) -> list[str]:
-    """What became of the layouts that are not in the table."""
+    """Lines about layouts that are not in the table: slower ones, too large ones, and ones that cannot run."""
     best, lines = found.plans[0], []
     reasons = Counter(why(plan, best)[0] for plan in found.plans[1:])
     if reasons:
@@ -87,7 +87,7 @@ def lost(found: Found, cluster: Cluster, leaves_node: Estimate | None) -> list[s
 
 
 def memory_table(plan: Estimate, cluster: Cluster) -> str:
-    """Memory of the rank that needs most, by kind, in markdown."""
+    """Memory of the fullest rank by kind, in markdown."""
     kinds = plan.memory._asdict()
     rows = [f"| {kind} | {size / 1e9:.2f} |" for kind, size in kinds.items() if size]
     total = f"| all, of {cluster.device.memory_gb:g} | {plan.memory.total / 1e9:.2f} |"
@@ -103,7 +103,7 @@ def time_table(plan: Estimate) -> str:
 
 
 def node_order(plan: Estimate) -> list[str]:
-    """The nodes to start and their order, where it is not simply the first ones."""
+    """Line with the nodes to start and their order; none if these are the first nodes in turn."""
     nodes = plan.placement.nodes(plan.layout) if plan.placement else []
     if nodes == list(range(len(nodes))):
         return []
@@ -111,7 +111,7 @@ def node_order(plan: Estimate) -> list[str]:
 
 
 def segments(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]:
-    """What longer segments of full recomputation would hold, where they hold less."""
+    """Line about longer segments of full recomputation, if they would need less memory."""
     layout = plan.layout
     if layout.recompute != "full" or model.moe_blocks:
         return []
@@ -127,7 +127,7 @@ def segments(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]
 
 
 def warnings(model: Architecture, cluster: Cluster, plan: Estimate) -> list[str]:
-    """What is wrong, or unusual, with a layout."""
+    """Sentences about anything unusual in a layout."""
     at, per_node, found = plan.layout, cluster.ranks_per_node, []
     if not plan.fits:
         found.append(f"does not fit: {plan.memory.total / 1e9:.1f} GB a rank of {cluster.device.memory_gb:g}")

@@ -11,7 +11,11 @@ from .simulator import Simulation, StageTimes, simulate
 
 
 def replay(model: Architecture, cluster: Cluster, plan: Estimate) -> Simulation:
-    """Simulate the pipeline of a plan, each stage with its own blocks; the optimizer and dp come after it."""
+    """Simulate the pipeline of a plan, each stage with its own blocks, without the optimizer and dp.
+
+    Raises:
+        ValueError: the plan has no pipeline.
+    """
     layout = plan.layout
     if layout.pp == 1:
         raise ValueError("a timeline needs a pipeline: --pp 2 or more")

@@ -1,4 +1,4 @@
-"""The update after a step's backward: optimizer and average of weights, what they hold and what they take."""
+"""Memory and time of the update after a backward: the optimizer, and an average of the weights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Update(NamedTuple):
     ema: bool = False
 
     def saved_bytes(self, hidden: float) -> float:
-        """Bytes of optimizer state less than AdamW's: Muon has one average of a hidden parameter, not two."""
+        """Bytes of optimizer state that are saved against AdamW: Muon keeps one average, not two."""
         return MOMENT_BYTES * hidden if self.optimizer == "muon" else 0.0
 
     def orthogonalising(self, model: Architecture, layout: Layout, share: Share, device: Device, zero: int) -> float:
-        """Seconds in which a rank orthogonalises its share of the hidden matrices by `newton_schulz`; 0 with AdamW.
+        """Seconds of `newton_schulz` for a rank's share of the hidden matrices; 0 with AdamW.
 
-        Ranks that hold parts of the same matrices share them out; ranks that hold the same matrices do all of them.
+        Ranks that hold parts of the same matrices share the work. Ranks that hold the same matrices all do it.
         """
         if self.optimizer != "muon":
             return 0.0

@@ -1,7 +1,7 @@
-"""Bytes that a rank sends in a step, by axis: what the library's own layers and wrappers exchange.
+"""Bytes that a rank sends in a step, by axis, as the library's own layers and wrappers exchange them.
 
-Collectives count as `examples/traffic.py` counts them: (n - 1) / n of the whole for an all-gather, a reduce-scatter or
-an all-to-all, twice that for an all-reduce; a message whole. The mean over ranks, with an even load.
+They are means over ranks, for an even load. Collectives count as in `examples/traffic.py`: (n - 1) / n of the whole for
+an all-gather, a reduce-scatter or an all-to-all, and twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .share import Share, shares
 
 
 def traffic(model: Architecture, layout: Layout) -> dict[str, float]:
-    """Bytes a step for each axis along which something is sent; "dp" is "edp" as well, where experts are repeated.
+    """Bytes that a rank sends in a step along each axis. "dp" includes "edp", along which experts are repeated.
 
     >>> gpt = Architecture.dense(layers=4, dim=128, heads=4, vocab=256, seq=128)
     >>> round(traffic(gpt, Layout(dp=2, dtype="fp32"))["dp"]) == 4 * gpt.parameters  # an all-reduce of two ranks
@@ -36,7 +36,7 @@ def _mean(ranks: list[Share], of) -> float:
 
 
 def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> float:
-    """Sequences are gathered before attention and a dense network and scattered after, forward and backward."""
+    """Along tp, sequences are gathered before attention and dense networks, and scattered afterwards."""
     tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.cp
     whole = tokens * model.dim * size
     full = layout.recompute == "full"
@@ -51,7 +51,7 @@ def _tensor(model: Architecture, layout: Layout, share: Share, size: int) -> flo
 
 
 def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
-    """Each boundary between ranks is crossed forward and backward; both ends add up the embedding's gradient."""
+    """Along pp, each boundary is crossed forward and backward. Both ends add up the embedding's gradient."""
     p, v = layout.pp, layout.virtual
     whole = layout.micro_batch * layout.micro_batches * model.seq * model.dim * size / layout.tp / layout.cp
     crossed = 2 * (p - 1) if layout.schedule == "zbv" else p * v - 1
@@ -61,9 +61,9 @@ def _pipeline(model: Architecture, layout: Layout, size: int) -> float:
 
 
 def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float:
-    """Gradients travel in float32, gathered parameters in the computing dtype."""
+    """Along dp, gradients travel in float32, and gathered parameters in the computing dtype."""
     total = 0.0
-    zero = min(layout.zero, 1) if layout.pp > 1 else layout.zero
+    zero = layout.zero_in_effect
     root = (model.embedding_parameters * share.embeds(model) + model.head_parameters * share.last) / layout.tp
     root += (model.dim + model.mtp * model.join_parameters) * share.last
     for held, number, whole in (
@@ -82,7 +82,7 @@ def _data(model: Architecture, layout: Layout, share: Share, size: int) -> float
 
 
 def _experts(model: Architecture, layout: Layout, share: Share, size: int) -> float:
-    """Rows to their experts and home, forward and backward."""
+    """Along ep, rows go to their experts and back, forward and backward."""
     tokens = layout.micro_batch * layout.micro_batches * model.seq / layout.tp / layout.cp
     rows = tokens * model.top_k * (model.capacity or 1.0) * model.dim * size
     passes = 5 if layout.recompute == "full" else 4  # of a recomputation the way home is left out

@@ -1,4 +1,4 @@
-"""LoRA on experts and routers: thin matrices are trained beside frozen ones."""
+"""LoRA on experts and routers: low-rank adapters are trained beside frozen matrices."""
 
 from __future__ import annotations
 
@@ -10,51 +10,57 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..build import called
 from ..experts.base import Experts
 from ..experts.four_bit import FourBitMatrix, Matrix
 from ..experts.low_rank import LowRank
 from ..experts.placed import check_home
 from ..gates import Gate
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 
 Model = TypeVar("Model", bound=nn.Module)
-DEFAULT = "default"  # as PEFT calls the adapter that nobody named
+DEFAULT = "default"  # PEFT's name for an adapter without a name
 
 
 def add_lora(model: Model, rank: int, alpha: float | None = None, router: bool = True, name: str = DEFAULT) -> Model:
     """Freeze a model, and put low-rank adapters beside the matrices of its experts and routers, in place.
 
-    Each matrix W [in, out] of each expert gets A [in, r] and B [out, r], and x W becomes x W + alpha / r (x A) B^T
-    (LoRA, Hu et al. 2021, arXiv:2106.09685). B is 0: at first nothing changes. A B^T is never formed, so that frozen
-    experts have neither gradients nor anything of their size. Adapters are part of the experts: `parallelize` spreads
-    them, `sync_gradients`, `clip_grad_norm_` and FSDP treat them alike.
+    Each matrix W [in, out] of each expert gets A [in, r] and B [out, r], and x W becomes x W + alpha / r (x A) B^T.
+    B starts at 0, so at first nothing changes. A B^T is never computed. So training needs no further memory of the size
+    of the experts. `parallelize`, `sync_gradients`, `clip_grad_norm_` and FSDP treat adapters as part of the experts.
 
-    Call it before or after `parallelize`, before FSDP and the optimizer. Everything in `model` is frozen but the
-    adapters; unfreeze what else is to be trained afterwards. A `PeftModel` has frozen what it does not train: its own
-    adapters go on being trained, and its `save_pretrained`, which knows of them alone, is refused: there is
-    `turnout.models.hf.save_adapters` for both. On a CPU experts no longer run a few at a time.
+    Call it before or after `parallelize`, but before FSDP and the optimizer. Everything except the adapters is frozen.
+    Afterwards unfreeze what else shall be trained. In a `PeftModel`, PEFT's own adapters stay trainable. Its
+    `save_pretrained` would lose the experts' adapters, so it raises: call `turnout.models.hf.save_adapters`. On a CPU,
+    adapted experts are no longer computed a few at a time.
 
-    Called again with another name, it adds a second adapter, which is in use from then on: see `use_lora`.
+    A call with another name adds a second adapter, which is then the one in use (`use_lora`).
 
     Args:
-        model: with `MoE` layers, or one; their experts are named ones, or those of a bridge, also in 4 bits
-            (`quantize_experts`).
-        rank: r. In bfloat16 a multiple of 8 is fastest: torch's grouped products want rows of 16 bytes.
-        alpha: None: r, a factor of 1.
-        router: adapters for routers too, where the gate has a matrix `weight` [E, D] that makes its logits. Others,
-            such as those of bridges, stay frozen.
-        name: of the adapter.
+        model: an `MoE` layer, or a model with some. Their experts are named ones or those of a bridged model. They may
+            be in 4 bits (`quantize_experts`).
+        rank: rank r of the adapters. In bfloat16 a multiple of 8 is fastest, because torch's grouped GEMM wants rows of
+            16 bytes.
+        alpha: scale alpha. None, the default, takes r, which is a factor of 1.
+        router: whether routers get adapters too; True by default. Only gates whose logits come from a matrix `weight`
+            [E, D] can have one. Others stay frozen.
+        name: name of the adapter; "default" by default.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no layer, an adapter of that name already or one that is merged, experts of another kind, split
+        ValueError: the model has no layer, an adapter of that name, or a merged one. Experts are of another kind, split
             inside (etp), wrapped by FSDP, or moved by `place_experts`.
+
+    References:
+        LoRA: Hu et al. 2021, arXiv:2106.09685.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer; got {rank!r}")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"the name of an adapter must be a word such as 'default' or 'reference'; got {name!r}")
-    layers = {called(where): m for where, m in model.named_modules() if isinstance(m, MoE)}
+    layers = {called(where): layer for where, layer in moe_layers(model).items()}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     check_home(model, "add_lora")
@@ -102,13 +108,13 @@ def use_lora(model: Model, name: str) -> Model:
 
 @contextmanager
 def disable_lora(model: Model) -> Iterator[Model]:
-    """Inside the `with`, the model without its adapters, such as the reference of DPO; afterwards, with them again.
+    """Context in which a model computes without its adapters, as the reference model of DPO does.
 
-    For forwards alone: the backward of a model that recomputes activations would recompute with adapters. Those of PEFT
-    in the same model have a context of their own, ``model.disable_adapter()``.
+    It is for forwards alone, because a backward with activation recomputation would compute with adapters again. PEFT's
+    own adapters in the same model have another context, ``model.disable_adapter()``.
 
     Raises:
-        ValueError: no adapters, or adapters that are merged.
+        ValueError: the model has no adapters, or merged ones.
     """
     adapters = [adapter for _, adapter in _named(model)]
     if not adapters:
@@ -125,19 +131,22 @@ def disable_lora(model: Model) -> Iterator[Model]:
 
 
 def merge_lora(model: Model, keep: bool = True) -> Model:
-    """Add the adapter in use to the matrices it stands beside, in place; the function stays the same.
+    """Add the adapter in use to its matrices, in place. The model computes the same, as fast as without adapters.
 
-    It then costs what it cost without them, in any kernel. Every rank calls it, without FSDP. Matrices in half
-    precision are rounded, by what `unmerge_lora` does not undo. Adapters that are merged already are not added again.
+    Every rank calls it, without FSDP. In half precision the sums are rounded, which `unmerge_lora` does not undo.
+    Adapters that are merged already are not added again.
 
     Args:
-        model: what `add_lora` was given.
-        keep: adapters stay, out of use, for `unmerge_lora`; a checkpoint does not say that they are merged. False: what
-            is merged is gone, and without other adapters the model has the parameters it had before `add_lora`, frozen
-            still.
+        model: model that `add_lora` got.
+        keep: whether merged adapters are kept for `unmerge_lora`; True by default. A checkpoint does not say that they
+            are merged. False removes them. Without other adapters, the model then has the parameters that it had before
+            `add_lora`, still frozen.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no adapters, none that are left to merge or to drop, matrices in 4 bits, or split inside by FSDP.
+        ValueError: there are no adapters, or none to merge or remove, or matrices are in 4 bits or split by FSDP.
     """
     _merge(model, 1, idle=not keep)
     for module in [] if keep else list(model.modules()):
@@ -151,23 +160,24 @@ def merge_lora(model: Model, keep: bool = True) -> Model:
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Undo `merge_lora`, but for rounding: the adapters are computed beside the matrices, and may be trained, again.
+    """Undo `merge_lora`, except for rounding. Adapters are computed beside their matrices again, and can be trained.
 
     Raises:
-        ValueError: no adapters, or none that are merged.
+        ValueError: the model has no adapters, or none that are merged.
     """
     return _merge(model, -1)
 
 
 def lora_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
-    """The adapters of a model by the names of their parameters: what there is to train, and to save.
+    """The parameters of a model's adapters by name, to train or to save them.
 
-    ``torch.save(lora_parameters(model), file)`` and ``model.load_state_dict(torch.load(file), strict=False)``; where
-    experts are spread torch.distributed.checkpoint saves and loads them.
+    On one rank, ``torch.save(lora_parameters(model), file)`` saves them, and
+    ``model.load_state_dict(torch.load(file), strict=False)`` loads them. On many ranks, torch.distributed.checkpoint
+    does.
 
     Args:
-        model: what `add_lora` was given.
-        name: of one adapter; None: of all.
+        model: model that `add_lora` got.
+        name: name of one adapter. None, the default, takes all.
     """
     wanted = {id(adapter) for own, adapter in _named(model) if name in (None, own)}
     return {
@@ -179,7 +189,7 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.P
 
 
 def _save_without_experts(model: nn.Module, *args: Any, **options: Any) -> None:
-    """In the place of a PeftModel's `save_pretrained`."""
+    """The `save_pretrained` of a `PeftModel` with adapters of experts: it raises ValueError."""
     if lora_parameters(model):
         raise ValueError(
             "PEFT would save its own adapters alone, and lose those of the experts: call "
@@ -189,7 +199,7 @@ def _save_without_experts(model: nn.Module, *args: Any, **options: Any) -> None:
 
 
 def _merge(model: Model, sign: int, idle: bool = False) -> Model:
-    """Merge what is in use and not merged, or with `sign` -1 the reverse; nothing to do is an error, unless `idle`."""
+    """Merge adapters in use (`sign` 1), or unmerge them (-1). ValueError if there are none, unless `idle`."""
     pairs = list(_pairs(model))
     if not pairs:
         raise _none(model)
@@ -206,17 +216,16 @@ def _merge(model: Model, sign: int, idle: bool = False) -> Model:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[Matrix, LowRank]]:
-    """Each frozen matrix, and what stands beside it."""
-    for layer in model.modules():
-        if isinstance(layer, MoE):
-            matrices = layer.experts.matrices()
-            for _, adapter in layer.experts.adapters():
-                yield from ((matrices[name][0], each) for name, each in adapter.items())
-            yield from ((layer.gate.weight, adapter) for _, adapter in layer.gate.adapters())
+    """Each frozen matrix with its adapter."""
+    for layer in moe_layers(model).values():
+        matrices = layer.experts.matrices()
+        for _, adapter in layer.experts.adapters():
+            yield from ((matrices[name][0], each) for name, each in adapter.items())
+        yield from ((layer.gate.weight, adapter) for _, adapter in layer.gate.adapters())
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
-    """All adapters, by their names."""
+    """All adapters of a model, each with its name."""
     for module in model.modules():
         if isinstance(module, Experts):
             yield from ((name, each) for name, adapter in module.adapters() for each in adapter.values())
@@ -231,7 +240,7 @@ def _names_of_merged(module: Experts | Gate) -> list[str]:
 
 
 def _drawn_by(matrix: str, name: str) -> str:
-    """What A is drawn by: other numbers for each matrix, and for each adapter."""
+    """Seed of a matrix A, another one for each matrix and each adapter."""
     return matrix if name == DEFAULT else f"{matrix}/{name}"
 
 
@@ -266,6 +275,6 @@ def _check(where: str, layer: MoE, name: str) -> None:
 
 
 def _check_whole(what: str, matrix: Matrix) -> None:
-    """Ranks may hold different experts, not parts of one."""
+    """Raise ValueError if ranks hold parts of one expert's matrix."""
     if isinstance(matrix, DTensor) and any(isinstance(p, Shard) and p.dim for p in matrix.placements):
         raise ValueError(f"{what} is split inside, by etp or FSDP: adapters are added and merged without")

@@ -1,4 +1,4 @@
-"""QLoRA: the experts' frozen matrices in 4 bits, adapters beside them."""
+"""QLoRA: frozen matrices of experts in 4 bits, with adapters beside them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..build import called
 from ..experts.base import Experts
 from ..experts.four_bit import BLOCK, FourBitMatrix
-from ..layer import MoE
+from ..layer import moe_layers
+from ..names import called
 from .lora import Model
 
 KINDS = ("nf4",)
@@ -17,25 +17,29 @@ KINDS = ("nf4",)
 
 @torch.no_grad()
 def quantize_experts(model: Model, kind: str = "nf4") -> Model:
-    """Freeze the experts of a model, and keep their matrices in 4 bits: 4.5 bits a number, not 16 or 32. In place.
+    """Freeze the experts of a model, and store their matrices in 4 bits, in place: 4.5 bits per number with the scales.
 
-    Their products dequantise a few experts at a time, forward and backward, and keep nothing of it. `add_lora` puts
-    adapters beside them as beside others: that is QLoRA (Dettmers et al. 2023, arXiv:2305.14314), without its second
-    quantisation of the scales. Gradients of everything else are those over the dequantised matrices. Biases of experts,
-    routers and shared experts keep their dtype.
+    Forward and backward dequantise a few experts at a time, and keep nothing of it. With `add_lora` this is QLoRA,
+    without its second quantisation of the scales. Biases, routers and shared experts keep their dtype.
 
-    Call it before or after `parallelize`, before `add_lora` or after, on a CPU or a GPU; each matrix is quantised where
-    it lies, one expert at a time. Parameters of the experts are new objects: make the optimizer afterwards. In a state
-    dict each matrix is ``NAME.packed`` and ``NAME.absmax``, which loads into a model that is quantised as well.
+    Call it before or after `parallelize` and `add_lora`, on a CPU or a GPU. Each matrix is quantised on its device, one
+    expert at a time. Parameters of the experts are new objects, so make the optimizer afterwards. In a state dict each
+    matrix is ``NAME.packed`` and ``NAME.absmax``, which load into a quantised model.
 
     Args:
-        model: with `MoE` layers, or one; their experts are named ones, or those of a bridge.
-        kind: ``"nf4"``.
+        model: an `MoE` layer, or a model with some. Their experts are named ones or those of a bridged model.
+        kind: number format; ``"nf4"``, the default, is the only one.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no layer, experts in 4 bits already, of another kind, split inside (etp), wrapped by FSDP, on the
-            meta device, or of matrices that are no whole number of blocks of 64 numbers.
+        ValueError: the model has no layer. Experts are in 4 bits already, of another kind, split inside (etp), wrapped
+            by FSDP or on the meta device, or a matrix has no whole number of blocks of 64 numbers.
         ImportError: bitsandbytes is not installed.
+
+    References:
+        QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
@@ -52,16 +56,19 @@ def quantize_experts(model: Model, kind: str = "nf4") -> Model:
 
 @torch.no_grad()
 def dequantize_experts(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Undo `quantize_experts`, in place, but for rounding: the matrices are tensors again, frozen still.
+    """Undo `quantize_experts` in place, except for rounding. The matrices are tensors again, and still frozen.
 
-    The function stays the same. It is what to do before `merge_lora` and before the family's format is saved.
+    The model computes the same. Call it before `merge_lora`, or before a bridged model is saved.
 
     Args:
-        model: what `quantize_experts` was given.
-        dtype: of the matrices; None: what they were before.
+        model: model that `quantize_experts` got.
+        dtype: dtype of the matrices. None, the default, takes the one that they had before.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: no experts in 4 bits.
+        ValueError: the model has no experts in 4 bits.
     """
     places = [(owner, own) for each in _experts(model).values() if each.in_four_bits for owner, own in _places(each)]
     if not places:
@@ -73,11 +80,10 @@ def dequantize_experts(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 
 def _experts(model: nn.Module) -> dict[str, Experts]:
-    """The experts of each layer by the layer's name; what layers share, once."""
+    """The experts of each layer by the layer's name. Experts that layers share come once."""
     found: dict[Experts, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            found.setdefault(module.experts, called(name))
+    for name, layer in moe_layers(model).items():
+        found.setdefault(layer.experts, called(name))
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layer")
     return {name: experts for experts, name in found.items()}

@@ -24,7 +24,7 @@ from ..experts.feed_forward import FeedForwardExperts
 from ..experts.four_bit import FourBitMatrix
 from ..experts.sharded import held_slice
 from ..experts.triton_path import check_triton
-from ..layer import MoE
+from ..layer import MoE, moe_layers
 from .results import Machine, Name, Times, Tuned, Tuning, fastest, machine, read, write
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def autotune(
     >>> autotune(model, tokens=64).experts[0].kernel  # Triton needs a GPU, and this model is on the CPU
     'torch'
     """
-    layers = [m for m in model.modules() if isinstance(m, MoE) and isinstance(m.experts, FeedForwardExperts)]
+    layers = [layer for layer in moe_layers(model).values() if isinstance(layer.experts, FeedForwardExperts)]
     device = next((p.device for part in (*layers, model) for p in part.parameters()), torch.device("cpu"))
     wanted = [] if device.type == "meta" else [_wanted(layer, tokens, dtype) for layer in layers]
     reads = Path(file) if file is not None and _first(group) else None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .assignment import assign
-from .gate import Gate, taken
+from .gate import Gate, chosen_scores
 
 
 class BalancedGate(Gate):
@@ -48,4 +48,4 @@ class BalancedGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        return self.scaled(taken(routing.scores, expert))
+        return self.scaled(chosen_scores(routing.scores, expert))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..capacity import capacity_limit
 from ..routing import Routing
-from .gate import Gate, taken
+from .gate import Gate, chosen_scores
 
 
 class ExpertChoiceGate(Gate):
@@ -62,4 +62,4 @@ class ExpertChoiceGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        return self.scaled(taken(routing.scores, expert))
+        return self.scaled(chosen_scores(routing.scores, expert))

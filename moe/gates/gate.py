@@ -156,7 +156,7 @@ def projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The softmax over the k largest of logits [..., n], and their indices, both [..., k].
 
     For k = 1 the softmax is over all n, because over one logit it is the constant 1 and has no gradient.
@@ -168,13 +168,13 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen.softmax(-1), place
 
 
-def distinct(draw: Tensor, num_experts: int) -> Tensor:
+def distinct(draw: Tensor) -> Tensor:
     """k distinct experts for each token, from random numbers: int64 [T, k] -> int64 [T, k].
 
     `draw` j is in [0, E - j) and selects among the experts not chosen yet, in ascending order. Uniform draws give
     uniform choices.
 
-    >>> distinct(torch.tensor([[1, 1, 1], [3, 0, 0]]), num_experts=4).tolist()
+    >>> distinct(torch.tensor([[1, 1, 1], [3, 0, 0]])).tolist()  # of 4 experts
     [[1, 2, 3], [3, 0, 1]]
     """
     chosen = draw[:, :1]
@@ -185,7 +185,7 @@ def distinct(draw: Tensor, num_experts: int) -> Tensor:
     return chosen
 
 
-def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Routing:
+def even_routing(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Routing:
     """Routing of tokens x [T, D] to experts [T, k] chosen without scores: all weights scale/k, all scores 1/E."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = torch.full(expert.shape, scale / expert.shape[1], dtype=dtype, device=x.device)
@@ -193,7 +193,7 @@ def even(x: Tensor, expert: Tensor, num_experts: int, scale: float = 1.0) -> Rou
     return Routing(expert, weight, scores, normalized=True)
 
 
-def taken(scores: Tensor, expert: Tensor, normalize: bool = False) -> Tensor:
+def chosen_scores(scores: Tensor, expert: Tensor, normalize: bool = False) -> Tensor:
     """The scores of some experts: scores [T, E], expert ids int64 [T, k] -> [T, k], 0 where the id is -1.
 
     With `normalize`, False by default, each token's scores are divided by their sum.

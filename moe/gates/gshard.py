@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, taken
+from .gate import Gate, chosen_scores
 from .router import route
 
 
@@ -32,13 +32,6 @@ class GShardGate(Gate):
         if top_k != 2:
             raise ValueError(f"the gshard gate needs top_k=2; got top_k={top_k}: use gate='topk' for another number")
 
-    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
-        """See `Gate.weigh`. The weight of a first expert stays the same if the second one was left out."""
-        weight = taken(routing.scores, expert)
-        others = routing.scores.scatter(1, expert[:, :1].clamp(min=0), 0.0).amax(1, keepdim=True)
-        left_out = torch.where(expert[:, 1:] < 0, others, 0.0)
-        return self.scaled(weight / (weight.sum(1, keepdim=True) + left_out))
-
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [T, D]."""
         logits = self.logits(x)
@@ -47,3 +40,10 @@ class GShardGate(Gate):
         if not self.training:
             return routing
         return routing.keep(~(torch.rand_like(weight) >= 2 * weight))  # first weights are >= 1/2, so always kept
+
+    def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
+        """See `Gate.weigh`. The weight of a first expert stays the same if the second one was left out."""
+        weight = chosen_scores(routing.scores, expert)
+        others = routing.scores.scatter(1, expert[:, :1].clamp(min=0), 0.0).amax(1, keepdim=True)
+        left_out = torch.where(expert[:, 1:] < 0, others, 0.0)
+        return self.scaled(weight / (weight.sum(1, keepdim=True) + left_out))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, distinct, even
+from .gate import Gate, distinct, even_routing
 
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64, as int64
 
@@ -45,7 +45,7 @@ class HashGate(Gate):
                 "the hash gate routes by token id, and ids is None: call moe(x, ids=ids) with int64 ids of x's leading "
                 "shape"
             )
-        return even(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts, self.scale)
+        return even_routing(x, hashed(ids, self.num_experts, self.top_k, self.seed), self.num_experts, self.scale)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
@@ -61,7 +61,7 @@ def hashed(ids: Tensor, num_experts: int, k: int, seed: int = 0) -> Tensor:
     choice = torch.arange(k, device=ids.device)
     start = mixed(mixed(torch.full_like(choice[:1], seed)) ^ ids)
     draw = mixed(start.unsqueeze(1) + choice * GOLDEN) & torch.iinfo(torch.int64).max
-    return distinct(draw % (num_experts - choice), num_experts)
+    return distinct(draw % (num_experts - choice))
 
 
 def mixed(z: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
-from .gate import Gate, best, projected, uniform
+from .gate import Gate, projected, topk_softmax, uniform
 from .router import picks, weighed_in_groups
 
 
@@ -74,8 +74,8 @@ class HierarchicalGate(Gate):
         inner = self.logits(x).unflatten(1, (self.groups, -1))  # [T, G, E/G]
         off = inner.isneginf().all(2)  # groups whose experts all have logit -inf, so none may be chosen
         outer, inner = outer.masked_fill(off, -torch.inf), inner.masked_fill(off.unsqueeze(2), 0)
-        group_weight, group = best(outer, top_groups)
-        weight, place = best(inner.take_along_dim(group.unsqueeze(2), 1), each)
+        group_weight, group = topk_softmax(outer, top_groups)
+        weight, place = topk_softmax(inner.take_along_dim(group.unsqueeze(2), 1), each)
         expert = group.unsqueeze(2) * inner.shape[2] + place
         weight, order = (group_weight.unsqueeze(2) * weight).flatten(1).sort(dim=1, descending=True, stable=True)
         scores = outer.softmax(1).unsqueeze(2) * inner.softmax(2)

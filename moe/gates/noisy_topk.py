@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..losses import cv_squared
 from ..routing import Routing
-from .gate import Gate, best, projected, taken
+from .gate import Gate, chosen_scores, projected, topk_softmax
 
 
 class NoisyTopKGate(Gate):
@@ -66,7 +66,7 @@ class NoisyTopKGate(Gate):
         if self.training:
             deviation = F.softplus(projected(x, self.noise_weight)) + self.noise_floor
             noisy = logits + deviation * torch.randn_like(logits)
-        weight, expert = best(noisy, self.top_k)
+        weight, expert = topk_softmax(noisy, self.top_k)
         gates = torch.zeros_like(logits).scatter(1, expert, weight)
         if deviation is None or self.top_k == self.num_experts:
             chance = torch.zeros_like(logits).scatter(1, expert, 1.0)
@@ -79,7 +79,7 @@ class NoisyTopKGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`. Weights have no noise."""
-        return self.scaled(taken(routing.scores, expert, self.top_k > 1))
+        return self.scaled(chosen_scores(routing.scores, expert, self.top_k > 1))
 
 
 def chosen_chance(logits: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:

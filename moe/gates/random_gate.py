@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, distinct, even
+from .gate import Gate, distinct, even_routing
 from .hash import hashed
 
 
@@ -30,9 +30,9 @@ class RandomGate(Gate):
         """Route tokens x [T, D]; only their number matters."""
         E, k = self.num_experts, self.top_k
         if not self.training:
-            return even(x, hashed(torch.arange(len(x), device=x.device), E, k), E, self.scale)
+            return even_routing(x, hashed(torch.arange(len(x), device=x.device), E, k), E, self.scale)
         draw = torch.randint(2**62, (len(x), k), device=x.device)  # so large that the remainders are uniform
-        return even(x, distinct(draw % (E - torch.arange(k, device=x.device)), E), E, self.scale)
+        return even_routing(x, distinct(draw % (E - torch.arange(k, device=x.device))), E, self.scale)
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cuda.launch import available, backends, launch
 from ...dispatch.torch_internals import transformed
-from .gate import normalised, taken
+from .gate import chosen_scores, normalised
 
 SCORES = ("softmax", "sigmoid")
 
@@ -145,7 +145,7 @@ def weighed_in_groups(scores: Tensor, expert: Tensor, groups: int, top_groups: i
         within = within / (within * chosen).sum(2, keepdim=True).clamp(min=tiny)
     if top_groups > 1:
         group = group / (group * chosen.amax(2, keepdim=True)).sum(1, keepdim=True).clamp(min=tiny)
-    return taken((group * within).flatten(1), expert)
+    return chosen_scores((group * within).flatten(1), expert)
 
 
 def plain(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .biased import BiasedGate
-from .gate import taken
+from .gate import chosen_scores
 from .router import check_groups, check_room, route_in_groups
 
 
@@ -68,4 +68,4 @@ class SigmoidGate(BiasedGate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        return self.scaled(taken(routing.scores, expert, self.normalize))
+        return self.scaled(chosen_scores(routing.scores, expert, self.normalize))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .assignment import sinkhorn
-from .gate import Gate, normalised, taken
+from .gate import Gate, chosen_scores, normalised
 
 
 class SinkhornGate(Gate):
@@ -58,4 +58,4 @@ class SinkhornGate(Gate):
 
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
-        return self.scaled(taken(routing.scores, expert, self.top_k > 1))
+        return self.scaled(chosen_scores(routing.scores, expert, self.top_k > 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..routing import Routing
-from .gate import Gate, jittered, taken
+from .gate import Gate, chosen_scores, jittered
 from .router import check_groups, check_room, route_in_groups
 
 ORDERS = ("softmax_first", "choose_first")
@@ -70,4 +70,4 @@ class TopKGate(Gate):
     def weigh(self, routing: Routing, expert: Tensor) -> Tensor:
         """See `Gate.weigh`."""
         normalize = self.top_k > 1 if self.normalize is None else self.normalize
-        return self.scaled(taken(routing.scores, expert, normalize))
+        return self.scaled(chosen_scores(routing.scores, expert, normalize))

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from ...dispatch import mesh as axes
 from ...dispatch.failure import named
 from ...dispatch.mesh import Meshes
+from ..layer import moe_layers
 from .adaptive_layer import AdaptiveLayer, LayerReport
 from .measured_costs import measured_costs
-from .parallelize import moe_layers
 from .place_experts import place_experts
 
 

@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from ...dispatch.autoselect.profile import Choice
-from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.hierarchical import HierarchicalDispatcher
-from ...dispatch.node import NodeDispatcher
-from ...dispatch.overlap import OverlapDispatcher
-from ..build import called
 from ..layer import MoE
-from .costs import COUNTS, LayerChoice, LayerCosts, LayerLoad
+from ..names import called
+from .costs import LayerChoice, LayerCosts, LayerLoad
 from .decide import GAIN, Decisions
 from .layer_time import LayerTimer
-from .measured_costs import auto_of, with_auto
+from .named_dispatchers import auto_of, choice_of, with_auto
 from .plan_placement import plan_placement
 from .weight_travel import can_gather, chosen
 
 log = logging.getLogger(__name__)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of shadowed experts to choose from
 KEPT = 0.5  # weight of the load before the last steps
 PAYS = 200  # steps in which a move of experts must save as much time as it takes
 WAITS = 5  # decisions between two moves of a layer's experts
@@ -32,15 +29,15 @@ STALE = 0.8  # other experts are shadowed if the shadowed ones get less than thi
 
 
 class LayerReport(NamedTuple):
-    """What `Adaptive` knows of a layer after the last `every` steps. Numbers are the same on all ranks.
+    """State of a layer after the last `every` steps of `Adaptive`, the same on all ranks.
 
     Attributes:
-        choice: what the layer does from now on.
+        choice: how the layer brings tokens and experts together from now on.
         shadow: ids of the experts that come to their tokens.
-        tokens_per_expert: choices of each expert in the last `every` steps.
-        predicted: milliseconds of forward and backward in a step, by the cost model, for what the layer did.
-        measured: the same as measured, as the mean over ranks; 0 if it was not timed.
-        imbalance: milliseconds of `predicted` that are due to uneven load.
+        tokens_per_expert: assignments to each expert in the last `every` steps.
+        predicted: milliseconds of forward and backward in one of these steps, by the cost model.
+        measured: measured milliseconds of forward and backward in a step, the mean over ranks; 0 if not timed.
+        imbalance: milliseconds of `predicted` that an even load would save.
     """
 
     choice: LayerChoice
@@ -52,7 +49,7 @@ class LayerReport(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What may be chosen for a layer; one value each if the user has fixed it."""
+    """Values among which `Adaptive` chooses for a layer. A setting that the user has fixed has one value."""
 
     parallelisms: Sequence[int]
     shadows: Sequence[int]
@@ -70,7 +67,7 @@ class AdaptiveLayer:
     """A layer that `Adaptive` chooses for.
 
     Args:
-        name: of the layer.
+        name: name of the layer in the model that `parallelize` got.
         layer: the layer.
         costs: its measured costs.
         max_bytes: as in `Adaptive`.
@@ -83,10 +80,9 @@ class AdaptiveLayer:
     timer: LayerTimer = field(default_factory=LayerTimer)
     options: Options | None = None
     decisions: Decisions | None = None  # of these options
-    history: list[float] = field(default_factory=list)  # choices of each expert, of which the last steps count most
-
+    history: list[float] = field(default_factory=list)  # assignments to each expert, in which the last steps count most
     load: LayerLoad | None = None  # of the last steps
-    forwards: float = 0.0
+    forwards: float = 0.0  # in a step
     waited: int = WAITS - 1  # decisions since experts have moved
 
     def __post_init__(self) -> None:
@@ -96,7 +92,7 @@ class AdaptiveLayer:
     def take(self, device: torch.device) -> Tensor:
         """Numbers of this rank since the last call, float64 on the device.
 
-        They are the choices of each expert, the number of dropped ones, forwards, and seconds of a step.
+        They are the assignments to each expert, the number of dropped ones, forwards, and seconds of a step.
         """
         total = self.layer._count.total().to(device)
         counts = total - self.seen.to(device) if len(total) == len(self.seen) else total
@@ -107,7 +103,7 @@ class AdaptiveLayer:
         """Choose for the next steps, from numbers that are the same on all ranks.
 
         Args:
-            counts: choices of each expert in the last steps, over all ranks.
+            counts: assignments to each expert in the last steps, over all ranks.
             tokens: mean number of tokens of a rank in a forward.
             forwards: forwards in a step.
             seconds: measured time in a step, forward and backward; 0 if unknown.
@@ -118,7 +114,7 @@ class AdaptiveLayer:
         load, options = self._load(tokens), self._options()
         before = choice = self._current(options)
         if self.decisions is None or self.options != options or self.decisions.choice != before:
-            # the user has fixed or freed something, or set it
+            # the user has changed a setting
             self.options, self.decisions = options, Decisions(before)
         predicted, even = (forwards * self._predicted(each, before) for each in (load, load.even))
         if options.several:
@@ -144,7 +140,7 @@ class AdaptiveLayer:
         much as the moves take.
         """
         links, now, E = self.costs.links, self.layer.experts.order, self.layer.num_experts
-        ranks = links.nodes * links.locals
+        ranks = links.ranks
         if self.load is None or self.options is None or ranks in (1, E) or self.waited < WAITS:
             return None
         nodes = links.nodes if links.locals > 1 else 1
@@ -195,8 +191,7 @@ class AdaptiveLayer:
         shares = [min(share, most) for share in shares]
         if capacity is not None and capacity.pad:
             shares = [max(shares) if capacity.follows_load[True] else most] * E
-        ranks = self.costs.links.nodes * self.costs.links.locals
-        return LayerLoad(tokens, tuple(shares), owners(self.layer.experts.order, ranks))
+        return LayerLoad(tokens, tuple(shares), owners(self.layer.experts.order, self.costs.links.ranks))
 
     def _options(self) -> Options:
         travel, auto = self.layer.weights, auto_of(self.layer.dispatcher)
@@ -205,7 +200,7 @@ class AdaptiveLayer:
         parallelisms, shadows = [1], [0]
         if travel is not None:
             gathers = can_gather(self.layer.experts, travel)
-            held, free = E / (self.costs.links.nodes * self.costs.links.locals), travel.free
+            held, free = E / self.costs.links.ranks, travel.free
             parallelisms, shadows = [travel.parallelism], [len(travel.shadow)]
             if "parallelism" in free and gathers:
                 needs = {r: E if r == 0 else held / r for r in travel.allowed[:-1]}
@@ -214,8 +209,8 @@ class AdaptiveLayer:
             if "shadow" in free and gathers and travel.ep is not None and not pads:
                 shadows = [0, *(n for n in COUNTS if n < E and n <= most)]
         if auto is None:
-            name, degree = _kind(self.layer.dispatcher)
-            return Options(parallelisms, shadows, [name], [degree])
+            used = choice_of(self.layer.dispatcher)
+            return Options(parallelisms, shadows, [used.transport], [used.degree])
         several = min(self.costs.links.nodes, self.costs.links.locals) > 1
         return Options(parallelisms, shadows, [*auto.transports] if several else ["flat"], auto.degrees)
 
@@ -252,17 +247,3 @@ def owners(order: Sequence[int], ranks: int) -> tuple[int, ...]:
     """
     rank = {expert: slot * ranks // len(order) for slot, expert in enumerate(order)}
     return tuple(rank[expert] for expert in range(len(order)))
-
-
-def _kind(dispatcher: Dispatcher) -> Choice:
-    """The transport of a dispatcher, by the name that its costs have, and its number of chunks."""
-    name, degree, inner = "flat", 1, dispatcher
-    while inner is not None:
-        if isinstance(inner, OverlapDispatcher) and isinstance(inner.degree, int):
-            degree = inner.degree
-        if isinstance(inner, HierarchicalDispatcher):
-            name = "2dh"
-        if isinstance(inner, NodeDispatcher):
-            name = "node" if inner.pieces == 1 else "node in pieces"
-        inner = getattr(inner, "inner", None)
-    return Choice(name, degree)

@@ -13,12 +13,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ...dispatch.agreement import told
-from ..build import called
 from ..experts.base import Experts
 from ..experts.low_rank import LowRank
 from ..experts.sharded import held_slice, local
 from ..gates.hash import FIRST, mixed
 from ..layer import MoE
+from ..names import called
 
 Notes = dict[str, str]  # facts about a rank's model, name to value, which should be equal on all ranks
 VALUES, SHOWN = "the values of ", 4
@@ -43,7 +43,7 @@ def agree(
         if fault is not None:
             raise fault
         return
-    notes = others | {key: said for name, layer in layers.items() for key, said in described(name, layer)}
+    notes = others | {key: said for name, layer in layers.items() for key, said in facts(name, layer)}
     digest = hashlib.blake2b(repr(notes).encode(), digest_size=16).hexdigest()
     seeded = [module for layer in layers.values() for module in _seeded(layer)]
     mine = None if fault is None else str(fault), digest, [module.seed for module in seeded]
@@ -92,7 +92,7 @@ def differences(everyones: Sequence[Notes], ranks: Sequence[int], whole: bool = 
     return found
 
 
-def described(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
+def facts(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
     """Facts about one layer that must be equal on all ranks: options, checksums, and on meta the experts' seed."""
     yield from options(name, layer)
     yield from values(layer, behind=f" of {called(name)}")
@@ -110,7 +110,7 @@ def options(name: str, layer: MoE) -> Iterator[tuple[str, str]]:
         yield f"experts.order of {called(name)}", repr(layer.experts.order)
     for own, module in layer.named_modules():
         if own:
-            yield f"{own} of {called(name)}", _described(module)
+            yield f"{own} of {called(name)}", _attributes(module)
 
 
 def values(
@@ -161,7 +161,7 @@ def _checksum(tensor: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def _described(module: nn.Module) -> str:
+def _attributes(module: nn.Module) -> str:
     """The class of a module and its plain attributes, without a seed that only chose initial values."""
     left = {"training", "seed", "recompute"} if isinstance(module, Experts | LowRank) else {"training"}
     plain = {

@@ -15,11 +15,10 @@ from torch.optim import Optimizer
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
 from ...dispatch.torch_internals import composed_by, replicate
-from ..build import called
 from ..experts.base import Experts
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 from .alike import differences, gathered, options, values
-from .parallelize import moe_layers
 from .place_experts import hooks_of
 
 NAMED = 5  # parameters in one message

@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 from ...dispatch.autoselect.profile import EXCHANGES, ROWS, TRANSPORTS, Link, Message, Profile, Work
 
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of shadowed experts to choose from
-
-
 Kind = tuple[int, bool, str, bool]
 
 
@@ -34,7 +31,7 @@ class LayerChoice(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        """What choices of one kind have in common. They differ in numbers alone, which are left to the predictions."""
+        """What choices of one kind have in common. They differ only in numbers of shadowed experts and chunks."""
         return self.parallelism, self.shadow > 0, self.transport, self.chunks > 1
 
     def __str__(self) -> str:
@@ -59,18 +56,18 @@ class LayerLoad(NamedTuple):
 
     @property
     def ranks(self) -> tuple[float, ...]:
-        """Share that the experts of each rank get."""
+        """Share that the experts of each rank compute."""
         return self.ranks_without(())
 
     def ranks_without(self, away: Iterable[int]) -> tuple[float, ...]:
-        """The same, without the experts in `away`."""
+        """The same without the experts in `away`."""
         sums, gone = [0.0] * (max(self.owners) + 1), set(away)
         for expert, (owner, share) in enumerate(zip(self.owners, self.shares, strict=True)):
             sums[owner] += 0.0 if expert in gone else share
         return tuple(sums)
 
     def hottest(self, number: int) -> tuple[int, ...]:
-        """The experts with the largest shares; the smaller id first where shares are equal."""
+        """Ids of the experts with the largest shares. Of equal shares, the smaller id comes first."""
         order = sorted(range(len(self.shares)), key=lambda expert: (-self.shares[expert], expert))
         return tuple(order[:number])
 
@@ -126,7 +123,7 @@ class LayerCosts:
         transports: Sequence[str],
         chunks: Sequence[int],
     ) -> dict[LayerChoice, float]:
-        """Seconds of forward and backward on the slowest rank, for each combination of what may be chosen."""
+        """Seconds of forward and backward on the slowest rank, for each combination of the given values."""
         found = {}
         for r in parallelisms:
             for number in shadows if r else (0,):
@@ -138,7 +135,7 @@ class LayerCosts:
 
     def _seconds(self, load: LayerLoad, r: int, shadow: Sequence[int], degree: int) -> dict[str, float]:
         """Seconds by transport."""
-        T, k, ep = load.tokens, self.top_k, self.links.nodes * self.links.locals
+        T, k, ep = load.tokens, self.top_k, self.links.ranks
         stays = sum(load.shares) if r == 0 else sum(load.shares[e] for e in shadow)
         held = self.num_experts if r == 0 else self.num_experts / ep + len(shadow)
         here = self._copies(T * k) + 3 * self.work.time([T * k * stays]) + self.each * held
@@ -160,13 +157,13 @@ class LayerCosts:
 
     def _weights(self, load: LayerLoad, r: int, shadow: Sequence[int]) -> float:
         """Seconds to gather weights, and to send their gradients home."""
-        ep, s = self.links.nodes * self.links.locals, self.ways
+        ep, s = self.links.ranks, self.ways
         held = self.num_experts / ep  # on each rank of "ep", in s slices
 
-        def across(experts: float) -> float:  # so many to each other rank of "ep", and their gradients back
+        def across(experts: float) -> float:  # this many experts to each other rank of "ep", and their gradients back
             return sum(self.links.block_time(experts * size) for size in (self.expert_bytes, self.learned_bytes))
 
-        def inside(experts: float) -> float:  # so many in all from the other slices
+        def inside(experts: float) -> float:  # slices of this many experts from the other ranks of "etp"
             return sum(self.slices.time(1, s - 1, experts * size) for size in (self.expert_bytes, self.learned_bytes))
 
         seconds, copied = 0.0, 0.0
@@ -181,7 +178,7 @@ class LayerCosts:
             owned = max(sum(load.owners[e] == rank for e in shadow) for rank in range(ep))
             copied += len(shadow)
             seconds += inside(owned * (s - 1) / s) if s > 1 else 0.0
-            if owned * (ep - 1) > len(shadow):  # one rank has most: it hands out pieces, which all ranks copy
+            if owned * (ep - 1) > len(shadow):  # one rank has most of them: `copy_in_pieces`
                 seconds += across(owned / ep) + across(len(shadow) / ep)
             elif ep > 1:
                 seconds += across(owned)

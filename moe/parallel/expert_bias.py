@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from ...dispatch.failure import named
 from ..gates.biased import BiasedGate
-from ..layer import MoE
+from ..layer import moe_layers
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def update_expert_biases(model: nn.Module) -> None:
     References:
         Loss-free balancing: Wang et al. 2024, arXiv:2408.15664.
 
+    >>> from turnout.moe import MoE
     >>> layer = MoE(dim=4, hidden=8, num_experts=2, top_k=1, gate="sigmoid")
     >>> y = layer(torch.randn(10, 4))
     >>> update_expert_biases(layer)
@@ -33,8 +34,8 @@ def update_expert_biases(model: nn.Module) -> None:
     tensor(True)
     """
     gates: dict[tuple[ProcessGroup | None, ...], list[BiasedGate]] = {}
-    for layer in model.modules():
-        if isinstance(layer, MoE) and isinstance(layer.gate, BiasedGate):
+    for layer in moe_layers(model).values():
+        if isinstance(layer.gate, BiasedGate):
             gates.setdefault((layer.balance_group, layer.sequence_group), []).append(layer.gate)
     for groups, alike in gates.items():
         loads = torch.cat([gate.load for gate in alike])

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from ...dispatch import mesh as axes
 from ...dispatch.failure import named
 from ...dispatch.mesh import Meshes
-from ..build import called
-from ..layer import MoE
+from ..experts.sharded import local
+from ..layer import MoE, moe_layers
+from ..names import called
 
 ABSENT, DENSE, SPARSE = range(3)
 
@@ -43,7 +44,7 @@ def sync_gradients(model: nn.Module, mesh: DeviceMesh | Meshes, dense: bool = Tr
     Raises:
         ValueError: the model was not parallelized, or over a mesh of other ranks, or it has sparse gradients on a GPU.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+    layers = moe_layers(model)
     data, edp = axes.data_mesh(mesh), axes.axis(axes.of_experts(mesh), axes.EDP)
     _check_parallelized(layers, data.mesh.flatten().tolist())
     own = {id(p) for layer in layers.values() for p in layer.experts.parameters()}
@@ -108,7 +109,7 @@ def clip_grad_norm_(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p in parameters:
         if p.grad is not None:
-            _local_part(p.grad).mul_(scale.to(p.grad.device))
+            local(p.grad).mul_(scale.to(p.grad.device))
     return norm
 
 
@@ -126,12 +127,8 @@ def _check_parallelized(layers: dict[str, MoE], ranks: list[int]) -> None:
             )
 
 
-def _local_part(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _squared(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    held = grad.coalesce().values() if grad.is_sparse else _local_part(grad)
+    held = grad.coalesce().values() if grad.is_sparse else local(grad)
     return held.norm(dtype=dtype).square()
 
 
@@ -177,7 +174,7 @@ def _reduce(
                 p.grad = _summed_part(p, p.grad)
             elif isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
                 p.grad = p.grad.redistribute(placements=p.placements)  # DTensor chooses others on ranks without tokens
-            grads.append(_local_part(p.grad))
+            grads.append(local(p.grad))
     for g in grads:
         if group is None or g.dtype == torch.float16:  # divide first: a float16 sum could exceed 65504
             g.div_(divisor)
@@ -219,7 +216,7 @@ def _summed_part(p: DTensor, grad: Tensor) -> Tensor:
     summed already is divided among the ranks, so that one reduction serves both cases.
     """
     assert isinstance(grad, DTensor)
-    part = _local_part(grad)
+    part = local(grad)
     if _is_whole(grad):
         part = part / grad.device_mesh.size()
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False)

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...dispatch import mesh as axes
 from ...dispatch.failure import named
 from ...dispatch.mesh import Meshes
+from ..layer import moe_layers
 from ..stats import Load, measured
-from .parallelize import moe_layers
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
-"""Measurement of a layer's costs: links of its mesh, copies, and its experts' rows."""
+"""Measure a layer's costs: links of its mesh, copies, and its experts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ...dispatch import mesh as axes
-from ...dispatch.autoselect.auto import AutoDispatcher
 from ...dispatch.autoselect.measure import measure, measure_copy, measure_link
 from ...dispatch.autoselect.profile import Link, Profile, Work
-from ...dispatch.compressed import CompressedDispatcher
-from ...dispatch.dispatcher import Dispatcher
-from ...dispatch.wire import Wire, row_bytes
+from ...dispatch.wire import row_bytes
 from ..layer import MoE
 from .costs import LayerCosts
+from .named_dispatchers import auto_of, wire_of
 from .weight_copies import with_copies
 
 FREE = Link(0.0, 0.0, 0.0)
@@ -33,12 +30,12 @@ ROUNDS = 3  # of which the fastest counts, after a warm-up
 def measured_costs(
     layers: dict[str, MoE], mesh: DeviceMesh | None, group: ProcessGroup | None
 ) -> dict[str, LayerCosts]:
-    """The costs of each layer by name, measured now. Every rank of `group` must call it, and all get the same ones.
+    """Measure the costs of each layer, by name. Every rank of `group` must call it, and all get the same result.
 
     Args:
         layers: layers after `parallelize`.
-        mesh: mesh of the experts; None without ranks.
-        group: ranks that have the layers; None for this one alone.
+        mesh: mesh of the experts, or None on one rank.
+        group: ranks that have the layers, or None for this rank alone.
     """
     device = next(next(iter(layers.values())).parameters()).device
     ep, etp = (None if mesh is None else axes.axis(mesh, name) for name in (axes.EP, axes.ETP))
@@ -64,7 +61,7 @@ def measured_costs(
         number = next(iter(learned or stored)).element_size()
         found[name] = LayerCosts(
             *(links, slices, ways, copy, work, each, layer.top_k, layer.num_experts),
-            row_bytes=row_bytes(layer.dim, number, _wire(layer.dispatcher)),
+            row_bytes=row_bytes(layer.dim, number, wire_of(layer.dispatcher)),
             expert_bytes=_bytes(stored) // layer.num_experts,
             learned_bytes=_bytes(learned) // layer.num_experts,
         )
@@ -72,9 +69,9 @@ def measured_costs(
 
 
 def expert_time(layer: MoE, links: Profile, device: torch.device, group: ProcessGroup | None) -> tuple[Work, float]:
-    """Seconds of a row in the forward, and seconds of an expert in forward and backward however few its rows are.
+    """Seconds of a row in the forward, and seconds that an expert takes in forward and backward without rows.
 
-    It computes two experts of the same shapes with few rows and with many, on all ranks at once and on one alone.
+    It times two experts of the same shapes with few rows and with many, on all ranks at once and on one rank alone.
     """
     experts = layer.experts
     params = [*experts.parameters()]
@@ -95,7 +92,7 @@ def _together(layer: MoE, rows: int, device: torch.device, group: ProcessGroup |
 
 
 def _alone(layer: MoE, rows: int, device: torch.device, group: ProcessGroup | None) -> float:
-    """On the first rank of the group, while the others wait; of no meaning on the others."""
+    """Seconds on the first rank of the group, while the others wait. Other ranks get infinity."""
     first, best = group is None or dist.get_rank(group) == 0, float("inf")
     for _ in range(1 + ROUNDS if first else 0):
         best = min(best, _once(layer, rows, device, None))
@@ -123,26 +120,6 @@ def _once(layer: MoE, rows: int, device: torch.device, group: ProcessGroup | Non
         grads = torch.autograd.grad(y, [x, *learned], torch.ones_like(y), allow_unused=True)
     grads[0][-1, -1].item()  # wait for the device
     return time.perf_counter() - start
-
-
-def auto_of(dispatcher: Any) -> AutoDispatcher | None:
-    """The `AutoDispatcher` of a layer, inside others or alone, whose transport and chunks may be chosen; or None."""
-    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher):
-        dispatcher = getattr(dispatcher, "inner", None)
-    return dispatcher
-
-
-def with_auto(dispatcher: Any, auto: AutoDispatcher) -> Dispatcher:
-    """The dispatcher of a layer with another `AutoDispatcher` in place of its own."""
-    if isinstance(dispatcher, AutoDispatcher):
-        return auto
-    return replace(dispatcher, inner=with_auto(dispatcher.inner, auto))
-
-
-def _wire(dispatcher: Any) -> Wire | None:
-    while dispatcher is not None and not isinstance(dispatcher, AutoDispatcher | CompressedDispatcher):
-        dispatcher = getattr(dispatcher, "inner", None)
-    return None if dispatcher is None else dispatcher.wire
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

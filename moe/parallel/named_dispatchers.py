@@ -1,7 +1,8 @@
-"""The dispatcher that arguments of `parallelize` stand for: its transport by name, overlap and wire format."""
+"""Dispatchers and what they are called: made from arguments of `parallelize`, and read back for `Adaptive`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...dispatch import mesh as axes
 from ...dispatch.autoselect.auto import AutoDispatcher
-from ...dispatch.autoselect.profile import Profile
+from ...dispatch.autoselect.profile import Choice, Profile
 from ...dispatch.compressed import CompressedDispatcher
 from ...dispatch.dispatcher import Dispatcher, NodeLocalDispatcher, SteppedDispatcher
 from ...dispatch.expert_tp import TensorParallelDispatcher
@@ -73,3 +74,43 @@ def equipped(
     if wire is not None:
         dispatcher = CompressedDispatcher(dispatcher, wire)  # pyright: ignore[reportArgumentType]  # it raises TypeError
     return dispatcher if overlap is None else OverlapDispatcher(dispatcher, overlap)
+
+
+def nested(dispatcher: Dispatcher | None) -> Iterator[Dispatcher]:
+    """A dispatcher, the one inside it, and so on, from the outside to the transport."""
+    while dispatcher is not None:
+        yield dispatcher
+        dispatcher = getattr(dispatcher, "inner", None)
+
+
+def auto_of(dispatcher: Dispatcher) -> AutoDispatcher | None:
+    """The `AutoDispatcher` among `nested` dispatchers, whose transport and chunks may be chosen; None without one."""
+    return next((each for each in nested(dispatcher) if isinstance(each, AutoDispatcher)), None)
+
+
+def with_auto(dispatcher: Any, auto: AutoDispatcher) -> Dispatcher:
+    """The same dispatcher with another `AutoDispatcher` in place of its own."""
+    if isinstance(dispatcher, AutoDispatcher):
+        return auto
+    return replace(dispatcher, inner=with_auto(dispatcher.inner, auto))
+
+
+def wire_of(dispatcher: Dispatcher) -> Wire | None:
+    """The format in which a dispatcher sends rows; None if it sends them as they are."""
+    for each in nested(dispatcher):
+        if isinstance(each, AutoDispatcher | CompressedDispatcher):
+            return each.wire
+    return None
+
+
+def choice_of(dispatcher: Dispatcher) -> Choice:
+    """The transport of a dispatcher without an `AutoDispatcher`, by its name in a `Profile`, and its chunks."""
+    name, degree = "flat", 1
+    for each in nested(dispatcher):
+        if isinstance(each, OverlapDispatcher) and isinstance(each.degree, int):
+            degree = each.degree
+        if isinstance(each, HierarchicalDispatcher):
+            name = "2dh"
+        if isinstance(each, NodeDispatcher):
+            name = "node" if each.pieces == 1 else "node in pieces"
+    return Choice(name, degree)

@@ -1,21 +1,18 @@
-"""`parallelize` spreads the experts of a model over a mesh, and `fully_shard_experts` shards them with FSDP2."""
+"""`parallelize` spreads the experts of a model over a mesh."""
 
 from __future__ import annotations
 
 import secrets
 import warnings
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ...dispatch import mesh as axes
 from ...dispatch.autoselect.auto import AutoDispatcher
@@ -27,10 +24,8 @@ from ...dispatch.mesh import Meshes
 from ...dispatch.place import Place
 from ...dispatch.timeout import seconds
 from ...dispatch.wire import Wire
-from ..build import called
-from ..experts.base import Experts
-from ..experts.sharded import local
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 from .alike import agree
 from .named_dispatchers import BY_NODE, check_options, equipped, named_dispatcher
 from .sharding import shares, spread
@@ -101,47 +96,31 @@ def parallelize(
     check_options(dispatcher, overlap, wire)
     seconds(timeout)  # raises on what is not a time
     everyone, batch, sequence = axes.token_group(mesh), axes.data_group(mesh), axes.sequence_group(mesh)
-    if isinstance(mesh, Meshes) and mesh.dense[axes.TP].size() > 1 and not any(map(_is_split, model.parameters())):
-        raise ValueError(
-            'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
-            'tensor_parallel(model, meshes.dense["tp"]) first'
-        )
-    if isinstance(mesh, Meshes) and mesh.dense[axes.CP].size() > 1 and not any(map(_splits_sequences, model.modules())):
-        raise ValueError(
-            "cp > 1, but sequences are not split: every cp rank would send all tokens; call "
-            "context_parallel(model, meshes) first"
-        )
-    given, mesh = mesh, axes.of_experts(mesh)
+    if isinstance(mesh, Meshes):
+        _check_dense_axes(model, mesh)
+    expert_mesh = axes.of_experts(mesh)
     if isinstance(dispatcher, str) and dispatcher in BY_NODE:
-        axes.node_and_local(mesh)  # raises on a mesh without these axes, even if there is nothing to spread
-    ep = axes.axis(mesh, axes.EP)
-    axes.set_timeout(given, timeout)
+        axes.node_and_local(expert_mesh)  # raises on a mesh without these axes, even if there is nothing to spread
+    ep = axes.axis(expert_mesh, axes.EP)
+    axes.set_timeout(mesh, timeout)
     if isinstance(dispatcher, str):
-        dispatcher = named_dispatcher(dispatcher, mesh, ep, profile, chunks=parallelism == "auto" and overlap is None)
+        chunks = parallelism == "auto" and overlap is None
+        dispatcher = named_dispatcher(dispatcher, expert_mesh, ep, profile, chunks)
         if isinstance(dispatcher, LocalDispatcher):
             overlap = wire = None
 
     def work_of(layer: MoE) -> float:
         return layer.experts.row_flops if isinstance(dispatcher, AutoDispatcher) else 0.0
 
-    layers, holders = moe_layers(model), None if ep is None else axes.holders(mesh)
-    others = [] if layers else [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
-    if others:
-        raise ValueError(
-            f"{type(model).__name__} has no MoE layer, but {len(others)} modules called experts, such as {others[0]}, "
-            "which stay as they are: for a model of Hugging Face call turnout.models.hf.replace_moe(model) first"
-        )
-    if not layers and not axes.staged(given):  # a stage of a pipeline may have none
-        warnings.warn(
-            f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
-            stacklevel=2,
-        )
+    layers, holders = moe_layers(model), None if ep is None else axes.holders(expert_mesh)
+    _check_layers(model, layers, pipeline=axes.staged(mesh))
+    # plan everything, and change nothing before all ranks agree
     planned, fault, weights = [], None, WeightTravel(None, None, 1)
     dispatchers: dict[float, Dispatcher] = {}  # layers whose experts cost the same share an `AutoDispatcher`
     try:
         if holders is not None:
             planned = shares(model, layers, holders)
-            weights = WeightTravel.of(mesh)
+            weights = WeightTravel.of(expert_mesh)
             dispatchers = {work: equipped(dispatcher, work, overlap, wire) for work in map(work_of, layers.values())}
         if max_rows is not None:
             bounded = dispatchers or dict.fromkeys(map(work_of, layers.values()), LocalDispatcher())
@@ -157,64 +136,15 @@ def parallelize(
 
     for share in planned:
         spread(share)
+    _number(layers, everyone)
     for layer in layers.values():
         layer.balance_group, layer.sequence_group = batch, sequence
         if dispatchers:
             layer.dispatcher = dispatchers[work_of(layer)]
-    _number(layers, everyone)
-    for layer in layers.values():
         layer.weights = weights
         layer.parallelism = "auto" if parallelism == "auto" else weights.parallelism
     if layers and parallelism == "auto" and not weights.alone:
         next(iter(layers.values())).register_forward_hook(WarnUnstepped())
-    return model
-
-
-def fully_shard_experts(model: Model, mesh: DeviceMesh | Meshes, **options: Any) -> Model:
-    """Shard the experts of a parallelized model over the axis "edp" with FSDP2, with the right gradient divisor.
-
-    Afterwards wrap the rest with ``fully_shard(model, mesh=...)`` over all ranks of the mesh. By itself, FSDP2 would
-    divide an expert's gradient by the number of ranks that hold the expert. The loss is averaged over all ranks that
-    have a part of the batch, so that is the divisor set here.
-
-    Args:
-        model: model after `parallelize`.
-        mesh: mesh that `parallelize` got.
-        options: further arguments of `torch.distributed.fsdp.fully_shard`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: the mesh lacks "edp" or "ep", layers share parameters but not the `Experts` module, a parameter
-            splits on no axis, or FSDP2 would divide gradients twice.
-    """
-    averaged, mesh = axes.data_mesh(mesh).size(), axes.of_experts(mesh)
-    edp = axes.axis(mesh, axes.EDP)
-    if edp is None or axes.axis(mesh, axes.EP) is None:
-        raise ValueError(f"fully_shard_experts needs a mesh with axes edp and ep; got axes {axes.names(mesh)}")
-    policy = options.get("mp_policy", MixedPrecisionPolicy())
-    place = partial(_fsdp_axis, ranks=edp.size())
-    layers = moe_layers(model)
-    _check_untied(layers)
-    for name, p in expert_parameters(model).items() if "shard_placement_fn" not in options else ():
-        if place(p) is None:
-            raise ValueError(
-                f"the part of {name} on each rank, {tuple(local(p).shape)}, does not split over edp={edp.size()} on "
-                "any axis: change its sizes or edp, or use sync_gradients in place of FSDP2"
-            )
-    for experts in dict.fromkeys(layer.experts for layer in layers.values()):
-        learned = next((p.dtype for p in experts.parameters() if p.is_floating_point()), torch.float32)  # or 4 bits
-        reduced = policy.reduce_dtype or policy.param_dtype or learned
-        if edp.size() == 1 and reduced not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"with edp=1, FSDP2 divides {reduced} gradients twice (torch 2.13); pass "
-                "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
-            )
-        wrapped = cast(FSDPModule, fully_shard(experts, mesh=edp, **{"shard_placement_fn": place, **options}))
-        wrapped.set_gradient_divide_factor(float(averaged))
-        # gloo has no scaled sum. With one rank to reduce over, forcing plain sums divides twice (torch 2.13).
-        wrapped.set_force_sum_reduction_for_comms(edp.size() > 1)
     return model
 
 
@@ -232,17 +162,39 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _check_dense_axes(model: nn.Module, meshes: Meshes) -> None:
+    """Raise ValueError if tp or cp ranks hold the same tokens: `parallelize` comes after what splits them."""
+    if meshes.dense[axes.TP].size() > 1 and not any(map(_is_split, model.parameters())):
+        raise ValueError(
+            'tp > 1, but nothing is split over "tp": every tp rank would send all tokens; call '
+            'tensor_parallel(model, meshes.dense["tp"]) first'
+        )
+    if meshes.dense[axes.CP].size() > 1 and not any(getattr(m, "splits_sequences", False) for m in model.modules()):
+        raise ValueError(
+            "cp > 1, but sequences are not split: every cp rank would send all tokens; call "
+            "context_parallel(model, meshes) first"
+        )
+
+
 def _is_split(p: Tensor) -> bool:
     return isinstance(p, DTensor) and axes.TP in axes.names(p.device_mesh)
 
 
-def _splits_sequences(module: nn.Module) -> bool:
-    return getattr(module, "splits_sequences", False)
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `MoE` layers of a model by name. A model that is itself a layer has the name ""."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+def _check_layers(model: nn.Module, layers: dict[str, MoE], pipeline: bool) -> None:
+    """Raise ValueError for a model with experts that are not in `MoE` layers, and warn of one without experts."""
+    if layers:
+        return
+    others = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer, but {len(others)} modules called experts, such as {others[0]}, "
+            "which stay as they are: for a model of Hugging Face call turnout.models.hf.replace_moe(model) first"
+        )
+    if not pipeline:  # a stage of a pipeline may have none
+        warnings.warn(
+            f"{type(model).__name__} has no MoE layer: parallelize changes nothing; call it on the model that has some",
+            stacklevel=3,
+        )
 
 
 def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:
@@ -253,27 +205,3 @@ def _number(layers: dict[str, MoE], group: ProcessGroup | None) -> None:
     sizes = {layer.num_experts for layer in layers.values()}
     for number, layer in enumerate(layers.values()):
         layer.place = Place(drawn[0], number, tuple(layers), layer.training, max(sizes) if len(sizes) > 1 else 0)
-
-
-def _check_untied(layers: dict[str, MoE]) -> None:
-    """Raise ValueError if two `Experts` modules share a parameter: FSDP2 would turn it into two."""
-    owner: dict[int, tuple[str, Experts]] = {}
-    for name, layer in layers.items():
-        for p in layer.experts.parameters():
-            first, experts = owner.setdefault(id(p), (name, layer.experts))
-            if experts is not layer.experts:
-                raise ValueError(
-                    f"{called(first)} and {called(name)} share expert parameters, which FSDP2 would copy: let both "
-                    "have the same Experts module, or leave fully_shard_experts out"
-                )
-
-
-def _fsdp_axis(p: nn.Parameter, ranks: int) -> Shard | None:
-    """The axis on which FSDP2 splits a stacked parameter, or None. It prefers an axis that no mesh axis splits yet.
-
-    On axes other than 0, FSDP2 only splits evenly (torch 2.13).
-    """
-    taken = {placed.dim for placed in p.placements if isinstance(placed, Shard)} if isinstance(p, DTensor) else {0}
-    free = [axis for axis in range(p.ndim) if axis not in taken]
-    held = local(p).shape
-    return next((Shard(axis) for axis in (*free, *sorted(taken, reverse=True)) if held[axis] % ranks == 0), None)

@@ -16,12 +16,11 @@ from torch.optim import Optimizer
 
 from ...dispatch import mesh as axes
 from ...dispatch.mesh import Meshes
-from ..build import called
 from ..experts.base import Experts
 from ..experts.placed import Placement, check_alike, exchange, sizes_of, stacked
 from ..experts.sharded import local
-from ..layer import MoE
-from .parallelize import moe_layers
+from ..layer import MoE, moe_layers
+from ..names import called
 
 Orders = Mapping[str, Sequence[int]]
 

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ...dispatch import mesh as axes
-from ..build import called
 from ..layer import MoE
+from ..names import called
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ...dispatch.torch_internals import in_backward
-from ..layer import MoE, described
+from ..layer import MoE
+from ..names import described
 
 FORWARDS = 1000  # training forwards of a layer, after which `Adaptive` should have chosen something
 

@@ -1,4 +1,4 @@
-"""Copies of experts' tensors on other ranks, and experts that compute with them; differentiable."""
+"""Copies of experts' tensors on other ranks, and experts that compute with these copies. All is differentiable."""
 
 from __future__ import annotations
 
@@ -23,10 +23,20 @@ Tensors = dict[str, Tensor]  # by the names of parameters and buffers
 
 
 def copy_to(tensors: Tensors, to: list[bool], recv: list[int], group: ProcessGroup, call: LayerCall | None) -> Tensors:
-    """Each tensor [n, ...] to the ranks of a group named by `to`; what comes from all of them, in the order of ranks.
+    """Send copies of tensors to other ranks of a group, and receive theirs.
 
-    The backward sends gradients home, where autograd adds them up in the order of the ranks, in float32 or wider. It is
-    an all-to-all and a sum in place of a reduce-scatter, whose order depends on the backend.
+    The backward sends gradients back, where autograd adds them up in the order of the ranks, in float32 or wider. It is
+    an all-to-all and a sum, because the order of a reduce-scatter depends on the backend.
+
+    Args:
+        tensors: tensors [n, ...] by name.
+        to: whether each rank gets a copy, in the order of ranks.
+        recv: number of entries on axis 0 that come from each rank.
+        group: the ranks.
+        call: the forward that the exchange belongs to.
+
+    Returns:
+        The received tensors by name, in the order of ranks.
     """
     rows = len(next(iter(tensors.values())))
     copies = {name: t.expand(sum(to), *t.shape).flatten(0, 1) for name, t in tensors.items()}
@@ -34,9 +44,10 @@ def copy_to(tensors: Tensors, to: list[bool], recv: list[int], group: ProcessGro
 
 
 def copy_in_pieces(tensors: Tensors, recv: list[int], group: ProcessGroup, call: LayerCall | None) -> Tensors:
-    """As `copy_to` to all ranks, where few of them have much to send: they hand out pieces, which all ranks then copy.
+    """`copy_to` all ranks, for when few ranks have most of the tensors.
 
-    So a rank sends what it has once, not W - 1 times, and its share of everything W - 1 times.
+    Each rank first spreads pieces of its tensors over all ranks, and then all ranks copy their pieces to all others. So
+    a rank sends its own tensors once, and not W - 1 times.
     """
     ranks, pieces = dist.get_world_size(group), {}
     for name, t in tensors.items():
@@ -64,10 +75,10 @@ def _exchange(
 
 
 def with_copies(experts: Experts, gather: Callable[[], Tensors]) -> Compute:
-    """What computes with the tensors that `gather` returns, in place of the experts' own.
+    """A function that computes the experts with the tensors that `gather` returns, in place of their own.
 
-    FSDP2 has its parts of the experts together only while `experts.forward` runs, and reduces gradients after the
-    backward of that: so there, in each call, the tensors are gathered. Elsewhere once, now.
+    `gather` runs now, once. With FSDP2 it runs in each call instead, inside `experts.forward`: only there FSDP2 has
+    gathered its own shards, and it reduces gradients after the backward of `experts.forward`.
     """
     if not isinstance(experts, FSDPModule):
         return _twin(experts, gather())
@@ -116,7 +127,7 @@ def _twin(experts: Experts, tensors: Tensors) -> Experts:
 
 
 def _check_buffers(copied: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-    """A forward hook of copies: buffers that have changed would be lost."""
+    """Forward hook of copies. It raises ValueError if a buffer has changed, because the change would be lost."""
     if vars(copied)["versions"] != [buffer._version for buffer in copied.buffers()]:
         raise ValueError(
             "experts change their buffers in a forward, and the change of a copy would be lost: leave parallelism and "

@@ -27,9 +27,9 @@ from ...dispatch.local import LocalDispatcher
 from ...dispatch.place import LayerCall, Place
 from ...dispatch.plan import Plan
 from ...dispatch.traced import outside
-from ..build import called
 from ..experts.base import Experts
 from ..experts.sharded import local
+from ..names import called
 from .weight_copies import Tensors, copy_in_pieces, copy_to, with_copies
 
 
@@ -40,13 +40,14 @@ class WeightTravel:
     Every rank that shares the experts has the same one; ranks compare what is chosen before anything travels.
 
     Args:
-        ep: the ranks that hold other experts, in the order of the experts; None: this one alone.
-        etp: the ranks that hold other slices of the same experts, in the order of the slices; None: this one alone.
-        parallelism: r. 0: all experts are gathered. Else a divisor of the s slices: groups of s / r ranks next to
-            each other gather their slices into one, and each token visits r ranks of each of its experts.
-        shadow: global ids of experts that are gathered whole, in ascending order, while tokens of others travel.
-        free: which of the two `Adaptive` may change, ``"parallelism"`` and ``"shadow"``.
-        stepped: whether an `Adaptive` of the layer has ended a step.
+        ep: ranks that hold other experts, in the order of the experts. None if this rank holds all of them.
+        etp: ranks that hold other slices of the same experts, in the order of the slices. None if experts are whole.
+        parallelism: r. With 0, all experts are gathered. Otherwise r divides the s slices of an expert. Groups of s / r
+            neighbouring ranks then gather their slices into one, and a token visits r ranks of each of its experts.
+        shadow: ascending global ids of experts that are gathered whole, while tokens of other experts travel. Empty by
+            default.
+        free: settings that `Adaptive` may change, among ``"parallelism"`` and ``"shadow"``. Empty by default.
+        stepped: whether an `Adaptive` of the layer has ended a step; False by default.
     """
 
     ep: ProcessGroup | None
@@ -63,7 +64,7 @@ class WeightTravel:
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> WeightTravel:
-        """Over the axes "ep" (or "node" and "local") and "etp" of a mesh, with nothing gathered."""
+        """Make one for the axes "ep" (or "node" and "local") and "etp" of a mesh. It gathers nothing."""
         ep, etp = (_ascending(axes.axis(mesh, name)) for name in (axes.EP, axes.ETP))
         return cls(ep, etp, _size(etp))
 
@@ -74,10 +75,16 @@ class WeightTravel:
         parallelism: int | str | None = None,
         shadow: Sequence[int] | str | None = None,
     ) -> WeightTravel:
-        """The same ranks with another choice; `layer` names the layer in errors. "auto" leaves it to `Adaptive`.
+        """The same ranks with another choice. "auto" leaves a setting to `Adaptive`, and None keeps it.
+
+        Args:
+            num_experts: number of experts E.
+            layer: words for the layer in errors.
+            parallelism: r, or "auto".
+            shadow: ids of experts, or "auto".
 
         Raises:
-            ValueError: an r that is none of those allowed, or ids that are not distinct experts.
+            ValueError: r is not among `allowed`, or ids are not those of different experts.
         """
         given = {"parallelism": parallelism, "shadow": shadow}
         fixed = {name for name, value in given.items() if value is not None}
@@ -112,20 +119,19 @@ class WeightTravel:
 
     @property
     def shadow_number(self) -> int:
-        """A number by which ranks tell their sets of shadowed experts apart; 0: none."""
+        """Hash of the shadowed experts, which ranks compare; 0 without any."""
         digest = hashlib.blake2b(repr(self.shadow).encode(), digest_size=4).digest()
         return 1 + int.from_bytes(digest) if self.shadow else 0
 
     def __call__(self, dispatcher: Dispatcher, x: Tensor, plan: Plan, weight: Tensor, experts: Experts) -> Tensor:
-        """x [T, D] -> y [T, D], as `dispatcher` alone would compute it."""
+        """x [T, D] -> y [T, D], with the result of `dispatcher` alone."""
         if torch.compiler.is_compiling():
             return outside(self, dispatcher, x, plan, weight, experts)
         _check_gatherable(experts, self)
         plan = plan.started()
         if self.parallelism == 0:
-            dispatcher.announce(
-                x, plan.without_rows(), weight
-            )  # a rank that disagrees, or has failed, is heard before the gather
+            # before the gather, all ranks hear of one that disagrees or has failed
+            dispatcher.announce(x, plan.without_rows(), weight)
             return LocalDispatcher()(x, plan, weight, self.gathered(experts, plan.call))
         travels = self._sliced(experts, plan.call)
         if not self.shadow:
@@ -142,10 +148,10 @@ class WeightTravel:
         return y + LocalDispatcher()(x, Plan.of(stays, len(self.shadow)), weight, copies)
 
     def gathered(self, experts: Experts, call: LayerCall | None, slots: Sequence[int] | None = None) -> Compute:
-        """All experts whole, or those in some slots, computed with copies on this rank; differentiable.
+        """A function that computes all experts, or those in some slots, with copies on this rank. Differentiable.
 
-        In the backward each rank sends the copies' gradients to the ranks that own the parameters, which add them up in
-        the order of the ranks.
+        The backward sends the copies' gradients to the ranks that own the parameters. These add them up in the order of
+        the ranks.
         """
         return with_copies(experts, lambda: self._whole_experts(experts, call, slots))
 
@@ -162,7 +168,7 @@ class WeightTravel:
         return copy_to(tensors, [True] * ranks, recv, self.ep, call)
 
     def _sliced(self, experts: Experts, call: LayerCall | None) -> Compute:
-        """The experts held here, with as much of each as r says; gathered once, when the first rows are there."""
+        """The experts of this rank, with s / r slices of each. They are gathered once, when the first rows arrive."""
         if self.parallelism == _size(self.etp):
             return experts
         return _GatheredOnce(lambda: with_copies(experts, lambda: self._whole_slices(experts, self.parallelism, call)))
@@ -170,7 +176,7 @@ class WeightTravel:
     def _whole_slices(
         self, experts: Experts, blocks: int, call: LayerCall | None, places: list[int] | None = None
     ) -> Tensors:
-        """The tensors of the experts held here, or some of them, with the slices of all ranks of this rank's block."""
+        """Tensors of this rank's experts, or of those at `places`, with the slices of all ranks of its block."""
         stacked = dict(experts.named_parameters()) | dict(experts.named_buffers())
         held = {name: local(t) for name, t in stacked.items()}
         if places is not None:
@@ -212,14 +218,16 @@ class _GatheredOnce:
 
 
 def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, **choice: Any) -> WeightTravel:
-    """What a layer gathers from now on; its place learns of it, for ranks to compare.
+    """The `WeightTravel` of a layer after a choice. It also tells the layer's `Place`, so that ranks can compare.
 
     Args:
-        travel, place, experts: the layer's.
+        travel: `WeightTravel` of the layer until now.
+        place: place of the layer.
+        experts: experts of the layer.
         choice: `parallelism` or `shadow`, as in `WeightTravel.choose`.
 
     Raises:
-        ValueError: a layer on one rank, a choice that is not allowed, or experts that cannot be gathered.
+        ValueError: the layer is on one rank, the choice is not allowed, or its experts cannot be gathered.
     """
     if travel is None or place is None:
         raise ValueError(f"{next(iter(choice))} is of a layer that is spread over ranks: call parallelize first")
@@ -230,7 +238,7 @@ def chosen(travel: WeightTravel | None, place: Place | None, experts: Experts, *
 
 
 def can_gather(experts: Experts, travel: WeightTravel) -> bool:
-    """Whether experts can be gathered at all. Buffers may change in a forward, so experts with buffers are left out."""
+    """Whether experts can be gathered. Buffers may change in a forward, and only those of 4 bits do not."""
     try:
         _check_gatherable(experts, replace(travel, parallelism=0))
     except ValueError:
@@ -248,7 +256,7 @@ def _check_gatherable(experts: Experts, travel: WeightTravel) -> None:
 
 
 def _in_place(parts: Tensor, first: int, slices: int) -> Tensor:
-    """Some slices [n, ...] out of `slices`, from `first` on: zeros in the place of the others [slices, ...]."""
+    """Slices [n, ...], with zeros for those before `first` and for the rest of `slices`: [slices, ...]."""
     before, after = first, slices - first - len(parts)
     return torch.cat([parts.new_zeros(before, *parts.shape[1:]), parts, parts.new_zeros(after, *parts.shape[1:])])
 
@@ -262,7 +270,7 @@ def _sliced_axis(tensor: Tensor) -> int:
 
 
 def _ascending(axis: DeviceMesh | None) -> ProcessGroup | None:
-    """The group of an axis; None if it is of one rank. Its order must be that of the mesh."""
+    """The group of an axis, or None for one rank. ValueError unless its ranks ascend along the mesh."""
     if axis is None or axis.size() == 1:
         return None
     if (ranks := axis.mesh.flatten().tolist()) != sorted(ranks):

@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..build import called
 from ..experts.base import Experts
 from ..experts.feed_forward import FeedForwardExperts
 from ..experts.placed import check_home
 from ..experts.sharded import held_slice, local, seeded, whole
 from ..gates import Gate
-from ..layer import MoE
+from ..layer import MoE, moe_layers
+from ..names import called
 from .dense_block import Dense, dense_tensors, named_activation
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,7 +72,7 @@ def upcycle(model: Model, dense: Dense, noise: float = 0.0, reset: float = 0.0, 
     if noise < 0 or not 0 <= reset <= 1:
         raise ValueError(f"noise must be 0 or more, and reset between 0 and 1; got noise={noise} and reset={reset}")
     check_home(model, "upcycle")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    layers = moe_layers(model)
     blocks = {name: dense if layer is model else _part(dense, name) for name, layer in layers.items()}
     blocks = {name: block for name, block in blocks.items() if not isinstance(block, MoE)}
     if not blocks:

@@ -9,8 +9,7 @@ from ranks import run
 from test_oracle import CASES, Case, micro_batches
 from torch import nn
 from turnout.models import EMA, ParallelModel, checkpoint
-from turnout.moe import param_groups, place_experts
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe import param_groups
 
 DECAY, STEPS = 0.3, 4  # above the decays of the first three updates
 
@@ -71,36 +70,6 @@ def test_averages_load_on_another_mesh(before, after, tmp_path):
     for found in run(2, loaded, CASES[after], str(tmp_path)):
         for name, p in found.items():
             close(p, expected[name], 1e-12, name)
-
-
-def placed(case: Case, folder: str) -> None:
-    """Experts move between steps; averages are as without, also in a checkpoint."""
-    found = []
-    for orders in ((None, None), ([3, 0, 2, 1], [1, 0, 3, 2])):
-        model, optimizer, ema = start(case)
-        for order in orders:
-            train(model, optimizer, ema)
-            names = moe_layers(model)
-            number = next(iter(names.values())).num_experts
-            whole_order = order and [*range(4, number), *order]
-            place_experts(model, model.meshes, optimizer, order and dict.fromkeys(names, whole_order))
-        checkpoint.save(folder, [*model.parts, ema], optimizer, STEPS + len(found))
-        before = {name: p.clone() for name, p in ema.state_dict().items()}
-        checkpoint.load_newest(folder, [*model.parts, ema], optimizer)
-        for name, p in ema.state_dict().items():
-            assert torch.equal(whole(p), whole(before[name])), name
-        other, its_optimizer, its_ema = start(case)
-        checkpoint.load_newest(folder, [*other.parts, its_ema], its_optimizer)
-        with its_ema.applied():
-            found.append({name: p.clone() for name, p in parameters(other).items()})
-    for each in found[1:]:
-        for name, p in each.items():
-            close(p, found[0][name], 1e-12, name)
-
-
-@pytest.mark.parametrize("mesh", ["ep2"])
-def test_averages_follow_experts_that_are_placed(mesh, tmp_path):
-    run(2, placed, CASES[mesh], str(tmp_path))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])

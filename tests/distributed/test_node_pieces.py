@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from exchange_log import ExchangeLog
 from ranks import run
 from test_node import EXPERTS, both, same_bits, tickets, trip
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from turnout.dispatch import NodeDispatcher, Plan, node
 
 
@@ -29,27 +30,17 @@ def test_the_number_of_pieces_changes_no_bit():
     run(4, pieces_and_whole)
 
 
-class Log:
-    """The exchanges of rows of a width between nodes (b) and inside them (i): when each starts and is waited for."""
+class Log(ExchangeLog):
+    """The exchanges of rows of a width between nodes (b) and inside them (i)."""
 
-    def __init__(self, between, width: int) -> None:
-        self.between, self.width, self.events = between, width, []
-        self.exchange = dist.all_to_all_single
+    def __init__(self, between: ProcessGroup, width: int) -> None:
+        super().__init__()
+        self.between, self.width = between, width
 
-    def __enter__(self) -> Log:
-        dist.all_to_all_single = self.begin
-        return self
-
-    def __exit__(self, *_) -> None:
-        dist.all_to_all_single = self.exchange
-
-    def begin(self, out: Tensor, x: Tensor, recv=None, send=None, group=None, **options):
-        work = self.exchange(out, x, recv, send, group=group, **options)
-        if x.ndim < 2 or x.shape[1] != self.width or not x.is_floating_point():
-            return work  # sizes, expert ids, weights
-        name = "b" if group is self.between else "i"
-        self.events.append(f"start {name}")
-        return SimpleNamespace(wait=lambda: (self.events.append(f"wait {name}"), work.wait()))
+    def name(self, x: Tensor, group: ProcessGroup | None) -> str | None:
+        if x.shape[1] != self.width:
+            return None
+        return "b" if group is self.between else "i"
 
 
 def events(tokens: int, width: int) -> list[list[str]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
 from cases import EXPERTS, WIDTH, close, tokens
+from exchange_log import ExchangeLog
 from ranks import run
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from turnout.dispatch import (
     Dispatcher,
@@ -25,30 +25,17 @@ from turnout.dispatch.steps import Beside
 from turnout.moe import MoE, aux_loss, parallelize
 
 
-class Log:
-    """The order of events on a rank: exchanges of rows begun and waited for, experts forward and backward."""
+class Log(ExchangeLog):
+    """Exchanges of rows, numbered in the order of their starts, and the experts, forward and backward."""
 
     def __init__(self) -> None:
-        self.events: list[str] = []
+        super().__init__()
         self.number = {"forward": 0, "backward": 0}
         self.phase = "forward"
-        self.exchange = dist.all_to_all_single
 
-    def __enter__(self) -> Log:
-        dist.all_to_all_single = self.begin
-        return self
-
-    def __exit__(self, *_) -> None:
-        dist.all_to_all_single = self.exchange
-
-    def begin(self, out: Tensor, x: Tensor, *args, **kwargs):
-        work = self.exchange(out, x, *args, **kwargs)
-        if x.ndim < 2 or not x.is_floating_point():
-            return work  # sizes, weights, numbers of experts
-        number = self.number[self.phase]
+    def name(self, x: Tensor, group: ProcessGroup | None) -> str:
         self.number[self.phase] += 1
-        self.events.append(f"start {number}")
-        return SimpleNamespace(wait=lambda: (self.events.append(f"wait {number}"), work.wait()))
+        return str(self.number[self.phase] - 1)
 
     def experts(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         self.events.append("experts")

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from turnout.dispatch.mesh import Meshes
 from turnout.models import GPT, Boundary, GPTConfig, Pipeline, Stages, next_token_loss, tensor_parallel
 from turnout.moe import Balance, aux_loss, clip_grad_norm_, parallelize, sync_gradients
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 LOSSES = {"balance": Balance(0.3, over="global")}
 CONFIG = GPTConfig(vocab=24, dim=8, layers=4, heads=2, hidden=8, seq_len=6, num_experts=4, moe=LOSSES)

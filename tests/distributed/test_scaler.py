@@ -17,7 +17,8 @@ from turnout.models import GPT, GPTConfig, next_token_loss, parallel_model
 from turnout.models.data_parallel import computed_in
 from turnout.moe import GradScaler, MoE, aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
 from turnout.moe.experts.sharded import local
-from turnout.moe.parallel.parallelize import expert_parameters, fully_shard_experts
+from turnout.moe.parallel.fsdp import fully_shard_experts
+from turnout.moe.parallel.parallelize import expert_parameters
 
 
 def finish(scaler: GradScaler, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:

@@ -25,7 +25,7 @@ from turnout.moe import (
     param_groups,
     sync_gradients,
 )
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 pytestmark = pytest.mark.sampled
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from turnout.dispatch import Meshes
 from turnout.models import BERT, T5, BERTConfig, Swin, SwinConfig, T5Config, next_token_loss, tensor_parallel
 from turnout.moe import Balance, aux_loss, parallelize, sync_gradients
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 SIZES = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "num_experts": 4, "seq_len": 8}
 OTHERS = {"qk_norm": True, "attention_bias": True, "moe_every": 1}

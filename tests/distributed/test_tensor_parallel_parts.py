@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turnout.dispatch import Meshes
 from turnout.models import checkpoint, next_token_loss, tensor_parallel
 from turnout.moe import aux_loss, clip_grad_norm_, parallelize, param_groups, sync_gradients
-from turnout.moe.parallel.parallelize import moe_layers
+from turnout.moe.layer import moe_layers
 
 
 def stages():

@@ -140,7 +140,7 @@ def test_a_balance_loss_of_ours():
     alone = layers(replace_moe(minimax_m2()))[0]
     alone.balance = 0.0
     for name, value in {"balance": 0.1, "capacity": 1.0, "top_k": 1}.items():
-        with pytest.raises(ValueError, match=f"{name} is not to be had in a layer whose router is the model's own"):
+        with pytest.raises(ValueError, match=f"a layer whose router is the model's own has no {name}"):
             setattr(alone, name, value)
 
 
