@@ -22,13 +22,11 @@ from .gpt import GPT, GPTConfig, check_gpt
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
 from .pipeline.checks import check_batch
-from .pipeline.engine import Losses, Pipeline
-from .pipeline.partition import Stages
+from .pipeline.engine import Inputs, Losses, Pipeline
+from .pipeline.partition import Stages, check_config, model_of
 from .recompute import recompute as recomputing
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
-
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 def parallel_model(
@@ -64,8 +62,7 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: sizes of the whole model. Pipeline stages and "cp" split a GPT alone. All other axes are for a BERT or
-            T5 as well.
+        config: sizes of the whole model. "cp" splits a GPT alone. All other axes are for a BERT or T5 as well.
         meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
         layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
             recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
@@ -89,7 +86,7 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
-        TypeError: a config of another model, or one of BERT or T5 with pp or cp above 1, or with `layout`.
+        TypeError: a config of another model, or one of BERT or T5 with cp above 1, or with `layout`.
     """
     whole: Any = config  # of a GPT, wherever it is split
     if layout is not None:
@@ -104,11 +101,12 @@ def parallel_model(
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
-    if not isinstance(config, BERTConfig | T5Config) or max(pp.size(), meshes.dense[axes.CP].size()) > 1:
-        check_gpt(config, "parallel_model")
+    check_config(config, "parallel_model")
+    if meshes.dense[axes.CP].size() > 1:
+        check_gpt(config, "context parallelism")
     split = SequenceSplit.of(whole, meshes, cp_attention)
-    stages = Stages.of(whole, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
-    parts: Sequence[Any] = stages.build(pp.get_local_rank()) if stages else [_built(config)]
+    stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
+    parts: Sequence[Any] = stages.build(pp.get_local_rank()) if stages else [model_of(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         tensor_parallel(part, tp)
@@ -134,8 +132,8 @@ class ParallelModel(nn.Module):
     """This rank's part of a model, and the training step that all ranks take together; made by `parallel_model`.
 
     Attributes:
-        parts: list of one whole `GPT`, `BERT` or `T5`, or of the pipeline stages of a GPT that this rank runs. Pass it
-            to `checkpoint.save`.
+        parts: list of one whole `GPT`, `BERT` or `T5`, or of the pipeline stages of one that this rank runs. Pass it to
+            `checkpoint.save`.
         meshes: meshes of the job.
         split: how sequences are split over "cp".
         micro_batches: number of micro-batches in a part of the batch.
@@ -190,7 +188,7 @@ class ParallelModel(nn.Module):
             if self.pipeline is None:
                 losses = self._one_by_one(_columns(tokens, targets), scale)
             else:
-                losses = self._piped(_columns(tokens, targets)[0], targets, scale)
+                losses = self._piped(_columns(tokens, targets), scale)
         sync_gradients(self, self.meshes)
         return losses
 
@@ -208,7 +206,7 @@ class ParallelModel(nn.Module):
         self.split.own(targets)  # raises before any rank waits for another
         columns = _columns(tokens, targets)
         if self.pipeline is not None:
-            mean = self.pipeline.evaluate(columns[0], targets)
+            mean = self.pipeline.evaluate(columns[:-1], targets)
         else:
             rows = zip(*(each.tensor_split(self.micro_batches) for each in columns), strict=True)
             losses = [self.split.loss(self.parts[0](*x), y) * len(y) for *x, y in rows if len(y)]
@@ -235,19 +233,13 @@ class ParallelModel(nn.Module):
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
 
-    def _piped(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
+    def _piped(self, columns: Sequence[Tensor], scale: float) -> Losses:
         """Run the parts of the batch through the pipeline, one after the other."""
         assert self.pipeline is not None
         n = self.accumulate
-        parts = zip(tokens.chunk(n), targets.chunk(n), strict=True)
-        losses = [self.pipeline.step(x, y, scale / n) for x, y in parts]
+        parts = zip(*(each.chunk(n) for each in columns), strict=True)
+        losses = [self.pipeline.step(tuple(x), y, scale / n) for *x, y in parts]
         return Losses(*(torch.stack(each).mean(0) for each in zip(*losses, strict=True)))
-
-
-def _built(config: GPTConfig | BERTConfig | T5Config) -> GPT | BERT | T5:
-    if isinstance(config, GPTConfig):
-        return GPT(config)
-    return BERT(config) if isinstance(config, BERTConfig) else T5(config)
 
 
 def _columns(inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:

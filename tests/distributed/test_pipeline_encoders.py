@@ -1,0 +1,116 @@
+"""A BERT or T5 in stages trains as it does on one rank: with padding, on any schedule, and spread further."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import runnable, whole
+from ranks import run
+from turnout.dispatch import Meshes
+from turnout.models import BERT, T5, BERTConfig, ParallelModel, T5Config, next_token_loss, parallel_model
+from turnout.models.pipeline.partition import model_of
+from turnout.moe import Balance, aux_loss, clip_grad_norm_, param_groups
+
+MOE = {"balance": Balance(0.3, over="global", z_loss=0.1), "shared": 1}
+SIZES = {"vocab": 264, "dim": 16, "layers": 3, "heads": 2, "hidden": 12, "num_experts": 4, "seq_len": 8, "moe": MOE}
+CONFIGS = {
+    "bert": BERTConfig(segments=2, **SIZES | {"layers": 5}),
+    "t5": T5Config(start=256, **SIZES),
+    "t5 of experts": T5Config(start=256, moe_every=1, decoder_layers=5, **SIZES | {"layers": 5}),
+}
+STEPS, CLIP = 2, 0.4  # below the norms met here
+
+
+def batch(kind: str, step: int, size: int = 8) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Inputs with padding masks, and targets, of which each row has as many."""
+    generator = torch.Generator().manual_seed(step)
+    read, written = (torch.randint(250, (size, length), generator=generator) for length in (8, 6))
+    ends = torch.arange(size).unsqueeze(1) % 3
+    real, known = torch.arange(8) < 8 - ends, torch.arange(6) < 6 - ends
+    if kind == "bert":
+        targets = torch.where(torch.arange(8) % 3 == 0, read.flip(0), -100)
+        return (read, real, (read > 100).long()), targets.masked_fill(torch.arange(8) > 5, -100)
+    return (read, written, real, known), written.flip(0).masked_fill(torch.arange(6) > 3, -100)
+
+
+def built(name: str) -> BERT | T5:
+    torch.manual_seed(0)
+    return model_of(CONFIGS[name]).double()
+
+
+@cache
+def one_rank(name: str, m: int) -> tuple[BERT | T5, list[tuple[float, ...]], list[dict[str, torch.Tensor]], float]:
+    """The model after some steps, (loss, balance losses, norm) and gradients of each, and a loss of other rows."""
+    model = built(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen, grads = [], []
+    for step in range(STEPS):
+        inputs, targets = batch(name[:4].strip(), step)
+        found = torch.zeros(2, dtype=torch.float64)
+        for *x, y in zip(*(each.chunk(m) for each in (*inputs, targets)), strict=True):
+            losses = torch.stack([next_token_loss(model(*x), y), aux_loss(model)]) / m
+            losses.sum().backward()
+            found += losses.detach()
+        norm = clip_grad_norm_(model, CLIP)
+        assert norm > CLIP
+        seen.append((*found.tolist(), float(norm)))
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    inputs, targets = batch(name[:4].strip(), 9, 7)
+    return model, seen, grads, float(next_token_loss(model.eval()(*inputs), targets).detach())
+
+
+def trained(name: str, sizes: dict[str, int], m: int, options: dict) -> None:
+    """Micro-batches of one data rank are every other micro-batch of the oracle, whose balance losses are over both."""
+    one, expected, gradients, evaluated = one_rank(name, m)
+    meshes = Meshes.of("cpu", **sizes)
+    torch.manual_seed(0)
+    model = parallel_model(CONFIGS[name], meshes, micro_batches=m, dtype=torch.float64, **options)
+    optimizer, dp = torch.optim.AdamW(param_groups(model), lr=1e-2), meshes.dense["dp"]
+    for step in range(STEPS):
+        inputs, targets = batch(name[:4].strip(), step)
+        mine = [
+            torch.cat([part.chunk(dp.size())[dp.get_local_rank()] for part in each.chunk(m)])
+            for each in (*inputs, targets)
+        ]
+        losses = model.step(tuple(mine[:-1]), mine[-1])
+        norm = model.clip_grad_norm_(CLIP)
+        means = torch.stack([losses.task, losses.aux])
+        dist.all_reduce(means)
+        found = (*(means / dist.get_world_size()).tolist(), float(norm))
+        assert found == pytest.approx(expected[step], rel=1e-6)
+        for n, p in named(model):
+            expect = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-12, msg=lambda text, n=n: f"{n}: {text}")
+            expect(whole(p.grad), gradients[step][n])
+        optimizer.step()
+        optimizer.zero_grad()
+    values = dict(one.named_parameters())
+    held = {n: whole(p).detach() for n, p in named(model)}
+    for n, p in held.items():
+        torch.testing.assert_close(p, values[n], rtol=1e-6, atol=1e-8, msg=lambda text, n=n: f"{n}: {text}")
+    everyones = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, held)
+    assert {n for names in everyones for n in names} == set(values)
+    for n in model.pipeline.stages.shared():  # copies stay equal, bit for bit
+        copies = [names[n] for names in everyones if n in names] + [p for name, p in named(model) if name == n]
+        assert all(torch.equal(whole(a), whole(b)) for a, b in pairwise(copies))
+    model.eval()
+    inputs, targets = batch(name[:4].strip(), 9, 7)
+    assert float(model.evaluate(inputs, targets)) == pytest.approx(evaluated, rel=1e-6)
+
+
+def named(model: ParallelModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for part in model.parts for name, p in part.named_parameters()]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("kind", ["bert", "t5 of experts"])
+@pytest.mark.parametrize("schedule", runnable(["gpipe", "1f1b", "interleaved1f1b", "interleaved_zb", "zbv"]))
+def test_two_stages_train_as_one_rank(kind, schedule):
+    one_rank(kind, 4)  # before the ranks fork
+    run(2, trained, kind, {"pp": 2}, 4, {"schedule": schedule})
