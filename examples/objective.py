@@ -52,12 +52,11 @@ def check(job: Job) -> None:
     """Raise a ValueError for axes that do not split the objective's model, or for too short sequences."""
     if job.objective == "clm":
         return
-    for axis in ("pp", "cp"):
-        if (size := getattr(job, axis)) > 1:
-            raise ValueError(
-                f"--{axis} ({size}): --objective {job.objective} trains a {MODELS[job.objective].upper()}, which "
-                "--tp, --ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
-            )
+    if job.cp > 1:
+        raise ValueError(
+            f"--cp ({job.cp}): --objective {job.objective} trains a {MODELS[job.objective].upper()}, which --pp, --tp, "
+            "--ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
+        )
     if job.objective == "denoise" and job.seq < 3:
         raise ValueError(f"--seq ({job.seq}) must be at least 3 with --objective denoise, which removes spans")
 

@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import EMA, Muon, ParallelModel, muon_groups, next_token_loss, parallel_model
 from turnout.models import recompute as recomputing
-from turnout.models.data_parallel import computed_in, reshard
+from turnout.models.data_parallel import computed_in
 from turnout.models.loss import IGNORED
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 from turnout.moe.experts.sharded import whole
@@ -202,13 +202,15 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
     inputs, targets = pair(asked(job, held_out.tokens, HELD_OUT, numbers)).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens predicted well, tokens predicted
     rows = job.batch // job.accumulate // dp.size()  # as in training, for the same memory
-    with ema.applied() if ema else nullcontext(), torch.no_grad():
+    with ema.applied() if ema else nullcontext():
         for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
-            logits, known = whole(model.parts[0](*x)), y != IGNORED
-            number = known.sum()
-            sums += torch.stack([next_token_loss(logits, y) * number, (logits.argmax(-1) == y)[known].sum(), number])
-        reshard(model)
-    dist.all_reduce(sums, group=dp.get_group())
+            if (logits := model.logits(tuple(x))) is not None:
+                logits, known = whole(logits), y != IGNORED
+                number = known.sum()
+                right = (logits.argmax(-1) == y)[known].sum()
+                sums += torch.stack([next_token_loss(logits, y) * number, right, number])
+    for axis in ("pp", "dp"):  # one stage has logits
+        dist.all_reduce(sums, group=model.meshes.dense[axis].get_group())
     nats, right, number = sums.tolist()
     return {"loss": _finite(nats / number), "accuracy": right / number}
 

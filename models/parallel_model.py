@@ -214,6 +214,21 @@ class ParallelModel(nn.Module):
         reshard(self)
         return mean
 
+    @torch.no_grad()
+    def logits(self, tokens: Inputs) -> Tensor | None:
+        """Logits of a batch, without gradients, on ranks that have the last pipeline stage. Call ``eval()`` before.
+
+        Args:
+            tokens: this data rank's part of the batch, as for `evaluate`.
+
+        Returns:
+            Logits [B, S, vocab] as of the whole model, or None on ranks without the last stage.
+        """
+        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        found = [self.parts[0](*inputs)] if self.pipeline is None else self.pipeline.logits(inputs)
+        reshard(self)
+        return torch.cat(found) if found else None
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that the norm over the whole model is at most `max_norm`; returns the norm before."""
         if self.pipeline is not None:

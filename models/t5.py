@@ -143,7 +143,9 @@ class T5(nn.Module):
             return hidden
         *x, memory = hidden
         y = self.decode(target, memory, mask, target_mask, *x)
-        return (y, memory) if self.decoder_norm is None else y
+        if self.decoder_norm is not None:
+            return y
+        return y, memory.clone()  # FSDP2 puts hooks on what a module returns, which must be no view
 
     def encode(self, source: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Encode source ids, int64 [B, M], to the memory [B, M, D]. Generation needs it once per text.

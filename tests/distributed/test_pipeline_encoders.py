@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from cases import runnable, whole
 from ranks import run
 from turnout.dispatch import Meshes
-from turnout.models import BERT, T5, BERTConfig, ParallelModel, T5Config, next_token_loss, parallel_model
+from turnout.models import BERT, T5, BERTConfig, ParallelModel, T5Config, checkpoint, next_token_loss, parallel_model
 from turnout.models.pipeline.partition import model_of
 from turnout.moe import Balance, aux_loss, clip_grad_norm_, param_groups
 
@@ -19,19 +21,21 @@ MOE = {"balance": Balance(0.3, over="global", z_loss=0.1), "shared": 1}
 SIZES = {"vocab": 264, "dim": 16, "layers": 3, "heads": 2, "hidden": 12, "num_experts": 4, "seq_len": 8, "moe": MOE}
 CONFIGS = {
     "bert": BERTConfig(segments=2, **SIZES | {"layers": 5}),
-    "t5": T5Config(start=256, **SIZES),
-    "t5 of experts": T5Config(start=256, moe_every=1, decoder_layers=5, **SIZES | {"layers": 5}),
+    "t5": T5Config(**SIZES),
+    "small t5": T5Config(**SIZES | {"layers": 2}),  # two stages part within the decoder
+    "even t5": T5Config(decoder_layers=1, **SIZES | {"layers": 4}),  # and here where it begins
+    "t5 of experts": T5Config(moe_every=1, decoder_layers=5, **SIZES | {"layers": 5}),
 }
 STEPS, CLIP = 2, 0.4  # below the norms met here
 
 
-def batch(kind: str, step: int, size: int = 8) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def batch(config: BERTConfig | T5Config, step: int, size: int = 8) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Inputs with padding masks, and targets, of which each row has as many."""
     generator = torch.Generator().manual_seed(step)
     read, written = (torch.randint(250, (size, length), generator=generator) for length in (8, 6))
     ends = torch.arange(size).unsqueeze(1) % 3
     real, known = torch.arange(8) < 8 - ends, torch.arange(6) < 6 - ends
-    if kind == "bert":
+    if isinstance(config, BERTConfig):
         targets = torch.where(torch.arange(8) % 3 == 0, read.flip(0), -100)
         return (read, real, (read > 100).long()), targets.masked_fill(torch.arange(8) > 5, -100)
     return (read, written, real, known), written.flip(0).masked_fill(torch.arange(6) > 3, -100)
@@ -49,7 +53,7 @@ def one_rank(name: str, m: int) -> tuple[BERT | T5, list[tuple[float, ...]], lis
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     seen, grads = [], []
     for step in range(STEPS):
-        inputs, targets = batch(name[:4].strip(), step)
+        inputs, targets = batch(CONFIGS[name], step)
         found = torch.zeros(2, dtype=torch.float64)
         for *x, y in zip(*(each.chunk(m) for each in (*inputs, targets)), strict=True):
             losses = torch.stack([next_token_loss(model(*x), y), aux_loss(model)]) / m
@@ -61,21 +65,22 @@ def one_rank(name: str, m: int) -> tuple[BERT | T5, list[tuple[float, ...]], lis
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
         optimizer.step()
         optimizer.zero_grad()
-    inputs, targets = batch(name[:4].strip(), 9, 7)
+    inputs, targets = batch(CONFIGS[name], 9, 7)
     return model, seen, grads, float(next_token_loss(model.eval()(*inputs), targets).detach())
 
 
 def trained(name: str, sizes: dict[str, int], m: int, options: dict) -> None:
     """Micro-batches of one data rank are every other micro-batch of the oracle, whose balance losses are over both."""
-    one, expected, gradients, evaluated = one_rank(name, m)
+    number = m * options.get("accumulate", 1)
+    one, expected, gradients, evaluated = one_rank(name, number)
     meshes = Meshes.of("cpu", **sizes)
     torch.manual_seed(0)
     model = parallel_model(CONFIGS[name], meshes, micro_batches=m, dtype=torch.float64, **options)
     optimizer, dp = torch.optim.AdamW(param_groups(model), lr=1e-2), meshes.dense["dp"]
     for step in range(STEPS):
-        inputs, targets = batch(name[:4].strip(), step)
+        inputs, targets = batch(CONFIGS[name], step)
         mine = [
-            torch.cat([part.chunk(dp.size())[dp.get_local_rank()] for part in each.chunk(m)])
+            torch.cat([part.chunk(dp.size())[dp.get_local_rank()] for part in each.chunk(number)])
             for each in (*inputs, targets)
         ]
         losses = model.step(tuple(mine[:-1]), mine[-1])
@@ -100,7 +105,7 @@ def trained(name: str, sizes: dict[str, int], m: int, options: dict) -> None:
         copies = [names[n] for names in everyones if n in names] + [p for name, p in named(model) if name == n]
         assert all(torch.equal(whole(a), whole(b)) for a, b in pairwise(copies))
     model.eval()
-    inputs, targets = batch(name[:4].strip(), 9, 7)
+    inputs, targets = batch(CONFIGS[name], 9, 7)
     assert float(model.evaluate(inputs, targets)) == pytest.approx(evaluated, rel=1e-6)
 
 
@@ -108,9 +113,84 @@ def named(model: ParallelModel) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for part in model.parts for name, p in part.named_parameters()]
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize("kind", ["bert", "t5 of experts"])
-@pytest.mark.parametrize("schedule", runnable(["gpipe", "1f1b", "interleaved1f1b", "interleaved_zb", "zbv"]))
-def test_two_stages_train_as_one_rank(kind, schedule):
-    one_rank(kind, 4)  # before the ranks fork
-    run(2, trained, kind, {"pp": 2}, 4, {"schedule": schedule})
+SCHEDULES = ["1f1b", "gpipe", "interleaved1f1b", "interleaved_zb", "zbv"]
+SPREAD = [
+    ("small t5", {"pp": 2, "tp": 2, "ep": 2}, {}),
+    ("small t5", {"pp": 2, "tp": 2, "ep": 1, "etp": 2}, {"schedule": "zbv", "recompute": "full"}),
+    ("t5", {"pp": 2, "ep": 2}, {"data": "zero1", "schedule": "interleaved1f1b"}),
+    ("t5", {"pp": 2, "ep": 1}, {"data": "zero2", "recompute": "selective"}),
+    ("t5", {"pp": 4, "ep": 1}, {"activations_on_cpu": True, "accumulate": 2}),
+    ("even t5", {"pp": 2, "tp": 2, "ep": 2}, {"data": "fsdp"}),
+    ("bert", {"pp": 2, "tp": 2, "ep": 1, "etp": 2}, {"schedule": "zbv", "recompute": "full"}),
+    ("bert", {"pp": 2, "ep": 1}, {"data": "fsdp", "schedule": "interleaved1f1b"}),
+    ("bert", {"pp": 2, "tp": 2, "ep": 2}, {"data": "zero1"}),
+    ("bert", {"pp": 4, "ep": 1}, {"accumulate": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    runnable([*(("t5 of experts", s) for s in SCHEDULES), *(("bert", s) for s in SCHEDULES[::-1])]),
+)
+def test_two_stages_train_as_one_rank(name, schedule):
+    one_rank(name, 4)  # before the ranks fork
+    run(2, trained, name, {"pp": 2}, 4, {"schedule": schedule})
+
+
+@pytest.mark.parametrize(("name", "sizes", "options"), runnable(SPREAD))
+def test_stages_that_are_spread_train_as_one_rank(name, sizes, options):
+    m = sizes["pp"]
+    one_rank(name, m * options.get("accumulate", 1))
+    run(4, trained, name, sizes, m, options)
+
+
+def spread(name: str, seed: int, sizes: dict[str, int], options: dict) -> tuple[ParallelModel, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = parallel_model(CONFIGS[name], Meshes.of("cpu", **sizes), micro_batches=2, dtype=torch.float64, **options)
+    return model, torch.optim.AdamW(param_groups(model), lr=1e-2)
+
+
+def contents(model: ParallelModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], float]:
+    """Parameters and averages of their gradients, whole, of all stages; and the loss of the next step."""
+    mine = {n: (whole(p), whole(optimizer.state[p]["exp_avg"])) for n, p in named(model)}
+    everyones = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, mine)
+    inputs, targets = batch(model.parts[0].config, 2)
+    return {n: held for each in everyones for n, held in each.items()}, float(model.step(inputs, targets).task)
+
+
+def saved(name: str, sizes: dict[str, int], options: dict, folder: Path):
+    model, optimizer = spread(name, 0, sizes, options)
+    model.step(*batch(CONFIGS[name], 0))
+    optimizer.step()
+    optimizer.zero_grad()
+    checkpoint.save(folder, model.parts, optimizer, 1)
+    return contents(model, optimizer)
+
+
+def loaded(name: str, sizes: dict[str, int], options: dict, folder: Path):
+    model, optimizer = spread(name, 1, sizes, options)
+    checkpoint.load(folder / "step-1", model.parts, optimizer)
+    return contents(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "schedule"),
+    runnable(
+        [
+            ("small t5", {"pp": 2}, {}, "1f1b"),
+            ("t5", {}, {"pp": 2, "tp": 2}, "interleaved1f1b"),
+            ("t5", {"pp": 2, "ep": 1, "etp": 2}, {"tp": 2}, "zbv"),
+            ("bert", {"pp": 2, "tp": 2}, {}, "1f1b"),
+            ("bert", {}, {"pp": 2}, "interleaved1f1b"),
+        ]
+    ),
+)
+def test_a_checkpoint_of_stages_loads_on_another_mesh(tmp_path, name, before, after, schedule):
+    ranks = [math.prod(sizes.values()) for sizes in (before, after)]
+    kept, expected = run(ranks[0], saved, name, before, {"schedule": schedule}, tmp_path)[0]
+    for found, loss in run(ranks[1], loaded, name, after, {"schedule": schedule}, tmp_path):
+        assert found.keys() == kept.keys() == dict(built(name).named_parameters()).keys()
+        for n in kept:
+            assert all(torch.equal(a, b) for a, b in zip(found[n], kept[n], strict=True)), n
+        assert loss == pytest.approx(expected, rel=1e-9)
