@@ -139,13 +139,12 @@ class T5(nn.Module):
         check_hidden(hidden, 0 if self.encoder[0] is not None else 1 if reads_one else 2)
         if self.encoder_bias is not None:
             hidden = (self.encode(source, mask, *hidden),)
-        if self.decoder_bias is None:
-            return hidden
-        *x, memory = hidden
-        y = self.decode(target, memory, mask, target_mask, *x)
+        if self.decoder_bias is not None:
+            *x, memory = hidden
+            hidden = (self.decode(target, memory, mask, target_mask, *x), memory)
         if self.decoder_norm is not None:
-            return y
-        return y, memory.clone()  # FSDP2 puts hooks on what a module returns, which must be no view
+            return hidden[0]
+        return tuple(x.clone() for x in hidden)  # FSDP2 puts hooks on them, so the memory must not be a view
 
     def encode(self, source: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Encode source ids, int64 [B, M], to the memory [B, M, D]. Generation needs it once per text.
@@ -206,12 +205,19 @@ class T5(nn.Module):
             target: number of tokens that the decoder reads. The keys and values of its cross attention are those of
                 the source.
         """
+        return sum(self.block_flops(source, target))
+
+    def block_flops(self, source: int, target: int) -> list[int]:
+        """FLOPs of each block, the encoder's and then the decoder's; see `flops`. The last one includes the head."""
         config = self.config
-        read = sum(p.numel() for block in self.decoder for p in _cross(block))  # matrices that the source runs through
-        encoder, decoder = active_parameters(self.encoder), active_parameters(self.decoder) - read
-        matrices = (encoder + read) * source + (decoder + config.vocab * config.dim) * target
-        scores = len(self.encoder) * source**2 + len(self.decoder) * target * (target + source)
-        return 6 * matrices + 12 * config.heads * config.head_size * scores
+        width = 12 * config.heads * config.head_size
+        costs = [6 * active_parameters(block) * source + width * source**2 for block in self.encoder]
+        for block in self.decoder:
+            read = sum(p.numel() for p in _cross(block))  # matrices that the source runs through
+            matrices = (active_parameters(block) - read) * target + read * source
+            costs.append(6 * matrices + width * target * (target + source))
+        costs[-1] += 6 * config.vocab * config.dim * target
+        return costs
 
 
 class RelativeBias(nn.Module):

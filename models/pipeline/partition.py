@@ -53,7 +53,8 @@ class Stages:
     def of(cls, config: Config, schedule: str, ranks: int, per_rank: int | None = None) -> Stages:
         """Cut a model so that the stage with most FLOPs has as few as possible. The last stage has the head as well.
 
-        Sequences count as ``config.seq_len`` long, and of a T5 both source and target.
+        Sequences count as ``config.seq_len`` long, and the target of a T5 as a fifth of that, as for its training task
+        (`turnout.models.corrupt_spans`).
 
         Args:
             config: sizes of the whole model, of a GPT, BERT or T5.
@@ -154,22 +155,27 @@ def model_of(config: Config, kept: range | None = None) -> Model:
 
 
 def flops(config: Config) -> list[int]:
-    """FLOPs of a token's forward and backward in each block; the last includes the head, embedding costs nothing."""
+    """FLOPs of the forward and backward in each block, of a token, and with a T5 of a text.
+
+    The last block includes the head. Embedding costs nothing.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = model_of(config)
-    if isinstance(model, T5):  # a block of the decoder attends twice
-        blocks, spans = [*model.encoder, *model.decoder], [config.seq_len, 2 * config.seq_len]
-        spans = [spans[index >= config.layers] for index in range(len(blocks))]
-    else:
-        blocks, window = [*model.blocks], getattr(config, "window", lambda index: 0)
-        spans = [min(window(index) or config.seq_len, config.seq_len) for index in range(len(blocks))]
+    length = config.seq_len
+    if isinstance(model, T5):
+        return model.block_flops(length, max(1, length // 5))
+    windows = [config.window(i) if isinstance(config, GPTConfig) else 0 for i in range(config.layers)]
     width, head = 12 * config.heads * config.head_size, 6 * config.vocab * config.dim
-    costs = [6 * active_parameters(block) + width * span for block, span in zip(blocks, spans, strict=True)]
+    costs = [
+        6 * active_parameters(block) + width * min(window or length, length)
+        for block, window in zip(model.blocks, windows, strict=True)
+    ]
     costs[-1] += head
     if isinstance(model, BERT):
         costs[-1] += 6 * config.dim**2
-    for depth in model.mtp if isinstance(model, GPT) else ():
-        costs[-1] += 6 * active_parameters(depth) + width * config.seq_len + head
+        return costs
+    for depth in model.mtp:
+        costs[-1] += 6 * active_parameters(depth) + width * length + head
     return costs
 
 

@@ -21,10 +21,10 @@ MOE = {"balance": Balance(0.3, over="global", z_loss=0.1), "shared": 1}
 SIZES = {"vocab": 264, "dim": 16, "layers": 3, "heads": 2, "hidden": 12, "num_experts": 4, "seq_len": 8, "moe": MOE}
 CONFIGS = {
     "bert": BERTConfig(segments=2, **SIZES | {"layers": 5}),
-    "t5": T5Config(**SIZES),
-    "small t5": T5Config(**SIZES | {"layers": 2}),  # two stages part within the decoder
-    "even t5": T5Config(decoder_layers=1, **SIZES | {"layers": 4}),  # and here where it begins
-    "t5 of experts": T5Config(moe_every=1, decoder_layers=5, **SIZES | {"layers": 5}),
+    # two stages part within the encoder, at its end, and within the decoder; four part within both
+    "t5 of experts": T5Config(moe_every=1, **SIZES | {"layers": 5}),
+    "t5": T5Config(decoder_layers=4, **SIZES | {"layers": 2}),
+    "small t5": T5Config(decoder_layers=3, **SIZES | {"layers": 1, "vocab": 520}),
 }
 STEPS, CLIP = 2, 0.4  # below the norms met here
 
@@ -120,7 +120,7 @@ SPREAD = [
     ("t5", {"pp": 2, "ep": 2}, {"data": "zero1", "schedule": "interleaved1f1b"}),
     ("t5", {"pp": 2, "ep": 1}, {"data": "zero2", "recompute": "selective"}),
     ("t5", {"pp": 4, "ep": 1}, {"activations_on_cpu": True, "accumulate": 2}),
-    ("even t5", {"pp": 2, "tp": 2, "ep": 2}, {"data": "fsdp"}),
+    ("t5", {"pp": 2, "tp": 2, "ep": 2}, {"data": "fsdp"}),
     ("bert", {"pp": 2, "tp": 2, "ep": 1, "etp": 2}, {"schedule": "zbv", "recompute": "full"}),
     ("bert", {"pp": 2, "ep": 1}, {"data": "fsdp", "schedule": "interleaved1f1b"}),
     ("bert", {"pp": 2, "tp": 2, "ep": 2}, {"data": "zero1"}),

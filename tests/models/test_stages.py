@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from turnout.models import BERTConfig, GPTConfig, Stages, SwinConfig, T5Config
+from turnout.models import T5, BERTConfig, GPTConfig, Stages, SwinConfig, T5Config
 from turnout.models.pipeline.partition import flops, model_of
 
 SIZES = {"dim": 16, "layers": 3, "heads": 2, "hidden": 12, "num_experts": 4, "seq_len": 8}
@@ -55,11 +55,12 @@ def test_stages_one_after_another_are_the_model(kind, cuts):
 def test_costs_are_those_of_the_model():
     bert, t5 = BERTConfig(**SIZES), CONFIGS["t5"]
     assert sum(flops(bert)) == model_of(bert).flops_per_token()
-    assert sum(flops(t5)) * 8 == model_of(t5).flops(8, 8)
-    costs = flops(T5Config(moe_every=0, **SIZES))
-    assert len(costs) == 6
-    assert costs[3] - costs[0] == 6 * 4 * 16**2 + 12 * 16 * 8  # cross attention
-    assert Stages.of(T5Config(moe_every=0, vocab=328, **SIZES), "1f1b", 2).blocks == (range(4), range(4, 6))
+    assert sum(flops(t5)) == model_of(t5).flops(8, 1)
+    dense = T5(T5Config(moe_every=0, **SIZES))
+    encoder, *_, decoder, last = dense.block_flops(8, 8)
+    assert decoder - encoder == 8 * (6 * 4 * 16**2 + 12 * 16 * 8)  # cross attention
+    assert last - decoder == 8 * 6 * 320 * 16  # the head
+    assert Stages.of(dense.config, "1f1b", 2).blocks == (range(2), range(2, 6))  # a long source, a short target
 
 
 def test_a_pipeline_of_other_models_is_refused():
