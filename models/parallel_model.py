@@ -106,7 +106,7 @@ def parallel_model(
         check_gpt(config, "context parallelism")
     split = SequenceSplit.of(whole, meshes, cp_attention)
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
-    parts: Sequence[Any] = stages.build(pp.get_local_rank()) if stages else [model_of(config)]
+    parts: list[Any] = [*stages.build(pp.get_local_rank())] if stages else [model_of(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         tensor_parallel(part, tp)

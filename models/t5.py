@@ -157,9 +157,8 @@ class T5(nn.Module):
         bias = self.encoder_bias(source.shape[1])
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], -torch.inf)
-        x = self._embedded(source) if x is None else x
-        x = self.encoder(x, Context(source, mask, attn_mask=bias))
-        return x if self.encoder_norm is None else self.encoder_dropout(self.encoder_norm(x))
+        y = self.encoder(self._embedded(source) if x is None else x, Context(source, mask, attn_mask=bias))
+        return y if self.encoder_norm is None else self.encoder_dropout(self.encoder_norm(y))
 
     def decode(
         self,
@@ -184,10 +183,10 @@ class T5(nn.Module):
             memory=memory,
             memory_mask=memory_mask,
         )
-        x = self.decoder(self._embedded(target) if x is None else x, context)
+        y = self.decoder(self._embedded(target) if x is None else x, context)
         if self.decoder_norm is None or self.embed is None:
-            return x
-        return F.linear(self.decoder_dropout(self.decoder_norm(x)), self.embed.weight)
+            return y
+        return F.linear(self.decoder_dropout(self.decoder_norm(y)), self.embed.weight)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         assert self.embed is not None

@@ -113,7 +113,7 @@ def named(model: ParallelModel) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for part in model.parts for name, p in part.named_parameters()]
 
 
-SCHEDULES = ["1f1b", "gpipe", "interleaved1f1b", "interleaved_zb", "zbv"]
+SCHEDULES = ["interleaved1f1b", "1f1b", "gpipe", "interleaved_zb", "zbv"]
 SPREAD = [
     ("small t5", {"pp": 2, "tp": 2, "ep": 2}, {}),
     ("small t5", {"pp": 2, "tp": 2, "ep": 1, "etp": 2}, {"schedule": "zbv", "recompute": "full"}),
