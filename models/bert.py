@@ -101,9 +101,7 @@ class BERT(nn.Module):
                 a stage lacks.
         """
         config = self.config
-        check_tokens(tokens, config, mask)
-        if segments is not None and not config.segments:
-            raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
+        self.check_inputs(tokens, mask, segments)
         check_hidden(hidden, 0 if self.blocks[0] is not None else 1)
         x = hidden[0] if hidden else self._embedded(tokens, segments)
         attn_mask = None if mask is None else mask[:, None, None, :]
@@ -113,6 +111,12 @@ class BERT(nn.Module):
             return (x,)
         x = self.head_norm(F.gelu(self.head(self.norm(x))))
         return F.linear(x, self.embed.weight)
+
+    def check_inputs(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> None:
+        """Raise a ValueError for inputs that do not fit. A pipeline calls it on every rank before any waits."""
+        check_tokens(tokens, self.config, mask)
+        if segments is not None and not self.config.segments:
+            raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
 
     def _embedded(self, tokens: Tensor, segments: Tensor | None) -> Tensor:
         assert self.embed is not None

@@ -124,7 +124,7 @@ class GPT(nn.Module):
             ValueError: ids of a wrong shape, hidden states that a stage lacks, or no targets where training needs them.
         """
         config = self.config
-        check_tokens(tokens, config)
+        self.check_inputs(tokens)
         check_hidden(hidden, 0 if self.blocks[0] is not None else 1)
         x = hidden[0] if hidden else self._embedded(tokens)
         cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
@@ -142,6 +142,10 @@ class GPT(nn.Module):
                 raise ValueError("mtp and z_loss need the targets in training: call model(tokens, targets=targets)")
             self.head_losses(logits, targets, self._further(x, targets, context))
         return logits
+
+    def check_inputs(self, tokens: Tensor) -> None:
+        """Raise a ValueError for inputs of a wrong shape. A pipeline calls it on every rank before any waits."""
+        check_tokens(tokens, self.config)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         assert self.embed is not None

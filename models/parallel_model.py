@@ -21,7 +21,7 @@ from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig, check_gpt
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
-from .pipeline.checks import check_batch
+from .pipeline.checks import check_batch, check_rows
 from .pipeline.engine import Inputs, Losses, Pipeline
 from .pipeline.partition import Stages, check_config, model_of
 from .recompute import recompute as recomputing
@@ -260,6 +260,5 @@ class ParallelModel(nn.Module):
 def _columns(inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
     """Inputs and targets, which have a row for each sequence."""
     columns = (*inputs, targets) if isinstance(inputs, tuple) else (inputs, targets)
-    if lengths := {len(each) for each in columns} - {len(targets)}:
-        raise ValueError(f"inputs and targets must be of as many sequences; got {lengths.pop()} and {len(targets)}")
+    check_rows(columns, len(targets))
     return columns

@@ -146,6 +146,13 @@ class T5(nn.Module):
             return hidden[0]
         return tuple(x.clone() for x in hidden)  # FSDP2 puts hooks on them, so the memory must not be a view
 
+    def check_inputs(
+        self, source: Tensor, target: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
+    ) -> None:
+        """Raise a ValueError for inputs that do not fit. A pipeline calls it on every rank before any waits."""
+        check_tokens(source, self.config, mask)
+        check_tokens(target, self.config, target_mask)
+
     def encode(self, source: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Encode source ids, int64 [B, M], to the memory [B, M, D]. Generation needs it once per text.
 

@@ -29,7 +29,7 @@ from ..gpt import GPTConfig
 from ..loss import next_token_loss
 from ..t5 import T5Config
 from .boundary import Boundary
-from .checks import check_batch, check_sizes
+from .checks import check_batch, check_rows, check_sizes
 from .partition import Model, Stages
 from .shared import Shared
 from .stage import Stage, keep_gathered, nothing_left
@@ -131,7 +131,7 @@ class Pipeline:
         """
         check_batch(targets, self.micro_batches)
         self._check_backward()
-        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        inputs = self._inputs(tokens, len(targets))
         schedule, stages = self._prepare(len(targets) // self.micro_batches, [x.shape[1] for x in inputs])
         self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
@@ -164,7 +164,7 @@ class Pipeline:
             Mean loss, a scalar in float64, equal on all ranks of the pipeline.
         """
         parts = [part for part in targets.tensor_split(self.micro_batches) if len(part)]
-        logits = self.logits(tokens)
+        logits = self.logits(self._inputs(tokens, len(targets)))
         losses = [self.loss_fn(y, part) * (len(part) / len(targets)) for y, part in zip(logits, parts, strict=False)]
         return self._everywhere(losses)[0]
 
@@ -174,7 +174,7 @@ class Pipeline:
 
         All ranks call it, with the same inputs as `evaluate`.
         """
-        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        inputs = self._inputs(tokens)
         pieces = [
             piece for piece in zip(*(x.tensor_split(self.micro_batches) for x in inputs), strict=True) if len(piece[0])
         ]
@@ -206,6 +206,16 @@ class Pipeline:
 
     def _shared(self) -> Shared:
         return Shared(self.stages, dict(zip(self.indices, self.parts, strict=True)), self.group)
+
+    def _inputs(self, tokens: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
+        """The model's inputs, which are checked on all ranks before any rank waits for another."""
+        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        check_rows(inputs, len(inputs[0]) if rows is None else rows)
+        cast(Any, self.parts[0]).check_inputs(*inputs)
+        for stage in range(len(self.stages.blocks)):
+            for length in self.stages.lengths(stage, [x.shape[1] for x in inputs]):
+                self.boundary.shape(len(inputs[0]), length)
+        return inputs
 
     def _receive(self, stage: int, inputs: Sequence[Tensor]) -> Hidden:
         """Hidden states of a micro-batch from a stage on another rank."""

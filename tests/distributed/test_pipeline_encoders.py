@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import runnable, whole
-from ranks import run
+from ranks import errors, run
 from turnout.dispatch import Meshes
 from turnout.models import BERT, T5, BERTConfig, ParallelModel, T5Config, checkpoint, next_token_loss, parallel_model
 from turnout.models.pipeline.partition import model_of
@@ -194,3 +194,24 @@ def test_a_checkpoint_of_stages_loads_on_another_mesh(tmp_path, name, before, af
         for n in kept:
             assert all(torch.equal(a, b) for a, b in zip(found[n], kept[n], strict=True)), n
         assert loss == pytest.approx(expected, rel=1e-9)
+
+
+def refused(name: str, change: dict[int, torch.Tensor]) -> None:
+    inputs, targets = batch(CONFIGS[name], 0)
+    given = tuple(change.get(number, x) for number, x in enumerate(inputs))
+    model, _ = spread(name, 0, {"pp": 2, "tp": 2} if dist.get_world_size() == 4 else {"pp": 2}, {})
+    model.step(given, targets)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "change", "message"),
+    [
+        (2, "bert", {1: torch.ones(8, 8)}, "ValueError: mask must be bool (8, 8); got torch.float32 (8, 8)"),
+        (4, "t5", {1: torch.zeros(8, 5, dtype=torch.int64), 3: torch.ones(8, 5) > 0}, "ValueError: sequences of 5 tok"),
+        (2, "t5", {1: torch.zeros(8, 9, dtype=torch.int64)}, "ValueError: tokens must be [B, S] with S <= seq_len=8"),
+        (2, "t5", {0: torch.zeros(6, 8, dtype=torch.int64)}, "ValueError: inputs and targets must be of as many"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named_on_every_rank(ranks, name, change, message):
+    for error in errors(ranks, refused, name, change):
+        assert error.startswith(message), error
