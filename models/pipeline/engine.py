@@ -31,7 +31,7 @@ from ..t5 import T5Config
 from .boundary import Boundary
 from .checks import check_batch, check_rows, check_sizes
 from .partition import Model, Stages
-from .shared import Shared
+from .shared_parameters import SharedParameters
 from .stage import Stage, keep_gathered, nothing_left
 
 SCHEDULES: dict[str, Any] = {
@@ -204,8 +204,8 @@ class Pipeline:
         """
         return clip_grad_norm_(self.parts, max_norm, self.group, self._shared().copies())
 
-    def _shared(self) -> Shared:
-        return Shared(self.stages, dict(zip(self.indices, self.parts, strict=True)), self.group)
+    def _shared(self) -> SharedParameters:
+        return SharedParameters(self.stages, dict(zip(self.indices, self.parts, strict=True)), self.group)
 
     def _inputs(self, tokens: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
         """The model's inputs, which are checked on all ranks before any rank waits for another."""

@@ -114,7 +114,7 @@ class Stages:
         The first and the last stage share an embedding that is the head as well. The stage with the decoder's first
         block has it, too. Each stack of a T5 shares its table of biases.
 
-        >>> Stages.of(T5Config(layers=3), "1f1b", ranks=3).shared()
+        >>> Stages.of(T5Config(layers=2, decoder_layers=4), "1f1b", ranks=3).shared()
         {'embed.weight': [0, 1, 2], 'encoder_bias.weight': [0, 1], 'decoder_bias.weight': [1, 2]}
         """
         config, held = self.config, list(enumerate(self.blocks))

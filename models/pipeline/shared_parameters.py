@@ -15,7 +15,7 @@ from ...moe.experts.sharded import local
 from .partition import Stages
 
 
-class Shared:
+class SharedParameters:
     """This rank's copies of parameters that several stages have (`Stages.shared`).
 
     Args:
