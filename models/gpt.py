@@ -193,6 +193,6 @@ def check_gpt(given: object, what: str) -> None:
     """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
     if not isinstance(given, GPT | GPTConfig):
         raise TypeError(
-            f"{what} splits a GPT; got {type(given).__name__}: leave pp and cp at 1, where parallel_model takes a BERT "
-            "or a T5 as well, and spread experts and batches of any model by parallelize(model, mesh) and FSDP2"
+            f"{what} splits a GPT; got {type(given).__name__}: leave cp at 1, where parallel_model takes a BERT or a "
+            "T5 as well, and spread experts and batches of any model by parallelize(model, mesh) and FSDP2"
         )

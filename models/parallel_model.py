@@ -103,7 +103,7 @@ def parallel_model(
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
     check_config(config, "parallel_model")
     if meshes.dense[axes.CP].size() > 1:
-        check_gpt(config, "context parallelism")
+        check_gpt(config, "parallel_model")
     split = SequenceSplit.of(whole, meshes, cp_attention)
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts: list[Any] = [*stages.build(pp.get_local_rank())] if stages else [model_of(config)]
@@ -222,7 +222,8 @@ class ParallelModel(nn.Module):
             tokens: this data rank's part of the batch, as for `evaluate`.
 
         Returns:
-            Logits [B, S, vocab] as of the whole model, or None on ranks without the last stage.
+            Logits [B, S, vocab], or None on ranks without the last stage. With tensor parallelism they are a DTensor, and
+            with context parallelism of this rank's part of the sequences.
         """
         inputs = tokens if isinstance(tokens, tuple) else (tokens,)
         found = [self.parts[0](*inputs)] if self.pipeline is None else self.pipeline.logits(inputs)

@@ -111,8 +111,8 @@ class Stages:
     def shared(self) -> dict[str, list[int]]:
         """Stages that have a copy of a parameter, by its name, for each parameter that several stages have.
 
-        The first and the last stage share an embedding that is the head as well. The stage with the decoder's first
-        block has it, too. Each stack of a T5 shares its table of biases.
+        The first and the last stage share an embedding that is the head as well. Of a T5, the stage with the decoder's
+        first block has it, too, and the stages of each stack share its table of biases.
 
         >>> Stages.of(T5Config(layers=2, decoder_layers=4), "1f1b", ranks=3).shared()
         {'embed.weight': [0, 1, 2], 'encoder_bias.weight': [0, 1], 'decoder_bias.weight': [1, 2]}

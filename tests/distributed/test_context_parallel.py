@@ -67,8 +67,8 @@ def refused(what: str) -> None:
             "ValueError: sequences of 7 tokens do not split into 2 parts for cp=2 ranks; pad or cut them",
         ),
         ("forgotten", "ValueError: cp > 1, but sequences are not split: every cp rank would send all tokens; call"),
-        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave pp and cp at 1, where"),
-        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave pp and cp at 1, where"),
+        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave cp at 1, where"),
+        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave cp at 1, where"),
         ("another, dp", "TypeError: data_parallel shards a GPT, BERT or T5; got Linear: use fully_shard of FSDP2"),
     ],
 )

@@ -123,8 +123,8 @@ SPREAD = [
     ("t5", {"pp": 2, "tp": 2, "ep": 2}, {"data": "fsdp"}),
     ("bert", {"pp": 2, "tp": 2, "ep": 1, "etp": 2}, {"schedule": "zbv", "recompute": "full"}),
     ("bert", {"pp": 2, "ep": 1}, {"data": "fsdp", "schedule": "interleaved1f1b"}),
-    ("bert", {"pp": 2, "tp": 2, "ep": 2}, {"data": "zero1"}),
     ("bert", {"pp": 4, "ep": 1}, {"accumulate": 2}),
+    ("bert", {"pp": 2, "tp": 2, "ep": 2}, {"data": "zero1"}),
 ]
 
 
