@@ -222,8 +222,8 @@ class ParallelModel(nn.Module):
             tokens: this data rank's part of the batch, as for `evaluate`.
 
         Returns:
-            Logits [B, S, vocab], or None on ranks without the last stage. With tensor parallelism they are a DTensor, and
-            with context parallelism of this rank's part of the sequences.
+            Logits [B, S, vocab], or None on ranks without the last stage. With "tp" they are a DTensor. With "cp" they
+            are of this rank's part of the sequences.
         """
         inputs = tokens if isinstance(tokens, tuple) else (tokens,)
         found = [self.parts[0](*inputs)] if self.pipeline is None else self.pipeline.logits(inputs)
