@@ -49,14 +49,7 @@ def spans(length: int) -> int:
 
 
 def check(job: Job) -> None:
-    """Raise a ValueError for axes that do not split the objective's model, or for too short sequences."""
-    if job.objective == "clm":
-        return
-    if job.cp > 1:
-        raise ValueError(
-            f"--cp ({job.cp}): --objective {job.objective} trains a {MODELS[job.objective].upper()}, which --pp, --tp, "
-            "--ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
-        )
+    """Raise a ValueError for sequences that are too short for the objective."""
     if job.objective == "denoise" and job.seq < 3:
         raise ValueError(f"--seq ({job.seq}) must be at least 3 with --objective denoise, which removes spans")
 
@@ -104,11 +97,12 @@ def asked(job: Job, rows: Tensor, stream: int, numbers: Iterable[int]) -> Tensor
         found.append(batch(config, row, torch.Generator().manual_seed(seed >> 1)))
     inputs, targets = zip(*found, strict=True)
     whole = Pair(tuple(torch.cat(each) for each in zip(*inputs, strict=True)), torch.cat(targets))
-    return padded(whole, job.tp) if job.objective == "denoise" and job.tp > 1 else whole
+    parts = job.cp * job.tp
+    return padded(whole, parts) if job.objective == "denoise" and parts > 1 else whole
 
 
 def padded(given: Pair, multiple: int) -> Pair:
-    """Source and target of a T5, padded to lengths that --tp ranks split, with a mask of each that says what is real.
+    """Source and target of a T5, padded to lengths that --cp x --tp ranks split, with a mask of each for what is real.
 
     A span that is removed makes the source shorter, so --seq alone does not say whether its length splits.
     """

@@ -38,12 +38,12 @@ CHOICES = {
 # these numbers may be 0, all others must be positive
 MAY_BE_ZERO = (
     *("seed", "kv_heads", "warmup", "capacity_factor", "aux_weight", "ep", "micro_batches", "virtual", "peak_tflops"),
-    *("profile", "ranks", "vocab", "mtp", "mtp_weight", "z_loss", "lr_end", "ema"),
+    *("profile", "ranks", "vocab", "shared", "mtp", "mtp_weight", "z_loss", "lr_end", "ema"),
 )
 # These define the model and its data. --resume refuses a run that was trained with other values.
 DEFINES_RUN = (
     *("seed", "seq", "dim", "layers", "moe_every", "heads", "kv_heads", "qk_norm", "untied", "hidden", "experts"),
-    *("top_k", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
+    *("top_k", "shared", "gate", "capacity_factor", "balance", "aux_weight", "dense", "batch", "vocab", "eod"),
     *("join_documents", "objective"),
     *("optimizer", "ema", "moe_layers", "windows", "attention_bias", "mtp", "mtp_weight", "z_loss", "forced_balance"),
 )
@@ -93,6 +93,7 @@ class Job:
     hidden: Annotated[int, "hidden width of one expert"] = 256
     experts: Annotated[int, "number of experts in each MoE layer"] = 8
     top_k: Annotated[int, "number of experts that each token is routed to"] = 2
+    shared: Annotated[int, "number of shared experts, which every token visits"] = 0
     gate: Annotated[str, "router that chooses the experts"] = "topk"
     capacity_factor: Annotated[float, "capacity of an expert, as a multiple of its even share; 0 drops no token"] = 0.0
     balance: Annotated[str, "tokens over which the load-balancing loss is taken"] = "sequence"
@@ -176,13 +177,15 @@ class Job:
         try:
             attention = attention_of(self.config(), self.cp, self.tp, self.cp_attention or None)
         except ValueError as error:
-            raise ValueError(f"{error}{'' if self.eod < 0 else '. --join-documents leaves out documents'}") from None
+            of_documents = self.eod >= 0 and self.objective == "clm"  # other models cross the boundaries of documents
+            hint = ". --join-documents leaves out documents" if of_documents else ""
+            raise ValueError(f"{error}{hint}") from None
         parts = 2 * split if self.cp > 1 and attention == "ring" else split
         divides("--seq", self.seq, "2 x cp x tp" if parts > split else "cp x tp", parts)
         for what, size in {
             "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
-            "--top-k x --hidden": self.top_k * self.hidden,
+            "(top-k + shared) x hidden": (self.top_k + self.shared) * self.hidden,
         }.items():
             divides(what, size, "tp", self.tp)
         divides("the vocabulary", self.config().vocab, "tp", self.tp)
@@ -266,6 +269,7 @@ class Job:
         """Sizes of the whole model."""
         moe = {
             "gate": self.gate,
+            "shared": self.shared,
             "capacity": self.capacity_factor or None,
             "balance": Balance(self.aux_weight, over=self.balance),
         }

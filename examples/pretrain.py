@@ -240,7 +240,8 @@ def mesh(job: Job, dp: int | None = None) -> dict[str, int]:
 def header(start: dict[str, Any]) -> str:
     """One line of text for the start event."""
     job = start["job"]
-    kind = "dense" if job["dense"] else f"{job['experts']} experts, top {job['top_k']}"
+    shared = f", {job['shared']} shared" if job["shared"] else ""
+    kind = "dense" if job["dense"] else f"{job['experts']} experts, top {job['top_k']}{shared}"
     sizes = f"{start['parameters']:,} parameters, {start['active_parameters']:,} active"
     axes = ", ".join(f"{axis} {size}" for axis, size in start["mesh"].items())
     return "; ".join(

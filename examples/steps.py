@@ -205,12 +205,11 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
     with ema.applied() if ema else nullcontext():
         for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
             if (logits := model.logits(tuple(x))) is not None:
-                logits, known = whole(logits), y != IGNORED
-                number = known.sum()
-                right = (logits.argmax(-1) == y)[known].sum()
-                sums += torch.stack([next_token_loss(logits, y) * number, right, number])
-    for axis in ("pp", "dp"):  # one stage has logits
-        dist.all_reduce(sums, group=model.meshes.dense[axis].get_group())
+                logits, own = whole(logits), model.split.own(y)
+                known, total = own != IGNORED, next_token_loss(logits, own, positions=1)  # a part may have no target
+                sums += torch.stack([total, (logits.argmax(-1) == own)[known].sum(), known.sum()])
+    for group in (model.meshes.dense["pp"], model.meshes.replicas):  # one stage has logits
+        dist.all_reduce(sums, group=group.get_group())
     nats, right, number = sums.tolist()
     return {"loss": _finite(nats / number), "accuracy": right / number}
 

@@ -35,7 +35,7 @@ class Config:
             default, is as many as `heads`.
         head_dim: width of one head. None, the default, is dim / heads.
         qk_norm: whether queries and keys are normalised, each head for itself (arXiv:2010.04245); False by default.
-        hidden: hidden width H of one expert. A dense block is top_k * hidden wide: equal FLOPs per token.
+        hidden: hidden width H of one expert. A dense block is as wide as all experts of a token: equal FLOPs per token.
         seq_len: number of tokens in the longest sequence.
         moe_every: every n-th block has an MoE layer, or with a sequence of numbers the blocks of these numbers, from 1:
             ``range(4, 62)`` leaves the first 3 of 61 blocks dense. 0 makes all blocks dense.
@@ -105,6 +105,12 @@ class Config:
         return self.layers
 
     @property
+    def ffn(self) -> int:
+        """Hidden width of a dense block: of the top_k experts of a token and the shared ones together."""
+        shared = self.moe.get("shared", 0)
+        return (self.top_k + (shared if isinstance(shared, int) else 0)) * self.hidden
+
+    @property
     def head_size(self) -> int:
         """Width of one head: `head_dim`, or dim / heads."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
@@ -166,7 +172,7 @@ class Block(nn.Module):
         if config.has_experts(index):
             self.feed_forward = MoE(config.dim, config.hidden, config.num_experts, config.top_k, **config.moe)
         else:
-            self.feed_forward = FeedForward(config.dim, config.top_k * config.hidden)
+            self.feed_forward = FeedForward(config.dim, config.ffn)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -1,8 +1,9 @@
-"""Context parallelism of a GPT: ranks of the axis "cp" hold parts of the same sequences.
+"""Context parallelism of a GPT, BERT or T5: ranks of the axis "cp" hold parts of the same sequences.
 
 Everything but attention works on single tokens, so a rank computes it for its own part of each sequence. For attention
 there are two ways. Ulysses (arXiv:2309.14509) trades sequences for heads: an all-to-all gives each rank whole sequences
-of some of the heads, and another brings the result back. Ring attention (`ring.py`) is for more ranks than heads.
+of some of the heads, and another brings the result back. Ring attention (`ring.py`) is for more ranks than heads, in a
+GPT, whose attention is causal.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -20,13 +21,16 @@ from torch.distributed import ProcessGroup
 from ..dispatch import mesh as axes
 from ..dispatch.collectives import all_to_all
 from ..dispatch.mesh import Meshes
-from .blocks import Block, Context
+from .bert import BERT, BERTConfig
+from .blocks import Attention, Context
 from .dropout import Dropout, Part
-from .gpt import GPT, GPTConfig, check_gpt
+from .gpt import GPT, GPTConfig
 from .loss import next_token_loss
 from .recompute import Blocks, Core
 from .ring import Ring
+from .t5 import T5, RelativeBias, T5Config
 
+Model = TypeVar("Model", GPT, BERT, T5)
 How = Literal["ulysses", "ring"]
 
 
@@ -43,14 +47,14 @@ class SequenceSplit:
     how: How
 
     @classmethod
-    def of(cls, config: GPTConfig, meshes: Meshes, how: How | None = None) -> SequenceSplit:
+    def of(cls, config: GPTConfig | BERTConfig | T5Config, meshes: Meshes, how: How | None = None) -> SequenceSplit:
         """The split for a model.
 
         Args:
             config: sizes of the whole model.
             meshes: meshes of the job.
-            how: ``"ulysses"`` needs heads / tp to be a multiple of cp. ``"ring"`` has no dropout, windows or documents.
-                None, the default, takes Ulysses where heads allow it.
+            how: ``"ulysses"`` needs heads / tp to be a multiple of cp. ``"ring"`` is for a GPT without dropout, windows
+                or documents. None, the default, takes Ulysses where heads allow it.
 
         Raises:
             ValueError: a way that the model does not allow.
@@ -86,7 +90,7 @@ class SequenceSplit:
         return next_token_loss(logits, self.own(targets), self.group)
 
 
-def attention_of(config: GPTConfig, cp: int, tp: int, how: How | None = None) -> How:
+def attention_of(config: GPTConfig | BERTConfig | T5Config, cp: int, tp: int, how: How | None = None) -> How:
     """How attention works where cp ranks split sequences: arguments and errors as for `SequenceSplit.of`."""
     if how not in ("ulysses", "ring", None):
         raise ValueError(f'how must be "ulysses", "ring" or None; got {how!r}')
@@ -95,14 +99,22 @@ def attention_of(config: GPTConfig, cp: int, tp: int, how: How | None = None) ->
     heads, kv_heads = config.heads // tp, max(1, (config.kv_heads or config.heads) // tp)
     shared = kv_heads * (cp // gcd(cp, kv_heads))  # heads of keys and values after each is repeated for its ranks
     splits = heads % cp == 0 and heads % shared == 0
+    causal = isinstance(config, GPTConfig)
     if how is None:
-        how = "ulysses" if splits else "ring"
-    if how == "ulysses" and not splits:
+        how = "ulysses" if splits or not causal else "ring"
+    if how == "ulysses":
+        if splits:
+            return how
         raise ValueError(
             f"Ulysses: heads={config.heads} with kv_heads={config.kv_heads or config.heads} do not split over cp={cp} "
-            f"x tp={tp} ranks; use ring attention, or a cp that divides heads / tp"
+            f"x tp={tp} ranks; use {'ring attention, or ' if causal else ''}a cp that divides heads / tp"
         )
-    if how == "ring" and (config.dropout or config.windows or config.eod is not None):
+    if not causal:
+        raise ValueError(
+            f"ring attention is causal and for a GPT alone; got {type(config).__name__}: use Ulysses, for which "
+            f"heads={config.heads} must split over cp={cp} x tp={tp} ranks"
+        )
+    if config.dropout or config.windows or config.eod is not None:
         raise ValueError(
             f"ring attention has no dropout, windows or documents; got dropout={config.dropout}, "
             f"windows={config.windows}, eod={config.eod}: leave them out, or use Ulysses, for which "
@@ -111,46 +123,54 @@ def attention_of(config: GPTConfig, cp: int, tp: int, how: How | None = None) ->
     return how
 
 
-def context_parallel(model: GPT, split: SequenceSplit) -> GPT:
+def context_parallel(model: Model, split: SequenceSplit) -> Model:
     """Split sequences over the ranks of the axis "cp", in place. Call it on every rank.
 
     All these ranks give the model the same tokens [B, S]. Each gets the logits of its own part [B, S / cp, vocab], and
-    the loss is ``split.loss(logits, targets)``. Call it after `tensor_parallel`, and before `parallelize` and FSDP.
-    `parallel_model` does all of this.
+    the loss is ``split.loss(logits, targets)``. Masks are of whole sequences as well. A T5's source and target both
+    split, and may be padded to such lengths, with masks. Call it after `tensor_parallel`, and before `parallelize` and
+    FSDP. `parallel_model` does all of this.
 
     Args:
-        model: `GPT`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`. A stage passes
-            hidden states [B, S / cp / tp, D] on.
+        model: `GPT`, `BERT`, `T5`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`.
+            A stage passes hidden states [B, S / cp / tp, D] on.
         split: how sequences are split, ``SequenceSplit.of(config, meshes)``. With cp = 1 the model stays unchanged.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a model whose sequences are split already.
-        TypeError: a model that is no `GPT`.
+        ValueError: a model whose sequences are split already, or that does not allow this split.
+        TypeError: another model.
 
     References:
         DeepSpeed Ulysses, arXiv:2309.14509. Ring attention, arXiv:2310.01889.
     """
-    check_gpt(model, "context parallelism")
+    if not isinstance(model, GPT | BERT | T5):
+        raise TypeError(
+            f"context parallelism splits a GPT, BERT or T5; got {type(model).__name__}: leave cp at 1, and spread "
+            "experts and batches of any model by parallelize(model, mesh) and FSDP2"
+        )
     cp, tp = split.meshes.dense[axes.CP], split.meshes.dense[axes.TP]
     if cp.size() == 1:
         return model
+    attention_of(model.config, cp.size(), tp.size(), split.how)  # the split may have been made for another model
     if any(isinstance(module, Ulysses | Ring) for module in model.modules()):
         raise ValueError("sequences are split already: call context_parallel once")
-    for module in model.modules():
+    for module in [*model.modules()]:
         if isinstance(module, Dropout | Core):  # both drop elements of split activations: sequences, or heads
             module.part = Part(cp.get_local_rank() * tp.size() + tp.get_local_rank(), cp.size() * tp.size())
         elif isinstance(module, Blocks):
             module.register_forward_pre_hook(OwnContext(split))
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        core = block.attention.core
-        block.attention.core = Ulysses(core, split.meshes) if split.how == "ulysses" else Ring(split.meshes)
-    if model.head_losses is not None:
+        elif isinstance(module, Attention):
+            module.core = Ulysses(module.core, split.meshes) if split.how == "ulysses" else Ring(split.meshes)
+        elif isinstance(module, RelativeBias):
+            module.part = Part(cp.get_local_rank(), cp.size())  # of the heads that tp leaves to this rank
+    if isinstance(model, GPT) and model.head_losses is not None:
         model.head_losses.own, model.head_losses.group = split.own, split.group
-    if model.embed is not None:
-        model.embed.register_forward_pre_hook(partial(_own_tokens, split), prepend=True)  # before those of tp
+    for table in [model.embed, model.segment] if isinstance(model, BERT) else [model.embed]:
+        if table is not None:
+            table.register_forward_pre_hook(partial(_own_tokens, split), prepend=True)  # before those of tp
     return model
 
 
@@ -164,12 +184,10 @@ class OwnContext:
         """Hidden states x [B, S / cp / tp, D] and their context."""
         x, context = args
         length = x.shape[1] * self.split.meshes.sequences.size()
-        parts: dict[str, Tensor | None] = {
-            name: self.split.own(getattr(context, name)[:length], dim=0) for name in ("cos", "sin")
-        }
-        for name in ("tokens", "mask", "documents"):  # attention sees whole sequences, and so does its mask
-            whole = getattr(context, name)
-            parts[name] = None if whole is None else self.split.own(whole)
+        parts: dict[str, Tensor] = {}
+        for name in ("cos", "sin", "tokens", "mask", "documents"):  # attention sees whole sequences, as its masks do
+            if (whole := getattr(context, name)) is not None:
+                parts[name] = self.split.own(whole[:length], dim=0) if name in ("cos", "sin") else self.split.own(whole)
         return x, context._replace(**parts)
 
 
@@ -194,7 +212,10 @@ class Ulysses(nn.Module):
         self.core, self.meshes = core, meshes
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **options: Any) -> Tensor:
-        """Attend as `Core`: q [B, heads, S / cp, size], k and v [B, kv_heads, S / cp, size] -> the shape of q."""
+        """Attend as `Core`: q [B, heads, S / cp, size], k and v [B, kv_heads, M / cp, size] -> the shape of q.
+
+        A mask is of whole sequences. If it has an axis of heads, it is of this rank's heads / cp.
+        """
         cp = self.meshes.dense[axes.CP]
         ranks, group = cp.size(), cp.get_group()
         shared = ranks // gcd(ranks, k.shape[1])  # number of ranks that need the same head of k and v

@@ -56,7 +56,7 @@ class Dropout(nn.Module):
 
     Attributes:
         p: probability, in [0, 1).
-        part: this rank's part of the input; `tensor_parallel` sets it.
+        part: this rank's part of the input; `tensor_parallel` and `context_parallel` set it.
     """
 
     part: Part = Part()

@@ -187,12 +187,3 @@ class GPT(nn.Module):
         spans = [min(config.window(index) or seq_len, seq_len) for index in range(config.layers)]
         further = config.mtp * (config.vocab * config.dim + 2 * config.heads * config.head_size * seq_len)
         return 6 * (self.active_parameters() + further) + 12 * config.heads * config.head_size * sum(spans)
-
-
-def check_gpt(given: object, what: str) -> None:
-    """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
-    if not isinstance(given, GPT | GPTConfig):
-        raise TypeError(
-            f"{what} splits a GPT; got {type(given).__name__}: leave cp at 1, where parallel_model takes a BERT or a "
-            "T5 as well, and spread experts and batches of any model by parallelize(model, mesh) and FSDP2"
-        )

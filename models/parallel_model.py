@@ -18,7 +18,7 @@ from ..moe.parallel.parallelize import moe_layers, parallelize
 from .bert import BERT, BERTConfig
 from .context_parallel import How, SequenceSplit, context_parallel
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
-from .gpt import GPT, GPTConfig, check_gpt
+from .gpt import GPT, GPTConfig
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
 from .pipeline.checks import check_batch, check_rows
@@ -62,7 +62,7 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: sizes of the whole model. "cp" splits a GPT alone. All other axes are for a BERT or T5 as well.
+        config: sizes of the whole model.
         meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
         layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
             recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
@@ -86,32 +86,31 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
-        TypeError: a config of another model, or one of BERT or T5 with cp above 1, or with `layout`.
+        TypeError: a config of another model, or one of BERT or T5 with `layout`.
     """
-    whole: Any = config  # of a GPT, wherever it is split
+    check_config(config, "parallel_model")
     if layout is not None:
-        check_gpt(config, 'layout="auto"')
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                f"layout={layout!r} is for a GPT; got {type(config).__name__}: give meshes, Meshes.of(...), instead"
+            )
         from .planner.automatic import planned  # models are imported without the planner
 
         if layout != "auto" or meshes is not None or batch is None:
             raise ValueError(f'layout="auto" takes batch=, and no meshes; got layout={layout!r}, batch={batch}')
-        meshes, chosen, _ = planned(whole, batch, dtype="bf16" if bf16 else "fp32")
+        meshes, chosen, _ = planned(config, batch, dtype="bf16" if bf16 else "fp32")
         micro_batches, schedule, stages_per_rank = (chosen[k] for k in ("micro_batches", "schedule", "stages_per_rank"))
         data, recompute = chosen["data"], chosen["recompute"]
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
-    check_config(config, "parallel_model")
-    if meshes.dense[axes.CP].size() > 1:
-        check_gpt(config, "parallel_model")
-    split = SequenceSplit.of(whole, meshes, cp_attention)
+    split = SequenceSplit.of(config, meshes, cp_attention)
     stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
     parts: list[Any] = [*stages.build(pp.get_local_rank())] if stages else [model_of(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         tensor_parallel(part, tp)
-        if isinstance(part, GPT):
-            context_parallel(part, split)
+        context_parallel(part, split)
         if moe_layers(part):  # a stage may have none, and a dense model has none
             parallelize(part, meshes, **experts)
         stacks = [part.encoder, part.decoder] if isinstance(part, T5) else [part.blocks]

@@ -55,7 +55,8 @@ class Core(nn.Module):
 
     Attributes:
         recompute: whether the backward computes it again; the function `recompute` sets it.
-        part: this rank's part of all heads, so that ranks drop different elements; `tensor_parallel` sets it.
+        part: this rank's part of all heads, so that ranks drop different elements; `tensor_parallel` and
+            `context_parallel` set it.
     """
 
     recompute: bool = False

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .blocks import Block, Config, Context, Hidden, active_parameters, check_hidden, check_tokens, norm
-from .dropout import Dropout
+from .dropout import Dropout, Part
 from .recompute import Blocks
 
 
@@ -227,7 +227,13 @@ class T5(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """Relative position bias: a learned number per head and bucket of distances (arXiv:1910.10683, section 2.1)."""
+    """Relative position bias: a learned number per head and bucket of distances (arXiv:1910.10683, section 2.1).
+
+    Attributes:
+        part: part of the heads that it computes; `context_parallel` sets it.
+    """
+
+    part: Part = Part()
 
     def __init__(self, config: T5Config, causal: bool) -> None:
         super().__init__()
@@ -239,7 +245,8 @@ class RelativeBias(nn.Module):
         """Biases [1, heads, S, S] of attention scores, for S = `length` positions; -inf for later ones if causal."""
         position = torch.arange(length, device=self.weight.device)
         distance = position - position[:, None]  # of a key (column) from a query (row)
-        bias = self.weight[bucket(distance, len(self.weight), self.max_distance, self.causal)]
+        weight = self.weight.chunk(self.part.number, dim=1)[self.part.place]
+        bias = weight[bucket(distance, len(weight), self.max_distance, self.causal)]
         if self.causal:
             bias = bias.masked_fill((distance > 0).unsqueeze(-1), -torch.inf)
         return rearrange(bias, "query key heads -> 1 heads query key")

@@ -250,7 +250,7 @@ def _check(model: GPT | BERT | T5, ranks: int) -> None:
     config = model.config
     sizes = {"vocab": config.vocab, "heads": config.heads, "kv_heads": config.kv_heads or config.heads}
     if any(isinstance(block, Block) and not isinstance(block.feed_forward, MoE) for block in model.modules()):
-        sizes["top_k * hidden"] = config.top_k * config.hidden
+        sizes["the width of a dense block, (top_k + shared) * hidden"] = config.ffn
     for name, size in sizes.items():
         if size % ranks:
             raise ValueError(

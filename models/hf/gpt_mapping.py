@@ -201,7 +201,7 @@ def hf_config(config: GPTConfig, routing: list[Any], parts: Sequence[GPT]) -> Pr
         return MixtralConfig(**values, intermediate_size=config.hidden, architectures=["MixtralForCausalLM"])
     return Qwen3MoeConfig(
         **values,
-        intermediate_size=config.top_k * config.hidden,
+        intermediate_size=config.ffn,
         moe_intermediate_size=config.hidden,
         decoder_sparse_step=config.moe_every if isinstance(config.moe_every, int) else 1,
         mlp_only_layers=[

@@ -37,7 +37,7 @@ SIZES = {
     "dim": "model width",
     "heads": "attention heads",
     "kv_heads": "heads of keys and values (default: --heads)",
-    "ffn": "width of a dense feed-forward network (default: 4 x dim; beside experts top-k x hidden)",
+    "ffn": "width of a dense feed-forward network (default: 4 x dim; beside experts (top-k + shared) x hidden)",
     "vocab": "tokens in the vocabulary (default: 51200)",
     "seq": "tokens in a sequence (default: 2048)",
     "experts": "experts of a mixture; 0 is a dense GPT (default: 0)",
@@ -115,7 +115,7 @@ def _changed(model: Architecture, sizes: dict[str, int], activation: str | None)
     gated = model.gated if activation is None else activation == "swiglu"
     model = replace(model, **sizes, gated=gated)
     if "ffn" not in sizes and before.experts:
-        model = replace(model, ffn=model.top_k * model.hidden)
+        model = replace(model, ffn=(model.top_k + model.shared) * model.hidden)
     return model
 
 

@@ -113,7 +113,7 @@ class Architecture:
             kv_heads=config.kv_heads or config.heads,
             vocab=config.vocab,
             seq=config.seq_len,
-            ffn=config.top_k * config.hidden,
+            ffn=config.ffn,
             experts=config.num_experts if moe else 0,
             top_k=config.top_k if moe else 0,
             hidden=config.hidden if moe else 0,

@@ -17,7 +17,7 @@ SIZES = (
     *("seq", "dim", "layers", "heads", "hidden", "experts", "top_k", "kv_heads", "moe_every", "qk_norm", "vocab"),
     *("attention_bias", "mtp"),
 )
-MODEL = (*SIZES, "objective", "moe_layers", "windows", "untied", "gate", "capacity_factor", "dense")
+MODEL = (*SIZES, "objective", "moe_layers", "windows", "untied", "gate", "shared", "capacity_factor", "dense")
 LAYOUT = (
     "pp",
     "cp",
@@ -75,7 +75,11 @@ class JobFile(NamedTuple):
         sizes["vocab"] = given.get("vocab") or (int(size) if kind == "bpe" and size.isdecimal() else 256)
         if given.get("dense"):
             sizes["moe_every"] = 0
-        moe = {"capacity": given.get("capacity_factor") or None, "balance": Balance(0.0)}
+        moe = {
+            "capacity": given.get("capacity_factor") or None,
+            "balance": Balance(0.0),
+            "shared": given.get("shared", 0),
+        }
         config = GPTConfig(**sizes, moe=moe)
         dtype = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "fp32"
         stated = tuple(key for key in LAYOUT if key in given)
@@ -103,6 +107,7 @@ def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW
         "hidden": model.hidden if model.experts else model.ffn,
         "experts": model.experts or None,
         "top-k": model.top_k or None,
+        "shared": (model.experts and model.shared) or None,
         "dense": None if model.experts else True,
         "capacity-factor": model.capacity or None,
         "pp": layout.pp,
@@ -121,7 +126,7 @@ def toml(model: Architecture, layout: Layout, batch: int, update: Update = ADAMW
         "optimizer": update.optimizer if update.optimizer != "adamw" else None,
         "ema": 0.999 if update.ema else None,
     }
-    if not model.experts:  # the job's dense model is top_k * hidden wide
+    if not model.experts:  # a dense block of the job is (top_k + shared) * hidden wide
         values["top-k"] = 1
     lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     return "\n".join([*_not_in_the_job(model), *lines]) + "\n"
@@ -134,12 +139,11 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
     elif not model.gated:
         differs.append('GELU without a gate: GPTConfig(moe=dict(experts="gelu"))')
-    if 0 < model.moe_blocks < model.layers and model.ffn != model.top_k * model.hidden:
-        differs.append(f"dense blocks {model.ffn:,} wide: the job's are top-k x hidden, {model.top_k * model.hidden:,}")
+    ffn = (model.top_k + model.shared) * model.hidden
+    if 0 < model.moe_blocks < model.layers and model.ffn != ffn:
+        differs.append(f"dense blocks {model.ffn:,} wide: the job's are as wide as all experts of a token, {ffn:,}")
     if model.head_size and model.head_size * model.heads != model.dim:
         differs.append(f"heads {model.head_size} wide: GPTConfig(head_dim={model.head_size})")
-    if model.shared:
-        differs.append(f"{model.shared} shared experts: GPTConfig(moe=dict(shared={model.shared}))")
     if model.capacity:
         differs.append("padding: GPTConfig(moe=dict(capacity=Capacity(..., pad=True)))")
     return (

@@ -11,11 +11,13 @@ from cases import close, whole
 from ranks import errors, run
 from turnout.dispatch import Meshes
 from turnout.models import (
+    BERT,
     GPT,
-    T5,
     BERTConfig,
     GPTConfig,
     SequenceSplit,
+    Swin,
+    SwinConfig,
     T5Config,
     context_parallel,
     data_parallel,
@@ -44,10 +46,15 @@ def refused(what: str) -> None:
         parallel_model(CONFIG, meshes).step(tokens, tokens)
     elif what == "forgotten":
         parallelize(GPT(CONFIG), meshes)
-    elif what == "T5":
-        context_parallel(T5(T5Config()), split)
     elif what == "BERT":
-        parallel_model(BERTConfig(), meshes)
+        context_parallel(BERT(BERTConfig()), SequenceSplit.of(CONFIG, meshes, "ring"))
+    elif what == "T5":
+        parallel_model(T5Config(heads=3, dim=12), meshes)
+    elif what == "source":
+        source = torch.zeros(2, 6, dtype=torch.int64)
+        parallel_model(T5Config(), meshes).step((source[:, 1:], source), source)
+    elif what == "Swin":
+        context_parallel(Swin(SwinConfig()), split)  # pyright: ignore[reportArgumentType]
     else:
         data_parallel(torch.nn.Linear(2, 2), meshes)
 
@@ -67,8 +74,10 @@ def refused(what: str) -> None:
             "ValueError: sequences of 7 tokens do not split into 2 parts for cp=2 ranks; pad or cut them",
         ),
         ("forgotten", "ValueError: cp > 1, but sequences are not split: every cp rank would send all tokens; call"),
-        ("T5", "TypeError: context parallelism splits a GPT; got T5: leave cp at 1, where"),
-        ("BERT", "TypeError: parallel_model splits a GPT; got BERTConfig: leave cp at 1, where"),
+        ("BERT", "ValueError: ring attention is causal and for a GPT alone; got BERTConfig: use Ulysses, for which"),
+        ("T5", "ValueError: Ulysses: heads=3 with kv_heads=3 do not split over cp=2 x tp=1 ranks; use a cp that"),
+        ("source", "ValueError: sequences of 5 tokens do not split into 2 parts for cp=2 ranks; pad or cut them"),
+        ("Swin", "TypeError: context parallelism splits a GPT, BERT or T5; got Swin: leave cp at 1, and spread"),
         ("another, dp", "TypeError: data_parallel shards a GPT, BERT or T5; got Linear: use fully_shard of FSDP2"),
     ],
 )

@@ -125,6 +125,9 @@ SPREAD = [
     ("bert", {"pp": 2, "ep": 1}, {"data": "fsdp", "schedule": "interleaved1f1b"}),
     ("bert", {"pp": 4, "ep": 1}, {"accumulate": 2}),
     ("bert", {"pp": 2, "tp": 2, "ep": 2}, {"data": "zero1"}),
+    ("bert", {"pp": 2, "cp": 2, "ep": 2}, {"schedule": "interleaved1f1b"}),
+    ("small t5", {"pp": 2, "cp": 2, "ep": 2}, {}),
+    ("t5", {"pp": 2, "cp": 2, "ep": 1}, {"schedule": "interleaved1f1b", "data": "fsdp"}),
 ]
 
 

@@ -23,7 +23,7 @@ def build(kind: str, **options) -> BERT | T5:
     if kind == "bert":
         model = BERT(BERTConfig(segments=2, norm="layer", **sizes))
     else:  # LayerNorm of its keys would have biases without a gradient: softmax does not see them without RoPE
-        model = T5(T5Config(decoder_layers=3, **sizes))
+        model = T5(T5Config(**{"decoder_layers": 3, **sizes}))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name or "bias" in name:  # ones and zeros would hide a parameter that is left out

@@ -84,6 +84,8 @@ def test_no_file():
         ("--max-skipped 0", 1, "--max-skipped must be positive; got 0"),
         ("--warmup -1", 1, "--warmup must be 0 or more; got -1"),
         ("--seed -1", 1, "--seed must be 0 or more; got -1"),
+        ("--shared -1", 1, "--shared must be 0 or more; got -1"),
+        ("--tp 2 --top-k 2 --shared 1 --hidden 5", 2, "(top-k + shared) x hidden (15) must be a multiple of 2 = tp"),
         ("--capacity-factor -2", 1, "--capacity-factor must be 0 or more; got -2.0"),
         ("--capacity-factor inf", 1, "--capacity-factor must be 0 or more; got inf"),
         ("--aux-weight nan", 1, "--aux-weight must be 0 or more; got nan"),
@@ -239,3 +241,12 @@ def test_a_script_says_what_it_wants():
     done = subprocess.run(["bash", str(ROOT / "examples" / "multi_node.sh")], capture_output=True, text=True, env={})
     assert done.returncode
     assert "set it to the number of nodes" in done.stderr
+
+
+def test_shared_experts_count_in_the_width_of_dense_blocks():
+    """So a dense twin has equal FLOPs per token, but for the router."""
+    flags = ["--hidden", "24", "--dim", "16", "--heads", "2", "--top-k", "1", "--shared", "2"]
+    mixture, twin = (GPT(options.parse([*flags, *more]).config()) for more in ([], ["--dense"]))
+    routers = 2 * 8 * 16
+    assert mixture.active_parameters() == twin.active_parameters() + routers
+    assert twin.blocks[1].feed_forward.up.weight.shape == (72, 16)

@@ -136,13 +136,13 @@ def test_what_does_not_fit_is_named(capsys, flags, words):
 def test_flags_beside_a_file_change_its_model_as_the_job_would(tmp_path):
     """Dense blocks of the job are as wide as a token's experts; what the written file builds is what was planned."""
     file = tmp_path / "job.toml"
-    sizes = "dim = 64\nheads = 4\nhidden = 128\nlayers = 4\nexperts = 8\ntop-k = 2\n"
+    sizes = "dim = 64\nheads = 4\nhidden = 128\nlayers = 4\nexperts = 8\ntop-k = 1\nshared = 1\n"
     file.write_text(sizes)
 
     def model(flags):
         return architecture(parser().parse_args(f"--cluster h100 --gpus 8 --config {file} {flags}".split()))
 
-    assert model("--hidden 256").ffn == model("--top-k 4").ffn == 512
+    assert model("--hidden 256").ffn == model("--top-k 3").ffn == 512
     assert not model("--activation gelu").gated
     assert "without a gate" in toml(model("--activation gelu"), Layout(), 8)
     assert "dense blocks 300 wide" in toml(model("--ffn 300"), Layout(), 8)

@@ -16,6 +16,7 @@ CONFIGS = {
     "untied": GPTConfig(tied=False, qk_norm=True),
     "windows": GPTConfig(windows=(32, 0, 512), layers=5),
     "further tokens": GPTConfig(mtp=2, layers=3),
+    "shared experts": GPTConfig(moe={"shared": 2}, top_k=1),
     "further tokens of experts, untied": GPTConfig(mtp=1, tied=False, windows=(16,), head_dim=8),
 }
 
