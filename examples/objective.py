@@ -49,14 +49,7 @@ def spans(length: int) -> int:
 
 
 def check(job: Job) -> None:
-    """Raise a ValueError for axes that do not split the objective's model, or for too short sequences."""
-    if job.objective == "clm":
-        return
-    if job.pp > 1:
-        raise ValueError(
-            f"--pp ({job.pp}): --objective {job.objective} trains a {MODELS[job.objective].upper()}, which --cp, --tp, "
-            "--ep, --etp and --data-parallel alone spread over ranks; leave it at 1"
-        )
+    """Raise a ValueError for sequences that are too short for the objective."""
     if job.objective == "denoise" and job.seq < 3:
         raise ValueError(f"--seq ({job.seq}) must be at least 3 with --objective denoise, which removes spans")
 

@@ -241,11 +241,11 @@ class Job:
         if virtual < least or virtual > (most or virtual):
             some = least if most == least else f"{least} or more"
             raise ValueError(f"--virtual ({self.virtual}): --schedule {self.schedule} runs {some} stages on each rank")
-        stages = self.pp * virtual
-        if self.layers < stages:
+        stages, stacks = self.pp * virtual, self.config().num_blocks // self.layers  # a T5 has two stacks of blocks
+        if self.layers * stacks < stages:
             raise ValueError(
-                f"--layers ({self.layers}) must be at least {stages}: --schedule {self.schedule} cuts the model into "
-                f"{stages} stages for --pp {self.pp}"
+                f"--layers ({self.layers}) must be at least {-(-stages // stacks)}: --schedule {self.schedule} cuts "
+                f"the model into {stages} stages for --pp {self.pp}"
             )
         if self.schedule != "gpipe" and micro_batches < self.pp:
             raise ValueError(

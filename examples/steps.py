@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from turnout.dispatch import Meshes
 from turnout.models import EMA, Muon, ParallelModel, muon_groups, next_token_loss, parallel_model
 from turnout.models import recompute as recomputing
-from turnout.models.data_parallel import computed_in, reshard
+from turnout.models.data_parallel import computed_in
 from turnout.models.loss import IGNORED
 from turnout.moe import GradScaler, load, param_groups, update_expert_biases
 from turnout.moe.experts.sharded import whole
@@ -202,13 +202,14 @@ def held_out_figures(model: ParallelModel, held_out: Rows, job: Job, ema: EMA | 
     inputs, targets = pair(asked(job, held_out.tokens, HELD_OUT, numbers)).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens predicted well, tokens predicted
     rows = job.batch // job.accumulate // dp.size()  # as in training, for the same memory
-    with ema.applied() if ema else nullcontext(), torch.no_grad():
+    with ema.applied() if ema else nullcontext():
         for *x, y in zip(*(each.split(rows) for each in (*inputs, targets)), strict=True):
-            logits, own = whole(model.parts[0](*x)), model.split.own(y)
-            known, total = own != IGNORED, next_token_loss(logits, own, positions=1)  # a part may have no target
-            sums += torch.stack([total, (logits.argmax(-1) == own)[known].sum(), known.sum()])
-        reshard(model)
-    dist.all_reduce(sums, group=model.meshes.replicas.get_group())
+            if (logits := model.logits(tuple(x))) is not None:
+                logits, own = whole(logits), model.split.own(y)
+                known, total = own != IGNORED, next_token_loss(logits, own, positions=1)  # a part may have no target
+                sums += torch.stack([total, (logits.argmax(-1) == own)[known].sum(), known.sum()])
+    for group in (model.meshes.dense["pp"], model.meshes.replicas):  # one stage has logits
+        dist.all_reduce(sums, group=group.get_group())
     nats, right, number = sums.tolist()
     return {"loss": _finite(nats / number), "accuracy": right / number}
 

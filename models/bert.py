@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Block, Context, RotaryConfig, active_parameters, check_tokens, norm, rotary
+from .blocks import Block, Context, Hidden, RotaryConfig, active_parameters, check_hidden, check_tokens, norm, rotary
 from .dropout import Dropout
 from .recompute import Blocks
 
@@ -46,7 +46,10 @@ class BERT(nn.Module):
     `torch.manual_seed` gives the same model at every world size.
 
     Args:
-        config: sizes of the model.
+        config: sizes of the whole model.
+        kept: range of blocks, counted from 0, that this pipeline stage holds. None, the default, is all of them. The
+            first block comes with the embeddings. The last comes with the norms and the head, and with the embedding
+            again. Parts that are not kept are None, so names and initial values stay as in the whole model.
 
     References:
         Devlin et al., BERT, arXiv:1810.04805.
@@ -57,22 +60,29 @@ class BERT(nn.Module):
     torch.Size([3, 8, 264])
     """
 
-    def __init__(self, config: BERTConfig) -> None:
+    def __init__(self, config: BERTConfig, kept: range | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.segment = nn.Embedding(config.segments, config.dim) if config.segments else None
+        kept = range(config.layers) if kept is None else kept
+        first, last = 0 in kept, config.layers - 1 in kept
+        embed = nn.Embedding(config.vocab, config.dim)
+        segment = nn.Embedding(config.segments, config.dim) if config.segments else None
+        self.embed = embed if first or last else None
+        self.segment = segment if first else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = Blocks(Block(config, index) for index in range(config.layers))
-        self.norm = norm(config)
-        self.head = nn.Linear(config.dim, config.dim, bias=False)
-        self.head_norm = norm(config)
-        for part in (self.embed, self.segment, self.head):
+        self.blocks = Blocks.of((Block(config, index) for index in range(config.layers)), kept)
+        head = nn.Linear(config.dim, config.dim, bias=False)
+        self.norm, self.head, self.head_norm = (norm(config), head, norm(config)) if last else (None, None, None)
+        for part in (embed, segment, head):  # kept or not, as the blocks
             if part is not None:
                 nn.init.normal_(part.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None, hidden: Hidden = ()
+    ) -> Tensor | Hidden:
         """Compute the logits of the token at each position.
+
+        A pipeline stage gets the same tokens, mask and segments as the whole model.
 
         Args:
             tokens: token ids, int64 [B, S], with S at most ``config.seq_len``.
@@ -80,25 +90,40 @@ class BERT(nn.Module):
                 has no padding.
             segments: segment of each token, int64 [B, S], if the config has segments. None, the default, puts all
                 tokens into segment 0.
+            hidden: what the stage before returned, for a later pipeline stage; () by default.
 
         Returns:
-            Logits [B, S, vocab]. At padding they are finite, and mean nothing.
+            Logits [B, S, vocab]. At padding they are finite, and mean nothing. A stage without the last block returns
+            its hidden states, a tuple of [B, S, D].
 
         Raises:
-            ValueError: shapes or a dtype that do not fit, or segments that the config does not have.
+            ValueError: shapes or a dtype that do not fit, segments that the config does not have, or hidden states that
+                a stage lacks.
         """
+        config = self.config
+        self.check_inputs(tokens, mask, segments)
+        check_hidden(hidden, 0 if self.blocks[0] is not None else 1)
+        x = hidden[0] if hidden else self._embedded(tokens, segments)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
+        x = self.blocks(x, Context(tokens, mask, cos, sin, attn_mask))
+        if self.norm is None or self.head is None or self.head_norm is None or self.embed is None:
+            return (x,)
+        x = self.head_norm(F.gelu(self.head(self.norm(x))))
+        return F.linear(x, self.embed.weight)
+
+    def check_inputs(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> None:
+        """Raise a ValueError for inputs that do not fit. A pipeline calls it on every rank before any waits."""
         check_tokens(tokens, self.config, mask)
+        if segments is not None and not self.config.segments:
+            raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
+
+    def _embedded(self, tokens: Tensor, segments: Tensor | None) -> Tensor:
+        assert self.embed is not None
         x = self.embed(tokens)
         if self.segment is not None:
             x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
-        elif segments is not None:
-            raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
-        attn_mask = None if mask is None else mask[:, None, None, :]
-        config = self.config
-        cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
-        x = self.blocks(self.dropout(x), Context(tokens, mask, cos, sin, attn_mask))
-        x = self.head_norm(F.gelu(self.head(self.norm(x))))
-        return F.linear(x, self.embed.weight)
+        return self.dropout(x)
 
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""

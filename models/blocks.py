@@ -100,6 +100,11 @@ class Config:
         return [f"blocks.{index}.feed_forward" for index in range(self.layers) if self.has_experts(index)]
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the whole model."""
+        return self.layers
+
+    @property
     def ffn(self) -> int:
         """Hidden width of a dense block: of the top_k experts of a token and the shared ones together."""
         shared = self.moe.get("shared", 0)
@@ -127,6 +132,9 @@ class RotaryConfig(Config):
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         super().__post_init__()
+
+
+Hidden = tuple[Tensor, ...]  # hidden states between pipeline stages, each [B, S, D]
 
 
 class Context(NamedTuple):
@@ -262,6 +270,14 @@ def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> 
         raise ValueError(f"tokens must be [B, S] with S <= seq_len={config.seq_len}; got {tuple(tokens.shape)}")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(tokens.shape)}; got {mask.dtype} {tuple(mask.shape)}")
+
+
+def check_hidden(hidden: Hidden, number: int) -> None:
+    """Raise a ValueError unless a model, or a pipeline stage of one, got as many hidden states as it begins with."""
+    if len(hidden) != number:
+        raise ValueError(
+            f"hidden must have {number} tensors here, as the pipeline stage before returns them; got {len(hidden)}"
+        )
 
 
 def rotary(length: int, size: int, base: float = 10_000.0, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ def context_parallel(model: Model, split: SequenceSplit) -> Model:
     FSDP. `parallel_model` does all of this.
 
     Args:
-        model: `GPT`, a pipeline stage of one, `BERT` or `T5`, built on every rank after the same `torch.manual_seed`.
+        model: `GPT`, `BERT`, `T5`, or a pipeline stage of one, built on every rank after the same `torch.manual_seed`.
             A stage passes hidden states [B, S / cp / tp, D] on.
         split: how sequences are split, ``SequenceSplit.of(config, meshes)``. With cp = 1 the model stays unchanged.
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..dispatch import mesh as axes
@@ -42,7 +42,7 @@ def data_parallel(
     - ``"fsdp"``: ZeRO-3. Parameters are split as well, and gathered before a block's forward and before its backward.
 
     Args:
-        model: `GPT`, or a pipeline stage of one, `BERT` or `T5`.
+        model: `GPT`, `BERT`, `T5`, or a pipeline stage of one.
         meshes: meshes that the model was spread over.
         how: kind of data parallelism, as above; ``"fsdp"`` by default. In a pipeline "zero2" and "fsdp" act as
             "zero1": a stage stays gathered during a step, since its backward may come in two halves.
@@ -122,7 +122,7 @@ def computed_in(dtype: torch.dtype, model: Model, device_type: str) -> Model:
     return model
 
 
-def _cast(forward: Callable[..., Tensor], dtype: torch.dtype, device_type: str, *args: Any, **options: Any) -> Tensor:
+def _cast(forward: Callable[..., Any], dtype: torch.dtype, device_type: str, *args: Any, **options: Any) -> Any:
     with torch.autocast(device_type, dtype):
         y = forward(*args, **options)
-    return y.float()
+    return tuple(x.float() for x in y) if isinstance(y, tuple) else y.float()

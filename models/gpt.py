@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Block, Context, RotaryConfig, active_parameters, check_tokens, norm, rotary
+from .blocks import Block, Context, Hidden, RotaryConfig, active_parameters, check_hidden, check_tokens, norm, rotary
 from .documents import document_mask, documents_of
 from .dropout import Dropout
 from .loss import IGNORED
@@ -93,11 +93,8 @@ class GPT(nn.Module):
         first, last = 0 in kept, config.layers - 1 in kept
         embed = nn.Embedding(config.vocab, config.dim)
         self.embed = embed if first or (last and (config.tied or config.mtp)) else None
-        self.blocks = Blocks()
-        for index in range(config.layers):
-            # every block is built, kept or not: it draws the random numbers that it would in the whole model
-            block = Block(config, index, causal=True, window=config.window(index))
-            self.blocks.add_module(str(index), block if index in kept else None)
+        blocks = (Block(config, i, causal=True, window=config.window(i)) for i in range(config.layers))
+        self.blocks = Blocks.of(blocks, kept)
         self.norm = norm(config) if last else None
         self.dropout = Dropout(config.dropout)
         nn.init.normal_(embed.weight, std=0.02)
@@ -111,52 +108,48 @@ class GPT(nn.Module):
             HeadLosses(config.z_loss, config.mtp_weight, config.eod) if config.mtp or config.z_loss else None
         )
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, hidden: Hidden = ()) -> Tensor | Hidden:
         """Compute the logits of each next token.
 
         Args:
-            x: token ids, int64 [B, S], with S at most ``config.seq_len``. A later pipeline stage takes the hidden
-                states [B, S, D] of the stage before it.
-            tokens: token ids, int64 [B, S], for a later stage whose gates route by them, or whose documents begin with
-                ``config.eod``; None by default.
+            tokens: token ids, int64 [B, S], with S at most ``config.seq_len``, the same for all pipeline stages.
             targets: token after each one, int64 [B, S], -100 to leave a position out. Training needs them if the config
                 has `mtp` or `z_loss`, whose losses `aux_loss` then returns. None by default.
+            hidden: what the stage before returned, for a later pipeline stage; () by default.
 
         Returns:
-            Logits [B, S, vocab]. A stage without the last block returns hidden states [B, S, D].
+            Logits [B, S, vocab]. A stage without the last block returns its hidden states, a tuple of [B, S, D].
 
         Raises:
-            ValueError: ids of a wrong shape, ids given to a stage that has no embedding, or no targets where training
-                needs them.
+            ValueError: ids of a wrong shape, hidden states that a stage lacks, or no targets where training needs them.
         """
-        begins = not x.is_floating_point()
-        tokens = x if begins else tokens
-        if tokens is not None:
-            check_tokens(tokens, self.config)
-        if begins:
-            if self.embed is None:
-                raise ValueError(
-                    "x holds token ids, but this stage has no embedding: give it the hidden states of the stage before"
-                )
-            x = self.dropout(self.embed(x))
         config = self.config
+        self.check_inputs(tokens)
+        check_hidden(hidden, 0 if self.blocks[0] is not None else 1)
+        x = hidden[0] if hidden else self._embedded(tokens)
         cos, sin = rotary(config.seq_len, config.head_size, config.rope_base, x.device)
         mask = documents = None
         if config.eod is not None:
-            if tokens is None:
-                raise ValueError(f"eod={config.eod} is set, and this stage needs tokens= to tell documents apart")
             documents = documents_of(tokens, config.eod)
             mask = document_mask(documents)
         context = Context(tokens, cos=cos, sin=sin, attn_mask=mask, documents=documents)
         x = self.blocks(x, context)
         if self.norm is None:
-            return x
+            return (x,)
         logits = self._logits(self.norm(x))
         if self.head_losses is not None and self.training and torch.is_grad_enabled():
             if targets is None:
                 raise ValueError("mtp and z_loss need the targets in training: call model(tokens, targets=targets)")
             self.head_losses(logits, targets, self._further(x, targets, context))
         return logits
+
+    def check_inputs(self, tokens: Tensor) -> None:
+        """Raise a ValueError for inputs of a wrong shape. A pipeline calls it on every rank before any waits."""
+        check_tokens(tokens, self.config)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        assert self.embed is not None
+        return self.dropout(self.embed(tokens))
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.head is not None:
@@ -168,13 +161,11 @@ class GPT(nn.Module):
         """Logits of further tokens, depth by depth, from the hidden states of the last block."""
         logits = []
         for number, depth in enumerate(self.mtp):
-            assert self.embed is not None
             assert isinstance(depth, Depth)
             tokens = further_targets(targets, number, self.config.eod)
             known = (tokens != IGNORED) & (tokens != self.config.eod)
             tokens = torch.where(known, tokens, 0)  # behind the end; its experts would see what is no token
-            embedded = self.dropout(self.embed(tokens))
-            x = depth(x, embedded, context._replace(tokens=tokens, mask=known))
+            x = depth(x, self._embedded(tokens), context._replace(tokens=tokens, mask=known))
             logits.append(self._logits(depth.norm(x)))
         return logits
 
@@ -196,12 +187,3 @@ class GPT(nn.Module):
         spans = [min(config.window(index) or seq_len, seq_len) for index in range(config.layers)]
         further = config.mtp * (config.vocab * config.dim + 2 * config.heads * config.head_size * seq_len)
         return 6 * (self.active_parameters() + further) + 12 * config.heads * config.head_size * sum(spans)
-
-
-def check_gpt(given: object, what: str) -> None:
-    """Raise a TypeError if `given` is no GPT and no GPTConfig, with the way that is open for `BERT` and `T5`."""
-    if not isinstance(given, GPT | GPTConfig):
-        raise TypeError(
-            f"{what} splits a GPT; got {type(given).__name__}: leave pp at 1, where parallel_model takes a BERT or a "
-            "T5 as well, and spread experts and batches of any model by parallelize(model, mesh) and FSDP2"
-        )

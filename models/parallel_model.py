@@ -18,17 +18,15 @@ from ..moe.parallel.parallelize import moe_layers, parallelize
 from .bert import BERT, BERTConfig
 from .context_parallel import How, SequenceSplit, context_parallel
 from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
-from .gpt import GPT, GPTConfig, check_gpt
+from .gpt import GPT, GPTConfig
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
-from .pipeline.checks import check_batch
-from .pipeline.engine import Losses, Pipeline
-from .pipeline.partition import Stages
+from .pipeline.checks import check_batch, check_rows
+from .pipeline.engine import Inputs, Losses, Pipeline
+from .pipeline.partition import Stages, check_config, model_of
 from .recompute import recompute as recomputing
 from .t5 import T5, T5Config
 from .tensor_parallel import tensor_parallel
-
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 def parallel_model(
@@ -64,8 +62,7 @@ def parallel_model(
         optimizer.zero_grad()
 
     Args:
-        config: sizes of the whole model. Pipeline stages split a GPT alone. All other axes are for a BERT or T5 as
-            well.
+        config: sizes of the whole model.
         meshes: ranks of each kind of parallelism, from `Meshes.of`; None, the default, with `layout`.
         layout: ``"auto"`` lets the planner choose the meshes, micro-batches, schedule, data parallelism and
             recomputation, in place of what is given (`turnout.models.planner.automatic.planned`). None, the default,
@@ -89,26 +86,27 @@ def parallel_model(
 
     Raises:
         ValueError: sizes that the meshes do not divide, or options that do not go together.
-        TypeError: a config of another model, or one of BERT or T5 with pp above 1, or with `layout`.
+        TypeError: a config of another model, or one of BERT or T5 with `layout`.
     """
-    whole: Any = config  # of a GPT, wherever it is split
+    check_config(config, "parallel_model")
     if layout is not None:
-        check_gpt(config, 'layout="auto"')
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                f"layout={layout!r} is for a GPT; got {type(config).__name__}: give meshes, Meshes.of(...), instead"
+            )
         from .planner.automatic import planned  # models are imported without the planner
 
         if layout != "auto" or meshes is not None or batch is None:
             raise ValueError(f'layout="auto" takes batch=, and no meshes; got layout={layout!r}, batch={batch}')
-        meshes, chosen, _ = planned(whole, batch, dtype="bf16" if bf16 else "fp32")
+        meshes, chosen, _ = planned(config, batch, dtype="bf16" if bf16 else "fp32")
         micro_batches, schedule, stages_per_rank = (chosen[k] for k in ("micro_batches", "schedule", "stages_per_rank"))
         data, recompute = chosen["data"], chosen["recompute"]
     if meshes is None:
         raise ValueError('parallel_model needs meshes, Meshes.of(...), or layout="auto" with batch=')
     pp, tp = meshes.dense[axes.PP], meshes.dense[axes.TP]
-    if not isinstance(config, BERTConfig | T5Config) or pp.size() > 1:
-        check_gpt(config, "parallel_model")
-    split = SequenceSplit.of(whole, meshes, cp_attention)
-    stages = Stages.of(whole, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
-    parts: Sequence[Any] = stages.build(pp.get_local_rank()) if stages else [_built(config)]
+    split = SequenceSplit.of(config, meshes, cp_attention)
+    stages = Stages.of(config, schedule, pp.size(), stages_per_rank) if pp.size() > 1 else None
+    parts: list[Any] = [*stages.build(pp.get_local_rank())] if stages else [model_of(config)]
     for part in parts:
         recomputing(part.to(meshes.dense.device_type, dtype), recompute)
         tensor_parallel(part, tp)
@@ -133,8 +131,8 @@ class ParallelModel(nn.Module):
     """This rank's part of a model, and the training step that all ranks take together; made by `parallel_model`.
 
     Attributes:
-        parts: list of one whole `GPT`, `BERT` or `T5`, or of the pipeline stages of a GPT that this rank runs. Pass it
-            to `checkpoint.save`.
+        parts: list of one whole `GPT`, `BERT` or `T5`, or of the pipeline stages of one that this rank runs. Pass it to
+            `checkpoint.save`.
         meshes: meshes of the job.
         split: how sequences are split over "cp".
         micro_batches: number of micro-batches in a part of the batch.
@@ -189,7 +187,7 @@ class ParallelModel(nn.Module):
             if self.pipeline is None:
                 losses = self._one_by_one(_columns(tokens, targets), scale)
             else:
-                losses = self._piped(_columns(tokens, targets)[0], targets, scale)
+                losses = self._piped(_columns(tokens, targets), scale)
         sync_gradients(self, self.meshes)
         return losses
 
@@ -207,13 +205,29 @@ class ParallelModel(nn.Module):
         self.split.own(targets)  # raises before any rank waits for another
         columns = _columns(tokens, targets)
         if self.pipeline is not None:
-            mean = self.pipeline.evaluate(columns[0], targets)
+            mean = self.pipeline.evaluate(columns[:-1], targets)
         else:
             rows = zip(*(each.tensor_split(self.micro_batches) for each in columns), strict=True)
             losses = [self.split.loss(self.parts[0](*x), y) * len(y) for *x, y in rows if len(y)]
             mean = torch.stack(losses).sum(dtype=torch.float64) / len(targets)
         reshard(self)
         return mean
+
+    @torch.no_grad()
+    def logits(self, tokens: Inputs) -> Tensor | None:
+        """Logits of a batch, without gradients, on ranks that have the last pipeline stage. Call ``eval()`` before.
+
+        Args:
+            tokens: this data rank's part of the batch, as for `evaluate`.
+
+        Returns:
+            Logits [B, S, vocab], or None on ranks without the last stage. With "tp" they are a DTensor. With "cp" they
+            are of this rank's part of the sequences.
+        """
+        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        found = [self.parts[0](*inputs)] if self.pipeline is None else self.pipeline.logits(inputs)
+        reshard(self)
+        return torch.cat(found) if found else None
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that the norm over the whole model is at most `max_norm`; returns the norm before."""
@@ -234,24 +248,17 @@ class ParallelModel(nn.Module):
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
 
-    def _piped(self, tokens: Tensor, targets: Tensor, scale: float) -> Losses:
+    def _piped(self, columns: Sequence[Tensor], scale: float) -> Losses:
         """Run the parts of the batch through the pipeline, one after the other."""
         assert self.pipeline is not None
         n = self.accumulate
-        parts = zip(tokens.chunk(n), targets.chunk(n), strict=True)
-        losses = [self.pipeline.step(x, y, scale / n) for x, y in parts]
+        parts = zip(*(each.chunk(n) for each in columns), strict=True)
+        losses = [self.pipeline.step(tuple(x), y, scale / n) for *x, y in parts]
         return Losses(*(torch.stack(each).mean(0) for each in zip(*losses, strict=True)))
-
-
-def _built(config: GPTConfig | BERTConfig | T5Config) -> GPT | BERT | T5:
-    if isinstance(config, GPTConfig):
-        return GPT(config)
-    return BERT(config) if isinstance(config, BERTConfig) else T5(config)
 
 
 def _columns(inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
     """Inputs and targets, which have a row for each sequence."""
     columns = (*inputs, targets) if isinstance(inputs, tuple) else (inputs, targets)
-    if lengths := {len(each) for each in columns} - {len(targets)}:
-        raise ValueError(f"inputs and targets must be of as many sequences; got {lengths.pop()} and {len(targets)}")
+    check_rows(columns, len(targets))
     return columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from math import sqrt
@@ -25,6 +25,17 @@ class Blocks(nn.ModuleList):
     """Blocks in sequence, each called as ``block(x, *context)``. Blocks of other pipeline stages are None."""
 
     segment: int = 0  # number of blocks that are recomputed together; 0: no recomputation
+
+    @classmethod
+    def of(cls, blocks: Iterable[nn.Module], kept: range) -> Blocks:
+        """Blocks whose numbers, from 0, are in a range. Pass a generator, so that the others take no memory.
+
+        All are built, kept or not: each draws the random numbers that it would in the whole model.
+        """
+        held = cls()
+        for index, block in enumerate(blocks):
+            held.add_module(str(index), block if index in kept else None)
+        return held
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         """Hidden states x [B, S, D] -> [B, S, D], through all blocks that are not None."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .blocks import Block, Config, Context, active_parameters, check_tokens, norm
+from .blocks import Block, Config, Context, Hidden, active_parameters, check_hidden, check_tokens, norm
 from .dropout import Dropout, Part
 from .recompute import Blocks
 
@@ -51,9 +51,13 @@ class T5Config(Config):
 
     def moe_layers(self) -> list[str]:
         """Names of all MoE layers of the model: the encoder's, then the decoder's."""
-        decoder = self.layers if self.decoder_layers is None else self.decoder_layers
-        stacks = {"encoder": self.layers, "decoder": decoder}
+        stacks = {"encoder": self.layers, "decoder": self.num_blocks - self.layers}
         return [f"{name}.{i}.feed_forward" for name, n in stacks.items() for i in range(n) if self.has_experts(i)]
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of encoder and decoder together."""
+        return self.layers + (self.layers if self.decoder_layers is None else self.decoder_layers)
 
 
 class T5(nn.Module):
@@ -65,7 +69,12 @@ class T5(nn.Module):
     every world size.
 
     Args:
-        config: sizes of the model.
+        config: sizes of the whole model.
+        kept: range of blocks that this pipeline stage holds. They are counted from 0, the encoder's and then the
+            decoder's. None, the default, is all of them. The first block of each stack comes with the embedding, and
+            the last one with the norm. The decoder's last has the embedding as well, which is the head. Blocks of a
+            stack come with its table of biases. Parts that are not kept are None, so names and initial values stay as
+            in the whole model.
 
     References:
         Raffel et al., T5, arXiv:1910.10683. Fedus et al., Switch Transformers, arXiv:2101.03961.
@@ -76,26 +85,39 @@ class T5(nn.Module):
     torch.Size([3, 5, 320])
     """
 
-    def __init__(self, config: T5Config) -> None:
+    def __init__(self, config: T5Config, kept: range | None = None) -> None:
         super().__init__()
         self.config = config
-        decoder_layers = config.layers if config.decoder_layers is None else config.decoder_layers
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        layers, number = config.layers, config.num_blocks
+        kept = range(number) if kept is None else kept
+        in_decoder = range(kept.start - layers, kept.stop - layers)  # of the blocks, the decoder's counted from 0
+        embed = nn.Embedding(config.vocab, config.dim)
+        self.embed = embed if {0, layers, number - 1} & {*kept} else None
         self.dropout = Dropout(config.dropout)
-        self.encoder_bias = RelativeBias(config, causal=False)
-        self.encoder = Blocks(Block(config, index) for index in range(config.layers))
-        self.encoder_norm = norm(config)
+        bias = RelativeBias(config, causal=False)  # kept or not, it draws its random numbers, as the blocks do
+        self.encoder_bias = bias if kept.start < layers else None
+        self.encoder = Blocks.of((Block(config, index) for index in range(layers)), kept)
+        self.encoder_norm = norm(config) if layers - 1 in kept else None
         self.encoder_dropout = Dropout(config.dropout)
-        self.decoder_bias = RelativeBias(config, causal=True)
-        self.decoder = Blocks(Block(config, index, cross=True) for index in range(decoder_layers))
-        self.decoder_norm = norm(config)
+        bias = RelativeBias(config, causal=True)
+        self.decoder_bias = bias if kept.stop > layers else None
+        blocks = (Block(config, index, cross=True) for index in range(number - layers))
+        self.decoder = Blocks.of(blocks, in_decoder)
+        self.decoder_norm = norm(config) if number - 1 in kept else None
         self.decoder_dropout = Dropout(config.dropout)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(embed.weight, std=0.02)
 
     def forward(
-        self, source: Tensor, target: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        source: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        hidden: Hidden = (),
+    ) -> Tensor | Hidden:
         """Compute the logits of the token after each target token.
+
+        A pipeline stage gets the same tokens and masks as the whole model.
 
         Args:
             source: token ids that the encoder reads, int64 [B, M], with M at most ``config.seq_len``.
@@ -104,29 +126,62 @@ class T5(nn.Module):
                 the default, has no padding.
             target_mask: bool [B, S], False = padding of the target, which goes to no expert. It must come last, where
                 the causal mask hides it.
+            hidden: what the stage before returned, for a later pipeline stage; () by default.
 
         Returns:
-            Logits [B, S, vocab].
+            Logits [B, S, vocab]. Stages without the last block return a tuple. If its last block is the encoder's, it
+            has the hidden states [B, M, D]. Else it has the hidden states [B, S, D], then the memory [B, M, D].
 
         Raises:
-            ValueError: ids or masks of a wrong shape or dtype.
+            ValueError: ids or masks of a wrong shape or dtype, or hidden states that a stage lacks.
         """
-        return self.decode(target, self.encode(source, mask), mask, target_mask)
+        reads_one = self.encoder_bias is not None or self.decoder[0] is not None
+        check_hidden(hidden, 0 if self.encoder[0] is not None else 1 if reads_one else 2)
+        if self.encoder_bias is not None:
+            hidden = (self.encode(source, mask, *hidden),)
+        if self.decoder_bias is not None:
+            *x, memory = hidden
+            hidden = (self.decode(target, memory, mask, target_mask, *x), memory)
+        if self.decoder_norm is not None:
+            return hidden[0]
+        return tuple(x.clone() for x in hidden)  # FSDP2 puts hooks on them, so the memory must not be a view
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode source ids, int64 [B, M], to hidden states [B, M, D]. Generation needs it once per text."""
+    def check_inputs(
+        self, source: Tensor, target: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
+    ) -> None:
+        """Raise a ValueError for inputs that do not fit. A pipeline calls it on every rank before any waits."""
         check_tokens(source, self.config, mask)
+        check_tokens(target, self.config, target_mask)
+
+    def encode(self, source: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        """Encode source ids, int64 [B, M], to the memory [B, M, D]. Generation needs it once per text.
+
+        With `tensor_parallel`, the result is this rank's part of the memory, [B, M / tp, D]. A later pipeline stage
+        continues from the hidden states x [B, M, D]. Without the encoder's last block it returns hidden states again.
+        """
+        check_tokens(source, self.config, mask)
+        assert self.encoder_bias is not None
         bias = self.encoder_bias(source.shape[1])
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], -torch.inf)
-        x = self.encoder(self.dropout(self.embed(source)), Context(source, mask, attn_mask=bias))
-        return self.encoder_dropout(self.encoder_norm(x))
+        y = self.encoder(self._embedded(source) if x is None else x, Context(source, mask, attn_mask=bias))
+        return y if self.encoder_norm is None else self.encoder_dropout(self.encoder_norm(y))
 
     def decode(
-        self, target: Tensor, memory: Tensor, mask: Tensor | None = None, target_mask: Tensor | None = None
+        self,
+        target: Tensor,
+        memory: Tensor,
+        mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
-        """Decode target ids, int64 [B, S], to logits [B, S, vocab]; `memory` [B, M, D] is the result of `encode`."""
+        """Decode target ids, int64 [B, S], to logits [B, S, vocab]; `memory` [B, M, D] is the result of `encode`.
+
+        A later pipeline stage continues from the hidden states x [B, S, D]. Without the last block it returns hidden
+        states again.
+        """
         check_tokens(target, self.config, target_mask)
+        assert self.decoder_bias is not None
         memory_mask = None if mask is None else mask[:, None, None, :]
         context = Context(
             target,
@@ -135,8 +190,14 @@ class T5(nn.Module):
             memory=memory,
             memory_mask=memory_mask,
         )
-        x = self.decoder(self.dropout(self.embed(target)), context)
-        return F.linear(self.decoder_dropout(self.decoder_norm(x)), self.embed.weight)
+        y = self.decoder(self._embedded(target) if x is None else x, context)
+        if self.decoder_norm is None or self.embed is None:
+            return y
+        return F.linear(self.decoder_dropout(self.decoder_norm(y)), self.embed.weight)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        assert self.embed is not None
+        return self.dropout(self.embed(tokens))
 
     def active_parameters(self) -> int:
         """Number of matrix parameters that one token uses: an MoE layer counts with its router and top_k experts."""
@@ -150,12 +211,19 @@ class T5(nn.Module):
             target: number of tokens that the decoder reads. The keys and values of its cross attention are those of
                 the source.
         """
+        return sum(self.block_flops(source, target))
+
+    def block_flops(self, source: int, target: int) -> list[int]:
+        """FLOPs of each block, the encoder's and then the decoder's; see `flops`. The last one includes the head."""
         config = self.config
-        read = sum(p.numel() for block in self.decoder for p in _cross(block))  # matrices that the source runs through
-        encoder, decoder = active_parameters(self.encoder), active_parameters(self.decoder) - read
-        matrices = (encoder + read) * source + (decoder + config.vocab * config.dim) * target
-        scores = len(self.encoder) * source**2 + len(self.decoder) * target * (target + source)
-        return 6 * matrices + 12 * config.heads * config.head_size * scores
+        width = 12 * config.heads * config.head_size
+        costs = [6 * active_parameters(block) * source + width * source**2 for block in self.encoder]
+        for block in self.decoder:
+            read = sum(p.numel() for p in _cross(block))  # matrices that the source runs through
+            matrices = (active_parameters(block) - read) * target + read * source
+            costs.append(6 * matrices + width * target * (target + source))
+        costs[-1] += 6 * config.vocab * config.dim * target
+        return costs
 
 
 class RelativeBias(nn.Module):

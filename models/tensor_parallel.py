@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from ..moe.experts.sharded import watching
 from ..moe.layer import MoE
 from .bert import BERT
-from .blocks import Attention, Block
+from .blocks import Attention, Block, Context
 from .dropout import Dropout, Part
 from .gpt import GPT
 from .multi_token import Depth
@@ -48,8 +48,8 @@ def tensor_parallel(model: Model, mesh: DeviceMesh) -> Model:
     elements of its own part (`turnout.models.dropout`).
 
     Args:
-        model: `GPT`, a pipeline stage of one, `BERT` or `T5`, built on every rank after the same `torch.manual_seed`.
-            The meta device is allowed. A stage passes hidden states [B, S / tp, D] on.
+        model: `GPT`, `BERT`, `T5`, or a pipeline stage of one, built on every rank after the same
+            `torch.manual_seed`. The meta device is allowed. A stage passes hidden states [B, S / tp, D] on.
         mesh: mesh of one axis named "tp", `Meshes.dense["tp"]`. With one rank the model stays unchanged.
 
     Returns:
@@ -109,20 +109,30 @@ def _split_bert(model: BERT, mesh: DeviceMesh) -> None:
     if model.segment is not None:
         _apply(model.segment, mesh, OwnTokens())
         model.segment.register_forward_pre_hook(lambda module, ids: tuple(_own_columns(mesh, each) for each in ids))
+    if model.norm is None or model.head is None or model.head_norm is None:
+        return
     _apply(model.head, mesh, OwnTokens())
-    for each in (model.norm, model.head_norm):
-        _apply(each, mesh, SequenceParallel(use_local_output=True))
+    for final in (model.norm, model.head_norm):
+        _apply(final, mesh, SequenceParallel(use_local_output=True))
     _gather_output(model.head_norm, mesh)
 
 
 def _split_t5(model: T5, mesh: DeviceMesh) -> None:
     """Split what a T5 has beside its embedding and its blocks. Blocks of the decoder share one gathered memory."""
-    for bias in (model.encoder_bias, model.decoder_bias):
+    for bias in [each for each in (model.encoder_bias, model.decoder_bias) if each is not None]:
         _apply(bias, mesh, OwnHeads())
-    for each in (model.encoder_norm, model.decoder_norm):
-        _apply(each, mesh, SequenceParallel(use_local_output=True))
-    for last in (model.encoder_dropout, model.decoder_dropout):
-        _gather_output(last, mesh)
+    for final in [each for each in (model.encoder_norm, model.decoder_norm) if each is not None]:
+        _apply(final, mesh, SequenceParallel(use_local_output=True))
+    _gather_output(model.decoder_dropout, mesh)
+    model.decoder.register_forward_pre_hook(partial(_gather_memory, mesh))
+
+
+def _gather_memory(mesh: DeviceMesh, decoder: nn.Module, args: tuple[Tensor, Context]) -> tuple[Tensor, Context]:
+    """Gather the memory, of which each rank has its part of every sequence, once for all blocks of a decoder."""
+    x, context = args
+    assert context.memory is not None
+    memory = DTensor.from_local(context.memory, mesh, [Shard(1)], run_check=False)
+    return x, context._replace(memory=memory.redistribute(placements=[Replicate()]))
 
 
 def _gather_output(module: nn.Module, mesh: DeviceMesh) -> None:

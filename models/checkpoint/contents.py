@@ -1,7 +1,7 @@
 """Contents of a checkpoint: values of a model and its optimizer, by the names of the whole model.
 
-Each name has the places where torch keeps its value: a dict of the model or the optimizer, and a key. The embedding
-of a pipeline has two places, in the first and the last stage. It is saved once and loaded into both.
+Each name has the places where torch keeps its value: a dict of the model or the optimizer, and a key. A parameter that
+pipeline stages share, such as a tied embedding, has several places. It is saved once and loaded into all.
 """
 
 from __future__ import annotations

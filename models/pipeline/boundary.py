@@ -45,6 +45,10 @@ class Boundary:
             ValueError: a length, or a width D, that does not split over the ranks.
         """
         size = 1 if self.group is None else dist.get_world_size(self.group)
+        if length % self.parts:
+            raise ValueError(
+                f"sequences of {length} tokens do not split over cp={self.parts} ranks; use a multiple of {self.parts}"
+            )
         length //= self.parts
         split = length if self.sequence_parallel else self.dim
         if split % size:

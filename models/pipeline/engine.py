@@ -1,7 +1,7 @@
-"""Pipeline engine: runs a batch through the stages of a GPT in micro-batches, by a schedule of torch's.
+"""Pipeline engine: runs a batch through the stages of a model in micro-batches, by a schedule of torch's.
 
 torch.distributed.pipelining runs the schedules. This file adds the balance losses of stages that never see the task's
-loss, the embedding that two stages share, and losses that all ranks get.
+loss, the parameters that stages share, and losses that all ranks get.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
-from ...moe.experts.sharded import local
 from ...moe.parallel.gradients import clip_grad_norm_
 from ...moe.parallel.parallelize import moe_layers
-from ..gpt import GPT
+from ..blocks import Hidden
+from ..gpt import GPTConfig
 from ..loss import next_token_loss
+from ..t5 import T5Config
 from .boundary import Boundary
-from .checks import check_batch, check_sizes
-from .partition import Stages
-from .stage import Stage, keep_gathered
+from .checks import check_batch, check_rows, check_sizes
+from .partition import Model, Stages
+from .shared_parameters import SharedParameters
+from .stage import Stage, keep_gathered, nothing_left
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -41,6 +42,7 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
+Inputs = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
@@ -51,7 +53,7 @@ class Losses(NamedTuple):
 
 
 class Pipeline:
-    """Trains a GPT whose stages are spread over the ranks of a pipeline; each rank makes one with its own stages.
+    """Trains a GPT, BERT or T5 in stages over the ranks of a pipeline; each rank makes one with its own stages.
 
     A step computes the gradients of the mean of ``loss_fn + aux_loss`` over micro-batches, as one rank would get them.
     The whole batch at once would give the same gradients, except for balance losses over "local" and "global". These
@@ -80,7 +82,7 @@ class Pipeline:
 
     def __init__(
         self,
-        parts: Sequence[GPT],
+        parts: Sequence[Model],
         stages: Stages,
         group: ProcessGroup,
         micro_batches: int,
@@ -100,7 +102,7 @@ class Pipeline:
         self.boundary = Boundary(stages.config.dim) if boundary is None else boundary
         parameter = next(self.parts.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype if dtype is None else dtype
-        self._schedule: tuple[tuple[int, int], Any, list[Stage]] | None = None
+        self._schedule: tuple[Any, Any, list[Stage]] | None = None
         self._losses: list[Tensor] = []  # task loss of each micro-batch of the current step, detached
         self._weight = 1.0  # weight of a micro-batch in their mean
 
@@ -110,14 +112,15 @@ class Pipeline:
         copied.__dict__ = deepcopy({**self.__dict__, "_schedule": None, "_losses": []}, memo)
         return copied
 
-    def step(self, tokens: Tensor, targets: Tensor, scale: float = 1.0) -> Losses:
+    def step(self, tokens: Inputs, targets: Tensor, scale: float = 1.0) -> Losses:
         """Run forward and backward of a batch, and add the gradients to those that are there. All ranks call it.
 
         `stats` of MoE layers then belong to the last micro-batch.
 
         Args:
-            tokens: token ids, int64 [B, S], the same on all ranks, with B a multiple of `micro_batches`.
-            targets: token after each one, int64 [B, S].
+            tokens: token ids, int64 [B, S], the same on all ranks, with B a multiple of `micro_batches`; or a tuple of
+                the model's inputs, which all have B rows.
+            targets: token after each one, or that a BERT has to find, int64 [B, S].
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
         Returns:
@@ -126,18 +129,23 @@ class Pipeline:
         Raises:
             ValueError: a batch that does not split into `micro_batches`.
         """
-        check_batch(tokens, self.micro_batches)
+        check_batch(targets, self.micro_batches)
         self._check_backward()
-        schedule, stages = self._prepare(len(tokens) // self.micro_batches, tokens.shape[1])
+        inputs = self._inputs(tokens, len(targets))
+        schedule, stages = self._prepare(len(targets) // self.micro_batches, [x.shape[1] for x in inputs])
         self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
             stage.aux, stage.weight = [], self._weight
-        earlier = [(p, p.grad) for p in self._embeddings()]
+        shared = self._shared()
+        earlier = [(p, p.grad) for p in shared.parameters()]
         for p, _ in earlier:
-            p.grad = None  # the two copies of the embedding exchange the gradient of this step alone
-        further = {"targets": targets} if self.stages.config.mtp or self.stages.config.z_loss else {}
-        schedule.step(tokens, tokens=tokens, **further, target=targets, return_outputs=False)
-        self._sum_embeddings()
+            p.grad = None  # copies of a parameter exchange the gradient of this step alone
+        config = self.stages.config
+        if isinstance(config, GPTConfig) and (config.mtp or config.z_loss):
+            inputs = (*inputs, targets)
+        named = {f"input_{number}": x for number, x in enumerate(inputs)}  # torch sends keyword arguments to all stages
+        schedule.step(inputs[0], **named, target=targets, return_outputs=False)
+        shared.sum_gradients()
         for p, grad in earlier:
             if grad is not None and p.grad is not None:
                 p.grad += grad
@@ -145,79 +153,106 @@ class Pipeline:
         return Losses(task / self.micro_batches, aux / self.micro_batches)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
         """Mean loss of a batch, without gradients. All ranks call it. Set the parts to eval mode before.
 
         Args:
-            tokens: token ids, int64 [B, S], the same on all ranks, with any positive B.
-            targets: token after each one, int64 [B, S].
+            tokens: token ids, int64 [B, S], or a tuple of the model's inputs, as for `step`, with any positive B.
+            targets: as for `step`.
 
         Returns:
             Mean loss, a scalar in float64, equal on all ranks of the pipeline.
         """
-        pieces = [(len(part), part) for part in tokens.tensor_split(self.micro_batches) if len(part)]
+        parts = [part for part in targets.tensor_split(self.micro_batches) if len(part)]
+        logits = self.logits(self._inputs(tokens, len(targets)))
+        losses = [self.loss_fn(y, part) * (len(part) / len(targets)) for y, part in zip(logits, parts, strict=False)]
+        return self._everywhere(losses)[0]
+
+    @torch.no_grad()
+    def logits(self, tokens: Inputs) -> list[Tensor]:
+        """Logits of each micro-batch of a batch, on the rank of the last stage. Other ranks return an empty list.
+
+        All ranks call it, with the same inputs as `evaluate`.
+        """
+        inputs = self._inputs(tokens)
+        pieces = [
+            piece for piece in zip(*(x.tensor_split(self.micro_batches) for x in inputs), strict=True) if len(piece[0])
+        ]
         sends: list[dist.Work] = []
-        handed: list[Tensor] = []  # outputs of the stage before, if it is on this rank
+        handed: list[Any] = []  # outputs of the stage before, if it is on this rank
         for index, part in zip(self.indices, self.parts, strict=True):
-            outputs = []
-            for number, (size, piece) in enumerate(pieces):
-                if index == 0:
-                    x = piece
-                elif index - 1 in self.indices:
-                    x = handed[number]
-                else:
-                    x = torch.empty(self.boundary.shape(size, piece.shape[1]), dtype=self.dtype, device=self.device)
-                    dist.recv(x, group=self.group, group_src=self.stages.rank_of(index - 1))
-                y = part(x if index == 0 else self.boundary.arrive(x), tokens=piece)
-                if index + 1 < len(self.stages.blocks):
-                    y = self.boundary.leave(y)
-                    if index + 1 not in self.indices:
-                        work = dist.isend(y, group=self.group, group_dst=self.stages.rank_of(index + 1))
-                        sends.append(cast(dist.Work, work))
-                outputs.append(y)
+            last, outputs = index + 1 == len(self.stages.blocks), []
+            for number, piece in enumerate(pieces):
+                hidden: Hidden = ()
+                if index > 0:
+                    received = handed[number] if index - 1 in self.indices else self._receive(index - 1, piece)
+                    hidden = tuple(map(self.boundary.arrive, received))
+                y = part(*piece, hidden=hidden)
+                outputs.append(y if last else tuple(map(self.boundary.leave, y)))
+                if not last and index + 1 not in self.indices:
+                    peer = self.stages.rank_of(index + 1)
+                    sends += [cast(dist.Work, dist.isend(x, group=self.group, group_dst=peer)) for x in outputs[-1]]
             handed = outputs
         for work in sends:
             work.wait()
-        losses = []
-        if len(self.stages.blocks) - 1 in self.indices:
-            parts = targets.tensor_split(self.micro_batches)
-            losses = [
-                self.loss_fn(y, part) * (len(part) / len(tokens))
-                for y, part in zip(handed, parts, strict=False)
-                if len(part)
-            ]
-        return self._everywhere(losses)[0]
+        return handed if len(self.stages.blocks) - 1 in self.indices else []
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the gradients of the whole model to a norm of `max_norm`, and return the norm before.
 
-        As `turnout.moe.clip_grad_norm_`, but the embedding counts once though two stages have it.
+        As `turnout.moe.clip_grad_norm_`, but a parameter that several stages have counts once.
         """
-        tied = self._embeddings()
-        own_copy = tied[-1:] if self.stages.rank_of(len(self.stages.blocks) - 1) == dist.get_rank(self.group) else []
-        return clip_grad_norm_(self.parts, max_norm, self.group, own_copy)
+        return clip_grad_norm_(self.parts, max_norm, self.group, self._shared().copies())
 
-    def _prepare(self, batch: int, length: int) -> tuple[Any, list[Stage]]:
+    def _shared(self) -> SharedParameters:
+        return SharedParameters(self.stages, dict(zip(self.indices, self.parts, strict=True)), self.group)
+
+    def _inputs(self, tokens: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
+        """The model's inputs, which are checked on all ranks before any rank waits for another."""
+        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        check_rows(inputs, len(inputs[0]) if rows is None else rows)
+        cast(Any, self.parts[0]).check_inputs(*inputs)
+        for stage in range(len(self.stages.blocks)):
+            for length in self.stages.lengths(stage, [x.shape[1] for x in inputs]):
+                self.boundary.shape(len(inputs[0]), length)
+        return inputs
+
+    def _receive(self, stage: int, inputs: Sequence[Tensor]) -> Hidden:
+        """Hidden states of a micro-batch from a stage on another rank."""
+        received = []
+        for length in self.stages.lengths(stage, [x.shape[1] for x in inputs]):
+            shape = self.boundary.shape(len(inputs[0]), length)
+            received.append(torch.empty(shape, dtype=self.dtype, device=self.device))
+            dist.recv(received[-1], group=self.group, group_src=self.stages.rank_of(stage))
+        return tuple(received)
+
+    def _prepare(self, batch: int, lengths: list[int]) -> tuple[Any, list[Stage]]:
         """Schedule and stages for micro-batches [batch, length]; new sizes need new ones, with other buffers."""
-        if self._schedule is None or self._schedule[0] != (batch, length):
+        if self._schedule is None or self._schedule[0] != (batch, lengths):
             keep_gathered(self.parts)
-            config, number = self.stages.config, len(self.stages.blocks)
+            config, last = self.stages.config, len(self.stages.blocks) - 1
 
             def meta(*shape: int, **options: Any) -> Tensor:
                 return torch.empty(*shape, device="meta", **options)
 
-            hidden = meta(*self.boundary.shape(batch, length), dtype=self.dtype, requires_grad=True)
-            logits = meta(batch, length // self.boundary.parts, config.vocab, dtype=self.dtype, requires_grad=True)
+            def returned(stage: int) -> Hidden:
+                found = self.stages.lengths(stage, lengths)
+                shapes = [self.boundary.shape(batch, length) for length in found]
+                if stage == last:
+                    shapes = [(batch, found[0] // self.boundary.parts, config.vocab)]
+                return tuple(meta(*shape, dtype=self.dtype, requires_grad=True) for shape in shapes)
+
             stages = [
                 Stage(
                     part,
                     index,
-                    number,
+                    last + 1,
                     self.device,
                     # without shapes torch would run the model once to find them
-                    input_args=(hidden if index else meta(batch, length, dtype=torch.int64),),
-                    output_args=(hidden if index + 1 < number else logits,),
+                    input_args=returned(index - 1) if index else meta(batch, lengths[0], dtype=torch.int64),
+                    output_args=returned(index),
                     group=self.group,
+                    dw_builder=nothing_left if isinstance(config, T5Config) else None,
                 )
                 for index, part in zip(self.indices, self.parts, strict=True)
             ]
@@ -230,7 +265,7 @@ class Pipeline:
                 loss_fn=self._weighted,
                 scale_grads=False,
             )
-            self._schedule = (batch, length), schedule, stages
+            self._schedule = (batch, lengths), schedule, stages
         return self._schedule[1:]
 
     def _weighted(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -262,35 +297,3 @@ class Pipeline:
         sums = torch.stack([sum((x.detach().double() for x in part), zero) for part in losses])
         dist.all_reduce(sums, group=self.group)
         return list(sums.unbind())
-
-    def _embeddings(self) -> list[nn.Parameter]:
-        """This rank's copies of the embedding: the first stage has it, and the last for a tied head or for `mtp`."""
-        if not self.stages.config.tied and not self.stages.config.mtp:
-            return []
-        last = len(self.stages.blocks) - 1
-        ends = [part for index, part in zip(self.indices, self.parts, strict=True) if index in (0, last)]
-        return [cast(GPT, part).embed.weight for part in ends] if last else []  # pyright: ignore
-
-    def _sum_embeddings(self) -> None:
-        """Give both copies of the embedding the sum of their gradients, so that they stay equal."""
-        tied = [p for p in self._embeddings() if p.requires_grad]
-        if not tied:
-            return
-        for p in tied:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if isinstance(p, DTensor):  # with tensor parallelism, embedding and head give gradients of two placements
-                p.grad = cast(DTensor, p.grad).redistribute(placements=p.placements)
-        grads = [local(cast(Tensor, p.grad)) for p in tied]
-        if len(grads) == 2:
-            grads[0].add_(grads[1])
-            grads[1].copy_(grads[0])
-            return
-        peer = self.stages.rank_of(len(self.stages.blocks) - 1 if self.indices[0] == 0 else 0)
-        mine, theirs = grads[0].contiguous(), torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        exchange = [
-            dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
-            dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
-        ]
-        for work in dist.batch_isend_irecv(exchange):
-            work.wait()
-        grads[0].add_(theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,19 @@ class Stage(PipelineStage):
     weight: float  # weight of a micro-batch in the mean
     aux: list[Tensor]  # balance loss of each micro-batch of the step, detached
 
-    def forward_maybe_with_nosync(self, x: Tensor, **options: Any) -> Tensor:
-        """Forward of one micro-batch, called by torch: token ids or received states -> logits or states to send."""
-        y = super().forward_maybe_with_nosync(x if self.is_first else self.boundary.arrive(x), **options)
+    def forward_maybe_with_nosync(self, *received: Tensor, **inputs: Tensor) -> Any:
+        """Forward of one micro-batch, called by torch: received hidden states -> logits, or hidden states to send.
+
+        `inputs` are those of the whole model, in its order. The first stage gets one of them as `received`, too.
+        """
+        hidden = () if self.is_first else tuple(map(self.boundary.arrive, received))
+        output = super().forward_maybe_with_nosync(*inputs.values(), hidden=hidden)
+        x, *others = (output,) if self.is_last else output
         aux = aux_loss(self.submod, keep=False)  # a backward in two halves could not free a graph that is kept
         self.aux.append(aux.detach())
         if aux.requires_grad:
-            y = AddLoss.apply(y, aux * self.weight)
-        return y if self.is_last else self.boundary.leave(y)
+            x = AddLoss.apply(x, aux * self.weight)
+        return x if self.is_last else tuple(map(self.boundary.leave, (x, *others)))
 
 
 class AddLoss(torch.autograd.Function):
@@ -43,6 +49,15 @@ class AddLoss(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x and of the loss."""
         return grad, torch.ones_like(ctx.saved_tensors[0])
+
+
+def nothing_left() -> Callable[..., None]:
+    """Builder of a backward's second half for stages whose first half is the whole backward: those of a T5.
+
+    torch cannot take it in halves. A parameter that several blocks of a stage use, such as a table of biases, joins
+    their nodes, and the second half would run some of them twice (2.13).
+    """
+    return lambda: None
 
 
 def keep_gathered(parts: nn.ModuleList) -> None:

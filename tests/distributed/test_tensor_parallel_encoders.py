@@ -83,8 +83,14 @@ def test_split_encoders_are_those_of_one_rank(kind, ranks, tp, ep, padded, optio
 
 def remembered():
     model = tensor_parallel(build("t5", dropout=0.4), Meshes.of("cpu", tp=2).dense["tp"])
+    seen = []
+    for block in model.decoder:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[1].memory))
     torch.manual_seed(7)
-    return model.encode(inputs("t5", False)[0][0]).to_local().detach()
+    model(*inputs("t5", False)[0])
+    assert len(seen) == 3
+    assert all(memory is seen[0] for memory in seen)  # it was gathered once
+    return seen[0].to_local().detach()
 
 
 def test_ranks_drop_elements_of_their_part_of_the_memory_and_gather_one():

@@ -29,9 +29,9 @@ def stages():
         tensor_parallel(part, meshes.dense["tp"])
         if moe_layers(part):
             parallelize(part, meshes)
-    x = parts[0](tokens[:, :-1])
+    (x,) = parts[0](tokens[:, :-1])
     assert x.shape == (BATCH, LENGTH // 2, 16)
-    loss = next_token_loss(parts[1](x, tokens=tokens[:, :-1]), tokens[:, 1:])
+    loss = next_token_loss(parts[1](tokens[:, :-1], hidden=(x,)), tokens[:, 1:])
     loss.backward()
     grads = {}
     for part in parts:

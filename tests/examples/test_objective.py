@@ -72,7 +72,8 @@ def test_padding_for_ranks_that_split_sequences_changes_no_loss():
 
 def learned(flags: str) -> tuple[list[float], dict[str, float]]:
     job = job_of(f"--lr 2e-2 {flags}", dist.get_world_size())
-    model = steps.build(job, Meshes.of("cpu", cp=job.cp, tp=job.tp, ep=job.ep, etp=job.etp), torch.float64)
+    meshes = Meshes.of("cpu", pp=job.pp, cp=job.cp, tp=job.tp, ep=job.ep, etp=job.etp)
+    model = steps.build(job, meshes, torch.float64)
     optimizer, dp = steps.optimizer_of(model, job), model.meshes.dense["dp"]
     mine = objective.Asked(job, Some(dp.get_local_rank(), dp.size(), job.micro_batches * job.accumulate))
     losses = [
@@ -103,6 +104,9 @@ def on_one(kind: str) -> tuple[list[float], dict[str, float]]:
         "--objective mlm --tp 2 --data-parallel zero1",
         "--objective denoise --tp 2 --micro-batches 2 --recompute selective",
         "--objective denoise --tp 2 --data-parallel fsdp --accumulate 2",
+        "--objective denoise --pp 2 --schedule interleaved1f1b --accumulate 2",
+        "--objective mlm --pp 2 --micro-batches 4 --data-parallel zero1",
+        "--objective denoise --pp 2 --schedule zbv --recompute full",
         "--objective denoise --cp 2 --data-parallel zero1 --micro-batches 2",
         "--objective mlm --cp 2 --recompute full --accumulate 2",
         "--objective denoise --cp 2 --ep 1 --etp 2",
@@ -139,8 +143,8 @@ def test_accuracy_is_of_the_predicted_tokens_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlm", pytest.param("denoise", marks=pytest.mark.thorough)])
 def test_the_job_runs_reports_and_resumes(tmp_path, text, kind):
-    flags = ("--objective", kind, "--steps", "4", "--save-every", "2", "--data", text)
-    whole = result(run(tmp_path, *flags, ranks=2 if kind == "mlm" else 1))
+    flags = ("--objective", kind, "--steps", "4", "--save-every", "2", "--data", text, "--micro-batches", "2")
+    whole = result(run(tmp_path, *flags, "--pp", "2", ranks=2))
     assert 0 < whole["val_loss"] < 8
     assert 0 <= whole["val_accuracy"] <= 1
     assert "val_bpb" not in whole
@@ -178,8 +182,14 @@ def test_ids_of_its_own_lie_behind_those_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--objective mlm --pp 2", "--pp (2): --objective mlm trains a BERT, which --cp, --tp, --ep, --etp and --data"),
-        ("--objective denoise --pp 2", "--pp (2): --objective denoise trains a T5"),
+        (
+            "--objective mlm --pp 2 --schedule zbv",
+            "--layers (2) must be at least 4: --schedule zbv cuts the model into 4",
+        ),
+        (
+            "--objective denoise --pp 2 --layers 1 --moe-every 1 --schedule zbv",
+            "--layers (1) must be at least 2: --sch",
+        ),
         (
             "--objective denoise --cp 2 --cp-attention ring",
             "ring attention is causal and for a GPT alone; got T5Config",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, Stages, T5Config, next_token_loss, recompute
+from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config, next_token_loss, recompute
 from turnout.models.blocks import Context, rotary
 from turnout.models.loss import head_z_loss
 from turnout.models.multi_token import further_targets
@@ -196,13 +196,6 @@ def test_flops_of_further_tokens_are_counted():
         (next_token_loss(logits, TARGETS) + aux_loss(model)).backward()
     counted, said = counter.get_total_flops() / TOKENS.numel(), model.flops_per_token()
     assert 0.9 < counted / said < 1.1
-
-
-@pytest.mark.parametrize("config", [BERTConfig(), T5Config()], ids=["bert", "t5"])
-def test_a_pipeline_of_others_is_refused(config):
-    message = f"a pipeline splits a GPT; got {type(config).__name__}: leave pp at 1, where"
-    with pytest.raises(TypeError, match=message):
-        Stages.of(config, "1f1b", 1)
 
 
 def test_biases_and_lists_of_blocks_are_for_all_models():
