@@ -135,7 +135,7 @@ def test_an_export_is_read_by_one_rank(tmp_path, name, file_bytes):
     assert (len(files) > 3) == (file_bytes == 5000)
     for sizes, message in [
         ({"layers": 2}, r"only one of the two has \['blocks\.2"),
-        ({"hidden": 8}, r"down.weight is \(16, 24\) in"),
+        ({"hidden": 8}, r"down.weight is \(16, 36\) in"),
     ]:
         with pytest.raises(checkpoint.CheckpointError, match=message):
             load_exported(tmp_path / "made" / "out", GPT(replace(config("global"), **sizes)))
