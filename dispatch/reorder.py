@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..cuda.launch import backends
 from . import kernels
+from .operators import operator
 from .plan import Plan
 from .torch_internals import embedding_bag_weight_backward, transformed
 
@@ -95,24 +96,24 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.custom_op("turnout::encode", mutates_args=())
+@operator("turnout::encode")
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return kernels.encode(x, token, slot) if x.device.type in backends and kernels.can_encode(x) else _gather(x, token)
 
 
-@torch.library.custom_op("turnout::decode", mutates_args=())
+@operator("turnout::decode")
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return kernels.decode(rows, slot) if rows.device.type in backends and kernels.can_decode(rows) else _sum(rows, slot)
 
 
-@torch.library.custom_op("turnout::decode_weighted", mutates_args=())
+@operator("turnout::decode_weighted")
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode(rows, slot, weight)
     return _sum(rows, slot, wide(weight))
 
 
-@torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
+@operator("turnout::decode_weighted_backward")
 def _decode_weighted_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 ) -> tuple[Tensor, Tensor]:

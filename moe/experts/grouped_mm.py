@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...dispatch.operators import operator
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, has_slow_half_products, transformed
 
@@ -43,7 +44,8 @@ def grouped_product(rows: Tensor, *weights: Any) -> Product:
         return weights[0].product()  # all are in 4 bits
     if transformed():
         return one_by_one
-    if computed(rows) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
+    smallest = min(side for weight in weights for side in weight.shape[1:])
+    if computed(rows, smallest) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
         return _torch_grouped_mm
     return _grouped_mm
 
@@ -174,7 +176,7 @@ def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
     return enumerate(map(slice, [0, *stops], stops))
 
 
-@torch.library.custom_op("turnout::grouped_mm", mutates_args=())
+@operator("turnout::grouped_mm")
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     y = rows.new_zeros(rows.shape[0], weight.shape[2])
     for e, span in spans(ends):
@@ -182,7 +184,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
+@operator("turnout::grouped_mm_weight")
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: rows [R, D], grad [R, H] -> [L, D, H]."""
     y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
@@ -191,12 +193,12 @@ def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("turnout::grouped_bias", mutates_args=())
+@operator("turnout::grouped_bias")
 def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
     return bias.index_select(0, _owners(ends, rows))
 
 
-@torch.library.custom_op("turnout::grouped_sum", mutates_args=())
+@operator("turnout::grouped_sum")
 def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the bias, the sum of each expert's rows: [R, H] -> [L, H]."""
     return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)

@@ -1,0 +1,50 @@
+"""Operators with a backward of their own: custom operators for graphs and GPUs, cheaper calls in eager mode on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Operator:
+    """A custom operator of PyTorch whose calls are cheap in eager mode on a CPU.
+
+    `torch.compile` needs a custom operator, and on a GPU policies of selective checkpointing name one. A call and its
+    backward cost 40 to 150 microseconds more than what they compute, several times in a layer. In eager mode on a CPU
+    this calls the same functions as a `torch.autograd.Function`, for a third of that.
+
+    Args:
+        name: qualified name, such as ``"turnout::encode"``.
+        compute: function of tensors and numbers, the first a tensor. It changes none of them.
+    """
+
+    def __init__(self, name: str, compute: Callable[..., Any]) -> None:
+        self.name, self.compute = name, compute
+        self.custom = torch.library.custom_op(name, compute, mutates_args=())
+        self.register_fake = self.custom.register_fake
+
+    def __call__(self, first: Tensor, *others: Any) -> Any:
+        eager = type(first) in (Tensor, nn.Parameter) and first.device.type == "cpu"
+        if eager and not torch.compiler.is_compiling():
+            return self.function.apply(first, *others)
+        return self.custom(first, *others)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Set the backward, as `torch.library.register_autograd` does."""
+        self.custom.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.compute(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.function: Any = type(self.name, (torch.autograd.Function,), members)  # profilers show its name
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make an `Operator` of a function, as a decorator."""
+    return lambda compute: Operator(name, compute)
