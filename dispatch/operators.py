@@ -1,4 +1,4 @@
-"""Operators with a backward of their own: custom operators for graphs and GPUs, cheaper calls in eager mode on a CPU."""
+"""Operators with a backward of their own: custom operators, whose calls are cheaper in eager mode on a CPU."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Operator:
         self.register_fake = self.custom.register_fake
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
+        """The result of `compute`, with the backward."""
         eager = type(first) in (Tensor, nn.Parameter) and first.device.type == "cpu"
         if eager and not torch.compiler.is_compiling():
             return self.function.apply(first, *others)

@@ -116,7 +116,7 @@ class _Perceptrons(torch.autograd.Function):
                     for u_, b in zip(u.split(sizes), bias[few], strict=True):
                         u_.add_(b)
             for h_, w_, *us_ in blocks(h, w, *us):
-                torch.mul(_in_place(kind, *map(wide, us_)), w_, out=h_)
+                torch.mul(kind.write(h_, *us_), w_, out=h_)
             y = out.at(span)
             products(h.split(sizes), w_down[few], y.split(sizes))
             if b_down is not None:
@@ -258,8 +258,3 @@ def _gatherer(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, s
         return torch.index_select(rows, 0, plan.token[span], out=room[: span.stop - span.start]).to(dtype)
 
     return take
-
-
-def _in_place(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Apply an activation, with the product in place. Only for a forward without a graph."""
-    return kind(up) if gate is None else kind.act.value(gate).mul_(kind.factor(up))

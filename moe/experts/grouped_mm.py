@@ -178,17 +178,18 @@ def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 @operator("turnout::grouped_mm")
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    y = rows.new_zeros(rows.shape[0], weight.shape[2])
+    y = rows.new_empty(rows.shape[0], weight.shape[2])
     for e, span in spans(ends):
         mm(rows[span], weight[e], out=y[span])
+    y[ends[-1] :] = 0  # padding
     return y
 
 
 @operator("turnout::grouped_mm_weight")
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: rows [R, D], grad [R, H] -> [L, D, H]."""
-    y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
-    for e, span in spans(ends):
+    y = rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
+    for e, span in spans(ends):  # a product over no rows is zeros
         mm(rows[span].T, grad[span], out=y[e])
     return y
 
