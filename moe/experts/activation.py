@@ -109,9 +109,9 @@ class Activation:
         if gate is None:
             return self.act.value(up), self.act.backward(grad, up)
         act, factor = self.act.value(gate), self.factor(up)
-        to_up = grad * act
+        to_up, to_gate = grad * act, grad * factor
         to_up = to_up if self.on_up is None else self.on_up.backward(to_up, up)
-        return act * factor, to_up, self.act.backward(grad * factor, gate)
+        return act.mul_(factor), to_up, self.act.write_backward(to_gate, to_gate, gate)
 
 
 ACTIVATIONS = {
