@@ -29,12 +29,13 @@ Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], i
 
 
 def pays(rows: Tensor, number: int, width: int) -> bool:
-    """Whether groups of experts are faster than all at once, for `number` rows of `width` in the dtype of `rows`.
+    """Whether groups of experts are faster than all at once, for `number` rows of `width`, computed like `rows`.
 
     They are faster if a buffer for all rows is so large that its pages are faulted in each time. The allocator keeps
     smaller buffers, and some allocators keep all. Then computing again in the backward costs more than it saves.
     """
-    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE and _faulted_anew()
+    large = rows.device.type == "cpu" and number * width * computed(rows).itemsize >= _LARGE
+    return large and _faulted_anew()
 
 
 @cache
