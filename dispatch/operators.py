@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .torch_internals import transformed
+
 
 class Operator:
     """A custom operator of PyTorch whose calls are cheap in eager mode on a CPU.
@@ -28,8 +30,9 @@ class Operator:
 
     def __call__(self, first: Tensor, *others: Any) -> Any:
         """The result of `compute`, with the backward."""
-        eager = type(first) in (Tensor, nn.Parameter) and first.device.type == "cpu"
-        if eager and not torch.compiler.is_compiling():
+        tensors = [first, *(other for other in others if isinstance(other, Tensor))]
+        has_values = type(first) in (Tensor, nn.Parameter) and first.device.type == "cpu"
+        if has_values and not torch.compiler.is_compiling() and not transformed(*tensors):
             return self.function.apply(first, *others)
         return self.custom(first, *others)
 
