@@ -122,7 +122,9 @@ def _decode_weighted_backward(
         return kernels.decode_backward(grad, rows, weight, token, slot)
     each = _row_weight(wide(weight), slot, len(rows)).unsqueeze(1)
     if rows.device.type == "cpu" and len(rows):  # one pass, where `mul_` by float32 makes several in half precision
-        return _sum(grad, token.unsqueeze(1), each), _dots(rows, grad, slot).to(weight.dtype)
+        terms = wide(grad)
+        to_rows = _sum(terms, token.unsqueeze(1), each).to(rows.dtype)
+        return to_rows, _dots(rows, terms, slot).to(weight.dtype)
     to_rows = _gather(grad, token)
     to_weight = _gather((wide(to_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
     return to_rows.mul_(each), to_weight.to(weight.dtype)
