@@ -222,7 +222,11 @@ def _plan(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tenso
 def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """token, slot and counts of `Plan`, in plain PyTorch."""
     flat = expert.flatten()
-    order = _order(flat, num_experts)
+    if flat.device.type == "cpu" and type(flat) is Tensor and num_experts < 1 << 16 and not transformed():
+        keys = flat.to(torch.uint16).numpy()  # dropped assignments, -1, are the largest, and go last
+        order = torch.from_numpy(np.argsort(keys, kind="stable"))  # a radix sort, in a fifth of the time of torch's
+    else:
+        order = torch.where(flat < 0, num_experts, flat).argsort(stable=True)
     counts = load(expert, num_experts)
     row = torch.arange(flat.numel(), device=flat.device)
     filled = row < counts.sum()
@@ -231,14 +235,6 @@ def _sorted(expert: Tensor, num_experts: int, capacity: int | None) -> tuple[Ten
     plan = Plan(expert, token, slot, counts)
     plan = plan if capacity is None else plan.padded(capacity)
     return plan.token, plan.slot, plan.counts
-
-
-def _order(expert: Tensor, num_experts: int) -> Tensor:
-    """The stable order of expert ids, int64 [N] -> int64 [N], with dropped assignments last."""
-    if num_experts < 1 << 16 and type(expert) is Tensor and expert.device.type == "cpu" and not transformed():
-        keys = expert.to(torch.uint16).numpy()  # -1 is the largest
-        return torch.from_numpy(np.argsort(keys, kind="stable"))  # a radix sort: 0.06 ms for 8192, torch's takes 0.34
-    return torch.where(expert < 0, num_experts, expert).argsort(stable=True)
 
 
 @_plan.register_fake

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..cuda.launch import backends
 from . import kernels
-from .operators import operator
 from .plan import Plan
 from .torch_internals import embedding_bag_weight_backward, transformed
 
@@ -96,24 +95,24 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-@operator("turnout::encode")
+@torch.library.custom_op("turnout::encode", mutates_args=())
 def _encode(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return kernels.encode(x, token, slot) if x.device.type in backends and kernels.can_encode(x) else _gather(x, token)
 
 
-@operator("turnout::decode")
+@torch.library.custom_op("turnout::decode", mutates_args=())
 def _decode(rows: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     return kernels.decode(rows, slot) if rows.device.type in backends and kernels.can_decode(rows) else _sum(rows, slot)
 
 
-@operator("turnout::decode_weighted")
+@torch.library.custom_op("turnout::decode_weighted", mutates_args=())
 def _decode_weighted(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode(rows, slot, weight)
     return _sum(rows, slot, wide(weight))
 
 
-@operator("turnout::decode_weighted_backward")
+@torch.library.custom_op("turnout::decode_weighted_backward", mutates_args=())
 def _decode_weighted_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 ) -> tuple[Tensor, Tensor]:

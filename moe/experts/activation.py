@@ -99,10 +99,10 @@ class Activation:
         return up if self.on_up is None else self.on_up.value(up)
 
     def write(self, out: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The hidden rows in float32 or float64, written to `out` if that has such a dtype."""
-        first = wide(up if gate is None else gate)
-        hidden = self.act.write(out if out.dtype in _WIDE else first, first)
-        return hidden if gate is None else hidden.mul_(self.factor(wide(up)))
+        """The hidden rows, from float32 or float64: written to `out` if that has the dtype, else over the first."""
+        first = up if gate is None else gate
+        hidden = self.act.write(out if out.dtype == first.dtype else first, first)
+        return hidden if gate is None else hidden.mul_(self.factor(up))
 
     def backward(self, grad: Tensor, up: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
         """The hidden rows, computed again, and the gradients of up and gate from the gradient of hidden rows."""
@@ -152,10 +152,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, kind, up, gate):
         ctx.kind = kind
         ctx.save_for_backward(up, gate)
-        out = torch.empty_like(up)
+        out, direct = torch.empty_like(up), up.dtype in _WIDE
         for o, u, g in blocks(out, up, gate):
-            if (hidden := kind.write(o, u, g)) is not o:
-                o.copy_(hidden)
+            if direct:
+                kind.write(o, u, g)
+            else:
+                o.copy_(kind.write(o, wide(u), wide(g)))
         return out
 
     @staticmethod

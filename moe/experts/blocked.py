@@ -117,7 +117,7 @@ class _Perceptrons(torch.autograd.Function):
                     for u_, b in zip(u.split(sizes), bias[few], strict=True):
                         u_.add_(b)
             for h_, w_, *us_ in blocks(h, w, *us):
-                torch.mul(kind.write(h_, *us_), w_, out=h_)
+                torch.mul(kind.write(h_, *map(wide, us_)), w_, out=h_)
             y = out.at(span)
             products(h.split(sizes), w_down[few], y.split(sizes))
             if b_down is not None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dispatch.operators import operator
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import has_half_products, has_slow_half_products, transformed
 
@@ -176,7 +175,7 @@ def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
     return enumerate(map(slice, [0, *stops], stops))
 
 
-@operator("turnout::grouped_mm")
+@torch.library.custom_op("turnout::grouped_mm", mutates_args=())
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     y = rows.new_empty(rows.shape[0], weight.shape[2])
     for e, span in spans(ends):
@@ -185,7 +184,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@operator("turnout::grouped_mm_weight")
+@torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: rows [R, D], grad [R, H] -> [L, D, H]."""
     y = rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
@@ -194,12 +193,12 @@ def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@operator("turnout::grouped_bias")
+@torch.library.custom_op("turnout::grouped_bias", mutates_args=())
 def _grouped_bias(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
     return bias.index_select(0, _owners(ends, rows))
 
 
-@operator("turnout::grouped_sum")
+@torch.library.custom_op("turnout::grouped_sum", mutates_args=())
 def _grouped_sum(rows: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the bias, the sum of each expert's rows: [R, H] -> [L, H]."""
     return _sum_of_spans(rows, ends) if rows.device.type == "cpu" else _sum_of_segments(rows, ends)
