@@ -248,7 +248,8 @@ class Waits(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@mock.patch(
+# sort as on a device, not in the memory of the host
+@mock.patch("turnout.dispatch.plan.transformed", mock.Mock(return_value=True))
     "turnout.dispatch.plan.transformed", mock.Mock(return_value=True)
 )  # sort as on a device, not in the host's memory
 def check_waits(name: str) -> None:
