@@ -250,8 +250,6 @@ class Waits(TorchFunctionMode):
 
 # sort as on a device, not in the memory of the host
 @mock.patch("turnout.dispatch.plan.transformed", mock.Mock(return_value=True))
-    "turnout.dispatch.plan.transformed", mock.Mock(return_value=True)
-)  # sort as on a device, not in the host's memory
 def check_waits(name: str) -> None:
     *_, waits = DISPATCHERS[name]
     dispatcher, _, _, x, plan, weight = load_of(name)
