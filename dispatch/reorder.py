@@ -119,9 +119,14 @@ def _decode_weighted_backward(
     """grad_rows[slot[t, j]] = weight[t, j] grad[t] and grad_weight[t, j] = <rows[slot[t, j]], grad[t]>."""
     if rows.device.type in backends and kernels.can_decode(rows):
         return kernels.decode_backward(grad, rows, weight, token, slot)
+    each = _row_weight(wide(weight), slot, len(rows)).unsqueeze(1)
+    if rows.device.type == "cpu" and len(rows):  # one pass, where `mul_` by float32 makes several in half precision
+        terms = wide(grad)
+        to_rows = _sum(terms, token.unsqueeze(1), each).to(rows.dtype)
+        return to_rows, _dots(rows, terms, slot).to(weight.dtype)
     to_rows = _gather(grad, token)
-    to_weight = _dots(rows, grad, to_rows, slot)
-    return to_rows.mul_(_row_weight(wide(weight), slot, len(rows)).unsqueeze(1)), to_weight.to(weight.dtype)
+    to_weight = _gather((wide(to_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
+    return to_rows.mul_(each), to_weight.to(weight.dtype)
 
 
 def _sum(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -149,10 +154,8 @@ def _sum_of_terms(rows: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
     return sum((_gather(terms, row) for row in slot.unbind(1)), terms.new_zeros(slot.shape[0], 1)).to(rows.dtype)
 
 
-def _dots(rows: Tensor, grad: Tensor, grad_rows: Tensor, slot: Tensor) -> Tensor:
-    """<rows[slot[t, j]], grad[t]> [T, k], 0 for dropped assignments. `grad_rows` is `encode` of grad."""
-    if rows.device.type != "cpu" or not len(rows):
-        return _gather((wide(grad_rows) * rows).sum(1, keepdim=True), slot.flatten()).view_as(slot)
+def _dots(rows: Tensor, grad: Tensor, slot: Tensor) -> Tensor:
+    """<rows[slot[t, j]], grad[t]> [T, k] on a CPU, 0 for dropped assignments."""
     row, token = slot.flatten(), torch.arange(slot.numel()) // slot.shape[1]
     # This makes no tensor of products, and skips rows of -1.
     return embedding_bag_weight_backward(wide(grad), wide(rows), row, token, token, mode=0).view_as(slot)

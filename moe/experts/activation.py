@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dispatch.reorder import wide
 from ...dispatch.torch_internals import transformed
 
-_CACHE = 1 << 19  # elements of a block: a few blocks fit the cache, and the cost of a call (45 us for gelu) is small
+_CACHE = 1 << 17  # elements of a block: a few blocks in float32 fit a cache of 2 MiB, and calls cost little
 _WIDE = torch.float32, torch.float64  # others would be rounded at every operator
 _aten = torch.ops.aten
 
@@ -25,14 +25,20 @@ class Pointwise(NamedTuple):
     Attributes:
         value: function x -> f(x) that returns a new tensor, made of differentiable PyTorch operators.
         backward: function (grad, x) -> grad * f'(x).
-        value_out, backward_out: the same with a last argument ``out=``, to which they write. None, the default, for a
-            function without them.
+        out: both, with a last argument ``out=`` to which they write. None, the default, if there are none.
     """
 
     value: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
-    value_out: Callable[..., Tensor] | None = None
-    backward_out: Callable[..., Tensor] | None = None
+    out: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+
+    def write(self, out: Tensor, x: Tensor) -> Tensor:
+        """Write f(x) to `out`, which may be x."""
+        return out.copy_(self.value(x)) if self.out is None else self.out[0](x, out=out)
+
+    def write_backward(self, out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        """Write grad * f'(x) to `out`, which may be grad."""
+        return out.copy_(self.backward(grad, x)) if self.out is None else self.out[1](grad, x, out=out)
 
 
 def _clamped_silu(x: Tensor) -> Tensor:
@@ -46,8 +52,11 @@ def _clamped_silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _gelu(approximate: str) -> Pointwise:
-    functions = F.gelu, _aten.gelu_backward, _aten.gelu.out, _backward_out(_aten.gelu_backward.grad_input)
-    return Pointwise(*(partial(function, approximate=approximate) for function in functions))
+    value, backward, *out = (
+        partial(function, approximate=approximate)
+        for function in (F.gelu, _aten.gelu_backward, _aten.gelu.out, _backward_out(_aten.gelu_backward.grad_input))
+    )
+    return Pointwise(value, backward, (out[0], out[1]))
 
 
 def _backward_out(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -57,7 +66,7 @@ def _backward_out(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _GELU, _GELU_TANH = _gelu("none"), _gelu("tanh")
 _RELU = Pointwise(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0))
 _RELU2 = Pointwise(lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x).mul_(2))
-_SILU = Pointwise(F.silu, _aten.silu_backward, _aten.silu.out, _backward_out(_aten.silu_backward.grad_input))
+_SILU = Pointwise(F.silu, _aten.silu_backward, (_aten.silu.out, _backward_out(_aten.silu_backward.grad_input)))
 _CLAMPED_SILU = Pointwise(_clamped_silu, _clamped_silu_backward)
 _CLAMPED_PLUS_1 = Pointwise(lambda x: x.clamp(-7.0, 7.0) + 1, lambda grad, x: torch.where(x.abs() <= 7.0, grad, 0))
 
@@ -89,14 +98,20 @@ class Activation:
         """The factor of act(gate): the up projection, after `on_up` if there is one."""
         return up if self.on_up is None else self.on_up.value(up)
 
+    def write(self, out: Tensor, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The hidden rows, from float32 or float64: written to `out` if that has the dtype, else over the first."""
+        first = up if gate is None else gate
+        hidden = self.act.write(out if out.dtype == first.dtype else first, first)
+        return hidden if gate is None else hidden.mul_(self.factor(up))
+
     def backward(self, grad: Tensor, up: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
         """The hidden rows, computed again, and the gradients of up and gate from the gradient of hidden rows."""
         if gate is None:
             return self.act.value(up), self.act.backward(grad, up)
         act, factor = self.act.value(gate), self.factor(up)
-        to_up = grad * act
+        to_up, to_gate = grad * act, grad * factor
         to_up = to_up if self.on_up is None else self.on_up.backward(to_up, up)
-        return act * factor, to_up, self.act.backward(grad * factor, gate)
+        return act.mul_(factor), to_up, self.act.write_backward(to_gate, to_gate, gate)
 
 
 ACTIVATIONS = {
@@ -137,12 +152,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, kind, up, gate):
         ctx.kind = kind
         ctx.save_for_backward(up, gate)
-        out, act = torch.empty_like(up), kind.act
+        out, direct = torch.empty_like(up), up.dtype in _WIDE
         for o, u, g in blocks(out, up, gate):
-            if act.value_out and o.dtype in _WIDE:  # one pass less over memory than with a tensor between
-                act.value_out(g, out=o).mul_(kind.factor(u))
+            if direct:
+                kind.write(o, u, g)
             else:
-                torch.mul(act.value(wide(g)), kind.factor(wide(u)), out=o)
+                o.copy_(kind.write(o, wide(u), wide(g)))
         return out
 
     @staticmethod
@@ -151,18 +166,18 @@ class _Gated(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grad):
             plain = lambda up, gate: kind(wide(up), wide(gate)).to(up.dtype)  # noqa: E731
             return None, *differentiated(plain, [up, gate], ctx.needs_input_grad[1:], grad)
-        to_up, to_gate, act = torch.empty_like(up), torch.empty_like(gate), kind.act
+        to_up, to_gate, direct = torch.empty_like(up), torch.empty_like(gate), up.dtype in _WIDE
         for to_u, to_g, d, u, g in blocks(to_up, to_gate, grad, up, gate):
-            d, u, g = wide(d), wide(u), wide(g)
-            if kind.on_up is None and act.value_out and act.backward_out and to_u.dtype in _WIDE:
-                act.value_out(g, out=to_u).mul_(d)
-                act.backward_out(torch.mul(d, u, out=to_g), g, out=to_g)
-                continue
-            if kind.on_up is None:
-                torch.mul(act.value(g), d, out=to_u)
-            else:
-                to_u.copy_(kind.on_up.backward(act.value(g) * d, u))
-            to_g.copy_(act.backward(d * kind.factor(u), g))
+            d, u, g = wide(d), wide(u), wide(g)  # copies in half precision, over which gradients are written
+            factor = kind.factor(u)
+            by_gate = torch.mul(d, factor, out=to_g if direct else factor)
+            kind.act.write_backward(by_gate, by_gate, g)
+            by_up = kind.act.write(to_u if direct else g, g).mul_(d)
+            if kind.on_up is not None:
+                by_up = kind.on_up.backward(by_up, u)
+            for to, by in ((to_u, by_up), (to_g, by_gate)):
+                if to is not by:
+                    to.copy_(by)
         return None, to_up, to_gate
 
 

@@ -29,12 +29,13 @@ Layer = tuple[Tensor, Tensor | None]  # weight [L, in, out] and bias [L, out], i
 
 
 def pays(rows: Tensor, number: int, width: int) -> bool:
-    """Whether groups of experts are faster than all at once, for `number` rows of `width` in the dtype of `rows`.
+    """Whether groups of experts are faster than all at once, for `number` rows of `width`, computed like `rows`.
 
     They are faster if a buffer for all rows is so large that its pages are faulted in each time. The allocator keeps
     smaller buffers, and some allocators keep all. Then computing again in the backward costs more than it saves.
     """
-    return rows.device.type == "cpu" and number * width * rows.element_size() >= _LARGE and _faulted_anew()
+    large = rows.device.type == "cpu" and number * width * computed(rows).itemsize >= _LARGE
+    return large and _faulted_anew()
 
 
 @cache
@@ -116,7 +117,7 @@ class _Perceptrons(torch.autograd.Function):
                     for u_, b in zip(u.split(sizes), bias[few], strict=True):
                         u_.add_(b)
             for h_, w_, *us_ in blocks(h, w, *us):
-                torch.mul(_in_place(kind, *map(wide, us_)), w_, out=h_)
+                torch.mul(kind.write(h_, *map(wide, us_)), w_, out=h_)
             y = out.at(span)
             products(h.split(sizes), w_down[few], y.split(sizes))
             if b_down is not None:
@@ -258,8 +259,3 @@ def _gatherer(rows: Tensor, most: int, plan: Plan | None) -> Callable[[Tensor, s
         return torch.index_select(rows, 0, plan.token[span], out=room[: span.stop - span.start]).to(dtype)
 
     return take
-
-
-def _in_place(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Apply an activation, with the product in place. Only for a forward without a graph."""
-    return kind(up) if gate is None else kind.act.value(gate).mul_(kind.factor(up))

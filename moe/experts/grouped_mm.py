@@ -43,7 +43,8 @@ def grouped_product(rows: Tensor, *weights: Any) -> Product:
         return weights[0].product()  # all are in 4 bits
     if transformed():
         return one_by_one
-    if computed(rows) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
+    smallest = min(side for weight in weights for side in weight.shape[1:])
+    if computed(rows, smallest) == rows.dtype and all(fits_torch(rows, weight) for weight in weights):
         return _torch_grouped_mm
     return _grouped_mm
 
@@ -176,17 +177,18 @@ def spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 @torch.library.custom_op("turnout::grouped_mm", mutates_args=())
 def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    y = rows.new_zeros(rows.shape[0], weight.shape[2])
+    y = rows.new_empty(rows.shape[0], weight.shape[2])
     for e, span in spans(ends):
         mm(rows[span], weight[e], out=y[span])
+    y[ends[-1] :] = 0  # padding
     return y
 
 
 @torch.library.custom_op("turnout::grouped_mm_weight", mutates_args=())
 def _grouped_mm_weight(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """Gradient of the weight: rows [R, D], grad [R, H] -> [L, D, H]."""
-    y = rows.new_zeros(ends.shape[0], rows.shape[1], grad.shape[1])
-    for e, span in spans(ends):
+    y = rows.new_empty(ends.shape[0], rows.shape[1], grad.shape[1])
+    for e, span in spans(ends):  # a product over no rows is zeros
         mm(rows[span].T, grad[span], out=y[e])
     return y
 

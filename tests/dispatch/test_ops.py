@@ -86,6 +86,19 @@ def test_gradients(name):
         assert check(lambda weight: encode_weight(weight, plan), (weight,))
 
 
+@pytest.mark.parametrize("weight", [None, torch.ones(3, 2)])
+def test_rows_without_an_assignment_get_no_gradient(weight):
+    """Row 5 is empty. Zeros would not do as its weight: token 0, which it would read, has a gradient of NaN."""
+    plan, rows = Plan.of(torch.tensor([[2, 0], [0, -1], [1, 2]]), 3), random(6, 4).requires_grad_()
+    grad = torch.ones(3, 4, dtype=torch.float64)
+    grad[0] = torch.nan
+    decode(rows, plan, weight).backward(grad)
+    of_token_0 = plan.slot[0]
+    assert rows.grad[of_token_0].isnan().all()
+    assert rows.grad[plan.token < 0].eq(0).all()
+    assert rows.grad.isnan().sum() == of_token_0.numel() * 4
+
+
 def test_permute():
     order = torch.tensor([2, 0, 3, 1])
     inverse = order.argsort()

@@ -49,6 +49,15 @@ def test_results_are_aligned_as_compiled_code_takes_them_to_be(capacity):
     assert {name: t.data_ptr() % 16 for name, t in results.items()} == dict.fromkeys(results, 0)
 
 
+@pytest.mark.parametrize("num_experts", [3, (1 << 16) - 1, 1 << 16, 1 << 20])
+def test_the_order_of_any_number_of_experts(num_experts):
+    expert = torch.randint(-1, num_experts, (40, 2), generator=torch.Generator().manual_seed(0))
+    expert[0], expert[1] = -1, num_experts - 1
+    kept = [(e, row // 2) for row, e in enumerate(expert.flatten().tolist()) if e >= 0]
+    wanted = [token for _, token in sorted(kept)]
+    assert Plan.of(expert, num_experts).token.tolist() == wanted + [-1] * (80 - len(wanted))
+
+
 @given(assignments(), st.integers(0, 3))
 def test_padded_plan(case, spare):
     expert, E = case

@@ -149,12 +149,13 @@ def test_groups_are_all_experts_in_order(counts, elements):
         assert 4 * (sum(group.sizes) + after.sizes[0]) > elements, "one more would have had room"
 
 
-def test_a_few_at_a_time_where_buffers_are_large(monkeypatch):
+def test_a_few_at_a_time_where_buffers_are_large(monkeypatch, half_units):
     monkeypatch.setattr("turnout.moe.experts.blocked._faulted_anew", lambda: True)
     half, meta = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, device="meta")
     assert pays(torch.empty(0), 32768, width=512)
     assert pays(half, 32768, width=512)
-    assert not pays(half, 8192, width=1024), "16 MiB"
+    assert pays(half, 8192, width=1024) != half_units, "16 MiB, but computed in float32 where there are no units"
+    assert not pays(half, 8192, width=512)
     assert not pays(meta, 32768, width=512), "another device"
     monkeypatch.setattr("turnout.moe.experts.blocked._faulted_anew", lambda: False)
     assert not pays(torch.empty(0), 32768, width=512), "an allocator that keeps its pages"

@@ -7,7 +7,7 @@ from turnout.dispatch.local import LocalDispatcher
 from turnout.dispatch.plan import Plan
 from turnout.dispatch.torch_internals import has_slow_half_products
 from turnout.moe.experts.feed_forward import FeedForwardExperts
-from turnout.moe.experts.grouped_mm import grouped_mm, mm
+from turnout.moe.experts.grouped_mm import _grouped_mm, grouped_mm, grouped_product, mm
 
 HALF = torch.bfloat16
 
@@ -112,3 +112,11 @@ def test_experts(by_group, activation, monkeypatch, dtypes):
     assert dtypes == {torch.float32}
     for wanted, ours in zip(*results, strict=True):
         assert close(ours, wanted, 3e-2)
+
+
+@pytest.mark.parametrize(("sides", "ours"), [((64, 128), True), ((32, 128), False), ((128, 32), False)])
+def test_small_experts_are_multiplied_by_torch(sides, ours):
+    """In bfloat16, as products with a small side are."""
+    rows, weight = random(6, sides[0]), random(2, *sides)
+    assert (grouped_product(rows, weight) is _grouped_mm) == ours
+    assert (grouped_product(rows, random(2, 64, 64), weight) is _grouped_mm) == ours
