@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from types import MappingProxyType
-from unittest import mock
 
 import pytest
 import torch
@@ -248,8 +247,6 @@ class Waits(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# sort as on a device, not in the memory of the host
-@mock.patch("turnout.dispatch.plan.transformed", mock.Mock(return_value=True))
 def check_waits(name: str) -> None:
     *_, waits = DISPATCHERS[name]
     dispatcher, _, _, x, plan, weight = load_of(name)
