@@ -265,9 +265,11 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:
-    """Raise a ValueError if token ids are not [B, S] with S <= seq_len, or if the padding mask does not fit them."""
+    """Raise a ValueError unless ids are int64 [B, S] with S <= seq_len, and the padding mask fits them."""
     if tokens.ndim != 2 or tokens.shape[1] > config.seq_len:
         raise ValueError(f"tokens must be [B, S] with S <= seq_len={config.seq_len}; got {tuple(tokens.shape)}")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64; got {tokens.dtype}")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(tokens.shape)}; got {mask.dtype} {tuple(mask.shape)}")
 
