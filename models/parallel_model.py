@@ -22,7 +22,7 @@ from .gpt import GPT, GPTConfig
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
 from .pipeline.engine import Losses, Pipeline
-from .pipeline.inputs import Inputs, check_batch, check_targets, checked, pieces
+from .pipeline.inputs import Inputs, check_batch, check_targets, checked, pieces, share
 from .pipeline.partition import Stages, check_config, model_of
 from .recompute import recompute as recomputing
 from .t5 import T5, T5Config
@@ -191,7 +191,7 @@ class ParallelModel(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, without gradients. Call ``eval()`` before.
+        """Mean loss over the targets of a batch, without gradients. Call ``eval()`` before.
 
         Args:
             tokens: this data rank's part of the batch, as for `step`, with any positive B.
@@ -204,9 +204,11 @@ class ParallelModel(nn.Module):
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(columns[:-1], targets)
         else:
-            rows = pieces(columns, self.micro_batches)
-            losses = [self.split.loss(self.parts[0](*x), y) * len(y) for *x, y in rows]
-            mean = torch.stack(losses).sum(dtype=torch.float64) / len(targets)
+            mean = torch.zeros((), dtype=torch.float64, device=targets.device)
+            for *x, y in pieces(columns, self.micro_batches):  # all ranks run the model, for the others' tokens
+                loss = self.split.loss(self.parts[0](*x), y)
+                if weight := share(y, targets):
+                    mean += loss * weight
         reshard(self)
         return mean
 

@@ -30,7 +30,7 @@ from ..loss import next_token_loss
 from ..t5 import T5Config
 from .boundary import Boundary
 from .checks import check_sizes
-from .inputs import Inputs, check_batch, check_targets, checked, pieces
+from .inputs import Inputs, check_batch, check_targets, checked, pieces, share
 from .partition import Model, Stages
 from .shared_parameters import SharedParameters
 from .stage import Stage, keep_gathered, nothing_left
@@ -154,7 +154,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, without gradients. All ranks call it. Set the parts to eval mode before.
+        """Mean loss over a batch's targets, without gradients. All ranks call it. Set the parts to eval mode before.
 
         Args:
             tokens: token ids, int64 [B, S], or a tuple of the model's inputs, as for `step`, with any positive B.
@@ -165,8 +165,8 @@ class Pipeline:
         """
         logits = self.logits(self._inputs(tokens, targets))
         parts = pieces((targets,), self.micro_batches)
-        losses = [self.loss_fn(x, y) * (len(y) / len(targets)) for x, (y,) in zip(logits, parts, strict=False)]
-        return self._everywhere(losses)[0]
+        shares = [(x, y, share(y, targets)) for x, (y,) in zip(logits, parts, strict=False)]
+        return self._everywhere([self.loss_fn(x, y) * weight for x, y, weight in shares if weight])[0]
 
     @torch.no_grad()
     def logits(self, tokens: Inputs) -> list[Tensor]:

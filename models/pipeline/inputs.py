@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loss import IGNORED
 from ..t5 import T5
 
 Inputs = Tensor | tuple[Tensor | None, ...]  # in the order of the model's arguments; None is an input that is left out
@@ -54,7 +55,9 @@ def checked(model: Any, given: Inputs, rows: int | None = None) -> tuple[Tensor 
 
 
 def check_targets(model: Any, inputs: Sequence[Tensor | None], targets: Tensor) -> None:
-    """Raise a ValueError unless targets are int64, with one for each position of the logits."""
+    """Raise a ValueError unless targets are int64, one for each position of the logits, of at least one sequence."""
+    if not len(targets):
+        raise ValueError(f"a batch needs at least one sequence; got targets {tuple(targets.shape)}")
     read = inputs[1 if isinstance(model, T5) else 0]
     assert read is not None
     if targets.shape != read.shape or targets.dtype != torch.int64:
@@ -69,3 +72,14 @@ def pieces(columns: Sequence[Tensor | None], number: int) -> list[tuple[Any, ...
     """
     cut = ([None] * number if x is None else x.tensor_split(number) for x in columns)
     return [piece for piece in zip(*cut, strict=True) if len(piece[0])]
+
+
+def share(part: Tensor, targets: Tensor) -> float:
+    """Share of a batch's targets that are in a part of it, leaving out -100; NaN if the batch has none.
+
+    >>> targets = torch.tensor([[1, 2], [3, -100], [-100, -100]])
+    >>> [round(share(row, targets), 2) for row in targets]
+    [0.67, 0.33, 0.0]
+    """
+    number, whole = (int((each != IGNORED).sum()) for each in (part, targets))
+    return number / whole if whole else float("nan")

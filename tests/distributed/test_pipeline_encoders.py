@@ -240,3 +240,19 @@ def without_a_mask(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_none_leaves_an_input_out(name):
     run(2, without_a_mask, name)
+
+
+def evaluated(sizes: dict[str, int]) -> None:
+    model, _ = spread("bert", 0, sizes, {})
+    inputs, targets = batch(CONFIGS["bert"], 0)
+    targets[:4], targets[4, 1:] = -100, -100
+    assert (targets != -100).any(1).tolist() == [False] * 4 + [True] * 4  # none in the first micro-batch
+    expected = next_token_loss(built("bert").eval()(*inputs), targets)
+    assert float(model.eval().evaluate(inputs, targets)) == pytest.approx(float(expected.detach()), rel=1e-9)
+    targets.fill_(-100)
+    assert math.isnan(model.evaluate(inputs, targets))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_is_the_mean_over_targets_however_they_lie(ranks):
+    run(ranks, evaluated, {"pp": ranks})

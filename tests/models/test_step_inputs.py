@@ -39,6 +39,8 @@ def test_targets_are_those_of_the_decoder(targets):
     with pytest.raises(ValueError, match=r"targets must be int64 \(4, 6\); got "):
         check_targets(MODELS["t5"], (IDS, SHORT), targets)
     check_targets(MODELS["bert"], (IDS, SHORT), IDS)
+    with pytest.raises(ValueError, match="at least one sequence"):
+        check_targets(MODELS["bert"], (IDS[:0],), IDS[:0])
 
 
 def test_none_stays_none_in_every_piece():
