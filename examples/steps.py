@@ -103,7 +103,7 @@ def train(
         group["lr"] = lr
     model.train()
     inputs, targets = pair(tokens)
-    scale = float(scaler.scale(torch.ones((), device=targets.device)))  # 1 without float16
+    scale = scaler.get_scale()  # 1 without float16
     losses = model.step(inputs, targets, scale)
     scaler.unscale_(optimizer)
     norm = model.clip_grad_norm_(max_norm)

@@ -117,6 +117,10 @@ class BERT(nn.Module):
         check_tokens(tokens, self.config, mask)
         if segments is not None and not self.config.segments:
             raise ValueError("segments were given, but the config has none: set BERTConfig(segments=2), or omit them")
+        if segments is not None and (segments.shape != tokens.shape or segments.dtype != torch.int64):
+            raise ValueError(
+                f"segments must be int64 {tuple(tokens.shape)}; got {segments.dtype} {tuple(segments.shape)}"
+            )
 
     def _embedded(self, tokens: Tensor, segments: Tensor | None) -> Tensor:
         assert self.embed is not None

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..moe.experts.shared import FeedForward
+from ..moe.experts.shared import FeedForward, Residual
 from ..moe.layer import MoE, moe_layers
 from .dropout import Dropout
 from .recompute import Core
@@ -105,10 +105,16 @@ class Config:
         return self.layers
 
     @property
+    def shared_experts(self) -> int:
+        """Number of shared experts in each MoE layer; 0 if a module replaces them."""
+        shared = self.moe.get("shared", 0)
+        number = shared.shared if isinstance(shared, Residual) else shared
+        return number if isinstance(number, int) else 0
+
+    @property
     def ffn(self) -> int:
         """Hidden width of a dense block: of the top_k experts of a token and the shared ones together."""
-        shared = self.moe.get("shared", 0)
-        return (self.top_k + (shared if isinstance(shared, int) else 0)) * self.hidden
+        return (self.top_k + self.shared_experts) * self.hidden
 
     @property
     def head_size(self) -> int:
@@ -265,9 +271,11 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 
 def check_tokens(tokens: Tensor, config: Config, mask: Tensor | None = None) -> None:
-    """Raise a ValueError if token ids are not [B, S] with S <= seq_len, or if the padding mask does not fit them."""
+    """Raise a ValueError unless ids are int64 [B, S] with S <= seq_len, and the padding mask fits them."""
     if tokens.ndim != 2 or tokens.shape[1] > config.seq_len:
         raise ValueError(f"tokens must be [B, S] with S <= seq_len={config.seq_len}; got {tuple(tokens.shape)}")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64; got {tokens.dtype}")
     if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(tokens.shape)}; got {mask.dtype} {tuple(mask.shape)}")
 

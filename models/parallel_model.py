@@ -21,8 +21,8 @@ from .data_parallel import Data, begin_micro_batch, data_parallel, reshard
 from .gpt import GPT, GPTConfig
 from .offload import activations_on_cpu
 from .pipeline.boundary import Boundary
-from .pipeline.checks import check_batch, check_rows
-from .pipeline.engine import Inputs, Losses, Pipeline
+from .pipeline.engine import Losses, Pipeline
+from .pipeline.inputs import Inputs, check_batch, check_targets, checked, pieces, share
 from .pipeline.partition import Stages, check_config, model_of
 from .recompute import recompute as recomputing
 from .t5 import T5, T5Config
@@ -171,7 +171,7 @@ class ParallelModel(nn.Module):
             tokens: this data rank's part of the batch, int64 [B, S], with B a multiple of `micro_batches` times
                 `accumulate`. Ranks along "pp", "cp" and "tp" give the same. For a BERT or T5 it may be a tuple of
                 the model's inputs: a T5 takes what encoder and decoder read, [B, M] and [B, S], and masks if there is
-                padding.
+                padding. None in the tuple leaves an input out.
             targets: token after each one, or that a BERT has to find, int64 [B, S]. -100 leaves a position out.
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
@@ -179,21 +179,19 @@ class ParallelModel(nn.Module):
             Mean losses over this data rank's micro-batches, not scaled, equal on all ranks along "pp", "cp" and "tp".
 
         Raises:
-            ValueError: a batch that does not split into micro-batches, or sequences that do not split over "cp".
+            ValueError: a batch that does not split into micro-batches, sequences that do not split over "cp", or inputs
+                and targets of a wrong number, shape or dtype.
         """
         check_batch(targets, self.micro_batches * self.accumulate)
-        self.split.own(targets)  # raises before any rank waits for another
+        columns = self._columns(tokens, targets)
         with activations_on_cpu(self) if self.activations_on_cpu else nullcontext():
-            if self.pipeline is None:
-                losses = self._one_by_one(_columns(tokens, targets), scale)
-            else:
-                losses = self._piped(_columns(tokens, targets), scale)
+            losses = self._one_by_one(columns, scale) if self.pipeline is None else self._piped(columns, scale)
         sync_gradients(self, self.meshes)
         return losses
 
     @torch.no_grad()
     def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, without gradients. Call ``eval()`` before.
+        """Mean loss over the targets of a batch, without gradients. Call ``eval()`` before.
 
         Args:
             tokens: this data rank's part of the batch, as for `step`, with any positive B.
@@ -202,14 +200,15 @@ class ParallelModel(nn.Module):
         Returns:
             Mean loss in nats, a scalar in float64, equal on all ranks along "pp", "cp" and "tp".
         """
-        self.split.own(targets)  # raises before any rank waits for another
-        columns = _columns(tokens, targets)
+        columns = self._columns(tokens, targets)
         if self.pipeline is not None:
             mean = self.pipeline.evaluate(columns[:-1], targets)
         else:
-            rows = zip(*(each.tensor_split(self.micro_batches) for each in columns), strict=True)
-            losses = [self.split.loss(self.parts[0](*x), y) * len(y) for *x, y in rows if len(y)]
-            mean = torch.stack(losses).sum(dtype=torch.float64) / len(targets)
+            mean = torch.zeros((), dtype=torch.float64, device=targets.device)
+            for *x, y in pieces(columns, self.micro_batches):  # all ranks run the model, for the others' tokens
+                loss = self.split.loss(self.parts[0](*x), y)
+                if weight := share(y, targets):
+                    mean += loss * weight
         reshard(self)
         return mean
 
@@ -224,7 +223,7 @@ class ParallelModel(nn.Module):
             Logits [B, S, vocab], or None on ranks without the last stage. With "tp" they are a DTensor. With "cp" they
             are of this rank's part of the sequences.
         """
-        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
+        inputs = checked(self.parts[0], tokens)
         found = [self.parts[0](*inputs)] if self.pipeline is None else self.pipeline.logits(inputs)
         reshard(self)
         return torch.cat(found) if found else None
@@ -235,11 +234,11 @@ class ParallelModel(nn.Module):
             return self.pipeline.clip_grad_norm_(max_norm)
         return clip_grad_norm_(self, max_norm)
 
-    def _one_by_one(self, columns: Sequence[Tensor], scale: float) -> Losses:
+    def _one_by_one(self, columns: Sequence[Tensor | None], scale: float) -> Losses:
         """Run the micro-batches of inputs and targets one after the other, on the whole model."""
         m, (model,) = self.micro_batches * self.accumulate, self.parts
         seen = []
-        for number, (*x, y) in enumerate(zip(*(each.chunk(m) for each in columns), strict=True), 1):
+        for number, (*x, y) in enumerate(pieces(columns, m), 1):
             begin_micro_batch(model, self.data, last=number == m)
             logits = model(*x, targets=y) if isinstance(model, GPT) else model(*x)
             task = self.split.loss(logits, y)
@@ -248,17 +247,16 @@ class ParallelModel(nn.Module):
             seen.append(torch.stack([task.detach().double(), aux.detach().double()]))
         return Losses(*torch.stack(seen).mean(0).unbind())
 
-    def _piped(self, columns: Sequence[Tensor], scale: float) -> Losses:
+    def _piped(self, columns: Sequence[Tensor | None], scale: float) -> Losses:
         """Run the parts of the batch through the pipeline, one after the other."""
         assert self.pipeline is not None
         n = self.accumulate
-        parts = zip(*(each.chunk(n) for each in columns), strict=True)
-        losses = [self.pipeline.step(tuple(x), y, scale / n) for *x, y in parts]
+        losses = [self.pipeline.step(tuple(x), y, scale / n) for *x, y in pieces(columns, n)]
         return Losses(*(torch.stack(each).mean(0) for each in zip(*losses, strict=True)))
 
-
-def _columns(inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
-    """Inputs and targets, which have a row for each sequence."""
-    columns = (*inputs, targets) if isinstance(inputs, tuple) else (inputs, targets)
-    check_rows(columns, len(targets))
-    return columns
+    def _columns(self, tokens: Inputs, targets: Tensor) -> tuple[Tensor | None, ...]:
+        """Inputs and targets, which have a row for each sequence, after checks that need no other rank."""
+        inputs = checked(self.parts[0], tokens, len(targets))
+        check_targets(self.parts[0], inputs, targets)
+        self.split.own(targets)  # raises if they do not split over "cp"
+        return *inputs, targets

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .partition import Stages
-
-
-def check_batch(tokens: Tensor, micro_batches: int) -> None:
-    """Raise a ValueError if a batch [B, S] is empty, or does not split into equal micro-batches."""
-    if len(tokens) % micro_batches or not len(tokens):
-        raise ValueError(
-            f"a batch of {len(tokens)} sequences does not split into {micro_batches} micro-batches; use a multiple of "
-            f"{micro_batches}"
-        )
-
-
-def check_rows(inputs: Sequence[Tensor], rows: int) -> None:
-    """Raise a ValueError if inputs of a model have other numbers of sequences than the targets."""
-    if others := {len(x) for x in inputs} - {rows}:
-        raise ValueError(f"inputs and targets must be of as many sequences; got {others.pop()} and {rows}")
 
 
 def check_sizes(stages: Stages, group: ProcessGroup, micro_batches: int) -> None:

@@ -29,7 +29,8 @@ from ..gpt import GPTConfig
 from ..loss import next_token_loss
 from ..t5 import T5Config
 from .boundary import Boundary
-from .checks import check_batch, check_rows, check_sizes
+from .checks import check_sizes
+from .inputs import Inputs, check_batch, check_targets, checked, pieces, share
 from .partition import Model, Stages
 from .shared_parameters import SharedParameters
 from .stage import Stage, keep_gathered, nothing_left
@@ -42,7 +43,6 @@ SCHEDULES: dict[str, Any] = {
     "zbv": ScheduleZBVZeroBubble,
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
-Inputs = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
@@ -119,7 +119,7 @@ class Pipeline:
 
         Args:
             tokens: token ids, int64 [B, S], the same on all ranks, with B a multiple of `micro_batches`; or a tuple of
-                the model's inputs, which all have B rows.
+                the model's inputs, which all have B rows. None in it leaves an input out.
             targets: token after each one, or that a BERT has to find, int64 [B, S].
             scale: factor of the gradients, for float16: ``scaler.get_scale()`` of a `GradScaler`. 1 by default.
 
@@ -127,12 +127,12 @@ class Pipeline:
             Mean losses over the micro-batches, not scaled.
 
         Raises:
-            ValueError: a batch that does not split into `micro_batches`.
+            ValueError: a batch that does not split into `micro_batches`, or inputs or targets that do not fit.
         """
         check_batch(targets, self.micro_batches)
         self._check_backward()
-        inputs = self._inputs(tokens, len(targets))
-        schedule, stages = self._prepare(len(targets) // self.micro_batches, [x.shape[1] for x in inputs])
+        inputs = self._inputs(tokens, targets)
+        schedule, stages = self._prepare(len(targets) // self.micro_batches, _lengths(inputs))
         self._losses, self._weight = [], scale / self.micro_batches
         for stage in stages:
             stage.aux, stage.weight = [], self._weight
@@ -154,7 +154,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Inputs, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, without gradients. All ranks call it. Set the parts to eval mode before.
+        """Mean loss over a batch's targets, without gradients. All ranks call it. Set the parts to eval mode before.
 
         Args:
             tokens: token ids, int64 [B, S], or a tuple of the model's inputs, as for `step`, with any positive B.
@@ -163,10 +163,10 @@ class Pipeline:
         Returns:
             Mean loss, a scalar in float64, equal on all ranks of the pipeline.
         """
-        parts = [part for part in targets.tensor_split(self.micro_batches) if len(part)]
-        logits = self.logits(self._inputs(tokens, len(targets)))
-        losses = [self.loss_fn(y, part) * (len(part) / len(targets)) for y, part in zip(logits, parts, strict=False)]
-        return self._everywhere(losses)[0]
+        logits = self.logits(self._inputs(tokens, targets))
+        parts = pieces((targets,), self.micro_batches)
+        shares = [(x, y, share(y, targets)) for x, (y,) in zip(logits, parts, strict=False)]
+        return self._everywhere([self.loss_fn(x, y) * weight for x, y, weight in shares if weight])[0]
 
     @torch.no_grad()
     def logits(self, tokens: Inputs) -> list[Tensor]:
@@ -174,15 +174,12 @@ class Pipeline:
 
         All ranks call it, with the same inputs as `evaluate`.
         """
-        inputs = self._inputs(tokens)
-        pieces = [
-            piece for piece in zip(*(x.tensor_split(self.micro_batches) for x in inputs), strict=True) if len(piece[0])
-        ]
+        cut = pieces(self._inputs(tokens), self.micro_batches)
         sends: list[dist.Work] = []
         handed: list[Any] = []  # outputs of the stage before, if it is on this rank
         for index, part in zip(self.indices, self.parts, strict=True):
             last, outputs = index + 1 == len(self.stages.blocks), []
-            for number, piece in enumerate(pieces):
+            for number, piece in enumerate(cut):
                 hidden: Hidden = ()
                 if index > 0:
                     received = handed[number] if index - 1 in self.indices else self._receive(index - 1, piece)
@@ -207,20 +204,20 @@ class Pipeline:
     def _shared(self) -> SharedParameters:
         return SharedParameters(self.stages, dict(zip(self.indices, self.parts, strict=True)), self.group)
 
-    def _inputs(self, tokens: Inputs, rows: int | None = None) -> tuple[Tensor, ...]:
+    def _inputs(self, tokens: Inputs, targets: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """The model's inputs, which are checked on all ranks before any rank waits for another."""
-        inputs = tokens if isinstance(tokens, tuple) else (tokens,)
-        check_rows(inputs, len(inputs[0]) if rows is None else rows)
-        cast(Any, self.parts[0]).check_inputs(*inputs)
+        inputs = checked(self.parts[0], tokens, None if targets is None else len(targets))
+        if targets is not None and self.loss_fn is next_token_loss:  # others may take other targets
+            check_targets(self.parts[0], inputs, targets)
         for stage in range(len(self.stages.blocks)):
-            for length in self.stages.lengths(stage, [x.shape[1] for x in inputs]):
-                self.boundary.shape(len(inputs[0]), length)
+            for length in self.stages.lengths(stage, _lengths(inputs)):
+                self.boundary.shape(1, length)  # raises if it does not split
         return inputs
 
-    def _receive(self, stage: int, inputs: Sequence[Tensor]) -> Hidden:
+    def _receive(self, stage: int, inputs: Sequence[Any]) -> Hidden:
         """Hidden states of a micro-batch from a stage on another rank."""
         received = []
-        for length in self.stages.lengths(stage, [x.shape[1] for x in inputs]):
+        for length in self.stages.lengths(stage, _lengths(inputs)):
             shape = self.boundary.shape(len(inputs[0]), length)
             received.append(torch.empty(shape, dtype=self.dtype, device=self.device))
             dist.recv(received[-1], group=self.group, group_src=self.stages.rank_of(stage))
@@ -297,3 +294,7 @@ class Pipeline:
         sums = torch.stack([sum((x.detach().double() for x in part), zero) for part in losses])
         dist.all_reduce(sums, group=self.group)
         return list(sums.unbind())
+
+
+def _lengths(inputs: Sequence[Tensor | None]) -> list[int]:
+    return [x.shape[1] for x in inputs if x is not None]

@@ -112,7 +112,6 @@ class Architecture:
         moe = bool(config.moe_layers())
         name = config.moe.get("experts", "swiglu")
         capacity = Capacity.of(config.moe.get("capacity"))
-        shared = config.moe.get("shared", 0)
         return cls(
             layers=config.layers,
             dim=config.dim,
@@ -124,7 +123,7 @@ class Architecture:
             experts=config.num_experts if moe else 0,
             top_k=config.top_k if moe else 0,
             hidden=config.hidden if moe else 0,
-            shared=shared if isinstance(shared, int) else 0,
+            shared=config.shared_experts,
             moe_every=config.moe_every if isinstance(config.moe_every, int) else tuple(config.moe_every),
             head_size=config.head_dim or 0,
             windows=tuple(config.windows),

@@ -20,7 +20,8 @@ class GradScaler(torch.amp.GradScaler):
     A rank only sees infinities in the gradients of its own experts and its own pipeline stage. If it skipped a step
     alone, ranks would differ from then on. Gradients may be a mix of plain tensors and DTensors of any mesh. On every
     rank, call ``scale(loss).backward()``, `sync_gradients`, ``unscale_(optimizer)``, `clip_grad_norm_`,
-    ``step(optimizer)`` and ``update()``, in this order.
+    ``step(optimizer)`` and ``update()``, in this order. ``ParallelModel.step(tokens, targets, scaler.get_scale())``
+    takes the place of the first two.
 
     Args:
         device: device type, ``"cuda"`` (the default) or ``"cpu"``.
@@ -38,6 +39,12 @@ class GradScaler(torch.amp.GradScaler):
     def __init__(self, device: str = "cuda", group: ProcessGroup | None = None, **options: Any) -> None:
         super().__init__(device, **options)
         self.group = group
+
+    def get_scale(self) -> float:
+        """The factor by which losses are scaled now, 1.0 without float16."""
+        if self.is_enabled() and self._scale is None:  # torch makes it in `scale`, which a factor does not need
+            self.scale(torch.ones((), device=self._device))
+        return super().get_scale()
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool

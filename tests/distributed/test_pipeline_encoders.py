@@ -203,7 +203,7 @@ def refused(name: str, change: dict[int, torch.Tensor]) -> None:
     inputs, targets = batch(CONFIGS[name], 0)
     given = tuple(change.get(number, x) for number, x in enumerate(inputs))
     model, _ = spread(name, 0, {"pp": 2, "tp": 2} if dist.get_world_size() == 4 else {"pp": 2}, {})
-    model.step(given, targets)
+    model.step(given, targets[:, : given[1].shape[1]])
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,46 @@ def refused(name: str, change: dict[int, torch.Tensor]) -> None:
         (4, "t5", {1: torch.zeros(8, 5, dtype=torch.int64), 3: torch.ones(8, 5) > 0}, "ValueError: sequences of 5 tok"),
         (2, "t5", {1: torch.zeros(8, 9, dtype=torch.int64)}, "ValueError: tokens must be [B, S] with S <= seq_len=8"),
         (2, "t5", {0: torch.zeros(6, 8, dtype=torch.int64)}, "ValueError: inputs and targets must be of as many"),
+        (2, "t5", {1: torch.zeros(8, 6)}, "ValueError: tokens must be int64; got torch.float32"),
+        (2, "bert", {2: torch.zeros(8, 1) > 0}, "ValueError: segments must be int64 (8, 8); got torch.bool (8, 1)"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named_on_every_rank(ranks, name, change, message):
     for error in errors(ranks, refused, name, change):
         assert error.startswith(message), error
+
+
+def without_a_mask(name: str) -> None:
+    inputs, targets = batch(CONFIGS[name], 0)
+    masks = [number for number, x in enumerate(inputs) if x.dtype == torch.bool]
+    for left_out in masks:
+        found = []
+        for instead in (None, torch.ones_like(inputs[left_out])):
+            model, _ = spread(name, 0, {"pp": 2}, {})
+            given = tuple(instead if number == left_out else x for number, x in enumerate(inputs))
+            losses = model.step(given, targets)
+            found.append(
+                [*map(float, losses), float(model.clip_grad_norm_(1.0)), float(model.evaluate(given, targets))]
+            )
+        assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_none_leaves_an_input_out(name):
+    run(2, without_a_mask, name)
+
+
+def evaluated(sizes: dict[str, int]) -> None:
+    model, _ = spread("bert", 0, sizes, {})
+    inputs, targets = batch(CONFIGS["bert"], 0)
+    targets[:4], targets[4, 1:] = -100, -100
+    assert (targets != -100).any(1).tolist() == [False] * 4 + [True] * 4  # none in the first micro-batch
+    expected = next_token_loss(built("bert").eval()(*inputs), targets)
+    assert float(model.eval().evaluate(inputs, targets)) == pytest.approx(float(expected.detach()), rel=1e-9)
+    targets.fill_(-100)
+    assert math.isnan(model.evaluate(inputs, targets))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_is_the_mean_over_targets_however_they_lie(ranks):
+    run(ranks, evaluated, {"pp": ranks})

@@ -128,3 +128,14 @@ def test_gradients_in_float16_are_refused():
     scaler.scale(model(torch.ones(1, 2).half()).sum()).backward()
     with pytest.raises(ValueError, match="keep parameters in float32"):
         scaler.unscale_(optimizer)
+
+
+def test_a_loss_may_be_scaled_by_the_factor_alone():
+    model = nn.Linear(2, 1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), GradScaler("cpu", init_scale=256.0)
+    (model(torch.ones(1, 2)).sum() * scaler.get_scale()).backward()
+    scaler.unscale_(optimizer)
+    assert model.weight.grad.tolist() == [[1.0, 1.0]]
+    scaler.step(optimizer)
+    scaler.update()
+    assert GradScaler("cpu", enabled=False).get_scale() == 1.0

@@ -125,6 +125,9 @@ def test_accuracy_is_of_the_predicted_tokens_alone():
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return 50.0 * torch.nn.functional.one_hot(tokens, 264)
 
+        def check_inputs(self, tokens: torch.Tensor) -> None:
+            assert tokens.dtype == torch.int64
+
     def found() -> tuple[dict[str, float], float, float]:
         job = job_of("--objective mlm")
         model = steps.build(job, Meshes.of("cpu"))

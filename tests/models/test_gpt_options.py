@@ -12,7 +12,8 @@ from turnout.models import BERT, GPT, T5, BERTConfig, GPTConfig, T5Config, next_
 from turnout.models.blocks import Context, rotary
 from turnout.models.loss import head_z_loss
 from turnout.models.multi_token import further_targets
-from turnout.moe import MoE, aux_loss
+from turnout.models.planner import Architecture
+from turnout.moe import MoE, Residual, aux_loss
 
 SMALL = GPTConfig(
     vocab=32, dim=16, layers=4, heads=4, kv_heads=2, hidden=12, seq_len=10, num_experts=4, moe={"balance": 0.0}
@@ -203,3 +204,14 @@ def test_biases_and_lists_of_blocks_are_for_all_models():
     bert = BERT(BERTConfig(dim=16, heads=2, layers=2, hidden=8, num_experts=2, attention_bias=True, moe_every=[1]))
     assert bert(tokens).shape == (1, 4, 264)
     assert isinstance(bert.blocks[0].feed_forward, MoE)
+
+
+@pytest.mark.parametrize(
+    ("shared", "number"),
+    [(0, 0), (2, 2), (Residual(1), 1), (torch.nn.Identity(), 0), (Residual(torch.nn.Identity()), 0)],
+)
+def test_dense_blocks_are_as_wide_as_the_experts_of_a_token(shared, number):
+    config = GPTConfig(dim=8, layers=2, heads=2, hidden=4, num_experts=4, top_k=2, moe={"shared": shared})
+    assert config.shared_experts == number
+    assert GPT(config).blocks[0].feed_forward.up.out_features == 4 * (2 + number)
+    assert Architecture.of(config).shared == number
