@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/initial_values.py --scale-routers 0 --config examples/configs/quick.toml
 
-All other flags are those of examples/pretrain.py. docs/records/quality.md has the results.
+It takes all flags of examples/pretrain.py as well. docs/records/quality.md has the results.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import torch
 from quality import ROOT, Runs
 
 sys.path.insert(0, str(ROOT / "examples"))
-import objective
 import options
+from turnout.models.pipeline.partition import model_of
 
 CONFIG = "examples/configs/quick.toml"
 JOB = f"--config {CONFIG} --balance global --eval-every 100000 --eval-size 512 --save-every 100000"
@@ -36,7 +36,7 @@ def flags_of(model: str, width: int, budget: float) -> str:
     sizes = f"{MODELS[model]} --dim {width} --heads {HEADS[width]} --hidden {4 * width}"
     job = options.parse([*JOB.split(), *sizes.split()])
     with torch.device("meta"):
-        flops = objective.built(job.config()).flops_per_token()
+        flops = model_of(job.config()).flops_per_token()
     return f"{sizes} --steps {round(budget / (flops * job.batch * job.seq))}"
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from objective import built, flops_per_token
+from objective import flops_per_token
 from traffic import KINDS, Traffic, axes_of
 from turnout.dispatch import Meshes
-from turnout.models.blocks import Config
+from turnout.models.pipeline.partition import Config, model_of
 
 
 class Meter:
@@ -30,7 +30,7 @@ class Meter:
 
     def __init__(self, config: Config, meshes: Meshes, tokens: int, peak_tflops: float, device: torch.device):
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = built(config)
+            model = model_of(config)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = model.active_parameters()
         self.flops, self.tokens, self.peak, self.device = flops_per_token(model), tokens, peak_tflops, device

@@ -54,12 +54,6 @@ def check(job: Job) -> None:
         raise ValueError(f"--seq ({job.seq}) must be at least 3 with --objective denoise, which removes spans")
 
 
-def built(config: Config) -> GPT | BERT | T5:
-    """The model of these sizes."""
-    (kind,) = (each for each in OBJECTIVES.values() if each.config is type(config))
-    return kind.model(config)  # pyright: ignore[reportReturnType]
-
-
 def flops_per_token(model: GPT | BERT | T5) -> int:
     """FLOPs of a step, for each token of the text: a T5 reads and writes fewer tokens than there are."""
     if not isinstance(model, T5):

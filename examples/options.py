@@ -18,7 +18,7 @@ from turnout.dispatch.wire import WIRES
 from turnout.models import BERTConfig, GPTConfig, T5Config
 from turnout.models.blocks import block_numbers
 from turnout.models.context_parallel import attention_of
-from turnout.models.pipeline.partition import PER_RANK
+from turnout.models.pipeline.partition import PER_RANK, model_of
 from turnout.moe import Balance
 from turnout.moe.gates import GATES
 
@@ -185,7 +185,7 @@ class Job:
         for what, size in {
             "--heads": self.heads,
             "--kv-heads": self.kv_heads or self.heads,
-            "(top-k + shared) x hidden": (self.top_k + self.shared) * self.hidden,
+            "(top-k + shared) x hidden": self.config().ffn,
         }.items():
             divides(what, size, "tp", self.tp)
         divides("the vocabulary", self.config().vocab, "tp", self.tp)
@@ -199,7 +199,7 @@ class Job:
             )
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             one = replace(config, layers=1, moe_every=0 if self.dense else 1)
-            objective.built(replace(one, mtp=0) if isinstance(one, GPTConfig) else one)  # lets the gate check arguments
+            model_of(replace(one, mtp=0) if isinstance(one, GPTConfig) else one)  # lets the gate check arguments
         return replace(self, ep=ep, micro_batches=micro_batches)
 
     def _in_range(self) -> None:

@@ -170,7 +170,7 @@ def context_parallel(model: Model, split: SequenceSplit) -> Model:
         model.head_losses.own, model.head_losses.group = split.own, split.group
     for table in [model.embed, model.segment] if isinstance(model, BERT) else [model.embed]:
         if table is not None:
-            table.register_forward_pre_hook(partial(_own_tokens, split), prepend=True)  # before those of tp
+            table.register_forward_pre_hook(partial(_own_tokens, split), prepend=True)  # before the hooks of tp
     return model
 
 

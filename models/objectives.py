@@ -10,10 +10,9 @@ from torch import Generator, Tensor, nn
 
 from .bert import BERT, BERTConfig
 from .gpt import GPT, GPTConfig
-from .loss import next_token_loss
+from .loss import IGNORED, next_token_loss
 from .t5 import T5, T5Config
 
-IGNORED = -100  # target that counts in no loss, the default of `torch.nn.functional.cross_entropy`
 Batch = tuple[tuple[Tensor, ...], Tensor]
 
 

@@ -46,7 +46,7 @@ class Seen:
         return cls({name: t for name, t in values.items() if t is not None}, pair)
 
     def with_gradients(self, module: nn.Module, but: nn.Module | None = None) -> Seen:
-        """The same, with the gradients of the module's parameters, except those of the module `but`."""
+        """Add the gradients of a module's parameters, and leave out the parameters of the module `but`."""
         left = set() if but is None else {id(p) for p in but.parameters()}
         named = {n: p for n, p in module.named_parameters() if id(p) not in left and p.grad is not None}
         values = {**self.values, **{f"the gradient of {n}": p.grad for n, p in named.items()}}

@@ -163,7 +163,7 @@ class Pipeline:
         Returns:
             Mean loss, a scalar in float64, equal on all ranks of the pipeline.
         """
-        logits = self.logits(self._inputs(tokens, targets))
+        logits = self._logits(self._inputs(tokens, targets))
         parts = pieces((targets,), self.micro_batches)
         shares = [(x, y, share(y, targets)) for x, (y,) in zip(logits, parts, strict=False)]
         return self._everywhere([self.loss_fn(x, y) * weight for x, y, weight in shares if weight])[0]
@@ -174,7 +174,10 @@ class Pipeline:
 
         All ranks call it, with the same inputs as `evaluate`.
         """
-        cut = pieces(self._inputs(tokens), self.micro_batches)
+        return self._logits(self._inputs(tokens))
+
+    def _logits(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        cut = pieces(inputs, self.micro_batches)
         sends: list[dist.Work] = []
         handed: list[Any] = []  # outputs of the stage before, if it is on this rank
         for index, part in zip(self.indices, self.parts, strict=True):

@@ -30,7 +30,7 @@ def checked(model: Any, given: Inputs, rows: int | None = None) -> tuple[Tensor 
     Args:
         model: the model, or a pipeline stage of it.
         given: its inputs.
-        rows: number of sequences that all inputs must have. None, the default, is that of the first one.
+        rows: number of sequences that all inputs must have. None, the default, takes the first input's.
 
     Raises:
         ValueError: more or fewer inputs than the model takes, other numbers of sequences, or inputs that do not fit.

@@ -139,7 +139,7 @@ class Stages:
 
 
 def check_config(config: object, what: str) -> None:
-    """Raise a TypeError if a config is not that of a GPT, BERT or T5."""
+    """Raise a TypeError if a config is of a model other than GPT, BERT and T5."""
     if not isinstance(config, Config):
         raise TypeError(
             f"{what} splits a GPT, BERT or T5; got {type(config).__name__}: spread experts and batches of any model by "

@@ -117,7 +117,7 @@ def _changed(model: Architecture, sizes: dict[str, int], activation: str | None)
     gated = model.gated if activation is None else activation == "swiglu"
     model = replace(model, **sizes, gated=gated)
     if "ffn" not in sizes and before.experts:
-        model = replace(model, ffn=(model.top_k + model.shared) * model.hidden)
+        model = replace(model, ffn=model.visited)
     return model
 
 

@@ -155,6 +155,11 @@ class Architecture:
         """Number of matrices in a feed-forward network."""
         return 3 if self.gated else 2
 
+    @property
+    def visited(self) -> int:
+        """Hidden width of all experts that a token visits, shared ones included."""
+        return (self.top_k + self.shared) * self.hidden
+
     @cached_property
     def moe_blocks(self) -> int:
         """Number of blocks that are mixtures of experts."""

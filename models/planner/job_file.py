@@ -143,9 +143,10 @@ def _not_in_the_job(model: Architecture) -> list[str]:
         differs.append("GELU, LayerNorm, biases and learned positions: the job's model has SwiGLU, RMSNorm and RoPE")
     elif not model.gated:
         differs.append('GELU without a gate: GPTConfig(moe=dict(experts="gelu"))')
-    ffn = (model.top_k + model.shared) * model.hidden
-    if 0 < model.moe_blocks < model.layers and model.ffn != ffn:
-        differs.append(f"dense blocks {model.ffn:,} wide: the job's are as wide as all experts of a token, {ffn:,}")
+    if 0 < model.moe_blocks < model.layers and model.ffn != model.visited:
+        differs.append(
+            f"dense blocks {model.ffn:,} wide: the job's are as wide as all experts of a token, {model.visited:,}"
+        )
     if model.head_size and model.head_size * model.heads != model.dim:
         differs.append(f"heads {model.head_size} wide: GPTConfig(head_dim={model.head_size})")
     if model.capacity:

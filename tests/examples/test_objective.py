@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from turnout.dispatch import Meshes
 from turnout.models import BERT, T5, BERTConfig, T5Config, next_token_loss
 from turnout.models.data import prepare
+from turnout.models.pipeline.partition import model_of
 from turnout.moe import GradScaler, aux_loss
 
 SMALL = "--batch 8 --seq 32 --dim 16 --heads 2 --layers 2 --hidden 12 --experts 4 --eval-size 6 --steps 3 --warmup 1"
@@ -62,7 +63,7 @@ def test_what_is_asked_of_a_row_does_not_depend_on_the_mesh(kind):
 
 def test_padding_for_ranks_that_split_sequences_changes_no_loss():
     job, found = job_of("--objective denoise --seq 28 --heads 4 --cp 2 --tp 2", 4), []
-    model = objective.built(job.config()).double()
+    model = model_of(job.config()).double()
     for each in (job, replace(job, cp=1, tp=1)):
         inputs, targets = objective.asked(each, TEXT[:, :29], objective.TRAIN, range(len(TEXT)))
         found.append(next_token_loss(model(*inputs), targets) + aux_loss(model))
